@@ -1,31 +1,51 @@
 """Write self-contained HTML: the report of a run or a study, and two models answer by answer.
 
-Each file opens offline and on a phone. Everything that models and files say is escaped, and a
-page's content security policy lets it load nothing.
+A folder is read as a `Record`; a run is a study of one cell. Each file opens offline and on a
+phone. Everything that models and files say is escaped, and a page's content security policy lets it
+load nothing.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import math
+import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 from PIL import Image
 
+from slimvlm.core.documents import read_object
+from slimvlm.core.errors import LONGEST, ConfigError, one_line
 from slimvlm.core.progress import progress
 from slimvlm.data.samples import open_image
-from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair
+from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair, compare
 from slimvlm.evaluation.metrics import signed
-from slimvlm.runs.report.read import Record, read_record
-
-__all__ = ["comparison_html", "read_record", "report_html"]
+from slimvlm.evaluation.results import Result
+from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
+from slimvlm.planning.plan import Plan
+from slimvlm.runs.compress import (
+    compress_command,
+    read_config,
+    read_held_out,
+    read_results,
+    read_times,
+)
+from slimvlm.runs.recipes import published
+from slimvlm.runs.study import DONE, FAILED, ORIGINAL, STUDY, TABLE
+from slimvlm.runs.tables import LEGEND, MARK, held_out_notes, held_out_rows, result_rows
+from slimvlm.scoring.unit_scores import Scores
+from slimvlm.training.recover import History
 
 _WHOLE, MAX_BYTES = 4_900_000, 4_700_000
 """Bytes at most of a whole report, and of its cards, beyond which pictures are left out."""
@@ -35,6 +55,10 @@ CARD_BYTES = 850
 """Markup of a card without its words and pictures, rounded up."""
 SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
 """Pictures up to the first size are enlarged to the second; those above the third are reduced."""
+SHOWN_RATIO = 0.3
+"""Answers are shown of the best model at the measured ratio that is nearest to this one."""
+_OPTIONS = ("criterion", "allocation", "repair", "options", "fraction", "seed")
+"""Columns that a cell's name and the table have only where they differ between cells of an axis."""
 
 
 def report_html(record: Record) -> str:
@@ -154,3 +178,386 @@ def _picture(image: Image.Image | Path) -> dict[str, Any]:
     encoded = base64.b64encode(buffer.getvalue()).decode()
     uri = f"data:image/png;base64,{encoded}"
     return {"uri": uri, "width": width, "height": height, "enlarged": enlarged}
+
+
+# What a folder says.
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured model."""
+
+    name: str
+    axis: str  # where it was pruned; empty for an original
+    ratio: float  # share of the backbone that was removed
+    recovery: str  # name of the training; ``none``, or empty for an original
+    average: float  # AVG in percent
+    percent: float | None  # AVG-%, 100 for an original; None if it was not measured
+    low: float | None  # 95 % interval of AVG-%
+    high: float | None
+    total_params: int
+    prefill_ms: float  # time to read a question
+    decode_ms: float  # time to write a token
+    train: str | None  # projector, lora, full or None
+    loss: str
+    model: str  # the original that it comes from
+    fraction: float  # share of the training data that was used
+    variant: str  # options that tell it from others of its axis, ratio and recovery; no seed
+    link: str  # id of its row in a table, that marks of charts lead to; empty for none
+    columns: Mapping[str, str]  # further columns of the table
+
+    @property
+    def is_original(self) -> bool:
+        """Whether nothing was removed."""
+        return not self.axis
+
+    @property
+    def interval(self) -> str:
+        """AVG-% with its interval, as text."""
+        return _with_interval(self.percent, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells below a header; those that end with `slimvlm.runs.tables.MARK` are significant."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""  # written below, one list item for each line
+    folded: bool = False  # closed at first
+    wraps: bool = False  # cells are sentences, which break into lines
+    ids: Sequence[str] = ()  # of each row, that marks of charts lead to; empty for none
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that a report shows."""
+
+    title: str
+    lead: str  # a sentence below the title
+    cards: Sequence[tuple[str, str, str]]  # figures to read first: label, value, explanation
+    command: str  # of the run; empty if not known
+    config: Mapping[str, Any]
+    entries: Sequence[Entry]  # the measured models, originals first
+    prunings: Sequence[tuple[str, Plan, Sequence[Scores]]]  # title, plan, scores that led to it
+    trainings: Sequence[tuple[str, str, Sequence[Mapping[str, float]]]]  # title, words, log rows
+    tables: Sequence[Table]
+    comparison: Comparison | None  # the original and one smaller model, answer by answer
+    notes: Sequence[str] = ()
+
+
+def read_record(folder: str | Path) -> Record:
+    """Read a run folder of `compress` or the folder of a study, finished or not."""
+    path = Path(folder)
+    try:
+        if (path / "config.json").is_file() and (path / "plan.json").is_file():
+            return _read_run(path)
+        if (path / TABLE).is_file() and (path / "study.json").is_file():
+            return _read_study(path)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        told = f"{type(error).__name__}: {one_line(error)[:LONGEST]}"
+        raise ConfigError(
+            f"report {str(folder)!r}: a file in it is not as slimvlm wrote it ({told})"
+        ) from error
+    raise ConfigError(
+        f"report {str(folder)!r}: neither a run folder (config.json and plan.json) nor a study "
+        f"({TABLE} and study.json)"
+    )
+
+
+def _read_run(folder: Path) -> Record:
+    config = read_object(folder / "config.json", "report:")
+    plan, results = Plan.load(folder / "plan.json"), read_results(folder)
+    on_data, recover = read_held_out(folder), config.get("recover") or {}
+    entries = []
+    for stage, result in results.items():  # as a row of a study's table
+        original = results.get(ORIGINAL, result)
+        trained = recover.get("train") if stage == "recovered" else None
+        row = {
+            **{"axis": plan.axis, "achieved_ratio": plan.ratio, "avg": result.average},
+            **{"train": trained or "none", "loss": recover.get("loss", "")},
+            "recovery": f"{trained} {recover['loss']}" if trained else "none",
+            **{name: getattr(result, name) for name in ("total_params", "prefill_ms", "decode_ms")},
+        }
+        if stage == ORIGINAL:
+            row |= {"axis": ORIGINAL, "achieved_ratio": 0.0, "avg_percent": 100.0}
+        elif not math.isnan(original.average):
+            kept = result.retention(original)
+            row |= {"avg_percent": kept.percent}
+            row |= {"avg_percent_low": kept.low, "avg_percent_high": kept.high}
+        entries.append(_entry(row, stage))
+    tables = [Table("Scores in percent", *result_rows(results), LEGEND)] if results else []
+    if on_data:
+        title, note = "What was kept on unseen samples", "\n".join(held_out_notes(on_data))
+        tables.append(Table(title, *held_out_rows(on_data), note))
+    tables += _walk_tables(folder)
+    there = [
+        [entry.name, entry.interval, row.model, f"{value:.1f}", row.source]
+        for entry in entries
+        if not entry.is_original and entry.percent is not None
+        for row, value in published(entry.axis, entry.train, entry.loss, entry.ratio)
+    ]
+    if there:
+        header = ["model", "AVG-% here", "the study's model", "AVG-% there", "source"]
+        note = (
+            "Other models and tasks: read the trend, not the digits. Values between two published"
+            " ratios lie on a straight line; full training is compared with the study's LoRA."
+        )
+        tables.append(Table("Published numbers", header, there, note))
+    command = ""
+    with suppress(ConfigError):  # options of another version
+        model, options, _ = read_config(folder / "config.json")
+        command = compress_command(model, options, folder)
+    comparison = None
+    if ORIGINAL in results and len(results) > 1:
+        comparison = _compared(results[ORIGINAL], list(results.values())[-1], config)
+    scores = [Scores.load(path) for path in sorted((folder / "scores").glob("*.safetensors"))]
+    learns = f"{recover.get('train')} from {recover.get('loss')}"
+    return Record(
+        title=f"{Path(config['model']).name} at {plan.ratio:.0%}",
+        lead=f"This run {plan.summary()}.",
+        cards=_run_cards(folder, plan, entries),
+        command=command,
+        config=config,
+        entries=entries,
+        prunings=[("", plan, scores)],
+        trainings=_training(folder / "history.json", learns),
+        tables=tables,
+        comparison=comparison,
+    )
+
+
+def _run_cards(folder: Path, plan: Plan, entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
+    cards, times = [], read_times(folder)
+    compared = len(entries) > 1 and entries[0].is_original
+    first, last = (entries[0], entries[-1]) if compared else (None, None)
+    if last is not None and last.percent is not None:
+        interval = f"95 % interval {last.low:.1f} to {last.high:.1f}"
+        cards.append(("Kept (AVG-%)", f"{last.percent:.1f}", interval))
+    asked = "" if plan.asked_ratio is None else f"asked for {plan.asked_ratio:.1%}"
+    before, after = plan.before.total_params / 1e6, plan.after.total_params / 1e6
+    cards.append(("Backbone removed", f"{plan.ratio:.1%}", asked))
+    cards.append(("Parameters", f"{after:,.1f} M", f"of {before:,.1f} M"))
+    if times is not None:  # paired with the original's; else each model's own
+        for title, share in (("Time to read", times.prefill), ("Time to write", times.decode)):
+            bounds = f"of the original's, {share.low:.0%} to {share.high:.0%} in all rounds"
+            cards.append((title, f"{share.value:.0%}", bounds))
+    elif first is not None and last is not None:
+        cards.append(("Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"))
+        words = f"a token, of {first.decode_ms:.1f} ms"
+        cards.append(("Decode", f"{last.decode_ms:.1f} ms", words))
+    on_data = [*read_held_out(folder).values()]
+    same = on_data[-1].figures.agreement if on_data else None
+    if same is not None and same.low is not None and same.high is not None:
+        interval = f"on unseen samples, 95 % interval {same.low:.1f} to {same.high:.1f}"
+        cards.append(("Same next token", f"{same.value:.1f} %", interval))
+    return cards
+
+
+def _walk_tables(folder: Path) -> Iterator[Table]:
+    """Make tables of the errors of each matrix and layer before and after repair."""
+    path = folder / "walk.json"
+    report = read_object(path, "report:") if path.is_file() else {"layers": []}
+    refits = [
+        [f"{layer['index']}.{name}", f"{row['sliced']:.2%}", f"{row['repaired']:.2%}"]
+        for layer in report["layers"]
+        for name, row in layer["refits"].items()
+    ]
+    distilled = [
+        [str(layer["index"]), *(f"{error:.2%}" for error in layer["distilled"])]
+        for layer in report["layers"]
+        if layer["distilled"] is not None
+    ]
+    if refits:
+        header = ["matrix", "error when sliced", "error when repaired"]
+        note = "; ".join(report.get("notes", ()))
+        yield Table("Closed-form repair, squared output error", header, refits, note, folded=True)
+    if distilled:
+        title = "Local distillation, error of the layer's output on held-out tokens"
+        yield Table(title, ["layer", "before", "after"], distilled, folded=True)
+
+
+def _read_study(folder: Path) -> Record:
+    config = read_object(folder / "study.json", "report:")
+    try:
+        table = pd.read_parquet(folder / TABLE)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"report {str(folder)!r}: cannot be read ({error})") from error
+    done = table[table["status"] == DONE]
+    cells, wanted = (rows[rows["axis"] != ORIGINAL] for rows in (done, table))
+    of_axis = cells.astype(str).groupby("axis")
+    varied = [name for name in _OPTIONS if (of_axis[name].nunique() > 1).any()]
+    entries = {
+        index: _entry(row, _name(row, varied), varied, f"cell-{index}")
+        for index, row in done.iterrows()
+    }
+    prunings = []
+    for _, row in [] if cells.empty else cells.drop_duplicates("plan").iterrows():
+        scores = [Scores.load(folder / name) for name in str(row["scores"]).split()]
+        title = f"{Path(row['model']).name} {row['axis']} {row['ratio']:.0%}, {row['criterion']}"
+        prunings.append((title, Plan.load(folder / str(row["plan"])), scores))
+    trainings = []
+    for index, row in cells.iterrows():
+        if not pd.isna(row["history"]):
+            trainings += _training(folder / row["history"], entries[index].name)
+    failed = int((wanted["status"] == FAILED).sum())
+    words = f"{failed} failed, {len(wanted) - len(cells) - failed} open"
+    cards = [("Cells", str(len(cells)), words)]
+    for ratio in sorted(cells["ratio"].unique())[:5]:
+        entry = entries[cells[cells["ratio"] == ratio]["avg_percent"].idxmax()]
+        how = f"{entry.axis}, {entry.recovery if entry.train else 'untrained'}"
+        cards.append((f"Best at {ratio:.0%} (AVG-%)", f"{entry.percent:.1f}", how))
+    comparison, notes = None, []
+    if not cells.empty:
+        nearest = min(cells["ratio"].unique(), key=lambda measured: abs(measured - SHOWN_RATIO))
+        best = cells[cells["ratio"] == nearest]["avg_percent"].idxmax()
+        shown, notes = cells.loc[best], [f"Answers are those of: {entries[best].name}."]
+        originals = table[(table["axis"] == ORIGINAL) & (table["model"] == shown["model"])]
+        original = Result.load(folder / originals.iloc[0]["result"])
+        comparison = _compared(original, Result.load(folder / shown["result"]), config)
+    models = ", ".join(Path(model).name for model in table["model"].unique())
+    axes = " and ".join(wanted["axis"].unique())
+    return Record(
+        title=f"Study of {models}",
+        lead=f"{len(cells)} of {len(wanted)} cells measured, along {axes}.",
+        cards=cards,
+        command=shlex.join(["slimvlm", "study", str(folder / STUDY), "--out", str(folder)]),
+        config=config,
+        entries=list(entries.values()),
+        prunings=prunings,
+        trainings=trainings,
+        tables=_study_tables(table, done, list(entries.values())),
+        comparison=comparison,
+        notes=notes,
+    )
+
+
+def _name(row: pd.Series, varied: Sequence[str] = ()) -> str:
+    """Name a cell by its options."""
+    short = Path(str(row["model"])).name
+    if row["axis"] == ORIGINAL:
+        return f"{short} original"
+    trained = "untrained" if row["train"] == "none" else str(row["recovery"])
+    options = [f"{name} {row[name]}" for name in varied if row[name] != ""]
+    return ", ".join([f"{short} {row['axis']} {row['ratio']:.0%}", trained, *options])
+
+
+def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Entry]) -> list[Table]:
+    """Make tables of all cells, claims, scores by task and failures."""
+    from slimvlm_tools.claims import claims_of
+
+    extra = list(dict.fromkeys(name for entry in entries for name in entry.columns))
+    header = ["model", "removed", "AVG", "AVG-% [95 % interval]", *extra]
+    header += ["the study", "parameters", "prefill ms", "decode ms"]
+    rows = []
+    for entry in entries:
+        there = []
+        if not entry.is_original and entry.fraction == 1:
+            there = published(entry.axis, entry.train, entry.loss, entry.ratio)
+        low, high = entry.low, entry.high
+        differs = low is not None and high is not None and not low <= 100 <= high
+        rows.append(
+            [
+                *(entry.name, f"{entry.ratio:.1%}", f"{entry.average:.1f}"),
+                f"{entry.interval}{MARK if differs else ''}",
+                *(entry.columns.get(name, "") for name in extra),
+                " / ".join(f"{value:.1f}" for _, value in there),
+                f"{entry.total_params / 1e6:.1f} M",
+                *(f"{entry.prefill_ms:.1f}", f"{entry.decode_ms:.1f}"),
+            ]
+        )
+    note = (
+        "* The 95 % interval (paired bootstrap over questions) excludes 100. The study: AVG-% of "
+        "LLaVA-1.5-7B, Mini-InternVL-4B and Bunny-3B for the same axis, recovery and ratio "
+        "(arXiv:2604.24380), with all of its data, LoRA next to full training; other models and "
+        "tasks, so read the trend."
+    )
+    tables = [Table("All cells", header, rows, note, ids=[entry.link for entry in entries])]
+    claims = [claim for claim in claims_of(table) if claim.verdict != "not measured"]
+    if claims:
+        title, header = "What this says on the study's claims", ["claim", "says", "here"]
+        rows = [[claim.name, claim.statement, claim.verdict] for claim in claims]
+        numbers = [[claim.name, line] for claim in claims for line in claim.numbers]
+        behind = Table("The numbers behind", ["claim", "comparison"], numbers, "", True, True)
+        tables += [Table(title, header, rows, wraps=True), behind]
+    names = [name for name in done.columns if name.startswith("score:")]
+    rows = [
+        [entry.name, *("" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in names)]
+        for entry, (_, row) in zip(entries, done.iterrows(), strict=True)
+    ]
+    header = ["model", *(name.removeprefix("score:") for name in names)]
+    note = "In percent; perplexity as it is."
+    tables.append(Table("Scores by task", header, rows, note, folded=True))
+    failed = table[table["status"] == FAILED]
+    if len(failed):
+        rows = [[_name(row), str(row["failed"])] for _, row in failed.iterrows()]
+        tables.append(Table("Failed cells", ["cell", "error"], rows, wraps=True))
+    return tables
+
+
+def _entry(
+    row: Mapping[str, Any] | pd.Series, name: str, varied: Sequence[str] = (), link: str = ""
+) -> Entry:
+    """Make an entry from a row of a study's table or one with the same columns."""
+    original = row["axis"] == ORIGINAL
+    ends = ("", "_low", "_high")
+    percent, low, high = (_number(row.get(f"avg_percent{end}")) for end in ends)
+    columns = {option: "" if original else str(row[option]) for option in varied}
+    columns["above floor"] = _with_interval(*(_number(row.get(f"above_floor{e}")) for e in ends))
+    reference = _number(row.get("reference"))
+    if reference is not None:
+        columns["reference"] = f"{reference:.1f} ({row['reference_source']})"
+    options = [f"{each} {row[each]}" for each in varied if each != "seed" and row[each] != ""]
+    train = None if original or row["train"] == "none" else str(row["train"])
+    return Entry(
+        name=name,
+        axis="" if original else str(row["axis"]),
+        ratio=float(row["achieved_ratio"]),
+        recovery="" if original else str(row["recovery"]),
+        average=float(row["avg"]),
+        percent=percent,
+        low=low,
+        high=high,
+        total_params=int(row["total_params"]),
+        prefill_ms=float(row["prefill_ms"]),
+        decode_ms=float(row["decode_ms"]),
+        train=train,
+        loss="" if train is None else str(row["loss"]),
+        model=str(row.get("model", "")),
+        fraction=float(row.get("fraction", 1.0)),
+        variant="" if original else ", ".join(options),
+        link=link,
+        columns=columns,
+    )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or pd.isna(value) else float(value)
+
+
+def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
+    bounds = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
+    return "" if value is None else f"{value:.1f}{bounds}"
+
+
+def _training(path: Path, title: str) -> list[tuple[str, str, Sequence[Mapping[str, float]]]]:
+    """Read the history of a recovery, if it has one."""
+    if not path.is_file():
+        return []
+    history = History.load(path)
+    about = (
+        f"{history.num_samples} conversations; {history.trained_params / 1e6:.1f} M parameters "
+        f"learned; teacher: {history.teacher}"
+    )
+    return [(title, about, history.steps)]
+
+
+def _compared(original: Result, other: Result, config: Mapping[str, Any]) -> Comparison:
+    """Compare the original and another model, answer by answer."""
+    known = builtin_tasks()
+    with suppress(ConfigError):  # a file that has gone, or lmms-eval's: answers without questions
+        known |= {task.name: task for task in find_tasks(config["tasks"])}
+    return compare(original, other, known)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.recipes import published
-from slimvlm.runs.report.read import Entry
+from slimvlm.runs.report import Entry
 from slimvlm.scoring.unit_scores import Scores
 
 COLOURS: Mapping[str, str] = {
