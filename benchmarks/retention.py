@@ -43,8 +43,8 @@ from slimvlm.runs import stages
 from slimvlm.runs.request import Request, resolved, scored_by
 from slimvlm.runs.stages import Calibration
 from slimvlm.runs.tables import as_markdown
-from slimvlm.scoring.layerwise.runner import Live
-from slimvlm.scoring.layerwise.stores import Memory
+from slimvlm.scoring.layerwise import Live
+from slimvlm.scoring.stores import Memory
 from slimvlm.scoring.unit_scores import Scores
 
 BASELINES = ("ShortGPT", "LLM-Pruner")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import slimvlm as sv
 from slimvlm.models.parts import shares_keys
-from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from slimvlm.scoring.layerwise import open_checkpoint
 from tests import tiny
 from tests.gpu.alike import assert_close
 from tests.tiers import ARCHETYPES, tiered

@@ -19,9 +19,9 @@ from slimvlm.pruning.walk.engine import Steps, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, states_bytes, walk
 from slimvlm.runs.advise import dry_run, dry_run_rows
-from slimvlm.scoring.layerwise import stores
-from slimvlm.scoring.layerwise.runner import Live
-from slimvlm.scoring.layerwise.stores import Memory, Scratch, StatesPlace, Store
+from slimvlm.scoring import stores
+from slimvlm.scoring.layerwise import Live
+from slimvlm.scoring.stores import Memory, Scratch, StatesPlace, Store
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
 from tests.gpu.alike import assert_close

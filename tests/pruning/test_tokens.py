@@ -18,7 +18,7 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import new_numbers, token_ids_of, trimmed_processor
-from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from slimvlm.scoring.layerwise import open_checkpoint
 from tests import tiny, tiny_folder, tiny_words
 from tests.handmade import assert_equal, assert_untouched, logits, random_scores, snapshot
 from tests.tiers import tiered

@@ -20,12 +20,12 @@ from slimvlm.cli import main
 from slimvlm.core.errors import ConfigError, DataError, InUseError, NumericalError
 from slimvlm.core.files import held
 from slimvlm.models.load import auto_class, load
+from slimvlm.models.parts import Parts
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import PLAN_FILE, prune_checkpoint, save
-from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
-from slimvlm.scoring.layerwise.runner import LayerwiseModel
+from slimvlm.scoring.layerwise import LayerwiseModel, open_checkpoint
 from slimvlm.scoring.score_model import score, score_checkpoint
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny, tiny_folder
@@ -118,11 +118,11 @@ def test_one_layer_is_in_memory_at_a_time(case, model, data, folder, monkeypatch
 
     @contextmanager
     def watched(self, index):
-        with layers(self, index) as view:
-            (loaded,) = view.layers
+        with layers(self, index) as reduced:
+            (loaded,) = Parts(reduced).layers
             for module in (self.model, loaded):
                 loaded.register_forward_pre_hook(lambda *_, m=module: look(m))
-            yield view
+            yield reduced
 
     monkeypatch.setattr(LayerwiseModel, "layer", watched)
     score_checkpoint(folder, data, **CASES[case])

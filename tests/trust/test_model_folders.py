@@ -14,7 +14,7 @@ from slimvlm.export.quantize import quantize
 from slimvlm.models.families import BACKBONES, FAMILIES
 from slimvlm.models.files import check_folder
 from slimvlm.models.load import anatomy, load
-from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from slimvlm.scoring.layerwise import open_checkpoint
 from tests import tiny_folder as folders
 from tests.trust.spoiled import INDEX, WEIGHTS, divide, renamed_part, write_pickle
 

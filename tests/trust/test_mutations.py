@@ -36,7 +36,7 @@ from slimvlm.models.load import anatomy, load, load_config, load_processor
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.study.config import expand, read_study
 from slimvlm.runs.tables import as_table, result_rows
-from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from slimvlm.scoring.layerwise import open_checkpoint
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 from tests import tiny_folder as folders

@@ -49,7 +49,7 @@ from slimvlm.pruning.cut import MULTI_TOKEN_FIELDS, Cut, cuts_of, prune_
 from slimvlm.pruning.layout import lay_out, layout_of, write_processor
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Weights
-from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
+from slimvlm.scoring.layerwise import LazyCheckpoint, open_checkpoint
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")

@@ -30,7 +30,7 @@ from slimvlm.pruning.walk.walk import WALKING, states_bytes
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request, ratio_of, scored_by
 from slimvlm.scoring.criteria import CRITERIA
-from slimvlm.scoring.layerwise.stores import StatesPlace
+from slimvlm.scoring.stores import StatesPlace
 
 CALIBRATION_BATCH = 4
 """Calibration samples in a batch."""

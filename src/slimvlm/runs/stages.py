@@ -43,9 +43,9 @@ from slimvlm.runs.cost import CALIBRATION_BATCH, TRIAL_SHARE, optimizer_steps
 from slimvlm.runs.request import Request, requests_by_axis, scored_by, tokens_alone, with_tokens
 from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.criteria import CRITERIA
-from slimvlm.scoring.layerwise.runner import Live, Source
-from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
+from slimvlm.scoring.layerwise import Live, Source
 from slimvlm.scoring.score_model import calibration_batches, score
+from slimvlm.scoring.stores import Memory, Scratch, Store
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 from slimvlm.training.recover import recover as train

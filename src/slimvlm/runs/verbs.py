@@ -44,10 +44,9 @@ from slimvlm.runs.request import Request, check_options, check_questions, scored
 from slimvlm.runs.stages import ORIGINAL, PRUNED, Calibration, SampleSplit
 from slimvlm.runs.tables import held_out_text
 from slimvlm.scoring.criteria import CRITERIA, require_low_memory
-from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
-from slimvlm.scoring.layerwise.runner import LayerwiseModel
-from slimvlm.scoring.layerwise.stores import Scratch, StatesPlace, scratch_folder
+from slimvlm.scoring.layerwise import LayerwiseModel, LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.score_model import score_by_layer
+from slimvlm.scoring.stores import Scratch, StatesPlace, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import ADAPTER_FOLDER, TRACKER_FOLDER, History
 from slimvlm.training.recover import recover as train
@@ -286,9 +285,8 @@ def _predictions(
     with evaluating(runner.model):
         runner.embed(batches)
         for index in range(last):
-            with runner.layer(index) as layer:
-                for batch in runner.batches():
-                    layer(**batch)
+            with runner.layer(index):
+                runner.finish(index)
             store.drop(f"hidden-{index}")
         with source.after_layers(device):
             states = (

@@ -21,10 +21,9 @@ from slimvlm.models.load import device_named, require_full_precision
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.scoring.batches import Batch, Watched
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named, require_low_memory
-from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
-from slimvlm.scoring.layerwise.runner import LayerwiseModel
-from slimvlm.scoring.layerwise.stores import Scratch, scratch_folder
+from slimvlm.scoring.layerwise import LayerwiseModel, LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.statistics import Statistics, Values
+from slimvlm.scoring.stores import Scratch, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
 
 PART_BYTES = 2 * 2**30
@@ -264,7 +263,7 @@ def score_by_layer(
                 for name in by_layer:
                     score_layer(view, name, index)
                 if needs_data:
-                    runner.finish(view, index)
+                    runner.finish(index)
             if not keeps_hidden:
                 store.drop(f"hidden-{index}")
         scores: list[Scores] = []

@@ -18,10 +18,9 @@ from slimvlm.pruning.save import prune_checkpoint, save
 from slimvlm.pruning.walk.engine import LayerWalk, Steps, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, walk, walk_, walk_checkpoint
-from slimvlm.scoring.layerwise import stores
-from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint, open_checkpoint
-from slimvlm.scoring.layerwise.runner import Live, Source
-from slimvlm.scoring.layerwise.stores import Memory, Scratch, Store
+from slimvlm.scoring import stores
+from slimvlm.scoring.layerwise import LazyCheckpoint, Live, Source, open_checkpoint
+from slimvlm.scoring.stores import Memory, Scratch, Store
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 from tests.handmade import Batch, assert_equal, assert_untouched, random_scores, snapshot

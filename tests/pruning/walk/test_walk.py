@@ -21,10 +21,10 @@ from slimvlm.pruning.walk.streams import PREFIX, Streams
 from slimvlm.pruning.walk.walk import walk, walk_
 from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.inputs import capture_grams
-from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live
-from slimvlm.scoring.layerwise.stores import Memory
+from slimvlm.scoring.layerwise import LayerwiseModel, Live
 from slimvlm.scoring.obs import DAMPING
 from slimvlm.scoring.score_model import score
+from slimvlm.scoring.stores import Memory
 from tests import tiny
 from tests.handmade import (
     Batch,

@@ -22,7 +22,7 @@ from slimvlm.models.files import write_weights
 from slimvlm.models.load import empty_model, load
 from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import probe
-from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
+from slimvlm.scoring.layerwise import open_checkpoint
 from slimvlm_tools.convert.pieces import EMBEDDINGS, Conversion, check_complete
 
 SHARD_BYTES = 2**30

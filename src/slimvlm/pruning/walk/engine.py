@@ -41,8 +41,8 @@ from slimvlm.pruning.walk.result import (
 )
 from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, Streams
 from slimvlm.scoring.batches import Batch, TokenWeights
-from slimvlm.scoring.layerwise.stores import Store
 from slimvlm.scoring.obs import DAMPING, removal_order
+from slimvlm.scoring.stores import Store
 from slimvlm.scoring.unit_scores import Scores
 
 

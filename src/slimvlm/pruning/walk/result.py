@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.scoring.layerwise.stores import Store
+from slimvlm.scoring.stores import Store
 from slimvlm.scoring.unit_scores import Scores
 
 Weights = Mapping[tuple[int, str], Tensor]

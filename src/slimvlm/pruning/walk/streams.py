@@ -23,7 +23,7 @@ from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, shares_keys
 from slimvlm.pruning.repair import Writer
 from slimvlm.scoring.batches import TokenWeights, labels_of, mean_answer_loss
-from slimvlm.scoring.layerwise.runner import LayerCalls, LayerwiseModel
+from slimvlm.scoring.layerwise import LayerCalls, LayerwiseModel
 from slimvlm.scoring.moments import Moments
 
 PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"

@@ -34,10 +34,9 @@ from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import Streams
 from slimvlm.scoring.batches import Batch, TokenWeights, frozen
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
-from slimvlm.scoring.layerwise.checkpoint import open_checkpoint
-from slimvlm.scoring.layerwise.runner import LayerwiseModel, Live, Source
-from slimvlm.scoring.layerwise.stores import Memory, Scratch, StatesPlace, Store, scratch_folder
+from slimvlm.scoring.layerwise import LayerwiseModel, Live, Source, open_checkpoint
 from slimvlm.scoring.score_model import score, score_by_layer
+from slimvlm.scoring.stores import Memory, Scratch, StatesPlace, Store, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
 
 WALKING = "obs"
@@ -71,7 +70,7 @@ def walk_(
 
     Needs, beyond the model: the new weights, in host memory; the hidden states of all batches
     between two layers (twice where the original's are aimed at), on the model's device, in host
-    memory or in files (`slimvlm.scoring.layerwise.stores.StatesPlace`); and one layer's sums.
+    memory or in files (`slimvlm.scoring.stores.StatesPlace`); and one layer's sums.
 
     Args:
         model: The original model.

@@ -1,37 +1,50 @@
-"""Forward passes one decoder layer at a time, whether layers are in memory or in files.
+"""A model run one decoder layer at a time, with its layers in memory or in files.
 
 The text model is run once for each batch with layers that only record what they are called with;
-then every layer takes all batches in turn. Captures see a `LayerView`: a model that has this layer
-only and runs stored inputs through it. So they are the same functions that score a model in memory.
+then every layer takes all batches in turn. Captures see a model that has this layer only and runs
+stored inputs through it. So they are the same functions that score a model in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.core.documents import digest
-from slimvlm.core.errors import DataError, UnsupportedModelError
+from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.data.roles import valid_tokens
+from slimvlm.models.files import Origin, origins_in_files, unreadable, weight_files
 from slimvlm.models.hidden import (
     all_finite,
     layer_output,
     replaced_forward,
     require_finite_values,
 )
-from slimvlm.models.load import digest_of_tensors
+from slimvlm.models.load import (
+    digest_of_tensors,
+    empty_model,
+    folder_of,
+    load_config,
+    require_full_precision,
+)
 from slimvlm.models.parts import Parts, shares_keys
 from slimvlm.scoring.batches import Batch, forward_backbone, on_device
-from slimvlm.scoring.layerwise.checkpoint import LazyCheckpoint
-from slimvlm.scoring.layerwise.stores import Store, packed, unpacked
+from slimvlm.scoring.stores import Store, packed, unpacked
 
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _KEPT = ("input_ids", "labels")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -47,10 +60,11 @@ class LayerCalls:
 
     def with_own_dictionaries(self) -> LayerCalls:
         """Copy the dictionaries in which layers pass keys and values to later ones."""
-        own: dict[int, dict[Any, Any]] = {}
+        own: dict[int, Any] = {}
 
         def copied(value: Any) -> Any:
-            return own.setdefault(id(value), dict(value)) if type(value) is dict else value
+            known = isinstance(value, MutableMapping)
+            return own.setdefault(id(value), copy(value)) if known else value
 
         arguments = {
             index: (args, {name: copied(value) for name, value in kwargs.items()})
@@ -76,6 +90,138 @@ class LayerCalls:
 
 
 @dataclass(frozen=True)
+class LazyCheckpoint:
+    """A native model without weights, and its files, from which they are read when asked for."""
+
+    folder: Path
+    model: PreTrainedModel  # parameters have no storage, buffers that files lack are there
+    origins: Mapping[str, Origin]  # of parameters and stored buffers, by their names in the model
+    files: Mapping[str, Path]  # of tensors by their names there
+    unused: tuple[str, ...]  # names in the files that the model has no use for
+
+    def read(self, name: str) -> Tensor:
+        """Read a parameter or stored buffer."""
+        origin, dtype = self.origins[name], self.model.get_parameter_or_buffer(name).dtype
+        tensors = []
+        for key in origin.keys:
+            with safe_open(self.files[key], framework="pt") as file:
+                tensors.append(file.get_tensor(key).to(dtype))
+        return origin.made_of(tensors)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The configuration; path, size and time of each weight file."""
+        files = sorted(self.folder.resolve().glob("*.safetensors"))
+        return {
+            "config": self.model.config.to_json_string(),
+            "dtype": str(self.model.dtype),
+            "weights": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        }
+
+    @contextmanager
+    def loaded(self, has: Callable[[str], bool], device: torch.device) -> Iterator[None]:
+        """Give parameters of these names their values inside, mapped from the files on a CPU.
+
+        On another device also buffers of these names, and those of no layer: any layer may read
+        them.
+        """
+        put = partial(set_module_tensor_to_device, clear_cache=False)  # else it waits each time
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        chosen = [name for name, _ in parameters if has(name)]
+        moved = [
+            name
+            for name, buffer in self.model.named_buffers(remove_duplicate=False)
+            if buffer.device.type != device.type
+            and (has(name) or not name.startswith(self._layers))
+        ]
+        try:
+            for name in moved:
+                put(self.model, name, device)
+            for name in chosen:
+                put(self.model, name, device, self.read(name))
+            yield
+        finally:
+            for name in chosen:
+                put(self.model, name, "meta")
+            for name in moved:
+                put(self.model, name, "cpu")
+            self.model.tie_weights()
+
+    def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, a decoder layer has its weights."""
+        return self.loaded(lambda name: name.startswith(f"{self._layers}{index}."), device)
+
+    def before_layers(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, towers, projector and embeddings (and the norm) have their weights."""
+        others = (self._layers, f"{Parts(self.model).family.head}.")
+        return self.loaded(lambda name: not name.startswith(others), device)
+
+    def after_layers(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, the final norm and the head have their weights."""
+        parts = Parts(self.model)
+        norm = f"{parts.family.backbone}.{parts.row.final_norm}."
+        return self.loaded(lambda name: name.startswith((norm, f"{parts.family.head}.")), device)
+
+    @property
+    def _layers(self) -> str:
+        return f"{Parts(self.model).family.backbone}.layers."
+
+
+def open_checkpoint(
+    model: str | Path, dtype: str = "auto", trust_remote_code: bool = False
+) -> LazyCheckpoint:
+    """Find every weight of a folder or hub id (downloaded) without reading any.
+
+    Refuses files that lack a parameter or hold it in another shape.
+    """
+    where, config = f"model {str(model)!r}:", load_config(model, trust_remote_code)
+    require_full_precision(config, "scored or pruned with low memory")
+    folder = folder_of(model)
+    files = weight_files(folder)
+    keys_of: dict[Path, list[str]] = defaultdict(list)
+    for key, path in files.items():
+        keys_of[path].append(key)
+    shapes: dict[str, list[int]] = {}
+    numbers = Counter[str]()  # by data type
+    with unreadable(model, "weights"):
+        for path, keys in keys_of.items():
+            with safe_open(path, framework="pt") as file:
+                for key in keys:
+                    part = file.get_slice(key)
+                    shapes[key] = part.get_shape()
+                    numbers[part.get_dtype()] += prod(shapes[key])
+    ((most, _),) = numbers.most_common(1)
+    if most not in _DTYPES:
+        raise ConfigError(f"{where} weights of type {most} cannot be computed with")
+    kind = getattr(torch, _DTYPES[most] if dtype == "auto" else dtype)
+    with unreadable(model, "config"):
+        skeleton = empty_model(config, kind, with_buffers=True).requires_grad_(False).eval()
+        skeleton.tie_weights()  # parameters without storage are made one by one
+    origins = origins_in_files(skeleton, files)
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        if name not in origins:
+            raise ConfigError(f"{where} weights lack {name!r}")
+        keys = list(origins[name].keys)
+        try:
+            parts = [torch.empty(shapes[key], device="meta") for key in keys]
+            shape = list(origins[name].made_of(parts).shape)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{where} {len(keys)} tensors such as {keys[0]!r} do not fit together"
+            ) from error
+        if list(parameter.shape) != shape:
+            raise ConfigError(
+                f"{where} {keys[0]!r} has shape {shape} but the configuration says "
+                f"{list(parameter.shape)}"
+            )
+    unused = files.keys() - {key for origin in origins.values() for key in origin.keys}
+    found = LazyCheckpoint(folder, skeleton, origins, files, tuple(sorted(unused)))
+    for buffer in [name for name, _ in skeleton.named_buffers() if name in origins]:
+        set_module_tensor_to_device(skeleton, buffer, "cpu", found.read(buffer))
+    return found
+
+
+@dataclass(frozen=True)
 class Live:
     """A model that is in memory, with all its weights."""
 
@@ -89,35 +235,6 @@ class Live:
 
 
 Source = Live | LazyCheckpoint
-
-
-class LayerView(nn.Module):
-    """A model of some layers only, for captures; ``run`` runs a stored batch through them."""
-
-    def __init__(
-        self, whole: PreTrainedModel, layers: nn.ModuleList, run: Callable[[int], object]
-    ) -> None:
-        super().__init__()
-        self.layers, self._run = layers, run
-        self._whole = (whole,)  # in a tuple, it is no submodule
-
-    @property
-    def config(self) -> Any:
-        """The whole model's."""
-        return self._whole[0].config
-
-    @property
-    def base_model(self) -> nn.Module:
-        """Itself: there is no head."""
-        return self
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """A part of the whole model, by its path there."""
-        return self._whole[0].get_submodule(target)
-
-    def forward(self, place: int, **batch: Any) -> None:
-        """Run the batch at a place; the capture reads the rest of it."""
-        self._run(place)
 
 
 @dataclass(frozen=True)
@@ -222,8 +339,8 @@ class LayerwiseModel:
         return set(map(int, self.store.about("batches", place)["calls"]))
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[LayerView]:
-        """One layer alone, with its weights."""
+    def layer(self, index: int) -> Iterator[PreTrainedModel]:
+        """Inside, the model has one layer alone, with its weights, and runs stored batches."""
         layer = Parts(self.model).layers[index]
 
         def run(place: int) -> None:
@@ -239,20 +356,20 @@ class LayerwiseModel:
             if not self.store.has(f"hidden-{index + 1}"):
                 self.store.write(f"hidden-{index + 1}", place, {"hidden": output})
 
-        with self.source.layer(index, self.device), self._view([layer], run) as view:
-            yield view
+        with self.source.layer(index, self.device), self._reduced([layer], run):
+            yield self.model
 
-    def finish(self, view: LayerView, index: int) -> None:
-        """Store the outputs of a layer for the batches that no capture has run."""
+    @torch.no_grad()
+    def finish(self, index: int) -> None:
+        """Store the outputs of a layer for the batches that no capture has run; inside `layer`."""
         for batch in self.batches():
             if self.store.about(f"hidden-{index + 1}", batch["place"]) is None:
-                with torch.no_grad():
-                    view(**batch)
+                forward_backbone(self.model, batch)
         self.store.finish(f"hidden-{index + 1}")
 
     @contextmanager
-    def replayed(self) -> Iterator[LayerView]:
-        """All layers, each of them returning its stored output, and the final norm."""
+    def replayed(self) -> Iterator[PreTrainedModel]:
+        """Inside, each layer returns its stored output, and the final norm is there."""
         layers = [nn.Identity() for _ in Parts(self.model).layers]
 
         def run(place: int) -> None:
@@ -262,19 +379,18 @@ class LayerwiseModel:
                     layer(self.input_of(index, place))
             Parts(self.model).norm(self.input_of(len(layers), place))
 
-        with self.source.after_layers(self.device), self._view(layers, run) as view:
-            yield view
+        with self.source.after_layers(self.device), self._reduced(layers, run):
+            yield self.model
 
     @contextmanager
-    def _view(
-        self, layers: Sequence[nn.Module], run: Callable[[int], object]
-    ) -> Iterator[LayerView]:
-        """Inside, the text model has these decoder layers and no others."""
+    def _reduced(self, layers: Sequence[nn.Module], run: Callable[[int], object]) -> Iterator[None]:
+        """Inside, the model has these layers alone, and runs the stored batch at a place."""
         text_model = Parts(self.model).text_model
         before = text_model.layers
         text_model.layers = nn.ModuleList(layers)
         try:
-            yield LayerView(self.model, text_model.layers, run)
+            with replaced_forward(self.model.base_model, lambda place, **batch: run(place)):
+                yield
         finally:
             text_model.layers = before
 

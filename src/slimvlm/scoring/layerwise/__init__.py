@@ -1,1 +1,0 @@
-"""A model run one decoder layer at a time, with layers and hidden states in memory or in files."""
