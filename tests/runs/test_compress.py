@@ -42,6 +42,7 @@ from slimvlm.runs.compress import (
 from slimvlm.runs.report import read_record, report_html
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
+from tests.handmade import Stopped, contents, stops
 from tests.tiers import tiered
 
 pytestmark = pytest.mark.usefixtures("unhurried")
@@ -83,11 +84,6 @@ def answers_in(folder: Path) -> dict[str, Any]:
     return on_data | {f.name: Result.load(f).tasks for f in files if f.name not in on_data}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 @pytest.fixture(scope="module")
 def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody interrupted. Tests must not change it."""
@@ -106,14 +102,6 @@ def short(unhurried: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Stopped(Exception):
-    """The machine goes down."""
-
-
-def stops(*args: Any, **kwargs: Any) -> Any:
-    raise Stopped
-
-
 def stopped(asked: Asked, out: Path, name: str = "prune_", force: bool = False) -> Path:
     """Begin a run that goes down before a stage."""
     with pytest.MonkeyPatch.context() as patch:
@@ -125,10 +113,8 @@ def stopped(asked: Asked, out: Path, name: str = "prune_", force: bool = False) 
 
 def test_a_run_leaves_what_repeats_and_explains_it(finished, data):
     found = {path.name for path in finished.iterdir()}
-    assert found >= {
-        *("config.json", "plan.json", "scores", "results", "history.json"),
-        *("checkpoint", "summary.md"),
-    }
+    kept = ("config.json", "plan.json", "scores", "results", "history.json", "checkpoint")
+    assert found >= {*kept, "summary.md"}
     assert not found & {"pruned", "training"}
     stored = json.loads((finished / "config.json").read_text())
     assert (stored["ratio"], stored["data"]) == (0.3, str(data))
@@ -142,7 +128,7 @@ def test_a_run_leaves_what_repeats_and_explains_it(finished, data):
     assert "AVG" in summary
 
 
-def test_the_checkpoint_is_the_planned_model(finished):
+def test_the_checkpoint_is_the_planned_model_and_learnt_from_other_samples(finished):
     plan = Plan.load(finished / "plan.json")
     assert plan.ratio == pytest.approx(0.3, abs=0.01)
     model, processor = load(finished / "checkpoint")
@@ -150,9 +136,6 @@ def test_the_checkpoint_is_the_planned_model(finished):
     assert processor is not None
     recovered = Result.load(finished / "results" / "recovered.json")
     assert recovered.backbone_params == plan.after.backbone_params
-
-
-def test_recovery_learns_from_other_samples_than_calibration(finished):
     history = json.loads((finished / "history.json").read_text())
     assert history["sample_ids"] == [f"s{i}" for i in range(4, 10)]
     assert [each.id for each in read_held_out(finished)["recovered"].samples] == ["s10", "s11"]
@@ -268,17 +251,14 @@ def test_a_stopped_run_repeats_no_finished_stage(data, tmp_path, monkeypatch):
     assert [results[stage].prefill_ms for stage in results] == [2.25, 123.0, 123.0]
 
 
-def test_a_finished_run_is_refused(finished, data):
+def test_a_finished_run_is_refused_and_its_results_are_those_of_the_same_request(
+    finished, data, tmp_path
+):
     before = contents(finished)
     with pytest.raises(ConfigError, match=r"finished' exists.*--force"):
         compress(*request_for(data), finished, say=silent)
     assert contents(finished) == before
-
-
-def test_results_of_a_run_are_those_of_the_same_request_at_its_end(finished, data, tmp_path):
-    found = results_of(*request_for(data), finished)
-    assert found is not None
-    assert list(found) == list(STAGES)
+    assert list(results_of(*request_for(data), finished)) == list(STAGES)
     assert results_of(*request_for(data, ratio=0.2), finished) is None
     out = stopped(request_for(data, tasks=None), tmp_path / "stopped")
     assert results_of(*request_for(data, tasks=None), out) is None
@@ -307,13 +287,6 @@ def test_a_folder_that_is_no_run_is_refused(text, data, tmp_path):
     assert contents(out) == {"config.json": text.encode()}
 
 
-def test_what_a_stopped_force_left_goes_with_a_run_without_it(tmp_path):
-    out = stopped(pruning(), tmp_path / "run", force=True)
-    assert [path.name for path in tmp_path.iterdir()] == [".run.partial"]
-    compress(*pruning(), out, say=silent)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
 def test_what_force_replaces_stays_until_the_new_run_is_whole(short, data, tmp_path, monkeypatch):
     out = Path(shutil.copytree(short, tmp_path / "run"))
     (out / "mine").write_text("")
@@ -322,6 +295,9 @@ def test_what_force_replaces_stays_until_the_new_run_is_whole(short, data, tmp_p
     for stage in ("prune_", "recover_", "finish"):
         stopped(request, out, stage, force=True)
         assert contents(out) == before
+    other = stopped(pruning(), tmp_path / "other", force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", ".run.partial", ".other.partial"}
+    compress(*pruning(), other, say=silent)  # what the stopped one left goes, too
     said: list[str] = []
     monkeypatch.setattr(stages, "prune_", stops)  # done already
     compress(*request, out, force=True, say=said.append)
@@ -329,7 +305,7 @@ def test_what_force_replaces_stays_until_the_new_run_is_whole(short, data, tmp_p
     assert json.loads((out / "config.json").read_text())["ratio"] == 0.2
     assert Plan.load(out / "plan.json").ratio == pytest.approx(0.2, abs=0.01)
     assert not (out / "mine").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "other"}
 
 
 @pytest.mark.parametrize(
@@ -365,16 +341,12 @@ def test_without_data_the_demo_calibrates_and_nothing_is_trained(tmp_path):
     assert Plan.load(tmp_path / "run" / "plan.json").axis == "width"
 
 
-def test_a_text_model_goes_the_same_way(tmp_path):
-    data = folders.write_llava_data(tmp_path / "data", pictures=False)
-    config = request_for(data, model=str(folders.folder("text")), tasks="text_sum")
+def test_a_text_model_goes_the_same_way_and_few_samples_serve_both(tmp_path):
+    data = folders.write_llava_data(tmp_path / "data", count=3, pictures=False)
+    model = str(folders.folder("text"))
+    config = request_for(data, model=model, tasks="text_sum")
     assert list(compress(*config, tmp_path / "run", say=silent)) == list(STAGES)
     assert load(tmp_path / "run" / "checkpoint")[1] is not None
-
-
-def test_few_samples_serve_calibration_and_training(tmp_path):
-    data = folders.write_llava_data(tmp_path / "data", count=3)
-    compress(*request_for(data, tasks=None), tmp_path / "run", say=silent)
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history["sample_ids"] == ["s0", "s1", "s2"]
 
@@ -447,18 +419,20 @@ def test_a_command_and_a_file_give_the_configuration_back(
     assert compressed == ["my model", config, Path("out")]
 
 
-def test_the_command_line_comes_on_top(tmp_path, compressed):
+def test_the_command_line_comes_on_top_of_a_file_and_a_run_can_be_given_back(tmp_path, compressed):
     path = tmp_path / "run.yaml"
     path.write_text(config_text("my model", FULL))
     cli.main(["compress", "other", f"--config={path}", "--ratio", "0.4", "--out", "out"])
     assert compressed[:2] == ["other", replace(FULL, ratio=0.4)]
-
-
-def test_a_file_that_is_silent_on_training_leaves_it_to_the_chart(tmp_path, compressed):
-    path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"model": "m", "ratio": 0.1, "data": "d.json"}))
     cli.main(["compress", "--config", str(path), "--out", "out"])
-    assert compressed[1].recover.train == "projector"
+    assert compressed[1].recover.train == "projector"  # the file is silent, the chart is not
+    words = ["my model", "--ratio", "0.3", "--axis", "width", "--data", "data.json"]
+    cli.main(["compress", *words, "--samples", "6", "--train", "none", "--out", "first"])
+    model, config, _ = compressed
+    path.write_text(config_text(model, config))
+    cli.main(["compress", "--config", str(path), "--out", "second"])
+    assert compressed == [model, config, Path("second")]
 
 
 @pytest.mark.parametrize(
@@ -475,13 +449,3 @@ def test_a_wrong_file_is_named(text, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as failure:
         parsed("compress", ["--config", str(path)])
     assert "run.yaml" in str(failure.value)
-
-
-def test_a_run_can_be_given_back(tmp_path, compressed):
-    words = ["my model", "--ratio", "0.3", "--axis", "width", "--data", "data.json"]
-    cli.main(["compress", *words, "--samples", "6", "--train", "none", "--out", "first"])
-    model, config, _ = compressed
-    path = tmp_path / "run.yaml"
-    path.write_text(config_text(model, config))
-    cli.main(["compress", "--config", str(path), "--out", "second"])
-    assert compressed == [model, config, Path("second")]

@@ -33,10 +33,16 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "device_flops", lambda device, dtype: SPEEDS[dtype])
 
 
-def test_weights_of_another_type_take_another_time():
+def test_weights_of_another_type_take_another_time_and_fewer_tokens_less():
     slow, fast = (cost_of(RecoverConfig(), dtype) for dtype in ("float32", "bfloat16"))
     assert slow.pruning_hours == pytest.approx(4 * fast.pruning_hours)
     assert slow.training_hours == fast.training_hours  # which computes in bfloat16 in any case
+    shape = anatomy(MODEL)
+    whole = Sizes(shape=shape, tokens=100.0, samples=8)
+    fewer = replace(whole, vocabulary=shape.vocab_size // 3)
+    assert fewer.decoder_share(0.4) < whole.decoder_share(0.4)
+    assert fewer.decoder_share(fewer.token_share) == pytest.approx(0)
+    assert cost_of(vocabulary=shape.vocab_size // 3).pruning_hours < cost_of().pruning_hours
 
 
 @pytest.mark.parametrize(
@@ -60,15 +66,6 @@ def test_a_training_costs_what_it_is_asked_for():
     assert hours(fraction=0.25) == pytest.approx(whole / 4)
     assert hours(epochs=3) == pytest.approx(3 * whole)
     assert hours(max_steps=5) == pytest.approx(whole / 4)
-
-
-def test_with_tokens_gone_layers_lose_less_and_cost_less():
-    shape = anatomy(MODEL)
-    whole = Sizes(shape=shape, tokens=100.0, samples=8)
-    fewer = replace(whole, vocabulary=shape.vocab_size // 3)
-    assert fewer.decoder_share(0.4) < whole.decoder_share(0.4)
-    assert fewer.decoder_share(fewer.token_share) == pytest.approx(0)
-    assert cost_of(vocabulary=shape.vocab_size // 3).pruning_hours < cost_of().pruning_hours
 
 
 @pytest.mark.parametrize("train", ["projector", "lora", "full"])

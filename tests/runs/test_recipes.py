@@ -75,14 +75,11 @@ def test_a_curve_is_straight_between_and_silent_outside():
     assert row.at(0.3) == pytest.approx(70)
 
 
-def test_the_first_row_counts():
+def test_the_first_row_counts_full_training_stands_beside_lora_and_ours_apart():
     rows = published("width", "lora", "sft+hidden", 0.6)
     found = {row.model: (value, row.source) for row, value in rows}
     assert found["LLaVA-1.5-7B"] == (78.13, "arXiv:2604.24380, Table 5")
     assert found["Bunny-3B"][0] == pytest.approx(83.86)
-
-
-def test_full_training_stands_beside_lora_and_ours_apart():
     full, lora = (published("depth", train, "sft+hidden", 0.3) for train in ("full", "lora"))
     assert [value for _, value in full] == [value for _, value in lora]
     assert any(row.ours for row, _ in expected("depth", "full", "cosine", 0.3))

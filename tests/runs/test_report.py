@@ -166,9 +166,6 @@ def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(study):
     links = {link for mark in charts[0].of("mark") for link in mark.links}
     assert len(links) == 4
     assert all(f'href="#{link}"' in charts[0].svg for link in links)
-
-
-def test_a_study_without_a_finished_cell_has_a_report(study):
     table = pd.read_parquet(study / "results.parquet")
     table.loc[table["axis"] != "original", "status"] = "open"
     columns = ["plan", "scores", "history", "avg_percent_low", "avg_percent_high"]
@@ -279,15 +276,26 @@ def test_another_folder_and_a_broken_file_are_refused(run):
         read_record(run)
 
 
-def test_the_report_escapes_and_loads_nothing(tmp_path, shape):
+def test_words_of_models_files_and_data_are_escaped_and_nothing_is_loaded(tmp_path, shape):
     folder = tmp_path / "run"
     write_run(folder, shape, model=EVIL.replace("/", "\\"))
     result(EVIL, 3, reply=EVIL).save(folder / "results" / "recovered.json")
     html = report_html(read_record(folder))
-    assert len(re.findall("<script", html)) == 1
-    assert not re.search(r"<[^>]*onerror", html)
     assert EVIL in unescape(html)
     assert_offline(html)
+    asked = [
+        replace(q, id=q.id + EVIL, prompt=EVIL, answers=("cat", EVIL)) for q in questions("pets", 2)
+    ]
+    a = compared_result(EVIL, **{EVIL: answered(asked, "11")})
+    b = compared_result(EVIL, **{EVIL: answered(asked, ["dog", EVIL + " no"])})
+    found = compare(a, b, {EVIL: task_of(EVIL, asked)})
+    compared = comparison_html(replace(found, left_out={EVIL: EVIL}), EVIL)
+    assert "<img" not in compared
+    assert compared.count(EVIL) == 0
+    assert EVIL + " no" in unescape(compared)
+    for each in (html, compared):
+        assert len(re.findall("<script", each)) == 1  # our own
+        assert not re.search(r"<[^>]*onerror", each)
 
 
 def test_bars_are_as_high_as_what_is_kept(shape):
@@ -452,21 +460,6 @@ def test_notes_are_shown():
     assert_offline(page(found))
     assert "counts as right from 50" in page(graded())
     assert "50&thinsp;%" in page(graded())
-
-
-def test_words_of_models_files_and_data_are_escaped():
-    asked = [
-        replace(q, id=q.id + EVIL, prompt=EVIL, answers=("cat", EVIL)) for q in questions("pets", 2)
-    ]
-    a = compared_result(EVIL, **{EVIL: answered(asked, "11")})
-    b = compared_result(EVIL, **{EVIL: answered(asked, ["dog", EVIL + " no"])})
-    found = compare(a, b, {EVIL: task_of(EVIL, asked)})
-    html = comparison_html(replace(found, left_out={EVIL: EVIL}), EVIL)
-    assert len(re.findall("<script", html)) == 1  # our own
-    assert "<img" not in html
-    assert not re.search(r"<[^>]*onerror", html)
-    assert html.count(EVIL) == 0
-    assert EVIL + " no" in unescape(html)
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,12 @@ def test_only_what_was_given_is_missed(case):
     assert said == [f"allocation 'balanced' becomes 'uniform': {reason}"]
 
 
-def test_a_decided_request_stays_as_it_is():
+def test_a_decided_request_stays_as_it_is_and_the_axis_depends_on_training():
     for changes in ({}, {"axis": "depth"}, {"data": None}, {"repair": "width"}):
         once, _ = decided(asked(**changes))
         assert decided(once) == (once, [])
+    for recover, axis in ((None, "width"), (RecoverConfig(), "depth")):
+        assert decided(asked(ratio=0.15, axis=None, recover=recover))[0].prune.axis == axis
 
 
 @pytest.mark.parametrize(
@@ -118,11 +120,6 @@ def test_a_run_has_one_seed():
         CompressConfig(seed=3, recover=RecoverConfig(seed=5))
 
 
-@pytest.mark.parametrize(("recover", "axis"), [(None, "width"), (RecoverConfig(), "depth")])
-def test_the_axis_depends_on_whether_anything_is_trained(recover, axis):
-    assert decided(asked(ratio=0.15, axis=None, recover=recover))[0].prune.axis == axis
-
-
 # Which samples.
 def samples(count: int) -> list[Sample]:
     return [Sample(id=f"s{i}", messages=()) for i in range(count)]
@@ -146,13 +143,10 @@ def test_seed_0_is_the_order_of_the_file_and_any_other_shuffles_it():
     assert names(split(rows, asked(samples=4, seed=1)))[0] == other
 
 
-def test_few_samples_serve_both():
+def test_few_samples_serve_both_and_training_comes_back_only_if_more_are_asked_for():
     first, rest = names(split(samples(3), asked(samples=4)))
     assert first == rest == ["s0", "s1", "s2"]
     assert names(split(samples(3), asked(samples=4, training_samples=2)))[1] == ["s0", "s1"]
-
-
-def test_training_comes_back_to_what_calibrated_only_if_more_are_asked_for():
     rows = samples(6)
     for count, wanted in [(None, "45"), (1, "4"), (4, "4501"), (9, "450123")]:
         request = asked(samples=4, training_samples=count, recover=RecoverConfig())

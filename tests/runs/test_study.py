@@ -95,7 +95,7 @@ def test_a_finished_study_does_nothing_but_tidy_up(again, data, monkeypatch):
     assert (again / "results.csv").read_text() == text
 
 
-def test_one_more_ratio_does_only_what_is_new(again, data, monkeypatch, capsys):
+def test_one_more_ratio_or_recovery_does_only_what_is_new(again, data, monkeypatch, capsys):
     """A log has a line where a stage begins and one where it ends, and none of what is inside."""
     done, log = watch_work(monkeypatch), StringIO()
     grid = {"axis": "depth", "ratio": [0.4, 0.2]}
@@ -107,29 +107,25 @@ def test_one_more_ratio_does_only_what_is_new(again, data, monkeypatch, capsys):
     assert len(ends) == len(begins) == 4
     assert all(end.startswith(f"{begin}: ") for begin, end in zip(begins, ends, strict=True))
     assert " of " not in capsys.readouterr().err
-
-
-def test_one_more_recovery_prunes_again_but_scores_nothing(again, data, monkeypatch):
-    done = watch_work(monkeypatch)
+    done.clear()  # one more recovery prunes again but scores nothing
     grid = {"axis": "depth", "recovery": ["none", "sft+hidden", "sft"]}
     run_study(study(data, grid), again, console=QUIET)
     assert done == {"prune": 1, "recover": 1, "evaluate": 1}
 
 
 def test_a_dry_run_counts_and_leaves_nothing(again, data, tmp_path):
+    kinds = ("calibrate", "prune", "recover", "evaluate")
+
+    def counted(*counts):
+        return dict(zip(kinds, counts, strict=True))
+
     fresh = forecast(study(data), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
-    assert dict(fresh.stages) == {
-        **{"calibrate": (1, 0), "prune": (2, 0)},
-        **{"recover": (2, 0), "evaluate": (5, 0)},
-    }
+    assert dict(fresh.stages) == counted((1, 0), (2, 0), (2, 0), (5, 0))
     assert set(fresh.basis.values()) == {"rough"}
     more = forecast(study(data, {"ratio": [0.4, 0.2]}), again)
-    assert dict(more.stages) == {
-        **{"calibrate": (0, 1), "prune": (2, 2)},
-        **{"recover": (2, 2), "evaluate": (4, 5)},
-    }
-    assert dict(more.basis) == dict.fromkeys(("prune", "recover", "evaluate"), "measured")
+    assert dict(more.stages) == counted((0, 1), (2, 2), (2, 2), (4, 5))
+    assert dict(more.basis) == dict.fromkeys(kinds[1:], "measured")
     nothing = forecast(study(data), again)
     assert nothing.seconds == 0
     assert not any(nothing.cells.values())

@@ -117,22 +117,16 @@ def test_a_model_without_kv_groups_says_so(retypable):
     assert printed(none)["legal KV groups"] == ["none"]
 
 
-def test_a_share_of_nothing_is_a_dash():
+def test_a_share_of_nothing_is_a_dash_and_a_note_of_two_stages_is_shown_once():
     wrong = TaskResult("exact_match", 0.0, 0.0, True, ("a", "b"), ("r", "s"), (0.0, 0.0))
     nothing = result("model", own=wrong)
     _, rows = result_rows({"original": nothing, "pruned": nothing})
     cells = {row[0]: row[-1] for row in rows}
     assert cells["AVG-% above chance"] == "-"
     assert not any("nan" in cell for row in rows for cell in row)
-
-
-def test_a_note_of_two_stages_is_shown_once():
-    samples = (OnSample("a", 3, 0.5), OnSample("b", 2, 0.25))
-    plain = DataResult("model", samples)
-    results = {
-        "original": plain,
-        **dict.fromkeys(("pruned", "recovered"), replace(plain, notes=("x", "y"))),
-    }
+    plain = DataResult("model", (OnSample("a", 3, 0.5), OnSample("b", 2, 0.25)))
+    noted = replace(plain, notes=("x", "y"))
+    results = {"original": plain, "pruned": noted, "recovered": noted}
     assert held_out_notes(results)[:-1] == ["pruned, recovered: x", "pruned, recovered: y"]
     assert "\n- pruned, recovered: x\n- pruned, recovered: y\n" in held_out_text(results)
 

@@ -15,6 +15,7 @@ from slimvlm.evaluation.on_data import DataResult, evaluate_data
 from slimvlm.models.load import load
 from slimvlm.runs.verbs import Pruned, prune
 from tests import tiny_folder as folders
+from tests.handmade import refused
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 
@@ -100,10 +101,7 @@ def test_a_model_is_evaluated_on_data_without_a_task(data, pruned, tmp_path, cap
         (["--limit", "0"], "limit 0"),
     ],
 )
-def test_options_that_do_not_go_with_data_are_refused(more, message, data, tmp_path, capsys):
+def test_options_that_do_not_go_with_data_are_refused(more, message, data, tmp_path):
     (tmp_path / "result.json").write_text("{}")
-    more = [str(tmp_path / "result.json") if word == "RESULT" else word for word in more]
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", MODEL, "--data", str(data), *more])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    more = [tmp_path / "result.json" if word == "RESULT" else word for word in more]
+    assert message in refused("evaluate", MODEL, "--data", data, *more)

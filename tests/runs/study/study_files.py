@@ -28,21 +28,11 @@ RECOVERIES = {
 
 def study(data: Path | None, grid: dict[str, Any] | None = None, **changes: Any) -> StudyConfig:
     """A text model along two axes at 40 %, without recovery and with."""
-    cells = {
-        "model": str(folders.folder("text")),
-        "ratio": 0.4,
-        "recovery": ["none", "sft+hidden"],
-        **(grid or {}),
-    }
+    model, recovery = str(folders.folder("text")), ["none", "sft+hidden"]
     values: dict[str, Any] = {
-        "grids": [cells],
-        "recoveries": RECOVERIES,
-        "recover": RECOVER,
-        "data": None if data is None else str(data),
-        "prune": {"samples": 4},
-        "tasks": "text_odd,text_ppl",
-        "limit": 2,
-        "floors": False,
+        "grids": [{"model": model, "ratio": 0.4, "recovery": recovery, **(grid or {})}],
+        **{"recoveries": RECOVERIES, "recover": RECOVER, "prune": {"samples": 4}},
+        **{"data": data and str(data), "tasks": "text_odd,text_ppl", "limit": 2, "floors": False},
     }
     return built(StudyConfig, {**values, **changes})
 

@@ -31,10 +31,13 @@ def test_a_shipped_study_is_sound_and_says_its_command(path):
     assert len({cell.label for cell in cells}) == len(cells)
 
 
+def shipped(name: str) -> StudyConfig:
+    return read_study(next(path for path in SHIPPED if path.stem == name))
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_grids_carry_its_numbers(name):
-    config = read_study(next(path for path in SHIPPED if path.stem == name))
-    assert config.reference is not None
+    config = shipped(name)
     found = [config.reference.row_for(cell.values()) for cell in expand(config)]
     untrained = [c for c in expand(config) if c.recover is None]
     assert len(untrained) == 8
@@ -43,8 +46,7 @@ def test_the_papers_grids_carry_its_numbers(name):
 
 
 def test_the_numbers_are_the_papers():
-    config = read_study(next(path for path in SHIPPED if path.stem == "llava-1.5-7b"))
-    assert config.reference is not None
+    config = shipped("llava-1.5-7b")
     by_cell = {
         (c.prune.axis, c.prune.ratio, c.recovery): config.reference.row_for(c.values())
         for c in expand(config)
@@ -57,13 +59,8 @@ def test_the_numbers_are_the_papers():
         ("width", 0.60, "sft+hidden"): 78.13,
         ("width", 0.60, "sft+rkl"): 79,
     }.items():
-        row = by_cell[cell]
-        assert row is not None
-        assert row.retention == number
-
-
-def test_the_demo_study_has_cells_for_its_claims():
-    cells = expand(read_study(next(path for path in SHIPPED if path.stem == "demo")))
+        assert by_cell[cell].retention == number
+    cells = expand(shipped("demo"))  # has cells for its claims
     assert len(cells) >= 24
     assert {cell.prune.axis for cell in cells} == {"depth", "width"}
     assert {cell.prune.ratio for cell in cells} == {0.15, 0.30, 0.45, 0.60}
@@ -157,14 +154,11 @@ def test_a_mistake_is_named_in_one_line(changes, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_study_is_refused(tmp_path):
+def test_a_file_that_is_no_study_is_refused_and_one_value_needs_no_list(tmp_path):
     path = tmp_path / "study.yaml"
     for text in ("", "- 1", "grids: [", "grids: {ratio: x}"):
         path.write_text(text)
         with pytest.raises(ConfigError, match="study "):
             read_study(path)
-
-
-def test_one_value_needs_no_list():
     one = built(StudyConfig, {"grids": {"ratio": 0.2, "axis": "depth"}})
     assert one == built(StudyConfig, {"grids": [{"ratio": [0.2], "axis": ["depth"]}]})

@@ -191,14 +191,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of a model that sees, along both axes, without recovery and with."""
     home = tmp_path_factory.mktemp("study")
     folders.copied("llava", home / "model")
+    cells = {"model": str(home / "model"), "ratio": 0.4, "recovery": ["none", "sft+hidden"]}
     values = {
-        "grids": [{"model": str(home / "model"), "ratio": 0.4, "recovery": ["none", "sft+hidden"]}],
-        "recoveries": RECOVERIES,
-        "recover": RECOVER,
-        "data": str(folders.write_llava_data(home / "data")),
-        "prune": {"samples": 4},
+        **{"grids": [cells], "recoveries": RECOVERIES, "recover": RECOVER, "limit": 2},
+        **{"data": str(folders.write_llava_data(home / "data")), "prune": {"samples": 4}},
         "tasks": "presence,text_ppl",
-        "limit": 2,
     }
     path = home / "study.yaml"
     path.write_text(yaml.safe_dump(values))
