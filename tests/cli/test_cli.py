@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import NamedTuple, get_type_hints
 
 import pytest
 import torch
@@ -48,10 +48,10 @@ Run = Callable[..., Ran]
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
+def run(capfd):
     """Give arguments to the command line in this process."""
 
-    def runs(*arguments: Any) -> Ran:
+    def runs(*arguments):
         capfd.readouterr()
         code = 0
         try:
@@ -65,17 +65,17 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture(scope="session")
-def llava() -> Path:
+def llava():
     return folders.folder("llava")
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     return folders.write_llava_data(tmp_path_factory.mktemp("data"), count=6)
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path, monkeypatch):
     """The working folder, with one specimen of everything that cannot be used."""
     home = tmp_path / "home"
     for name in ("no-config", "taken"):
@@ -108,7 +108,7 @@ WITH_OUT = ("score", "plan", "prune", "recover", "compress", "evaluate")
 BAD_MODELS = {"nowhere": "nowhere", "no-config": r"no config\.json", "bert": "'bert' is not known"}
 
 
-def changed(verb: str, **values: str) -> list[str]:
+def changed(verb, **values):
     """A verb's usual arguments with some options changed or added."""
     arguments = WITH_MODEL[verb].split()
     for name, value in values.items():
@@ -120,9 +120,9 @@ def changed(verb: str, **values: str) -> list[str]:
     return arguments
 
 
-def bad_requests() -> dict[str, tuple[list[str] | str, str]]:
+def bad_requests():
     """Arguments with one mistake, and what the message must name."""
-    made: dict[str, tuple[list[str] | str, str]] = {}
+    made = {}
     for verb, usual in WITH_MODEL.items():
         for model, named in BAD_MODELS.items():
             made[f"{verb} {model}"] = (usual.replace("MODEL", model), named)
@@ -266,13 +266,13 @@ def test_two_runs_cannot_share_an_output(home, llava, data):
 VERBS = sorted(cli.VERBS)
 
 
-def groups_of(verb: str) -> dict[str, Any]:
+def groups_of(verb):
     """Parameters of a verb that are dataclasses, each with its class."""
     hints = get_type_hints(cli.VERBS[verb])
     return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
 
 
-def options_of(verb: str) -> list[str]:
+def options_of(verb):
     """Every option of a verb; a dataclass among its parameters gives its fields."""
     groups, names = groups_of(verb), []
     hints = get_type_hints(cli.VERBS[verb], include_extras=True)
@@ -335,7 +335,7 @@ def test_help_says_what_every_verb_is_for(words, run):
 
 
 # Every verb at work.
-def stdout_json(result: Ran) -> Any:
+def stdout_json(result):
     assert result.code == 0, result.err
     return json.loads(result.out)
 
@@ -362,7 +362,7 @@ def test_inspect_needs_no_weights(run, llava, tmp_path):
         assert f"{number:,}" in result.out
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder):
     return load_file(folder / "model.safetensors")
 
 
@@ -388,7 +388,7 @@ def test_score_plan_prune_is_prune(run, home, llava, data):
     assert sv.anatomy(home / "once").total_params == made["total_params"]
 
 
-def scored_without_data(model: Path) -> None:
+def scored_without_data(model):
     """Write scores of all units to the current folder, as ``any``."""
     loaded, _ = sv.load(model)
     sv.score(loaded, (), "magnitude").save("any")
@@ -548,7 +548,7 @@ def test_compress_prints_nothing_but_json(run, home, llava, data):
     assert stored["recover"]["train"] == "projector"  # the chart's choice up to 15 %
 
 
-OF_TRAINING: dict[str, Any] = {
+OF_TRAINING = {
     **{"fraction": 0.5, "epochs": 2.0, "max_steps": 7, "learning_rate": 0.001, "batch_size": 3},
     **{"gradient_accumulation": 2, "lora_rank": 5, "paper_exact": True, "seed": 4, "bf16": False},
     **{"gradient_checkpointing": True, "temperature": 3.0, "trainer": {"weight_decay": 0.1}},
@@ -590,7 +590,7 @@ def test_the_criterion_of_score_is_the_one_of_widths(run):
 
 
 # Two real processes.
-def slimvlm(*arguments: Any, cwd: Path) -> Ran:
+def slimvlm(*arguments, cwd):
     command = [sys.executable, "-m", "slimvlm", *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     return Ran(done.returncode, done.stdout, done.stderr)
@@ -659,7 +659,7 @@ CASES = {
 }
 
 
-def explained(error: Exception, *words: str) -> str:
+def explained(error, *words):
     """What is said of an error of a verb."""
     with pytest.raises(SlimError) as caught, cli.memory_explained(words):
         raise error

@@ -1,9 +1,7 @@
 """The page on adding a criterion is true: its function and row are all that a new one takes."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "add-a-criterion.md"
 
 
 @pytest.fixture(autouse=True)
-def energy() -> Iterator[None]:
+def energy():
     """The criterion of the page, added while a program runs."""
     (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     before = dict(sv.CRITERIA)
@@ -27,7 +25,7 @@ def energy() -> Iterator[None]:
     del sv.CRITERIA["energy"]
 
 
-def batches(model: Any) -> list[dict[str, torch.Tensor]]:
+def batches(model):
     return [tiny.batch(model, 12, seed) for seed in range(2)]
 
 

@@ -2,22 +2,19 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import Parts
-from slimvlm.scoring.criteria import CRITERIA, Criterion, criteria_table
+from slimvlm.scoring.criteria import CRITERIA, criteria_table
 from slimvlm.scoring.score_model import score
-from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
-from tests.handmade import Batch, assert_equal, assert_untouched, joined, logits, padded, snapshot
+from tests.handmade import assert_equal, assert_untouched, joined, logits, padded, snapshot
 from tests.tiers import tiered
 from tests.tolerances import (
     ELIMINATION_SHARE_OF_MAXIMUM,
@@ -38,24 +35,24 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
     @property
-    def row(self) -> Criterion:
+    def row(self):
         return CRITERIA[self.name]
 
-    def build(self, model_name: str) -> PreTrainedModel:
+    def build(self, model_name):
         """A tiny model; one with experts instead where a criterion is about nothing else."""
         if self.row.units == ("expert",):
             sees = tiny.is_multimodal(tiny.CONFIGS[model_name]())
             return tiny.build("qwen3_vl_moe" if sees else "qwen3_moe")
         return tiny.build(model_name)
 
-    def score(self, model: PreTrainedModel, data: Iterable[Batch], **others: Any) -> Scores:
+    def score(self, model, data, **others):
         return score(model, data, self.name, **self.options, **others)
 
-    def flat(self, model: PreTrainedModel, data: Iterable[Batch], **others: Any) -> Any:
+    def flat(self, model, data, **others):
         return flat(self.score(model, data, **others))
 
 
-def _cases() -> Iterator[Case]:
+def _cases():
     for name, row in CRITERIA.items():
         choices = {k: v for k, v in row.options.items() if isinstance(v, tuple)}
         for values in itertools.product(*choices.values()):
@@ -65,7 +62,7 @@ def _cases() -> Iterator[Case]:
 CASES = list(_cases())
 
 
-def every(cases: Iterable[Case]) -> Any:
+def every(cases):
     named = {"-".join([case.name, *map(str, case.options.values())]): case for case in cases}
     return pytest.mark.parametrize("case", named.values(), ids=named)
 
@@ -81,7 +78,7 @@ every_case_with_labels = every(WITH_LABELS)
 every_width_case = every(c for c in CASES if "neuron" in c.row.units and c not in UNSEEING)
 
 
-def sample(model: PreTrainedModel, seed: int, tokens: int = 12, labels: int = 5) -> Batch:
+def sample(model, seed, tokens=12, labels=5):
     """One sample with as many labels as wanted, so that token and sample means differ."""
     batch = tiny.batch(model, tokens, seed)
     batch["labels"] = batch["input_ids"].clone()
@@ -89,12 +86,12 @@ def sample(model: PreTrainedModel, seed: int, tokens: int = 12, labels: int = 5)
     return batch
 
 
-def samples(model: PreTrainedModel) -> list[Batch]:
+def samples(model):
     """Four samples of one length with different numbers of labels."""
     return [sample(model, seed, labels=2 + 3 * seed) for seed in range(4)]
 
 
-def flat(scores: Scores) -> dict[str, Tensor]:
+def flat(scores):
     """All tensors of some scores by name, but for runs that do not fit and layers without units."""
     found = scores.tensors()
     if "layer_runs" in found:
@@ -102,14 +99,14 @@ def flat(scores: Scores) -> dict[str, Tensor]:
     return {name: values for name, values in found.items() if len(values)}
 
 
-def assert_same_scores(actual: Scores, expected: Scores) -> None:
+def assert_same_scores(actual, expected):
     ours, theirs = flat(actual), flat(expected)
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert_scores_close(ours[name], theirs[name], share_of(actual.criterion))
 
 
-def share_of(criterion: str) -> float:
+def share_of(criterion):
     """How far scores may differ, as a share of the largest."""
     is_eliminated = criterion == "obs"
     return ELIMINATION_SHARE_OF_MAXIMUM if is_eliminated else SCORE_SHARE_OF_MAXIMUM
@@ -149,7 +146,7 @@ def test_the_same_data_gives_the_same_bits_and_units_different_scores(case):
     assert_equal(second, first)
 
 
-def num_hooks(model: PreTrainedModel) -> int:
+def num_hooks(model):
     count = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     return count + sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
 
@@ -314,7 +311,7 @@ def test_embeddings_may_stand_for_tokens(case):
     assert_same_scores(case.score(model, [embedded]), expected)
 
 
-def permute_units(layer: nn.Module, groups: Tensor, neurons: Tensor, queries: int) -> None:
+def permute_units(layer, groups, neurons, queries):
     """Put the KV groups and neurons of a Llama layer into another order: the same function."""
     heads = (groups[:, None] * queries + torch.arange(queries)).flatten()
     for path, order in (
@@ -322,7 +319,7 @@ def permute_units(layer: nn.Module, groups: Tensor, neurons: Tensor, queries: in
         *(("mlp.gate_proj", neurons), ("mlp.up_proj", neurons)),
         *(("self_attn.o_proj", heads), ("mlp.down_proj", neurons)),
     ):
-        weight: Any = layer.get_submodule(path).weight
+        weight = layer.get_submodule(path).weight
         dim = 1 if path.endswith(("o_proj", "down_proj")) else 0
         blocks = weight.data.unflatten(dim, (len(order), -1))
         weight.data = blocks.index_select(dim, order).flatten(dim, dim + 1)
@@ -358,7 +355,7 @@ def test_query_heads_fold_into_their_own_kv_group(case, dead):
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for layer in Parts(model).layers:
-            attention: Any = layer.get_submodule("self_attn")
+            attention = layer.get_submodule("self_attn")
             attention.q_proj.weight.view(2, 32, 64)[dead] = 0
             attention.k_proj.weight.view(2, 16, 64)[dead] = 0
             attention.v_proj.weight.view(2, 16, 64)[dead] = 0

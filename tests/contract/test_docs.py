@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def _blocks(pattern: str) -> list[tuple[str, str]]:
+def _blocks(pattern):
     found = ((page.name, re.findall(pattern, page.read_text(), re.DOTALL | re.M)) for page in PAGES)
     return [(page, text) for page, texts in found for text in texts]
 

@@ -3,12 +3,9 @@
 import json
 from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
@@ -30,12 +27,12 @@ every_family = pytest.mark.parametrize("name", tiered(FAMILIES, lambda name: nam
 
 
 @cache
-def plan_of(name: str, experts: float = 0.25, ratio: float = 0.0, axis: str = "width") -> sv.Plan:
+def plan_of(name, experts=0.25, ratio=0.0, axis="width"):
     anatomy = sv.anatomy(tiny.build(name))
     return sv.make_plan(anatomy, random_scores(anatomy), ratio, axis, experts=experts)
 
 
-def pruned(name: str, plan: sv.Plan) -> PreTrainedModel:
+def pruned(name, plan):
     model = tiny.build(name)
     sv.prune_(model, plan)
     return model
@@ -67,7 +64,7 @@ def test_a_router_picks_what_it_would_have(name):
     for index, kept in enumerate(plan.experts):
         if not kept:
             continue
-        router: Any = whole[index].get_submodule(path)
+        router = whole[index].get_submodule(path)
         (rows,) = (p for p in router.parameters() if p.shape == (4, 64))
         weight = rows.detach()
         given = hidden
@@ -75,7 +72,7 @@ def test_a_router_picks_what_it_would_have(name):
             given = router.norm(hidden) * router.scale * router.scalar_root_size
         left = (given @ weight.T)[:, list(kept)]
         expected = torch.tensor(kept)[left.topk(2).indices]
-        taken: Tensor = small[index].get_submodule(path)(hidden)[place]
+        taken = small[index].get_submodule(path)(hidden)[place]
         assert torch.equal(torch.tensor(kept)[taken], expected)
 
 

@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -86,11 +85,11 @@ class Case:
     masked_logits: Tensor
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self):
         return {name: value for name, value in self.batch.items() if name != "labels"}
 
 
-def with_masked_logits(name: str, plan: Plan) -> Case:
+def with_masked_logits(name, plan):
     batch = tiny.batch(tiny.build(name), TEXT_TOKENS)
     masked = tiny.build(name)
     mask_(masked, plan)
@@ -100,7 +99,7 @@ def with_masked_logits(name: str, plan: Plan) -> Case:
 
 
 @cache
-def pruned(name: str, axis: str) -> Case:
+def pruned(name, axis):
     """Shared by the tests below, none of which changes it."""
     anatomy = read_anatomy(tiny.build(name))
     scores = random_scores(anatomy)
@@ -157,7 +156,7 @@ def test_widths_are_read_from_the_model(name):
         assert [bool(shape.num_kv_heads) for shape in anatomy.layers] == mixers
 
 
-def configured_neurons(config: Any, anatomy: Anatomy) -> list[int]:
+def configured_neurons(config, anatomy):
     """Read the MLP width of every layer from a text configuration."""
     said = getattr(config, anatomy.backbone.neuron_field, 0)
     return said if isinstance(said, list) else [said] * anatomy.num_layers
@@ -217,7 +216,7 @@ def test_the_config_says_what_the_modules_are(name, axis):
             continue
         assert text_config.num_attention_heads == shape.num_heads
         assert getattr(text_config, "num_key_value_heads", 8) == shape.num_kv_heads
-        attention: Any = layers[position].get_submodule("self_attn")
+        attention = layers[position].get_submodule("self_attn")
         assert getattr(attention, "num_key_value_groups", 1) == shape.queries_per_group
         assert attention.head_dim == shape.head_dim
         assert attention.config is text_config
@@ -244,15 +243,14 @@ def test_a_saved_model_is_the_model(name, axis, tmp_path):
     assert read_anatomy(loaded) == case.plan.after
 
 
-def has_experts(anatomy: Anatomy) -> bool:
+def has_experts(anatomy):
     return any("experts" in projection.path for projection in anatomy.backbone.mlp)
 
 
-def generated(case: Case, use_cache: bool) -> Tensor:
-    ids: Tensor = case.model.generate(
+def generated(case, use_cache):
+    return case.model.generate(
         **case.inputs, max_new_tokens=5, do_sample=False, use_cache=use_cache
     )
-    return ids
 
 
 @every_case
@@ -317,10 +315,10 @@ def test_nothing_is_retyped_without_need(name):
     assert text_config_of(model.config).model_type == "llama"
 
 
-def llama_with(**changes: Any) -> PreTrainedModel:
+def llama_with(**changes):
     torch.manual_seed(0)
     config = tiny.llama(**changes)
-    model: PreTrainedModel = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval()
 
 
@@ -458,7 +456,7 @@ HEADER = (
 )
 
 
-def row(name: str) -> list[str]:
+def row(name):
     """Describe the units of the tiny model that can be removed."""
     shape = sv.anatomy(tiny.CONFIGS[name]())
     sees = shape.family.vision is not None and shape.model_type not in tiny.TEXT_ONLY

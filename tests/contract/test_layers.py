@@ -5,7 +5,6 @@ is no part of the product: whoever needs them imports them inside a function.
 """
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ ASIDE = {"demo": ("data", "models", "evaluation", "cli"), "slimvlm_tools": ("run
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets"}
 
 
-def dotted(source: str) -> Iterator[tuple[str, bool]]:
+def dotted(source):
     """What a source imports, and whether that happens inside a function."""
     tree = ast.parse(source)
     inner = {
@@ -47,7 +46,7 @@ def dotted(source: str) -> Iterator[tuple[str, bool]]:
             yield from ((f"{node.module}.{alias.name}", id(node) in inner) for alias in node.names)
 
 
-def imports(source: str) -> Iterator[tuple[str, bool]]:
+def imports(source):
     """Packages of ours among that."""
     for name, is_lazy in dotted(source):
         root, _, rest = name.partition(".")
@@ -55,7 +54,7 @@ def imports(source: str) -> Iterator[tuple[str, bool]]:
             yield rest.partition(".")[0] if root == "slimvlm" else root, is_lazy
 
 
-def complaint(package: str, source: str) -> str | None:
+def complaint(package, source):
     """Why the imports of a package's file break the rule, or None."""
     for target, is_lazy in imports(source):
         if target == package:
@@ -116,7 +115,7 @@ APART = ("contract", "gpu", "journeys", "pretended_gpu", "tools", "trust")
 """Folders of tests about more than one file of the package."""
 
 
-def homeless(test: Path) -> bool:
+def homeless(test):
     """Whether a test mirrors no file of the package; ``test_x.py`` of a folder ``x`` does."""
     source = SOURCE / test.parent / test.name.removeprefix("test_")
     return not (source.exists() or source.with_suffix("").is_dir() or test.parts[0] in APART) and (

@@ -1,15 +1,11 @@
 """Nothing in a compression holds the logits of all tokens: only those of a chunk of positions."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
 from slimvlm.core.options import RecoverConfig
 from slimvlm.data.chat import answered_sample
@@ -30,7 +26,7 @@ from slimvlm.scoring.score_model import score
 from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.handmade import Batch, logits, padded, plan_by_hand
+from tests.handmade import logits, padded, plan_by_hand
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 LONG = "It is red. There is a blue circle in the picture. " * 6
@@ -43,11 +39,11 @@ class MostRows(TorchDispatchMode):
     What shares memory with an argument is not made: the transposed weights of a head, for one.
     """
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary):
         super().__init__()
         self.rows, self._vocabulary = 0, vocabulary
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {memory(value) for value in tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for value in tensors(result):
@@ -56,15 +52,15 @@ class MostRows(TorchDispatchMode):
         return result
 
 
-def tensors(values: Any) -> list[Tensor]:
+def tensors(values):
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def memory(value: Tensor) -> int:
+def memory(value):
     return value.untyped_storage().data_ptr()
 
 
-def most_rows(vocabulary: int, run: Callable[[], object]) -> int:
+def most_rows(vocabulary, run):
     """The most rows of logits at one time while something runs."""
     with MostRows(vocabulary) as seen:
         run()
@@ -72,12 +68,12 @@ def most_rows(vocabulary: int, run: Callable[[], object]) -> int:
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
+def model():
     return tiny.build("gemma2")
 
 
 @pytest.fixture(scope="module")
-def batches(model: PreTrainedModel) -> list[Batch]:
+def batches(model):
     """Batches in which more positions count than fit in a chunk."""
     made = [tiny.batch(model, CHUNK + 40, seed) for seed in range(2)]
     return [{**batch, "labels": batch["input_ids"]} for batch in made]
@@ -131,7 +127,7 @@ def test_reading_back_what_was_written(model, batches, tmp_path, monkeypatch):
     assert most_rows(tiny.VOCAB, lambda: save.check_reload(model, None, tmp_path)) == CHUNK
 
 
-def bent(name: str) -> PreTrainedModel:
+def bent(name):
     """A tiny model whose family's cap on logits, or scale, is far from doing nothing."""
     model = tiny.build(name)
     config = model.config.get_text_config()

@@ -10,11 +10,11 @@ OURS = ("slimvlm", "slimvlm_tools")
 TESTS = [path for path in sorted((ROOT / "tests").rglob("*.py")) if path != Path(__file__)]
 
 
-def is_private(name: str) -> bool:
+def is_private(name):
     return name.startswith("_") and not name.endswith("__") and name != "_"
 
 
-def defined(tree: ast.Module) -> set[str]:
+def defined(tree):
     """Private names that a file, or a class in it, gives to something."""
     found = set()
     for scope in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
@@ -34,7 +34,7 @@ PRIVATE = frozenset().union(
 )  # fmt: skip
 
 
-def used(code: str) -> list[str]:
+def used(code):
     """Private names of ours in some code, and in code that stands in its strings."""
     tree, found = ast.parse(code), []
     bound = set()
@@ -52,7 +52,7 @@ def used(code: str) -> list[str]:
     return found
 
 
-def in_string(text: str) -> list[str]:
+def in_string(text):
     """A name to be replaced, the dotted path of one, or the code of another process."""
     if "\n" in text and "slimvlm" in text:
         try:

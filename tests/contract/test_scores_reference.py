@@ -6,22 +6,20 @@ neurons. Nothing of slimvlm is used in it.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from slimvlm.scoring.hidden_states import angular_distance, block_influence
 from slimvlm.scoring.score_model import score
 from tests import tiny
-from tests.handmade import Batch, joined
+from tests.handmade import joined
 from tests.tolerances import LOSS, assert_close, assert_scores_close
 
 HEAD_DIM = 8
-CONFIGS: dict[str, Callable[[], Any]] = {
+CONFIGS = {
     "llama-mha": lambda: tiny.llama(num_key_value_heads=8),
     "llama-gqa": lambda: tiny.llama(num_key_value_heads=2),
     "phi": tiny.phi,
@@ -30,9 +28,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 every_model = pytest.mark.parametrize("name", CONFIGS)
 
 
-def model_named(name: str) -> PreTrainedModel:
+def model_named(name):
     torch.manual_seed(1)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -40,7 +38,7 @@ def model_named(name: str) -> PreTrainedModel:
     return model
 
 
-def samples(model: PreTrainedModel) -> list[Batch]:
+def samples(model):
     """Three samples of one length whose numbers of labels differ much."""
     batches = [tiny.batch(model, 14, seed) for seed in range(3)]
     for batch, unlabelled in zip(batches, (12, 7, 2), strict=True):
@@ -55,7 +53,7 @@ def samples(model: PreTrainedModel) -> list[Batch]:
 Gradients = dict[str, Tensor]
 
 
-def gradients(model: PreTrainedModel, batch: Batch) -> Gradients:
+def gradients(model, batch):
     """Gradients of transformers' mean loss over a batch."""
     model.zero_grad()
     model(**batch).loss.backward()
@@ -69,14 +67,14 @@ def gradients(model: PreTrainedModel, batch: Batch) -> Gradients:
 
 
 # The reference: units. A term is a tensor shaped like the weight; a unit adds up its own entries.
-def layer_names(model: PreTrainedModel, index: int) -> Iterator[str]:
+def layer_names(model, index):
     prefix = f"model.layers.{index}."
     for name, module in model.named_modules():
         if name.startswith(prefix) and isinstance(module, nn.Linear):
             yield name
 
 
-def head_parts(model: PreTrainedModel, index: int, terms: Gradients, group: int) -> list[Tensor]:
+def head_parts(model, index, terms, group):
     """One sum for each of q, k, v, o: of the KV head and of the query heads that read it."""
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     queries = range(group * (heads // kv_heads), (group + 1) * (heads // kv_heads))
@@ -90,7 +88,7 @@ def head_parts(model: PreTrainedModel, index: int, terms: Gradients, group: int)
     else:
         q, k, v = (terms[f"{at}{x}_proj.weight"] for x in "qkv")
 
-    def rows(matrix: Tensor, which: Any) -> Tensor:
+    def rows(matrix, which):
         total = torch.zeros((), dtype=torch.float64)
         for head in which:
             for channel in range(head * HEAD_DIM, (head + 1) * HEAD_DIM):
@@ -100,7 +98,7 @@ def head_parts(model: PreTrainedModel, index: int, terms: Gradients, group: int)
     return [rows(q, queries), rows(k, [group]), rows(v, [group]), rows(terms[output].T, queries)]
 
 
-def neuron_parts(model: PreTrainedModel, index: int, terms: Gradients, neuron: int) -> list[Tensor]:
+def neuron_parts(model, index, terms, neuron):
     """One sum for each of gate, up, down (fc1, fc2 for Phi)."""
     at = f"model.layers.{index}.mlp."
     if f"{at}fc1.weight" in terms:
@@ -112,9 +110,7 @@ def neuron_parts(model: PreTrainedModel, index: int, terms: Gradients, neuron: i
     return [gate[neuron].sum(), up[neuron].sum(), terms[f"{at}down_proj.weight"][:, neuron].sum()]
 
 
-def assert_scores_are(
-    model: PreTrainedModel, scores: Any, terms: Gradients, mean: bool = False
-) -> None:
+def assert_scores_are(model, scores, terms, mean=False):
     """Compare all scores with sums (or means over matrices) of the terms of each unit."""
     for index in range(model.config.num_hidden_layers):
         for values, parts_of in (
@@ -128,15 +124,15 @@ def assert_scores_are(
             assert_scores_close(values, torch.stack(expected))
 
 
-def weights(model: PreTrainedModel) -> Gradients:
+def weights(model):
     return {
-        f"{name}.weight": model.get_submodule(name).weight.detach().double()  # type: ignore[union-attr]
+        f"{name}.weight": model.get_submodule(name).weight.detach().double()
         for index in range(model.config.num_hidden_layers)
         for name in layer_names(model, index)
     }
 
 
-TAYLOR: dict[str, tuple[str, dict[str, str], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+TAYLOR = {
     "LLM-Pruner's first order": ("taylor", {}, lambda w, g, each: (w * g).abs()),
     "equation 5": (
         *("taylor", {"gradient": "per_sample"}),
@@ -227,7 +223,7 @@ def test_taylor_of_a_layer_counts_each_matrix_once(gradient):
             assert float(layer[index]) == pytest.approx(float(expected), rel=1e-5)
 
 
-def weighted_losses(model: PreTrainedModel, batch: Batch, weights: dict[str, float]) -> Tensor:
+def weighted_losses(model, batch, weights):
     """Cross-entropy of every token but the first, times the weight of its role."""
     logits = model(input_ids=batch["input_ids"]).logits
     terms = []
@@ -267,9 +263,9 @@ def test_token_weights_weigh_the_loss(gradient):
 
 
 # Inputs of the writing matrices
-def consumer_inputs(model: PreTrainedModel, data: list[Batch]) -> dict[str, Tensor]:
+def consumer_inputs(model, data):
     """``[tokens, channels]`` inputs of o_proj and down_proj (dense, fc2 for Phi) by name."""
-    seen: dict[str, list[Tensor]] = {}
+    seen = {}
     hooks = [
         module.register_forward_pre_hook(
             lambda module, args, name=name: seen.setdefault(name, []).append(args[0][0].double())
@@ -311,13 +307,13 @@ def test_wanda_and_flap_are_their_formulas(name, criterion):
 
 
 # Layers
-def hidden_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
+def hidden_states(model, batch):
     with torch.no_grad():
         output = model(input_ids=batch["input_ids"], output_hidden_states=True)
     return tuple(state[0] for state in output.hidden_states)
 
 
-def shortgpt(x: Tensor, y: Tensor) -> Tensor:
+def shortgpt(x, y):
     """ShortGPT's ``block_influence``: the full S x S product for its diagonal, in float32."""
     sim = (x @ y.T) / (x.norm(dim=-1, keepdim=True) * y.norm(dim=-1, keepdim=True).T)
     return 1 - sim.diagonal().nan_to_num(nan=0.5)

@@ -5,17 +5,14 @@ import random
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, ReloadError
 from slimvlm.models import modeling_pruned
-from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import anatomy, auto_class, load
 from slimvlm.models.parts import backbone_of, text_config_of
 from slimvlm.planning.mask import mask_
@@ -23,7 +20,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import check_reload, save
 from tests import tiny
-from tests.contract.test_families import TEXT_TOKENS, Case, generated, with_masked_logits
+from tests.contract.test_families import TEXT_TOKENS, generated, with_masked_logits
 from tests.handmade import assert_untouched, in_python, logits, plan_by_hand, snapshot
 from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close
@@ -76,11 +73,11 @@ print(json.dumps(found))
 """
 
 
-def uneven_plan(shape: Anatomy, layers: tuple[int, ...], seed: int = 0) -> Plan:
+def uneven_plan(shape, layers, seed=0):
     """Random widths in every layer but the last, which stays whole."""
     chance = random.Random(seed)
 
-    def some(index: int, count: int) -> tuple[int, ...]:
+    def some(index, count):
         if index not in layers or count == 0:
             return ()
         if index == layers[-1]:
@@ -94,16 +91,14 @@ def uneven_plan(shape: Anatomy, layers: tuple[int, ...], seed: int = 0) -> Plan:
 
 
 @cache
-def case_of(name: str) -> Case:
+def case_of(name):
     """Shared by the tests below, none of which changes it."""
     plan = uneven_plan(read_anatomy(tiny.build(name)), (0, 1, 3), seed=FAMILIES.index(name))
     return with_masked_logits(name, plan)
 
 
 @pytest.fixture(scope="module")
-def read_back(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, Any]]:
+def read_back(request, tmp_path_factory):
     """Every family asked for, cut and saved, and what a process without slimvlm found there."""
     works, requests = {}, []
     here = [item for item in request.session.items if item.path == request.path]
@@ -184,14 +179,12 @@ def test_cutting_again(name, read_back):
     assert not hasattr(again.config, "auto_map")
 
 
-def attending(shape: Anatomy) -> list[int]:
+def attending(shape):
     """Layers with KV groups; a cache needs one."""
     return [index for index, layer in enumerate(shape.layers) if layer.num_kv_heads]
 
 
-def assert_cut_as_masked(
-    model: PreTrainedModel, masked: PreTrainedModel, plan: Plan, inputs: dict[str, Tensor]
-) -> None:
+def assert_cut_as_masked(model, masked, plan, inputs):
     prune_(model, plan)
     mask_(masked, plan)
     assert read_anatomy(model) == plan.after

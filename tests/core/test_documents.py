@@ -1,8 +1,6 @@
 """Work goes on for the very request that began it, and for no other."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -30,7 +28,7 @@ VALUES = st.recursive(
 REQUESTS = st.dictionaries(NAMES, VALUES, min_size=1, max_size=4)
 
 
-def refusal_of(noted: dict[str, Any] | None, request: dict[str, Any]) -> str | None:
+def refusal_of(noted, request):
     try:
         require_same_request(noted, request, "work in 'here' belongs to a run", "Go away")
     except ConfigError as error:
@@ -39,7 +37,7 @@ def refusal_of(noted: dict[str, Any] | None, request: dict[str, Any]) -> str | N
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(tmp_path_factory):
     return tmp_path_factory.mktemp("work") / "request.json"
 
 

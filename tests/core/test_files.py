@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from slimvlm.scoring.unit_scores import Scores
 from tests.handmade import in_python
 
 
-def contents(folder: Path) -> dict[str, str]:
+def contents(folder):
     """Every file below a folder, hidden ones too."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_text() for path in files}
@@ -44,7 +43,7 @@ OURS = '{"label": "", "seconds": 1, "flops": 1, "request": {}}'
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Path:
+def old(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "file").write_text("old")
@@ -180,7 +179,7 @@ def test_text_is_replaced_whole(tmp_path, monkeypatch):
 
 
 LARGE = {"x": torch.ones(1_000_000)}
-WRITERS: dict[str, Callable[[Path], object]] = {
+WRITERS = {
     "text": lambda folder: (folder / "text").write_text("x" * 4_000_000),
     "tensors": lambda folder: save_file(LARGE, folder / "model.safetensors"),
     "optimizer": lambda folder: torch.save(LARGE, folder / "optimizer.pt"),
@@ -188,7 +187,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 
 @contextmanager
-def mounted(place: Path, options: str) -> Iterator[Path]:
+def mounted(place, options):
     """Inside, a file system of its own, where this machine lets one be made."""
     mount = ["mount", "-t", "tmpfs", "-o", options, "slimvlm-test", str(place)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
@@ -200,7 +199,7 @@ def mounted(place: Path, options: str) -> Iterator[Path]:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path):
     """A file system of one MiB."""
     (tmp_path / "disk").mkdir()
     with mounted(tmp_path / "disk", "size=1m") as place:
@@ -306,7 +305,7 @@ with held(sys.argv[1]):
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def holder(tmp_path):
     """Another process that holds ``tmp_path / "out"``."""
     command = [sys.executable, "-c", HOLDS, str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -367,7 +366,7 @@ def test_what_is_no_name_is_refused_in_one_line(name, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def held_once(path: str) -> None:
+def held_once(path):
     with held(path):
         pass
 

@@ -1,7 +1,5 @@
 """Options say what is wrong with them, by name."""
 
-from typing import Any
-
 import jaxtyping
 import pytest
 from hypothesis import given
@@ -62,7 +60,7 @@ def test_terms_without_weight_share_one(names):
     assert len({round(weight, 9) for weight in weights.values()}) == 1
 
 
-BAD: list[tuple[type, str, tuple[Any, ...]]] = [
+BAD = [
     (RecoverConfig, "train", ("tower",)),
     (RecoverConfig, "loss", ("mse",)),
     (RecoverConfig, "fraction", (0.0, 1.5, float("nan"))),

@@ -23,18 +23,18 @@ from slimvlm.core.progress import (
 class Clock:
     """Time that passes when somebody says so, and the lines that are logged meanwhile."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, patch):
         self.now, self.told = 1000.0, list[tuple[float, str]]()
         patch.setattr(time, "monotonic", lambda: self.now)
         patch.setattr(module, "to_log", lambda line: self.told.append((self.now, line)))
 
     @property
-    def lines(self) -> list[str]:
+    def lines(self):
         return [line for _, line in self.told]
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
@@ -79,7 +79,7 @@ def test_a_stage_that_is_left_early_or_empty_says_nothing(clock):
 
 
 def test_parts_of_a_stage_share_its_lines(clock):
-    names: list[str] = []
+    names = []
     with steps("evaluate", 2) as reached:
         for number, name in enumerate(("first", "second")):
             for _ in progress("abcd", name, reached=lambda share, n=number: reached(n + share)):

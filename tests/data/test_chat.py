@@ -1,11 +1,9 @@
 """Labels stand on the assistant turns, exactly; every processor expands pictures its own way."""
 
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data import chat
@@ -20,7 +18,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 every_seeing_kind = pytest.mark.parametrize("kind", SEEING)
 
 
-def samples_of(kind: str) -> dict[str, Sample]:
+def samples_of(kind):
     """Conversations of every shape that a kind can take."""
     first, second = turn("assistant", "It is red."), turn("assistant", "No, it is blue, not red.")
     again, seen = turn("user", "Is it red?"), turn("user", None, "Which colour?")
@@ -44,13 +42,13 @@ def samples_of(kind: str) -> dict[str, Sample]:
 CASES = [(kind, name) for kind in KINDS for name in samples_of(kind)]
 
 
-def answers_of(item: Sample) -> list[str]:
+def answers_of(item):
     return [m["content"][0]["text"] for m in item.messages if m["role"] == "assistant"]
 
 
-def labelled_runs(labels: Tensor) -> list[list[int]]:
+def labelled_runs(labels):
     """Token ids of each stretch of labels."""
-    runs: list[list[int]] = []
+    runs = []
     inside = False
     for value in labels.tolist():
         if value != IGNORE:
@@ -61,12 +59,12 @@ def labelled_runs(labels: Tensor) -> list[list[int]]:
     return runs
 
 
-def decoded_labels(processor: Any, labels: Tensor) -> list[str]:
+def decoded_labels(processor, labels):
     tokenizer = chat.tokenizer_of(processor)
     return [tokenizer.decode(run) for run in labelled_runs(labels)]
 
 
-def expected_labels(kind: str, item: Sample) -> list[str]:
+def expected_labels(kind, item):
     return [KINDS[kind].answer.format(answer) for answer in answers_of(item)]
 
 
@@ -153,7 +151,7 @@ def test_a_question_is_the_beginning_of_its_sample(kind):
     processor = folders.processor(kind)
     sees = kind in SEEING
     pictures = (picture(),) if sees else ()
-    shown: list[str | None] = [None] if sees else []
+    shown = [None] if sees else []
     question = Question("q", "Which colour is shown?", ("red",), pictures)
     item = Sample(
         "s", (turn("user", *shown, "Which colour is shown?"), turn("assistant", "red")), pictures
@@ -178,9 +176,7 @@ def test_a_model_without_eyes_or_words_is_refused():
         chat.encode_samples(None, seen)
 
 
-def template(
-    opening: str, system: str, user: str, assistant: str, prompt: str = "''", otherwise: str = "''"
-) -> str:
+def template(opening, system, user, assistant, prompt="''", otherwise="''"):
     """A chat template in the shape that most have, of Jinja expressions; a header may prompt."""
     prompt = f"'{prompt % 'assistant'}'" if "%s" in prompt else prompt
     return (
@@ -193,9 +189,9 @@ def template(
     )
 
 
-def turns(before: str, after: str, content: str = "m['content']") -> tuple[str, str, str]:
+def turns(before, after, content="m['content']"):
     """The three roles, written alike."""
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         f"'{before % role}' + {content} + '{after}'" for role in ("system", "user", "assistant")
     )
 
@@ -208,7 +204,7 @@ REFUSAL = "raise_exception('System role not supported')"
 TODAY = "bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\n' + strftime_now('%d %b %Y')"
 # Each with what the labels of an answer are. Some answers are stripped, some end in a token that
 # only stands between turns, in one that only ends the conversation, or in none.
-TEMPLATES: dict[str, tuple[str, str]] = {
+TEMPLATES = {
     "vicuna": (
         template(
             *("bos_token", f"{C} + ' '", f"'USER: ' + {C} + ' '"),
@@ -240,11 +236,11 @@ ADDED = [
 
 
 @cache
-def plain_words() -> Any:
+def plain_words():
     return folders.tokenizer(ADDED)
 
 
-def with_template(monkeypatch: pytest.MonkeyPatch, chat_template: str) -> Any:
+def with_template(monkeypatch, chat_template):
     monkeypatch.setattr(plain_words(), "chat_template", chat_template)
     return plain_words()
 
@@ -332,7 +328,7 @@ def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(monkeypa
 def test_a_long_conversation_is_not_rendered_turn_by_turn(monkeypatch):
     words = with_template(monkeypatch, TEMPLATES["chatml"][0])
     said = tuple(turn(("user", "assistant")[i % 2], f"It is {i}.") for i in range(300))
-    renders: list[int] = []
+    renders = []
     render = chat.render
 
     def counted(processor, messages, generate=False):
@@ -359,7 +355,7 @@ def test_pictures_of_later_turns_are_processed_once_each(more, monkeypatch):
     said = ["It is one.", "It is two.", "It is one." if more else "It is three."]
     rows = [t for text in said for t in (turn("user", None, "Which?"), turn("assistant", text))]
     item = sample("s", *rows, images=3)
-    processed: list[int] = []
+    processed = []
     process = chat.process
 
     def counted(processor, texts, images, padding_side):

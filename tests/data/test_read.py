@@ -6,7 +6,6 @@ import random
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -27,22 +26,22 @@ from tests.handmade import refused
 from tests.tiny_folder import folder, picture, processor, turn
 
 
-def silent(line: str) -> None:
+def silent(line):
     raise AssertionError(f"unexpected warning: {line}")
 
 
-def llava(name: str, *said: str, **more: Any) -> dict[str, Any]:
+def llava(name, *said, **more):
     """A LLaVA row; the turns alternate between human and gpt."""
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
     return {"id": name, "conversations": turns, **more}
 
 
-def chat_row(name: str, *said: Any, **more: Any) -> dict[str, Any]:
+def chat_row(name, *said, **more):
     turns = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(said)]
     return {"id": name, "messages": turns, **more}
 
 
-def said(text: str | None) -> dict[str, Any]:
+def said(text):
     return {"type": "text", "text": text}
 
 
@@ -50,7 +49,7 @@ GOOD = llava("good", "Which colour?", "Red.")
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(tmp_path):
     """A folder with two pictures, one of them deeper."""
     home = tmp_path / "home"
     (home / "deep").mkdir(parents=True)
@@ -60,14 +59,14 @@ def home(tmp_path: Path) -> Path:
     return home
 
 
-def write(home: Path, *rows: Any, name: str = "data.json") -> Path:
+def write(home, *rows, name="data.json"):
     path = home / name
     lines = name.endswith(".jsonl")
     path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
     return path
 
 
-def flat(sample: Sample) -> list[tuple[str, list[str | None]]]:
+def flat(sample):
     """Turns as (role, parts); None stands for a picture."""
     return [(m["role"], [part.get("text") for part in m["content"]]) for m in sample.messages]
 
@@ -80,7 +79,7 @@ MIXED = {
         *llava("x", "Which colour?", "Red.")["conversations"],
     ]
 }
-READ: dict[str, tuple[dict[str, Any], list[Any], list[str]]] = {
+READ = {
     "placeholder": (llava("x", "<image>\nWhich colour?", "Red.", image="a.png"), ONE, ["a.png"]),
     "placeholder at the end": (
         llava("x", "What is\n<image>", "Red.", image="a.png"),
@@ -145,7 +144,7 @@ def test_blank_lines_are_no_rows_and_a_row_without_id_has_its_number(home):
     assert [sample.id for sample in load_samples(path, warn=silent)] == ["0", "1"]
 
 
-def table(with_pictures: bool = True) -> datasets.Dataset:
+def table(with_pictures=True):
     """What people publish: messages with placeholders, pictures as an Image column."""
     rows = []
     for index in range(3):
@@ -207,11 +206,11 @@ def test_images_folder(home, tmp_path):
         load_samples(path, images=home / "nowhere", warn=silent)
 
 
-def bad(**fields: Any) -> dict[str, Any]:
+def bad(**fields):
     return {"id": "bad", **fields}
 
 
-def shown(image: Any) -> dict[str, Any]:
+def shown(image):
     return llava("bad", "W?", "Red.", image=image)
 
 
@@ -253,7 +252,7 @@ BROKEN = {
 def test_a_broken_row_is_named_and_skipped_up_to_a_limit(why, home):
     row, message = BROKEN[why]
     path = write(home, row, GOOD, row)
-    warnings: list[str] = []
+    warnings = []
     samples = load_samples(path, max_bad=2, warn=warnings.append)
     assert [sample.id for sample in samples] == ["good"]
     *named, total = warnings
@@ -267,7 +266,7 @@ def test_a_broken_row_is_named_and_skipped_up_to_a_limit(why, home):
 
 
 # Pictures that must not be decoded, or cannot be.
-def png_header(width: int, height: int) -> bytes:
+def png_header(width, height):
     """The beginning of a picture that claims a size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
@@ -277,7 +276,7 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
-def encoded(form: str, size: tuple[int, int] = (200, 150)) -> bytes:
+def encoded(form, size=(200, 150)):
     file = io.BytesIO()
     Image.effect_noise(size, 60).convert("RGB").save(file, form)
     return file.getvalue()
@@ -311,7 +310,7 @@ def test_an_unreadable_picture_is_counted_and_named(why, stored, home):
     row = llava("bad", "W?", "Red.", image=[image])
     path = home / "data.parquet"
     datasets.Dataset.from_list([row, llava("good", "W?", "Red.")]).to_parquet(path)
-    warnings: list[str] = []
+    warnings = []
     assert [s.id for s in load_samples(path, max_bad=1, warn=warnings.append)] == ["good"]
     assert "'bad'" in warnings[0]
     assert message in warnings[0]
@@ -360,7 +359,7 @@ def test_a_broken_line_is_named(home):
     path.write_text(json.dumps(GOOD) + '\n{"id": "cut", "mess\n' + json.dumps(GOOD) + "\n")
     with pytest.raises(DataError, match=r"data\.jsonl'.*line 2 is not JSON"):
         load_samples(path, warn=silent)
-    warnings: list[str] = []
+    warnings = []
     assert len(load_samples(path, max_bad=1, warn=warnings.append)) == 2
     assert "line 2" in warnings[0]
 
@@ -410,15 +409,15 @@ def test_limit_counts_good_samples_from_the_start(home):
     bad = BROKEN["empty answer"][0]
     rows = [bad, *(llava(f"s{i}", "Q?", "A.") for i in range(5)), bad]
     path = write(home, *rows)
-    warnings: list[str] = []
+    warnings = []
     samples = load_samples(path, limit=3, max_bad=1, warn=warnings.append)
     assert [sample.id for sample in samples] == ["s0", "s1", "s2"]
     assert len(warnings) == 2
 
 
-def stored(home: Path, kinds: str, name: str) -> Path:
+def stored(home, kinds, name):
     """Rows of which P stands for one with a picture and T for one without."""
-    shown: dict[str, list[Any]] = {"P": [picture(0) if name == "inside" else "a.png"], "T": []}
+    shown = {"P": [picture(0) if name == "inside" else "a.png"], "T": []}
     rows = [chat_row(f"r{i}", "q", "a", images=shown[kind]) for i, kind in enumerate(kinds)]
     if name.startswith("data.json"):
         return write(home, *rows, name=name)
@@ -473,7 +472,7 @@ def test_what_a_model_cannot_read_is_broken(home):
     assert len(load_samples(path, warn=silent)) == 3
     with pytest.raises(DataError, match=r"'seen': .*the model cannot see \(--max-bad 0\)"):
         load_samples(path, warn=silent, processor=words)
-    told: list[str] = []
+    told = []
     samples = load_samples(path, None, 1, 2, told.append, words, max_length=60)
     assert [sample.id for sample in samples] == ["good"]
     assert [line.partition("sample ")[2][:6] for line in told[:2]] == ["'long'", "'seen'"]
@@ -490,7 +489,7 @@ def test_demo_samples_can_be_limited():
     assert all(m["role"] in ("user", "assistant", "system") for s in samples for m in s.messages)
 
 
-def numbered(count: int) -> list[Sample]:
+def numbered(count):
     return [Sample(str(i), (turn("user", "Q"), turn("assistant", "A"))) for i in range(count)]
 
 
@@ -507,7 +506,7 @@ def test_a_subset_depends_on_the_seed_alone():
     assert subset(samples, 1.0, seed=3) == samples
 
 
-def mixed(texts: int, ones: int, several: int, folders: int = 1) -> list[Sample]:
+def mixed(texts, ones, several, folders=1):
     """Samples of every stratum, mixed."""
     made = []
     for index, images in enumerate([0] * texts + [1] * ones + [3] * several):
@@ -520,7 +519,7 @@ def mixed(texts: int, ones: int, several: int, folders: int = 1) -> list[Sample]
 @given(st.integers(0, 30), st.integers(1, 30), st.integers(0, 30), st.integers(0, 9))
 def test_subsets_are_stratified_nested_and_of_the_right_size(texts, ones, several, seed):
     samples = mixed(texts, ones, several)
-    smaller: set[str] = set()
+    smaller = set()
     for fraction in (0.05, 0.1, 0.2, 0.5, 0.9, 1.0):
         chosen = subset(samples, fraction, seed)
         names = {s.id for s in chosen}
@@ -556,7 +555,7 @@ def test_a_picture_in_memory_is_told_apart_without_being_decoded(home):
     first, other, same = (find_image(content, "x", home) for content in contents)
     assert identifying_bytes(first) == identifying_bytes(same) != identifying_bytes(other)
     assert isinstance(first, Image.Image)
-    assert isinstance(first.fp, io.BytesIO)  # type: ignore[attr-defined]
+    assert isinstance(first.fp, io.BytesIO)
     wide, high = (Image.new("L", size) for size in ((4, 2), (2, 4)))
     assert identifying_bytes(wide) != identifying_bytes(high)
 
@@ -589,7 +588,7 @@ def test_pictures_given_both_ways_keep_their_order(tmp_path):
 KINDS = ["text", "llava", "qwen2_5_vl"]
 
 
-def talk(*lengths: int, sees: bool = False) -> Sample:
+def talk(*lengths, sees=False):
     """Exchanges whose answers have so many words."""
     turns = []
     for number, length in enumerate(lengths):
@@ -640,7 +639,7 @@ def test_the_lower_limit_counts():
 
 
 def test_what_cannot_be_too_long_is_not_counted(monkeypatch):
-    counted: list[Any] = []
+    counted = []
     monkeypatch.setattr("slimvlm.data.read.length_of", lambda *a: counted.append(a) or 0)
     words, short = processor("llava"), talk(3, sees=True)
     assert fitted(words, short, Limit(4096, is_asked=False)) is short
@@ -649,7 +648,7 @@ def test_what_cannot_be_too_long_is_not_counted(monkeypatch):
     assert len(counted) == 1
 
 
-def written(path: Path, *samples: Sample) -> Path:
+def written(path, *samples):
     lines = []
     for number, sample in enumerate(samples):
         turns = [{"role": m["role"], "content": m["content"][0]["text"]} for m in sample.messages]
@@ -662,7 +661,7 @@ def test_a_file_s_long_rows_are_counted_and_said(tmp_path):
     data = written(tmp_path / "data.jsonl", talk(3), talk(200), talk(300), talk(4))
     words, context = processor("text"), context_of(load_config(folder("text")))
     assert context == 256
-    said: list[str] = []
+    said = []
     found = load_samples(data, warn=said.append, processor=words, context=context, too_long="cut")
     assert [length_of(words, sample) <= 256 for sample in found] == [True] * 4
     assert found[0] == load_samples(data)[0]

@@ -1,7 +1,6 @@
 """Roles cover every valid token once, and weights follow them."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ IMAGE = 9
 CONFIG = SimpleNamespace(image_token_id=IMAGE)
 
 
-def batch() -> dict[str, Any]:
+def batch():
     return {
         "input_ids": torch.tensor([[1, IMAGE, IMAGE, 5, 6, 7], [1, 5, 6, 0, 0, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]),

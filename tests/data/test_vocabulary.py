@@ -5,7 +5,6 @@ import random
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,7 +25,7 @@ texts = st.one_of(words.map("".join), words.map(" ".join), st.text())
 
 
 @cache
-def pair(kind: str, share: float) -> tuple[Any, Tokenizer, tuple[int, ...]]:
+def pair(kind, share):
     """A tokenizer, the same with fewer tokens, and what these were."""
     whole = tiny_words.KINDS[kind]()
     file = TokenizerFile("tiny", json.loads(whole.to_str()))
@@ -36,12 +35,11 @@ def pair(kind: str, share: float) -> tuple[Any, Tokenizer, tuple[int, ...]]:
     return whole, Tokenizer.from_str(file.trimmed(kept)), kept
 
 
-def ids_of(raw: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = raw.encode(text).ids
-    return ids
+def ids_of(raw, text):
+    return raw.encode(text).ids
 
 
-def writable(text: str) -> bool:
+def writable(text):
     """Whether it is Unicode: hypothesis makes no lone surrogates unless told."""
     return not any(0xD800 <= ord(c) <= 0xDFFF for c in text)
 
@@ -167,7 +165,7 @@ def test_tokens_are_counted_over_all_texts_in_place(monkeypatch):
     size = len(TokenizerFile.of(whole).needed) + 15
     shown = [text for number, text in enumerate(said, 1) if number % 4]
     tried, held_out = sv.choose_tokens(whole, size=size, texts=shown), sum(counts[3::4], Counter())
-    made: list[Any] = []
+    made = []
 
     class Counted(Counter[int]):
         def __init__(self, *args):
@@ -224,13 +222,13 @@ def test_an_empty_folder_is_refused(tmp_path):
         sv.choose_tokens(tiny_words.tokenizer("byte_level"), texts=[tmp_path])
 
 
-def changed(**model: Any) -> PreTrainedTokenizerFast:
+def changed(**model):
     values = json.loads(tiny_words.tokenizer("sentencepiece").backend_tokenizer.to_str())
     values["model"] |= model
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(values)))
 
 
-def word_piece() -> PreTrainedTokenizerFast:
+def word_piece():
     raw = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     return PreTrainedTokenizerFast(tokenizer_object=raw)
 
@@ -248,7 +246,7 @@ def test_what_cannot_lose_tokens_is_refused_by_name(tokenizer, message):
         sv.choose_tokens(tokenizer(), size=300)
 
 
-def small_bpe(merges: list[tuple[str, str]]) -> Tokenizer:
+def small_bpe(merges):
     pieces = ["a", "b", "c", *("".join(pair) for pair in merges)]
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return Tokenizer(models.BPE(vocab, merges))

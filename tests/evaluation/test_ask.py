@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import ask as evaluation
 from slimvlm.evaluation.ask import answer, evaluate, with_other_pictures
-from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
 from tests import tiny_folder as folders
@@ -23,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("unhurried")
 WORDS = ("red", "blue", "green")
 
 
-def questions(count: int, sees: bool = True) -> list[Question]:
+def questions(count, sees=True):
     """Prompts of quite different lengths, every fourth with the answer "yes"."""
     return [
         Question(
@@ -36,7 +34,7 @@ def questions(count: int, sees: bool = True) -> list[Question]:
     ]
 
 
-def task(name: str = "colours", count: int = 9, sees: bool = True, **changes: Any) -> Task:
+def task(name="colours", count=9, sees=True, **changes):
     made = Task(name, "exact_match", 25.0, lambda limit: questions(count, sees)[:limit])
     return replace(made, **{"max_new_tokens": 4, **changes})
 
@@ -50,12 +48,12 @@ PERPLEXITY = Task(
 
 
 @pytest.fixture(scope="module")
-def llava() -> tuple[Any, Any]:
+def llava():
     return load(folders.folder("llava"))
 
 
 @pytest.fixture(scope="module")
-def result(llava: tuple[Any, Any], unhurried: None) -> Result:
+def result(llava, unhurried):
     return evaluate(*llava, [task(), PERPLEXITY], name="tiny")
 
 
@@ -170,7 +168,7 @@ def test_a_result_has_sizes_times_and_options(llava, result):
 
 def test_a_stopped_evaluation_asks_only_the_rest(llava, tmp_path, monkeypatch):
     tasks = [task(count=9), PERPLEXITY, task("more", count=6)]
-    asked: list[str] = []
+    asked = []
     budget = 0
 
     def counted(*arguments):

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ SMALL = Workload(prompt_tokens=8, new_tokens=3, batch_sizes=(1, 2), repeats=2)
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[Any, Any]:
+def models():
     """A model without every second layer and a part of its neurons, and the whole one."""
     small, large = tiny.build("llava-llama"), tiny.build("llava-llama")
     prune_(small, plan_by_hand(read_anatomy(small), layers=(0, 2), neurons=range(77)))
@@ -90,7 +89,7 @@ def test_a_workload_out_of_range_is_refused(wrong):
 
 
 @pytest.fixture(scope="module")
-def llava() -> tuple[Any, Any]:
+def llava():
     return load(folders.folder("llava"))
 
 
@@ -144,7 +143,7 @@ def test_a_run_times_every_token(llava):
 
 
 def test_models_take_turns_forwards_and_backwards(monkeypatch):
-    models: Any = ("small", "large")
+    models = ("small", "large")
     order = []
 
     def record(model, inputs, new_tokens):

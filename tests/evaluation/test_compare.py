@@ -1,7 +1,6 @@
 """Two models answer by answer: which answers are lost and gained, and why some are not compared."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,20 +11,14 @@ from PIL import Image
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question, Task
-from slimvlm.evaluation.compare import (
-    CHANGES,
-    Comparison,
-    compare,
-    comparison_json,
-    comparison_rows,
-)
+from slimvlm.evaluation.compare import CHANGES, compare, comparison_json, comparison_rows
 from slimvlm.evaluation.metrics import METRICS
 from slimvlm.evaluation.results import Result, TaskResult
 
 TEXT = TaskResult("perplexity", 12.0, 0.0, False, ("p", "q"), ("", ""), (2.5, 2.4))
 
 
-def questions(name: str, count: int, size: tuple[int, int] | None = None) -> list[Question]:
+def questions(name, count, size=None):
     """Questions about pictures of noise, all with the answer "cat"."""
     rng = np.random.default_rng(0)
     found = []
@@ -36,13 +29,11 @@ def questions(name: str, count: int, size: tuple[int, int] | None = None) -> lis
     return found
 
 
-def task_of(name: str, asked: Sequence[Question], metric: str = "exact_match") -> Task:
+def task_of(name, asked, metric="exact_match"):
     return Task(name, metric, 0.0, lambda limit: asked[:limit])
 
 
-def answered(
-    asked: Sequence[Question], replies: Sequence[str], metric: str = "exact_match"
-) -> TaskResult:
+def answered(asked, replies, metric="exact_match"):
     """The result of these replies: words, or a string of ``1`` (right) and ``0`` (wrong)."""
     if isinstance(replies, str):
         replies = ["cat" if digit == "1" else "dog" for digit in replies]
@@ -51,18 +42,18 @@ def answered(
     return TaskResult(metric, mean, 0.0, True, ids, tuple(replies), scores)
 
 
-def result(model: str, **tasks: TaskResult) -> Result:
+def result(model, **tasks):
     return Result(model, 2_000_000, 1_000_000, tasks, 1.0, 1.0)
 
 
-def two(a: str, b: str, size: tuple[int, int] | None = None) -> tuple[Comparison, list[Question]]:
+def two(a, b, size=None):
     """A comparison on one task, from strings of right and wrong."""
     asked = questions("pets", len(a), size)
     theirs, ours = (result(n, pets=answered(asked, r)) for n, r in (("large", a), ("small", b)))
     return compare(theirs, ours, {"pets": task_of("pets", asked)}), asked
 
 
-def graded() -> Comparison:
+def graded():
     asked = [Question(f"q{i}", "list", ("a, b",)) for i in range(2)]
     a = result("a", pets=answered(asked, ["a, b"] * 2, "set_f1"))
     b = result("b", pets=answered(asked, ["a, c", "c"], "set_f1"))

@@ -1,8 +1,6 @@
 """lmms-eval's own runner and our evaluator give the same replies and scores on the same data."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -22,7 +20,7 @@ from slimvlm.evaluation.lmms import (
     split_names,
 )
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
-from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import read_task
 from slimvlm.models.load import load
 from tests import tiny_folder as folders
@@ -35,18 +33,18 @@ COLOURS = ("red", "blue", "green", "white")
 COUNT = 6
 
 
-def prompt(index: int) -> str:
+def prompt(index):
     return "Which colour " + "of these " * (index * 5 % 4) + f"is part {index}?"
 
 
-def write_parquet(path: Path, rows: Sequence[dict[str, Any]], image: str = "image") -> None:
+def write_parquet(path, rows, image="image"):
     table = datasets.Dataset.from_list(list(rows))
     if image in table.column_names:
         table = table.cast_column(image, datasets.Image())
     table.to_parquet(path)
 
 
-def write_task(folder: Path, name: str, **fields: Any) -> None:
+def write_task(folder, name, **fields):
     """A task file for lmms-eval on data.parquet."""
     common = {
         "task": name,
@@ -61,15 +59,15 @@ def write_task(folder: Path, name: str, **fields: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[Any, Any]:
+def loaded():
     return load(str(folders.folder("llava")), "float32")
 
 
 @pytest.fixture(scope="module")
-def place(loaded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(loaded, tmp_path_factory):
     """A folder with two tasks; every other answer is the model's own, so that some are right."""
     folder = tmp_path_factory.mktemp("lmms")
-    rows: list[dict[str, Any]] = []
+    rows = []
     for i in range(COUNT):
         text = prompt(i) + "\nAnswer with one word."
         question = Question(str(i), text, (), (picture(i),), COLOURS)
@@ -97,7 +95,7 @@ def place(loaded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def ours(place: Path, **fields: Any) -> Any:
+def ours(place, **fields):
     """The same parquet file as a task of ours."""
     path = place / "ours.yml"
     common = {
@@ -108,7 +106,7 @@ def ours(place: Path, **fields: Any) -> Any:
     return read_task(path)
 
 
-def same(theirs: TaskResult, own: TaskResult) -> None:
+def same(theirs, own):
     assert theirs.ids == own.ids
     assert theirs.replies == own.replies
     assert theirs.scores == own.scores
@@ -160,7 +158,7 @@ MME_ROWS = [
     *(("count", "0.png", word) for word in ("Yes", "No")),
 ]
 # columns that the shipped scoring code reads, without the picture
-SHIPPED_ROWS: dict[str, list[dict[str, Any]]] = {
+SHIPPED_ROWS = {
     "mme": [
         {"question_id": name, "category": kind, "answer": word, "question": f"Seen {i}?"}
         for i, (kind, name, word) in enumerate(MME_ROWS)
@@ -205,7 +203,7 @@ SHIPPED_ROWS: dict[str, list[dict[str, Any]]] = {
 }
 IMAGE_COLUMNS = {"mmmu_val": "image_1", "mathvista_testmini_format": "decoded_image"}
 # benchmark: replies (every question in order), scores of each question, score
-CASES: dict[str, tuple[list[str], list[float], float]] = {
+CASES = {
     "pope": (["yes", "Yes", "no", "no"], [1, 0, 0, 1], 50),
     "gqa": (["Red", "blue.", "green", "black"], [1, 1, 1, 0], 75),
     "scienceqa_img": (["A", "A", "A. up", "I think B"], [1, 0, 1, 0], 50),
@@ -217,12 +215,12 @@ CASES: dict[str, tuple[list[str], list[float], float]] = {
 
 
 @pytest.fixture
-def shipped(loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def shipped(loaded, tmp_path, monkeypatch):
     """Run a benchmark that lmms-eval ships on data on disk; the model gives these replies."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     monkeypatch.setattr(lmms, "batches_by_length", lambda p, _n, _task: iter([list(range(len(p)))]))
 
-    def run(name: str, replies: Sequence[str], limit: int | None = None) -> Any:
+    def run(name, replies, limit=None):
         task = next(row.task for key, row in LMMS_TASKS.items() if name in (key, row.task))
         column = IMAGE_COLUMNS.get(task, "image")
         rows = [{**row, column: picture(i)} for i, row in enumerate(SHIPPED_ROWS[task])]

@@ -9,7 +9,7 @@ from slimvlm.data.samples import Question
 from slimvlm.evaluation import metrics
 
 
-def asking(*answers: str) -> Question:
+def asking(*answers):
     return Question("q", "?", answers)
 
 
@@ -77,7 +77,7 @@ def test_average_rescales_mme():
     assert metrics.average({"pope": 85.9}) == pytest.approx(85.9)
 
 
-def scores_of(seed: int, **accuracy: float) -> dict[str, list[float]]:
+def scores_of(seed, **accuracy):
     generator = np.random.default_rng(seed)
     return {
         name: (generator.random(120 + 40 * i) < share).astype(float).tolist()
@@ -90,7 +90,7 @@ ORIGINAL = scores_of(0, a=0.9, b=0.7)
 PRUNED = scores_of(1, a=0.75, b=0.5)
 
 
-def means_of(*models: dict[str, list[float]]) -> list[float]:
+def means_of(*models):
     return [float(np.mean([100 * np.mean(model[n]) for n in "ab"])) for model in models]
 
 

@@ -1,18 +1,14 @@
 """Losses on samples of the user's own: against whole logits, in any batch and vocabulary."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
 from slimvlm import evaluate_data
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.data.chat import encode_samples
-from slimvlm.data.samples import Sample
 from slimvlm.evaluation.on_data import DataResult, Predictions, predictions_of
 from slimvlm.models.hidden import head_weights_of
 from slimvlm.models.load import load
@@ -23,25 +19,23 @@ TEXTS = ["It is red and blue.", "Which colour is the left part?", "one two three
 
 
 @pytest.fixture(scope="module", params=["llava", "text"])
-def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
+def pair(request):
     """A model, another one with other weights, and the processor of both."""
     model, processor = load(folders.folder(request.param))
     return model, changed_copy(model), processor
 
 
-def samples_for(processor: Any, count: int = 7) -> list[Sample]:
+def samples_for(processor, count=7):
     return folders.short_samples(count, sees=hasattr(processor, "image_processor"))
 
 
-def values_of(result: DataResult) -> dict[str, Any]:
+def values_of(result):
     """The figures without their intervals."""
     return {name: each and each.value for name, each in vars(result.figures).items()}
 
 
 @torch.no_grad()
-def by_hand(
-    model: PreTrainedModel, other: PreTrainedModel, processor: Any, samples: Sequence[Sample]
-) -> tuple[float, float, float, float]:
+def by_hand(model, other, processor, samples):
     """Loss of both models, share of same tokens and KL, from whole logits, sample by sample."""
     rows = []
     for sample in samples:
@@ -71,7 +65,7 @@ def test_figures_are_those_of_whole_logits_and_of_no_batch(pair):
 def test_a_model_differs_in_nothing_from_itself(pair):
     model, _, processor = pair
     samples = samples_for(processor)
-    figures: Any = evaluate_data(model, processor, samples, model).figures
+    figures = evaluate_data(model, processor, samples, model).figures
     assert (figures.increase.value, figures.increase.low, figures.increase.high) == (0, 0, 0)
     assert (figures.agreement.value, figures.agreement.low) == (100, 100)
     assert figures.divergence.value == 0

@@ -13,14 +13,14 @@ TIMES = {"prefill_range_ms": (2.0, 2.5), "decode_range_ms": (1.0, 1.0)}
 KNOWN, HALF = "101100110", "100100000"
 
 
-def result(right: str, majority: float | None = 100 * 3 / 9, **changes: object) -> Result:
+def result(right, majority=100 * 3 / 9, **changes):
     """A result from ``1`` for each right answer and ``0`` for each wrong one."""
     scores, ids = tuple(map(float, right)), tuple(f"q{i}" for i in range(len(right)))
     mean, replies = 100 * sum(scores) / len(scores), ("red",) * len(right)
     colours = TaskResult("exact_match", mean, 25.0, True, ids, replies, scores, majority=majority)
     tasks = {"colours": colours, "passages": PASSAGES}
-    made = Result("tiny", 2000, 1000, tasks, 2.25, 1.0, dtype="float32", weight_bytes=8000, **TIMES)  # type: ignore[arg-type]
-    return replace(made, **changes)  # type: ignore[arg-type]
+    made = Result("tiny", 2000, 1000, tasks, 2.25, 1.0, dtype="float32", weight_bytes=8000, **TIMES)
+    return replace(made, **changes)
 
 
 def test_a_file_gives_the_same_result_and_one_without_later_fields_loads(tmp_path):

@@ -2,8 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -48,7 +46,7 @@ number = 3
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """A task, its data, and a module with metrics."""
     (tmp_path / "pictures").mkdir()
     for name in ("red", "blue"):
@@ -65,11 +63,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write_rows(folder: Path, rows: Iterable[object]) -> None:
+def write_rows(folder, rows):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def changed(folder: Path, *changes: str) -> Path:
+def changed(folder, *changes):
     """The task's file with some of its text replaced: ``old|new``."""
     path = folder / "task.yaml"
     for old, new in (change.split("|") for change in changes):

@@ -1,8 +1,6 @@
 """The language backbone alone, what llama.cpp cannot run of it, and fewer tokens there."""
 
 import os
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -114,17 +112,16 @@ def test_llama_cpp_continues_a_model_with_fewer_tokens_alike(tmp_path):
     assert continued(tmp_path / "fewer.gguf") == said(model, processor)
 
 
-def said(model: Any, processor: Any) -> str:
+def said(model, processor):
     """How transformers goes on."""
     ids = processor.tokenizer(PROMPT, return_tensors="pt").input_ids
     output = model.generate(input_ids=ids, max_new_tokens=TOKENS, do_sample=False)
-    text: str = processor.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    return text
+    return processor.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def continued(file: Path) -> str:
+def continued(file):
     """How llama.cpp goes on."""
-    llama_cpp: Any = pytest.importorskip("xllamacpp")
+    llama_cpp = pytest.importorskip("xllamacpp")
     parameters = llama_cpp.CommonParams()
     parameters.model.path = str(file)
     parameters.n_ctx, parameters.warmup = 256, False
@@ -132,5 +129,4 @@ def continued(file: Path) -> str:
     reply = server.handle_completions(
         {"prompt": PROMPT, "n_predict": TOKENS, "temperature": 0.0, "top_k": 1}
     )
-    text: str = reply["choices"][0]["text"]
-    return text
+    return reply["choices"][0]["text"]

@@ -1,8 +1,6 @@
 """Quantised checkpoints: close, smaller as counted, loaded by plain transformers, backbone only."""
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import jaxtyping
 import pytest
@@ -21,7 +19,7 @@ from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.cut import prune_
 from tests import tiny
-from tests.handmade import Batch, logits, plan_by_hand
+from tests.handmade import logits, plan_by_hand
 
 pytest.importorskip("torchao")
 pytest.importorskip("bitsandbytes")
@@ -38,15 +36,15 @@ MOST_OFF = {"int8": 0.06, "int4": 0.5, "fp8": 0.2}
 """Largest difference of logits, relative to the largest logit."""
 
 
-def pruned(family: str, neurons: int = 64) -> hf.PreTrainedModel:
+def pruned(family, neurons=64):
     """A tiny model without one layer and some neurons, in bfloat16."""
     model = tiny.build(family)
     prune_(model, plan_by_hand(read_anatomy(model), layers=(0, 1, 3), neurons=range(neurons)))
-    return model.to(torch.bfloat16)  # type: ignore[no-any-return]
+    return model.to(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Batch]:
+def original(tmp_path_factory):
     """A pruned LLaVA, its folder, and a batch."""
     model = pruned("llava-llama")
     folder = tmp_path_factory.mktemp("model") / "original"
@@ -158,7 +156,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 def test_an_unknown_type_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
     pruned("llama").save_pretrained(tmp_path / "original")
-    unknown: Any = "int3"
+    unknown = "int3"
     with pytest.raises(ConfigError, match="to 'int3' with backend 'torchao' must be one of"):
         quantize(tmp_path / "original", tmp_path / "small", unknown, "torchao", "cpu")
 

@@ -1,20 +1,17 @@
 """Rules of serving engines: what breaks in production is said before."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.export.serving import ENGINES, RULES, TENSOR_PARALLEL, check
-from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import slow_widths
 from tests import tiny
 
 
-def shaped(
-    family: str = "llama", neurons: Sequence[int] | int = 256, kv_heads: int = 4, hidden: int = 64
-) -> Anatomy:
+def shaped(family="llama", neurons=256, kv_heads=4, hidden=64):
     """A tiny model's anatomy with other counts in its layers."""
     shape = read_anatomy(tiny.build(family))
     widths = [neurons] * shape.num_layers if isinstance(neurons, int) else list(neurons)
@@ -25,7 +22,7 @@ def shaped(
     return replace(shape.with_layers(layers), hidden_size=hidden)
 
 
-def broken(shape: Anatomy, target: str, is_quantized: bool = False) -> dict[str, str]:
+def broken(shape, target, is_quantized=False):
     """Rules that do not hold, and what that means."""
     found = check(shape, [target], is_quantized)
     return {f.rule: f.level for f in found if f.level != "ok"}

@@ -1,7 +1,6 @@
 """The device is the user's choice, and what a device cannot do is done elsewhere or said."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -27,12 +26,12 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def llava() -> str:
+def llava():
     return str(folders.folder("llava"))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+def data(tmp_path_factory):
     return str(folders.write_llava_data(tmp_path_factory.mktemp("data"), count=8))
 
 
@@ -84,11 +83,11 @@ def test_the_card_is_called_by_its_name(card):
 class WithoutFloat64(TorchDispatchMode):
     """Inside, nothing in float64 can be made on a device, as on MPS."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device):
         super().__init__()
         self.device = device
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor) and value.device.type == self.device.type:
@@ -100,7 +99,7 @@ OF_EXPERTS = ("reap", "frequency")
 
 
 @pytest.fixture
-def without_float64(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> WithoutFloat64:
+def without_float64(card, monkeypatch):
     monkeypatch.setattr("slimvlm.models.load.has_float64", lambda device: device.type == "cpu")
     return WithoutFloat64(card)
 

@@ -2,12 +2,9 @@
 
 import copy
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import slimvlm as sv
 from slimvlm.models.parts import shares_keys
@@ -22,20 +19,20 @@ archetypes = pytest.mark.parametrize("name", tiered(ARCHETYPES, lambda name: nam
 
 
 @cache
-def model_of(name: str) -> PreTrainedModel:
+def model_of(name):
     """A tiny model on the CPU. Tests must not change it."""
     return tiny.build(name)
 
 
-def batches_of(name: str) -> list[dict[str, Tensor]]:
+def batches_of(name):
     return [tiny.batch(model_of(name), 12 + 3 * seed, seed) for seed in range(2)]
 
 
-def has_experts(name: str) -> bool:
+def has_experts(name):
     return any(shape.num_experts for shape in sv.anatomy(model_of(name)).layers)
 
 
-def criteria_of(name: str) -> tuple[str, str]:
+def criteria_of(name):
     """Criteria of a model's widths and of its layers."""
     return "activation" if has_experts(name) else "flap", "block_influence"
 
@@ -51,7 +48,7 @@ def test_scores(name, card):
 @archetypes
 def test_a_walk(name, card):
     models = [copy.deepcopy(model_of(name)).to(device) for device in ("cpu", card)]
-    how: dict[str, Any] = {"held_out": batches_of(name)[1:]}
+    how = {"held_out": batches_of(name)[1:]}
     if has_experts(name):
         how["scores"] = sv.score(model_of(name), batches_of(name), "activation")
     if name == "kosmos2_5":

@@ -2,8 +2,6 @@
 
 import copy
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,12 +14,11 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import release_memory, weight_bytes
 from slimvlm.models.load import auto_class
 from slimvlm.pruning.walk.engine import Steps, WalkConfig
-from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, states_bytes, walk
 from slimvlm.runs.advise import dry_run, dry_run_rows
 from slimvlm.scoring import stores
 from slimvlm.scoring.layerwise import Live
-from slimvlm.scoring.stores import Memory, Scratch, StatesPlace, Store
+from slimvlm.scoring.stores import Memory, Scratch, StatesPlace
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
 from tests.gpu.alike import assert_close
@@ -38,7 +35,7 @@ GRAMS = 6 * 4 * HIDDEN**2
 
 
 @pytest.fixture
-def model() -> Any:
+def model():
     """A model whose layers are most of it, and large beside what tiny batches need."""
     config = hf.LlamaConfig(
         **{"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS},
@@ -48,35 +45,35 @@ def model() -> Any:
 
 
 @pytest.fixture
-def folder(model: Any, tmp_path: Path) -> Path:
+def folder(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     folders.processor("text").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> str:
+def data(tmp_path):
     return str(folders.write_llava_data(tmp_path / "data", count=20, pictures=False))
 
 
 class Peak:
     """What a card has held at most since this was made, beyond what it held then."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         release_memory()
         torch.cuda.reset_peak_memory_stats()
         self.before = torch.cuda.memory_allocated()
 
     @property
-    def bytes(self) -> int:
+    def bytes(self):
         return torch.cuda.max_memory_allocated() - self.before
 
 
-def batches(model: Any) -> list[dict[str, torch.Tensor]]:
+def batches(model):
     return [tiny.batch(model, TOKENS, seed) for seed in range(BATCHES)]
 
 
-def layer_bytes(model: Any) -> int:
+def layer_bytes(model):
     return 4 * max(layer.params for layer in read_anatomy(model).layers)
 
 
@@ -108,7 +105,7 @@ RECOVER = RecoverConfig(train="lora", loss="sft+hidden", max_steps=2, batch_size
 
 FULL = RecoverConfig(train="full", loss="sft", max_steps=2, batch_size=2)
 SCORED = {"criterion": ("magnitude",), "repair": "none"}
-RUNS: dict[str, dict[str, Any]] = {
+RUNS = {
     **{"walk": {}, "local steps": {"local_steps": 2}},
     "taylor": {"criterion": ("taylor",), "repair": "none"},
     **{"lora": {**SCORED, "recover": RECOVER}, "full": {**SCORED, "recover": FULL}},
@@ -159,9 +156,7 @@ def test_a_dry_run_says_where_states_go_and_what_does_not_fit(folder, data):
 
 
 # Training whose batches do not fit takes smaller ones, and learns the same.
-def trained(
-    batch_size: int, card: torch.device, room: int = 0
-) -> tuple[dict[str, torch.Tensor], int]:
+def trained(batch_size, card, room=0):
     """The weights after two steps on a card, and the most bytes that these took beside them."""
     model, processor = sv.load(str(folders.folder("llava")), device="cpu")
     teacher = copy.deepcopy(model)
@@ -202,7 +197,7 @@ STEPS = Steps(repair="auto", count=2)
 CPU = torch.device("cpu")
 
 
-def walked(name: str, device: torch.device, store: Store) -> tuple[Walked, int]:
+def walked(name, device, store):
     """A walk along both axes, and the most bytes that the card held meanwhile."""
     model = tiny.build(name).to(device)
     data = [tiny.batch(model, 40, seed) for seed in range(8)]
@@ -241,7 +236,7 @@ def test_host_memory_is_pinned_and_comes_back_as_it_was(card):
 
 
 @pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def free(monkeypatch):
     """Bytes that are said to be free, by kind of device."""
     found = {"cpu": 8000, "cuda": 4000}
     monkeypatch.setattr(stores, "free_memory", lambda device: found[device.type])
@@ -265,7 +260,7 @@ def test_a_full_card_keeps_states_on_the_host(card):
     model = tiny.build("llama").to(card)
     data = [tiny.batch(model, 40, seed) for seed in range(8)]
     chosen = plans_for(read_anatomy(model), [], 0.3, "width", "uniform")
-    said: list[str] = []
+    said = []
     walks = []
     for room in (10 << 20, 1 << 20):
         with pretended_gpu.limit(room):

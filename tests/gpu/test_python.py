@@ -3,12 +3,10 @@
 import copy
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
 import slimvlm as sv
 from slimvlm.evaluation.on_data import Predictions, predictions_of, result_of
@@ -18,39 +16,39 @@ from slimvlm.models.losses import CHUNK, rows_at_once
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
 from tests.gpu.alike import assert_close
-from tests.handmade import Batch, changed_copy, plan_by_hand
+from tests.handmade import changed_copy, plan_by_hand
 from tests.tiers import tiered
 
 where = pytest.mark.parametrize("where", ["batches on the card", "batches on the cpu"])
 
 
 @cache
-def original() -> PreTrainedModel:
+def original():
     """A tiny model that sees, on the CPU. Tests must not change it."""
     return tiny.build("llava-llama")
 
 
-def batches(device: Any = "cpu") -> list[Batch]:
+def batches(device="cpu"):
     made = [tiny.batch(original(), 12 + 3 * seed, seed) for seed in range(2)]
     return [{name: value.to(device) for name, value in batch.items()} for batch in made]
 
 
-def shown(where: str, card: torch.device) -> list[Batch]:
+def shown(where, card):
     return batches(card if where == "batches on the card" else "cpu")
 
 
-def copies(card: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
+def copies(card):
     here, there = copy.deepcopy(original()), copy.deepcopy(original())
     return here, there.to(card)
 
 
-def scored(model: PreTrainedModel, given: list[Batch]) -> sv.Plan:
+def scored(model, given):
     plan = sv.make_plan(sv.anatomy(model), sv.score(model, given, "taylor"), 0.3, "width")
     sv.prune_(model, plan)
     return plan
 
 
-def repaired(model: PreTrainedModel, given: list[Batch]) -> sv.Plan:
+def repaired(model, given):
     plan = plan_by_hand(sv.anatomy(model), neurons=range(64))
     statistics = sv.collect(model, given, "obs")
     sv.prune_(model, plan)
@@ -58,7 +56,7 @@ def repaired(model: PreTrainedModel, given: list[Batch]) -> sv.Plan:
     return plan
 
 
-def walked(axis: str, model: PreTrainedModel, given: list[Batch]) -> sv.Plan:
+def walked(axis, model, given):
     return sv.walk_(model, given, 0.3, axis, held_out=given[1:], local_steps=1).plan
 
 
@@ -133,7 +131,7 @@ def test_block_influence(card):
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[PreTrainedModel, PreTrainedModel, Any]:
+def pair():
     """A model, another one, and the processor of both, on the CPU. Tests must not change them."""
     model, processor = load(folders.folder("llava"), device="cpu")
     return model, changed_copy(model), processor
@@ -155,7 +153,7 @@ def test_evaluate_data(baseline, pair, card):
     model, other, processor = pair
     samples = folders.short_samples(5)
     there, theirs = (copy.deepcopy(each).to(card) for each in (model, other))
-    beside: Any = {"card": theirs, "cpu": other}.get(baseline)
+    beside = {"card": theirs, "cpu": other}.get(baseline)
     if beside is None:
         head = head_weights_of(theirs) if baseline == "kept with its head" else None
         beside = predictions_of(theirs, processor, samples, head=head)
@@ -172,11 +170,11 @@ def test_evaluate_data(baseline, pair, card):
 class _HeadsMoved(TorchDispatchMode):
     """Counts copies of a tensor of some shape to the card."""
 
-    def __init__(self, shape: torch.Size) -> None:
+    def __init__(self, shape):
         super().__init__()
         self.shape, self.count = shape, 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and found.shape == self.shape:
             self.count += found.device.type != args[0].device.type

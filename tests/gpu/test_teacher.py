@@ -2,11 +2,9 @@
 
 import copy
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import slimvlm as sv
 from slimvlm.models.load import load
@@ -18,8 +16,8 @@ from tests.handmade import plan_by_hand
 SAMPLES = folders.short_samples(6)
 
 
-def config(**changes: Any) -> sv.RecoverConfig:
-    values: dict[str, Any] = {
+def config(**changes):
+    values = {
         **{"train": "lora", "loss": "0.5*sft+0.5*kl", "max_steps": 2, "batch_size": 2},
         **{"learning_rate": 1e-3, "lora_rank": 4, "lora": {"lora_alpha": 8, "lora_dropout": 0.0}},
         **{"bf16": False},
@@ -27,7 +25,7 @@ def config(**changes: Any) -> sv.RecoverConfig:
     return sv.RecoverConfig(**{**values, **changes})
 
 
-def pruned(device: Any = "cpu") -> tuple[Any, Any, Any, sv.Plan]:
+def pruned(device="cpu"):
     """A student on a device, what it was before it was pruned, their processor, and the plan."""
     teacher, processor = load(folders.folder("llava"), device="cpu")
     student = copy.deepcopy(teacher)
@@ -36,9 +34,7 @@ def pruned(device: Any = "cpu") -> tuple[Any, Any, Any, sv.Plan]:
     return student.to(device), teacher, processor, plan
 
 
-def learnt(
-    device: Any, of_teacher: Any, share: bool = True, **changes: Any
-) -> tuple[dict[str, Tensor], str]:
+def learnt(device, of_teacher, share=True, **changes):
     """Weights after a short training, and the line on the teacher."""
     student, teacher, processor, plan = pruned(device)
     teacher.to(of_teacher)
@@ -51,7 +47,7 @@ def learnt(
 
 
 @cache
-def on_cpu(loss: str, share: bool) -> tuple[dict[str, Tensor], str]:
+def on_cpu(loss, share):
     """What is learnt on the CPU. Tests must not change it."""
     return learnt("cpu", "cpu", share, loss=loss)
 

@@ -1,15 +1,12 @@
 """Models that accelerate has divided over two cards, or a card and the host, as on one card."""
 
 import copy
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from accelerate import dispatch_model
-from transformers import PreTrainedModel
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError
@@ -19,7 +16,7 @@ from slimvlm.scoring.criteria import CRITERIA
 from tests import tiny
 from tests import tiny_folder as folders
 from tests.evaluation.test_ask import PERPLEXITY, task
-from tests.handmade import Batch, logits, plan_by_hand
+from tests.handmade import logits, plan_by_hand
 from tests.tiers import tiered
 from tests.tolerances import FORWARD, LOSS, assert_close, assert_scores_close
 
@@ -28,19 +25,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+MODELS = {
     "tied": lambda: tiny.made(tiny.llama(tie_word_embeddings=True)),
     **{name: partial(tiny.build, name) for name in ("llava-llama", "qwen3_vl", "qwen3_moe")},
 }
 """The head of the first is its embedding: it lies on another card than the final norm."""
 
 
-def divided(model: PreTrainedModel, last: int | str = 1) -> PreTrainedModel:
+def divided(model, last=1):
     """A copy on card 0, except its last layers and its norm; a head goes with its weight."""
     anatomy = read_anatomy(model)
     text, count = anatomy.family.backbone, anatomy.num_layers
     embedding, head = Parts(model).token_matrices()
-    places: dict[str, int | str] = {
+    places = {
         **{f"{text}.layers.{i}": 0 if i < count // 2 else last for i in range(count)},
         f"{text}.norm": last,
         anatomy.family.head: 0 if head.weight is embedding.weight else last,
@@ -53,11 +50,11 @@ def divided(model: PreTrainedModel, last: int | str = 1) -> PreTrainedModel:
     return dispatch_model(copy.deepcopy(model), places)
 
 
-def batches(model: PreTrainedModel) -> list[Batch]:
+def batches(model):
     return [tiny.batch(model, 16 + seed, seed) for seed in range(6)]
 
 
-def by_default(name: str, *_: Any) -> bool:
+def by_default(name, *_):
     return name == "tied"
 
 
@@ -86,7 +83,7 @@ def test_scores(name, criterion, last, card):
                 assert_scores_close(found, expected)
 
 
-WALKS: list[tuple[str, dict[str, Any]]] = [
+WALKS = [
     (name, options)
     for name in MODELS
     if "moe" not in name

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
@@ -117,7 +117,7 @@ PRINTS = ("compare", "chat", "bench")
 """Verbs whose outcome is what they print."""
 
 
-def same_checkpoint(found: Path, expected: Path) -> None:
+def same_checkpoint(found, expected):
     """The same units stay, in weights that differ by rounding at most."""
     for name in (PLAN_FILE, HELD_OUT):
         assert (found / name).exists() == (expected / name).exists()
@@ -133,11 +133,11 @@ def same_checkpoint(found: Path, expected: Path) -> None:
         assert_close(one, other)
 
 
-def same_scores(found: Path, expected: Path) -> None:
+def same_scores(found, expected):
     assert_close(*(load_file(out.with_suffix(".safetensors")) for out in (found, expected)))
 
 
-def same_on_data(found: Path, expected: Path) -> None:
+def same_on_data(found, expected):
     ours, theirs = DataResult.load(found).samples, DataResult.load(expected).samples
     assert [sample.id for sample in ours] == [sample.id for sample in theirs]
     for name in ("loss", "baseline_loss", "same", "divergence"):
@@ -145,7 +145,7 @@ def same_on_data(found: Path, expected: Path) -> None:
         assert one == pytest.approx(other, rel=ROUNDING, abs=1e-6)
 
 
-def same_answers(found: Path, expected: Path) -> None:
+def same_answers(found, expected):
     if "tasks" not in json.loads(expected.read_text()):
         return same_on_data(found, expected)
     ours, theirs = Result.load(found).tasks, Result.load(expected).tasks
@@ -155,7 +155,7 @@ def same_answers(found: Path, expected: Path) -> None:
     return None
 
 
-def same_run(found: Path, expected: Path) -> None:
+def same_run(found, expected):
     """Two run folders of compress: plan, checkpoint, losses of every step and of the end."""
     assert Plan.load(found / "plan.json") == Plan.load(expected / "plan.json")
     same_checkpoint(found / "checkpoint", expected / "checkpoint")
@@ -173,11 +173,11 @@ def same_run(found: Path, expected: Path) -> None:
         same_on_data(found / "results" / name, expected / "results" / name)
 
 
-def same_text(found: Path, expected: Path) -> None:
+def same_text(found, expected):
     assert found.read_text() == expected.read_text()
 
 
-def same_counts(found: Path, expected: Path) -> None:
+def same_counts(found, expected):
     """Times differ; what is counted does not."""
     ours, theirs = (json.loads(out.read_text()) for out in (found, expected))
     assert ours.keys() == theirs.keys()
@@ -185,13 +185,13 @@ def same_counts(found: Path, expected: Path) -> None:
         assert ours["model"][name] == theirs["model"][name]
 
 
-def same_study(found: Path, expected: Path) -> None:
+def same_study(found, expected):
     ours, theirs = (stable(pd.read_parquet(out / "results.parquet")) for out in (found, expected))
     assert set(theirs["status"]) == {"done"}
     pd.testing.assert_frame_equal(ours, theirs, rtol=ROUNDING)
 
 
-SAME: dict[str, Callable[[Path, Path], None]] = {
+SAME = {
     **{"compress": same_run, "score": same_scores, "evaluate": same_answers, "study": same_study},
     **dict.fromkeys(("prune", "recover", "quantize"), same_checkpoint),
     **{"compare": same_text, "chat": same_text, "bench": same_counts},
@@ -202,16 +202,16 @@ Filled = Callable[[str], list[str]]
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
+def filled(tmp_path_factory):
     """Fills in the names in a command; what they name is made when it is first needed."""
     root = tmp_path_factory.mktemp("verbs")
 
-    def smaller() -> None:
+    def smaller():
         given = filled("--data {data} --samples 2 --criterion block_influence magnitude")
         given += ["--axis", "both", "--ratio", "0.3", "--device", "cpu"]
         cli.main(["prune", filled("{llava}")[0], "--out", str(root / "smaller"), *given])
 
-    def stones() -> None:
+    def stones():
         """Conversations without pictures, each with other words."""
         asked = [(f"How wide are {n} stones?", f"They are {n * n} wide.") for n in range(30)]
         rows = [
@@ -220,13 +220,13 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
         ]
         places["stones"].write_text("\n".join(map(json.dumps, rows)))
 
-    def experts() -> None:
+    def experts():
         config = tiny.CONFIGS["qwen3_moe"]()
         config.vocab_size = folders.VOCAB
         tiny.made(config).save_pretrained(root / "experts")
         folders.processor("text").save_pretrained(root / "experts")
 
-    def study() -> None:
+    def study():
         words = folders.write_llava_data(root / "conversations", pictures=False)
         cells = {"model": str(folders.folder("text")), "ratio": 0.4, "axis": ["depth", "width"]}
         values = {
@@ -239,7 +239,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
         (root / "study").write_text(json.dumps(values))
 
     settings = {"model": "of the command line", "recover": EXACT}
-    makes: dict[str, Callable[[], object]] = {
+    makes = {
         **{"smaller": smaller, "stones": stones, "experts": experts, "study": study},
         "corpus": lambda: (root / "corpus").write_text("\n".join(tiny_words.CORPUS)),
         "settings": lambda: (root / "settings").write_text(json.dumps(settings)),
@@ -252,7 +252,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
         "stones": root / "stones.jsonl",
     }
 
-    def filled(command: str) -> list[str]:
+    def filled(command):
         for name in re.findall(r"{(\w+)}", command):
             if name in makes and not places[name].exists():
                 makes[name]()
@@ -261,7 +261,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
     return filled
 
 
-def run(words: Sequence[str], out: Path, device: torch.device) -> None:
+def run(words, out, device):
     """Run a verb on a device and no other one; ``out`` holds what it writes or prints."""
     cards = range(torch.cuda.device_count())
     for card in cards:

@@ -2,16 +2,12 @@
 
 import copy
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from slimvlm.core.errors import DataError
 from slimvlm.core.options import RecoverConfig
-from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
 from slimvlm.pruning.repair import refit
@@ -34,7 +30,7 @@ ADAM = Tolerance(torch.float32, 1e-4, 1e-3)
 """Weights after AdamW, whose first steps turn rounding of tiny gradients into real moves."""
 
 
-def drawn(channels: int, outputs: int = 20) -> tuple[Tensor, Tensor]:
+def drawn(channels, outputs=20):
     """A matrix and the Gram matrix of correlated inputs, float64."""
     generator = torch.Generator().manual_seed(3)
     mix, x = (
@@ -136,14 +132,14 @@ def test_a_refit_waits_as_often_for_a_large_matrix_as_for_a_small_one(card):
 # Local steps
 @counted
 def test_a_local_step_does_not_wait(card):
-    model: Any = tiny.build("llava-llama")
+    model = tiny.build("llava-llama")
     plan = plan_by_hand(read_anatomy(model), [0, 1, 3], [0, 2], range(64))
     data = [{k: v.to(card) for k, v in tiny.batch(model, 6, seed).items()} for seed in range(3)]
     model.to(card)
 
     def waits(steps):
         student = copy.deepcopy(model)
-        options: dict[str, Any] = {"plan": plan, "repair": "none", "held_out": data[:1]}
+        options = {"plan": plan, "repair": "none", "held_out": data[:1]}
         return waits_of(lambda: walk_(student, data[1:], local_steps=steps, **options))
 
     waits(1)
@@ -159,25 +155,17 @@ class StopError(Exception):
     """The process ends here."""
 
 
-def trained(
-    device: torch.device,
-    workers: int,
-    monkeypatch: pytest.MonkeyPatch,
-    samples: list[Sample] = SAMPLES,
-    work: Path | None = None,
-    stop: int | None = None,
-    dropout: float = 0.1,
-) -> tuple[list[float], dict[str, Tensor]]:
+def trained(device, workers, monkeypatch, samples=SAMPLES, work=None, stop=None, dropout=0.1):
     """Losses and weights of a student, which so many processes put batches together for."""
     honest = DistillationTrainer.training_step
 
-    def step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def step(self, *args, **kwargs):
         if self.state.global_step == stop:
             raise StopError
         return honest(self, *args, **kwargs)
 
     monkeypatch.setattr(recovery, "num_workers", lambda device: workers)
-    model: Any
+
     model, processor = load(folders.folder("llava"))
     config = RecoverConfig(
         **{"train": "lora", "loss": "sft", "max_steps": 6, "batch_size": 2, "bf16": False},

@@ -1,8 +1,6 @@
 """An open axis: each is tried on the data, and held-out answers choose."""
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,11 +30,11 @@ RATIO = 0.19
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     return folders.write_llava_data(tmp_path_factory.mktemp("data"))
 
 
-def opened(data: Path, **changes: Any) -> tuple[Request, Any, Calibration]:
+def opened(data, **changes):
     whole = PruneConfig(ratio=RATIO, axis="auto", vocab_size="all", data=str(data))
     recover = changes.pop("recover", None)
     prune = replace(whole, **{"samples": 8, "local_steps": 2, **changes})
@@ -109,7 +107,7 @@ def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share):
 
 def test_a_run_meets_its_latency(data, tmp_path, unhurried):
     model, said = str(folders.folder("llava")), []
-    shown: dict[str, Any] = {"data": str(data), "samples": 8, "local_steps": 0, "axis": "auto"}
+    shown = {"data": str(data), "samples": 8, "local_steps": 0, "axis": "auto"}
     compress(model, CompressConfig(target_latency=0.7, **shown), tmp_path / "run", say=said.append)
     plan = Plan.load(tmp_path / "run" / "plan.json")
     left = prefill_flops(plan.after, PROMPT) / prefill_flops(plan.before, PROMPT)
@@ -145,13 +143,13 @@ def test_a_stopped_run_does_not_try_again(data, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             compress(model, config, out, say=silent)
     monkeypatch.setattr(stages, "try_axes", interrupted)
-    said: list[str] = []
+    said = []
     compress(model, config, out, say=said.append)
     assert any("depth, width and both are tried" in line for line in said)
     assert any(f"axis {Plan.load(out / 'plan.json').axis}: held-out loss" in line for line in said)
 
 
-def interrupted(*args: Any, **kwargs: Any) -> None:
+def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 
 

@@ -1,16 +1,13 @@
 """Calibration samples become batches: each sample once, those alike together."""
 
-from typing import Any
-
 import torch
 
 from slimvlm.data.chat import encode_samples
-from slimvlm.data.samples import Sample
 from slimvlm.runs.stages import HELD_OUT_EVERY, Calibration
 from tests import tiny_folder as folders
 
 
-def samples() -> list[Sample]:
+def samples():
     """Long and short ones, with pictures and without, in turn."""
     kinds = [(1, 1), (40, 0), (3, 1), (2, 0)]
     return [
@@ -25,7 +22,7 @@ def samples() -> list[Sample]:
     ]
 
 
-def tokens(batches: list[dict[str, Any]]) -> list[list[int]]:
+def tokens(batches):
     """The unpadded tokens of all samples."""
     return sorted(
         ids[mask.bool()].tolist()
@@ -34,7 +31,7 @@ def tokens(batches: list[dict[str, Any]]) -> list[list[int]]:
     )
 
 
-def alone(given: list[Sample]) -> list[list[int]]:
+def alone(given):
     return tokens([encode_samples(folders.processor("llava"), [each]) for each in given])
 
 

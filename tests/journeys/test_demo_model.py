@@ -55,7 +55,7 @@ def test_plain_transformers_says_the_same(tmp_path):
     prune_(model, plan)
     save(model, processor, tmp_path / "small", plan)
     picture = tmp_path / "picture.png"
-    TASKS["name"].load(1)[0].images[0].save(picture)  # type: ignore[union-attr]
+    TASKS["name"].load(1)[0].images[0].save(picture)
     asked = Question("q", "What is this?", ("",), (picture,))
     ours = answer(model, processor, [asked], 8)[0]
     command = [sys.executable, "-c", PLAIN, str(tmp_path / "small"), str(picture)]

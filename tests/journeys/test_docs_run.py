@@ -64,7 +64,7 @@ PAGES = sorted({page for page, _ in COMMANDS} - {"README.md"})
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workshop(tmp_path_factory):
     """A folder with the model, data and pictures that documents name."""
     root = tmp_path_factory.mktemp("workshop")
     tiny_folder.copied("llava", root / "MODEL")
@@ -83,7 +83,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def after_readme(workshop: Path) -> Path:
+def after_readme(workshop):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workshop)
         for command in commands_of("README.md"):
@@ -92,11 +92,11 @@ def after_readme(workshop: Path) -> Path:
     return workshop
 
 
-def commands_of(page: str) -> list[str]:
+def commands_of(page):
     return [command for name, command in COMMANDS if name == page and command not in ELSEWHERE]
 
 
-def run(command: str, patch: pytest.MonkeyPatch) -> None:
+def run(command, patch):
     verb, *words = shlex.split(command)[1:]
     if verb == "quantize" and not CAN_QUANTIZE:
         return
@@ -110,7 +110,7 @@ def run(command: str, patch: pytest.MonkeyPatch) -> None:
             pytest.fail(f"{command}: exit code {stop.code}")
 
 
-def _remove(path: Path) -> None:
+def _remove(path):
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)

@@ -5,10 +5,8 @@ import re
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -17,14 +15,12 @@ import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import write_text
 from slimvlm.core.options import Workload
-from slimvlm.data.samples import Question
 from slimvlm.evaluation.bench import bench
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.export.quantize import quantize
 from slimvlm.export.serving import GGUF_PICTURES, OPENVINO_REFUSES, RAN, check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.make import make_plan
-from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import save
 from tests import tiny_folder
@@ -51,18 +47,18 @@ Table = dict[tuple[str, str], dict[str, str]]
 """Results by axis, for each engine with its version, and model."""
 
 
-def read_table(page: Path = PAGE) -> Table:
+def read_table(page=PAGE):
     text = page.read_text()
     lines = text[text.index(_BEGIN) + len(_BEGIN) : text.index(_END)].splitlines()
     assert _cells(lines[0]) == ["engine", "model", *AXES]
-    found: Table = {}
+    found = {}
     for line in lines[2:]:
         engine, model, *said = _cells(line)
         found[engine, model] = dict(zip(AXES, said, strict=True))
     return found
 
 
-def record(model: str, compared: Mapping[str, Compared], page: Path = PAGE) -> None:
+def record(model, compared, page=PAGE):
     """Write an engine's result for a model, by axis; rows of its other versions are removed."""
     if WRITES not in os.environ:
         return
@@ -85,7 +81,7 @@ def record(model: str, compared: Mapping[str, Compared], page: Path = PAGE) -> N
     write_text(page, text[:begin] + lines + text[end:])
 
 
-def _cells(line: str) -> list[str]:
+def _cells(line):
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
@@ -97,10 +93,10 @@ DEMO = ("llava/llama", "llava/mistral")
 SHORT = Workload(prompt_tokens=16, new_tokens=4, batch_sizes=(1, 3), repeats=1)
 
 
-def environment(name: str, config: pytest.Config) -> Path:
+def environment(name, config):
     """The programs of an engine, installed once and kept between runs."""
     engine = ENGINES[name]
-    folder: Path = config.cache.mkdir(f"engine-{name}")  # type: ignore[union-attr]
+    folder = config.cache.mkdir(f"engine-{name}")
     programs, done = folder / "bin", folder / "done"
     with FileLock(str(folder) + ".lock"):
         if not done.exists():
@@ -117,9 +113,7 @@ def environment(name: str, config: pytest.Config) -> Path:
 
 
 @pytest.fixture(params=["vllm", "openvino", "onnx", "gguf"])
-def engine(
-    request: pytest.FixtureRequest, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
+def engine(request, pytestconfig, monkeypatch):
     """An engine in an environment of its own, on PATH; llama.cpp is in this one.
 
     One test at a time has it, since it takes all cores and much memory.
@@ -136,17 +130,17 @@ def engine(
         yield request.param
 
 
-def on(*names: str) -> pytest.MarkDecorator:
+def on(*names):
     return pytest.mark.parametrize("engine", names, indirect=True)
 
 
-def pruned(kind: str, out: Path) -> list[Path]:
+def pruned(kind, out):
     """A small model as it is, without a layer, and narrower; with fewer heads where it can have."""
     folders = []
     for axis in ("as it is", "depth", "width"):
         model, words = served.build(kind)
         shape = read_anatomy(model)
-        plan: Plan | None = None
+        plan = None
         if axis != "as it is":
             same_heads = axis == "width" and kind.rpartition("/")[2] == "qwen2"  # for vLLM
             heads = {"kv_heads": shape.legal_kv_heads()[-1]} if same_heads else {}
@@ -157,7 +151,7 @@ def pruned(kind: str, out: Path) -> list[Path]:
     return folders
 
 
-def differing(found: Sequence[Compared]) -> list[str]:
+def differing(found):
     return [each.summary() for each in found if not each.is_same]
 
 
@@ -186,7 +180,7 @@ def test_vllm_refuses_qwen2_with_fewer_heads(engine, tmp_path):
     assert rules["head_dim"] == "fail"
 
 
-def asked_of(engine: str, kinds: Sequence[str], out: Path, **how: Any) -> list[Compared]:
+def asked_of(engine, kinds, out, **how):
     """Compare replies for every kind, pruned and not, and write them into the table."""
     folders = [folder for kind in kinds for folder in pruned(kind, out)]
     found = compare(folders, engine, max_new_tokens=TOKENS, **how)
@@ -195,7 +189,7 @@ def asked_of(engine: str, kinds: Sequence[str], out: Path, **how: Any) -> list[C
     return found
 
 
-def demo_asked_of(engine: str, axes: Sequence[str], out: Path, **how: Any) -> list[Compared]:
+def demo_asked_of(engine, axes, out, **how):
     """Compare replies of the pruned demo model, and write them into the table."""
     folders = [pruned_demo(axis, out) for axis in axes]
     asked = demo_questions() if ENGINES[engine].reads == "checkpoint" else None
@@ -205,12 +199,12 @@ def demo_asked_of(engine: str, axes: Sequence[str], out: Path, **how: Any) -> li
     return found
 
 
-def demo_questions() -> list[Question]:
+def demo_questions():
     tasks = [task for task in find_tasks("demo") if task.metric != "perplexity"]
     return [question for task in tasks for question in task.load(2)]
 
 
-def pruned_demo(axis: str, out: Path) -> Path:
+def pruned_demo(axis, out):
     """The demo model with whole layers, heads and neurons, or tokens cut away."""
     model, processor = sv.load("demo", dtype="float32", device="cpu")
     shape = read_anatomy(model)
@@ -333,7 +327,7 @@ for line in sys.stdin:
 """
 
 
-def pretend(path: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend(path, program, monkeypatch):
     """Put an interpreter and a ``vllm`` in one folder on PATH."""
     path.mkdir()
     for name, text in (("vllm", "#!/bin/sh\n"), ("python", program)):
@@ -343,7 +337,7 @@ def pretend(path: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> tuple[str, str]:
+def folders(tmp_path):
     """A text model without half of its layers, and the whole one."""
     model, words = sv.load(tiny_folder.folder("text"), dtype="float32", device="cpu")
     prune_(model, plan_by_hand(sv.anatomy(model), layers=(0, 2), neurons=range(40)))

@@ -18,16 +18,16 @@ SMALLER = "--samples 8 --training-samples 4 --local-steps 1 --max-steps 2"
 """Options that change how long a compression takes and nothing else."""
 
 
-def first_hour() -> str:
+def first_hour():
     return PAGE.read_text().split("## The first hour")[1].split("\n## ")[0]
 
 
-def commands() -> list[str]:
+def commands():
     blocks = re.findall(r"```bash\n(.*?)```", first_hour(), re.DOTALL)
     return [line for block in blocks for line in block.splitlines()]
 
 
-def write_rows(path: Path, count: int, first: int = 0) -> None:
+def write_rows(path, count, first=0):
     """Conversations of text in the form that the page shows."""
     rows = []
     for sample in folders.short_samples(first + count, sees=False)[first:]:
@@ -38,7 +38,7 @@ def write_rows(path: Path, count: int, first: int = 0) -> None:
     path.write_text("".join(rows))
 
 
-def run(command: str) -> None:
+def run(command):
     words = shlex.split(command)
     if words[0] != "slimvlm":
         subprocess.run(words, check=True)

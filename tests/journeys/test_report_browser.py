@@ -1,8 +1,7 @@
 """The report in headless Chromium: no errors, filters, phone width, dark mode, print."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -45,7 +44,7 @@ return [...document.querySelectorAll('p, h1, h2, h3, th, td, dt, dd, li, button,
 """
 
 
-def answered(name: str, right: str) -> TaskResult:
+def answered(name, right):
     """True answers to a demo task's questions where a digit is 1."""
     questions = builtin_tasks()[name].load(len(right))
     metric = builtin_tasks()[name].metric
@@ -61,7 +60,7 @@ def answered(name: str, right: str) -> TaskResult:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(tmp_path_factory):
     """The report of a run with real questions: 3 lost, 1 gained, 3 both right, 1 both wrong."""
     folder = tmp_path_factory.mktemp("report")
     write_run(folder / "run", anatomy(tiny.llama()))
@@ -76,7 +75,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def browse(page: Path) -> Iterator[Open]:
+def browse(page):
     """Opens the page at a width, light or dark, on screen or on paper."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
@@ -85,7 +84,7 @@ def browse(page: Path) -> Iterator[Open]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
 
-    def at(width: int = 1200, scheme: str = "light", media: str = "screen") -> Any:
+    def at(width=1200, scheme="light", media="screen"):
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -99,11 +98,11 @@ def browse(page: Path) -> Iterator[Open]:
     browser.quit()
 
 
-def find(browser: Any, selector: str) -> Any:
+def find(browser, selector):
     return browser.find_element("css selector", selector)
 
 
-def counts(kinds: list[str]) -> dict[str, int]:
+def counts(kinds):
     return {kind: kinds.count(kind) for kind in dict.fromkeys(sorted(kinds))}
 
 

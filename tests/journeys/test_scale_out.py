@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ recover: {bf16: false, trainer: {logging_steps: 1}, lora: {lora_alpha: 8, lora_d
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory):
     """Data and a pruned model."""
     home = tmp_path_factory.mktemp("ranks")
     seeing = folders.write_llava_data(home / "data", count=8)
@@ -46,14 +45,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def command(home: Path, out: str, *options: str, file: str = "data.json") -> list[str]:
+def command(home, out, *options, file="data.json"):
     data = str(home / "data" / file)
     given = ["--teacher", str(folders.folder("llava")), "--data", data, "--out", str(home / out)]
     given += ["--config", str(home / "settings.yaml")]
     return ["recover", str(home / "pruned"), *given, *OPTIONS, *options]
 
 
-def torchrun(arguments: list[str], count: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(arguments, count=2):
     """The command line in several processes on this machine's CPU."""
     start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     many = [*start, "--nproc-per-node", str(count), "-m", "slimvlm"]
@@ -64,12 +63,11 @@ def torchrun(arguments: list[str], count: int = 2) -> subprocess.CompletedProces
     )
 
 
-def history(home: Path, out: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((home / out / "slimvlm_history.json").read_text())
-    return found
+def history(home, out):
+    return json.loads((home / out / "slimvlm_history.json").read_text())
 
 
-def train_twice(home: Path, name: str, batch: int, options: tuple[str, ...], file: str) -> str:
+def train_twice(home, name, batch, options, file):
     """Train in two processes and in one with twice the batch; return what two of them say."""
     done = torchrun(command(home, name, "--batch-size", str(batch), *options, file=file))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jaxtyping
 import pytest
@@ -27,14 +26,14 @@ FEW = 420
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "some.txt"
     path.write_text("\n".join(tiny_words.CORPUS))
     return str(path)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
     rows = [
         [
@@ -48,17 +47,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> str:
+def seen(tmp_path_factory):
     """Data for the models with experts."""
     return str(tiny_folder.write_llava_data(tmp_path_factory.mktemp("data"), pictures=False))
 
 
-def model() -> str:
+def model():
     return str(tiny_words.folder("text"))
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def models(tmp_path_factory):
     """Complete folders of text models: with many tokens, dense, and with experts of a type."""
     found = {"tokens": model(), "text": str(tiny_folder.folder("text"))}
     words = tiny_folder.processor("text")
@@ -73,7 +72,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
-def pruned(model: str, out: Path, heard: list[str] | None = None, **options: Any) -> sv.Plan:
+def pruned(model, out, heard=None, **options):
     memory = MemoryOptions(low_memory=options.pop("low_memory", False))
     say = (heard if heard is not None else []).append
     prune(model, PruneConfig(**options), out, memory=memory, say=say)
@@ -81,7 +80,7 @@ def pruned(model: str, out: Path, heard: list[str] | None = None, **options: Any
 
 
 def test_tokens_alone_need_neither_a_ratio_nor_data(tmp_path, text):
-    heard: list[str] = []
+    heard = []
     plan = pruned(model(), tmp_path / "out", heard, vocab_size=FEW, vocab_text=text)
     assert plan.tokens is not None
     assert len(plan.tokens) == FEW
@@ -208,7 +207,7 @@ def test_a_run_trains_and_asks_with_fewer_tokens(tmp_path, data, text):
     shown = {"data": data, "samples": 8, "local_steps": 0, "report_samples": 3}
     asked = {"ratio": 0.35, "axis": "width", "vocab_size": FEW, "vocab_text": text}
     config = sv.CompressConfig(recover=RECOVER, **shown, **asked)
-    heard: list[str] = []
+    heard = []
     sv.compress(model(), config, tmp_path / "run", say=heard.append)
     assert f"{FEW} of 533 tokens stay" in "".join(heard)
     smaller, words = sv.load(tmp_path / "run", device="cpu")
@@ -244,9 +243,9 @@ def test_a_stage_of_a_study_chooses_from_its_own_samples(data):
     )
 
 
-def opened(data: str, where: str = "", **options: Any) -> tuple[Request, list[str]]:
+def opened(data, where="", **options):
     """A request whose axis is open, with what is said of its tokens."""
-    heard: list[str] = []
+    heard = []
     asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, **options}
     request = resolved(Request(model=where or model(), prune=PruneConfig(data=data, **asked)))
     samples = stages.read_split(request, heard.append)
@@ -348,7 +347,7 @@ def test_heads_that_guess_further_tokens_are_counted_out(tmp_path):
     model = tiny.build("qwen3_5_text")
     model.config.mtp_num_hidden_layers = 1
     model.save_pretrained(tmp_path / "model")
-    heard: list[str] = []
+    heard = []
     config = PruneConfig(ratio=0.2, axis="depth", criterion=("spacing",))
     prune(str(tmp_path / "model"), config, tmp_path / "out", say=heard.append)
     assert any("mtp_num_hidden_layers becomes 0" in line for line in heard)

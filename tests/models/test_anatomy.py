@@ -14,7 +14,7 @@ from slimvlm.models.anatomy import (
     spread,
     unit_of,
 )
-from slimvlm.models.families import BACKBONES, Projection
+from slimvlm.models.families import BACKBONES
 from slimvlm.models.parts import Parts
 from tests import tiny
 
@@ -35,11 +35,11 @@ shapes = st.builds(
 )
 
 
-def num_units(projection: Projection, shape: LayerShape) -> int:
+def num_units(projection, shape):
     return shape.block(projection.segments[0])[0]
 
 
-def num_channels(projection: Projection, shape: LayerShape) -> int:
+def num_channels(projection, shape):
     return sum(units * width for _, _, units, width in segments(projection, shape))
 
 

@@ -1,11 +1,8 @@
 """Counted FLOPs are those that torch counts, for every kind of backbone and after pruning."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import decode_flops, prefill_flops
@@ -17,11 +14,11 @@ TOKENS = 20
 FAMILIES = ("llama", "qwen2", "phi", "phi3", "gemma2", "llava-qwen3", "qwen2_5_vl")
 
 
-def counted(model: PreTrainedModel, batch_size: int) -> tuple[int, int]:
+def counted(model, batch_size):
     """Count prefill and one decode step with torch."""
     model.set_attn_implementation("eager")  # torch has no formula for the fused one of CPUs
     ids = torch.randint(32, 64, (batch_size, TOKENS))
-    call: Any = model
+    call = model
     with torch.no_grad(), FlopCounterMode(display=False) as reading:
         output = call(input_ids=ids, use_cache=True, logits_to_keep=1)
     with torch.no_grad(), FlopCounterMode(display=False) as writing:

@@ -1,13 +1,9 @@
 """Calibration of a model that accelerate has spread over devices and disk."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import read_anatomy
@@ -21,7 +17,7 @@ from tests.handmade import plan_by_hand
 from tests.tolerances import LOSS, assert_close, assert_scores_close
 
 TOPS = ("embed_tokens", "norm", "rotary_emb")
-CASES: list[dict[str, Any]] = [
+CASES = [
     {"criterion": "taylor", "gradient": "per_sample"},
     {"criterion": "taylor_mix"},
     {"criterion": "gate"},
@@ -31,18 +27,17 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def on_disk(model: PreTrainedModel, folder: Path, **places: str) -> PreTrainedModel:
+def on_disk(model, folder, **places):
     """A copy of a text model with every second layer and the head on a disk."""
     model.save_pretrained(folder / "model")
     places = {f"model.{name}": places.get(name, "cpu") for name in TOPS}
     places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
-    found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder / "model",
         device_map={**places, "lm_head": "disk"},
         offload_folder=folder / "offload",
         dtype=torch.float32,
     )
-    return found
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["criterion"])
@@ -90,9 +85,9 @@ def test_the_loss_without_logits_is_that_of_the_models_logits(name):
     for losses in (ours, theirs):
         (losses * weights).sum().backward()
     gradients = [leaf.grad for leaf in leaves]
-    assert_close(*gradients, LOSS)  # type: ignore[arg-type]
+    assert_close(*gradients, LOSS)
 
 
-def of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+def of_logits(logits, labels):
     """The cross-entropy of each next token, from logits that all exist at once."""
     return F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")

@@ -28,9 +28,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def two_of(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def two_of(monkeypatch, request):
     """A machine with two accelerators of a kind."""
-    kind: str = request.param
+    kind = request.param
     known = {"current_accelerator": torch.device(kind), "is_available": True, "device_count": 2}
     for name, value in known.items():
         monkeypatch.setattr(torch.accelerator, name, lambda value=value: value)
@@ -99,7 +99,7 @@ def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("slimvlm.runs.compress.finish", lambda run, plan: None)
         sv.compress(model, config, out, say=silent)
-    said: list[str] = []
+    said = []
     sv.compress(model, replace(config, device="cpu"), out, say=said.append)
     assert any("going on" in line for line in said), said
     found, again, _ = read_config(out / "run.yaml")
@@ -114,7 +114,7 @@ def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
 def test_sums_in_float64_are_made_where_there_is_float64(monkeypatch):
     values = torch.zeros(2, device="meta")
     assert with_float64(values) is values
-    moved: list[str] = []
+    moved = []
     monkeypatch.setattr("slimvlm.models.load.has_float64", lambda device: False)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append("cpu") or self)
     with_float64(values)

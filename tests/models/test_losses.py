@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import pytest
 import torch
@@ -19,24 +18,18 @@ from tests.tolerances import HALF, LOSS, Tolerance, assert_close
 
 B, T, V, D = 3, 11, 17, 8
 Distance = Callable[..., Tensor]
-DIVERGENCES: dict[str, Distance] = {
-    kind: partial(losses.divergence, kind=kind) for kind in ("kl", "rkl", "jsd")
-}
+DIVERGENCES = {kind: partial(losses.divergence, kind=kind) for kind in ("kl", "rkl", "jsd")}
 kl, rkl, jsd = DIVERGENCES.values()
-KINDS: dict[str, Distance] = {
-    **DIVERGENCES,
-    "hidden_l2": losses.hidden_l2,
-    "hidden_cosine": losses.hidden_cosine,
-}
+KINDS = {**DIVERGENCES, "hidden_l2": losses.hidden_l2, "hidden_cosine": losses.hidden_cosine}
 kinds = pytest.mark.parametrize("kind", KINDS)
 SAME = Tolerance(torch.float32, 1e-6, 1e-6)
 
 
-def as_is(logits: Tensor) -> Tensor:
+def as_is(logits):
     return logits
 
 
-def labelled(tokens: int = T) -> tuple[Tensor, Tensor]:
+def labelled(tokens=T):
     """Logits and labels of three samples with different numbers of labels."""
     labels = torch.randint(0, V, (B, tokens))
     for row in range(B):
@@ -44,16 +37,14 @@ def labelled(tokens: int = T) -> tuple[Tensor, Tensor]:
     return torch.randn(B, tokens, V), labels
 
 
-def textbook(kind: str, student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
+def textbook(kind, student, teacher, temperature=2.0):
     """Divergence of each position, as torch has it, times temperature squared."""
     target, other = (teacher, student) if kind == "kl" else (student, teacher)
     log_p, log_q = ((x.double() / temperature).log_softmax(-1) for x in (target, other))
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
-def assert_same_gradients(
-    found: Tensor, expected: Tensor, ours: list[Tensor], theirs: list[Tensor], tolerance: Any
-) -> None:
+def assert_same_gradients(found, expected, ours, theirs, tolerance):
     """Compare two losses and their gradients."""
     assert_close(found.detach(), expected.detach(), tolerance)
     pairs = zip(
@@ -253,12 +244,12 @@ def test_removed_layers_that_did_nothing_leave_no_distance():
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
+def small_chunks(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK", 4)
     return 4
 
 
-def heads() -> tuple[Tensor, Tensor, nn.Linear, nn.Linear]:
+def heads():
     """Hidden states of student and teacher, and a head for each."""
     wide = 2 * D
     made = nn.Linear(D, V, bias=False), nn.Linear(wide, V)
@@ -271,7 +262,7 @@ def test_a_divergence_of_hidden_states_is_that_of_their_logits(kind, reduction, 
     student, teacher, head, teacher_head = heads()
     student.requires_grad_()
     mask = torch.rand(B, T) < 0.6
-    options: dict[str, Any] = {"temperature": 1.5, "reduction": reduction}
+    options = {"temperature": 1.5, "reduction": reduction}
     expected = DIVERGENCES[kind](head(student), teacher_head(teacher), mask=mask, **options)
     loss = losses.divergence(*(student, teacher, head, teacher_head, mask, kind), **options)
     leaves = [student, head.weight]
@@ -292,14 +283,13 @@ def test_no_more_than_one_chunk_of_logits_exists(small_chunks):
     """No larger one comes from the head; only the last one waits for the backward pass."""
     student, teacher, head, teacher_head = heads()
     student.requires_grad_()
-    seen: list[int] = []
-    kept: list[torch.Size] = []
+    seen = []
+    kept = []
 
     def recorded(layer):
         def run(rows):
             seen.append(len(rows))
-            logits: Tensor = layer(rows)
-            return logits
+            return layer(rows)
 
         return run
 

@@ -3,7 +3,6 @@
 import math
 import re
 from contextlib import suppress
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
-from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.planning.make import (
     Budget,
     channels_to_remove,
@@ -37,7 +36,7 @@ anatomies = st.sampled_from([*TINY, *SYNTHETIC])
 axes = st.sampled_from(["depth", "width", "both"])
 
 
-def counted_ratio(plan: Plan) -> float:
+def counted_ratio(plan):
     """The share of the backbone that a plan removes, counted unit by unit."""
     removed = 0
     for index, shape in enumerate(plan.before.layers):
@@ -159,7 +158,7 @@ def test_protected_layers_stay_whole(name, axis, ratio, protect, counting):
 def test_protect_with_both_and_a_large_ratio_is_a_plan_or_a_clear_refusal(ratio, counting):
     """Here every unprotected layer may go, so that no layer is left to narrow."""
     anatomy, scores = anatomy_named("llama"), scores_named("llama")
-    options: dict[str, Any] = {"protect": (1, 1), "counting": counting, "depth_share": 1.0}
+    options = {"protect": (1, 1), "counting": counting, "depth_share": 1.0}
     with suppress(SlimError):
         plan = make_plan(anatomy, scores, ratio, "both", **options)
         assert {0, 3} <= set(plan.layers)
@@ -186,7 +185,7 @@ def test_per_layer_counts(kv_heads, head_dim, neurons, ratio, groups_left, neuro
 
 def test_per_layer_is_a_share_of_the_unprotected_layers_and_follows_the_query_groups():
     anatomy = synthetic(10, 4, 1, 8, 96, 64, 128)
-    options: dict[str, Any] = {"counting": "per_layer", "protect": (1, 1)}
+    options = {"counting": "per_layer", "protect": (1, 1)}
     depth, width = (
         make_plan(anatomy, random_scores(anatomy), 0.25, axis, **options)
         for axis in ("depth", "width")
@@ -217,7 +216,7 @@ def test_runs_of_layers_go_together():
     runs[0] = torch.tensor([9, 0, 9, 0, 9, 9])  # single layers say 1 and 3
     runs[1, 4] = 1.0  # the best run of two is 4, 5
     scores = Scores("angular", layer=runs[0].clone(), layer_runs=runs)
-    options: dict[str, Any] = {"counting": "per_layer"}
+    options = {"counting": "per_layer"}
     assert make_plan(anatomy, scores, 0.3, "depth", **options).layers == (0, 1, 2, 3)
     protected = make_plan(anatomy, scores, 0.4, "depth", protect=(0, 1), **options)
     assert protected.layers == (2, 3, 4, 5)  # 4, 5 may not go: the first of the equal runs does
@@ -371,16 +370,16 @@ def test_given_kv_heads_are_kept_and_neurons_give_the_rest(kv_heads):
 
 # Candidates that share a ratio and differ in how many KV groups go for how many neurons
 @pytest.fixture(scope="module")
-def anatomy() -> Anatomy:
+def anatomy():
     return read_anatomy(tiny.build("llava-llama"))
 
 
-def candidates(anatomy: Anatomy, axis: str = "width", **options: Any) -> list[Plan]:
+def candidates(anatomy, axis="width", **options):
     layers = Scores("by-hand", layer=random_scores(anatomy).layer)
     return width_candidates(anatomy, [layers], 0.25, axis, "obs", **options)
 
 
-def groups_of(plans: list[Plan]) -> list[set[int]]:
+def groups_of(plans):
     """How many KV groups the kept layers of each plan keep."""
     return [{len(plan.kv_groups[i]) for i in plan.layers} for plan in plans]
 

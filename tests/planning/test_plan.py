@@ -1,10 +1,7 @@
 """Plans by hand and in files."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import jaxtyping
 import pytest
@@ -16,7 +13,7 @@ from tests.handmade import plan_by_hand
 from tests.planning.anatomies import anatomy_named, scores_named
 
 THREE = ((0,),) * 3
-WRONG: dict[str, list[Any]] = {  # with layers 0 and 1, groups of layers 2 and 3 are left over
+WRONG = {  # with layers 0 and 1, groups of layers 2 and 3 are left over
     "layers": [(0, 2, 1), (0, 1, 1), (0, 4), (-1, 0), (), (0, 1)],
     "kv_groups": [*((*THREE, last) for last in ((), (4,), (1, 0))), THREE, ((0,),) * 5],
     "neurons": [((0,), (0,), (96,), (0,)), ((0,), (0,), (0, 0), (0,))],
@@ -43,7 +40,7 @@ def test_plans_survive_their_file(name, axis, tmp_path):
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
 
 
-def edited(tmp_path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+def edited(tmp_path, edit):
     path = tmp_path / "plan.json"
     make_plan(anatomy_named("llama"), scores_named("llama"), 0.3, "both").save(path)
     values = json.loads(path.read_text())

@@ -5,14 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import auto_class
@@ -87,7 +85,7 @@ if __name__ == "__main__":
 """
 
 
-def with_other_rotary(name: str) -> PreTrainedModel:
+def with_other_rotary(name):
     """A tiny model whose rotary base is not what versions take where a field is missing."""
     model = tiny.build(name)
     config = copy.deepcopy(model.config)
@@ -101,7 +99,7 @@ def with_other_rotary(name: str) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def works(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
+def works(tmp_path_factory):
     """Every family, pruned and written, with its inputs and logits."""
     written = {}
     for name in (*FAMILIES, *ONLY_5):
@@ -121,9 +119,9 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, tor
     return written
 
 
-def packages(version: str, pytestconfig: pytest.Config) -> Path:
+def packages(version, pytestconfig):
     """A folder with an older transformers, to stand before the newest; kept between runs."""
-    folder = pytestconfig.cache.mkdir(f"transformers-{version}")  # type: ignore[union-attr]
+    folder = pytestconfig.cache.mkdir(f"transformers-{version}")
     done = folder / "done"
     with FileLock(str(folder) + ".lock"):  # tests share it, in several processes
         if not done.exists():
@@ -137,9 +135,7 @@ def packages(version: str, pytestconfig: pytest.Config) -> Path:
     return folder
 
 
-def differences(
-    version: str, works: dict[str, tuple[Path, torch.Tensor]], pytestconfig: pytest.Config
-) -> dict[str, float]:
+def differences(version, works, pytestconfig):
     """How far a version's logits are off; infinitely where it does not load a folder cleanly."""
     folders = [str(work) for work, _ in works.values()]
     older = {**os.environ, "PYTHONPATH": str(packages(version, pytestconfig))}
@@ -166,11 +162,10 @@ def test_what_4_57_is_not_named_for_it_does_not_read(works, pytestconfig):
     assert {name: value for name, value in found.items() if not value > 1e-3} == {}
 
 
-def said_by(folders: list[str], path: Path | None = None) -> list[Any]:
+def said_by(folders, path=None):
     """A version of transformers, and what tokenizers and processors give there."""
     there = in_python(SAY, *folders, env={**os.environ, "PYTHONPATH": str(path or "")})
-    found: list[Any] = json.loads(there.partition("SAID")[2])
-    return found
+    return json.loads(there.partition("SAID")[2])
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import read_anatomy
@@ -89,7 +88,7 @@ KEEP = torch.tensor([0, 2, 3, 6, 7, 10, 11])
 RIDGES = (0.0, 1e-4, 1e-2, 1.0)
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
+def drawn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -99,7 +98,7 @@ WEIGHTS = drawn(TOKENS, seed=5).abs()
 RESIDUALS = drawn(TOKENS, OUTPUTS, seed=6)
 
 
-def gathered(inputs: Tensor = INPUTS, weights: Tensor = WEIGHTS, *rest: Tensor) -> Moments:
+def gathered(inputs=INPUTS, weights=WEIGHTS, *rest):
     """Sums over tokens that come in two parts."""
     moments = Moments.zero(inputs.shape[1], OUTPUTS if rest else None, torch.float64)
     for part in (slice(0, 30), slice(30, None)):
@@ -107,13 +106,13 @@ def gathered(inputs: Tensor = INPUTS, weights: Tensor = WEIGHTS, *rest: Tensor) 
     return moments
 
 
-def error(weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+def error(weight, bias, target):
     """The definition: weighted squared error of the kept channels."""
     output = INPUTS[:, KEEP] @ weight.T + (0 if bias is None else bias)
     return (WEIGHTS * (target - output).square().sum(1)).sum()
 
 
-def whole(bias: Tensor | None, residuals: Tensor | None) -> Tensor:
+def whole(bias, residuals):
     """What the matrix should give."""
     target = INPUTS @ WEIGHT.T + (0 if bias is None else bias)
     return target if residuals is None else target + residuals

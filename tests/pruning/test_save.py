@@ -2,9 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -56,7 +54,7 @@ print(json.dumps(found))
 """
 
 
-def pruned(kind: str) -> tuple[Any, Any, Plan]:
+def pruned(kind):
     model, processor = load(folders.folder(kind))
     shape = read_anatomy(model)
     plan = make_plan(shape, random_scores(shape), 0.4, "both")
@@ -64,13 +62,13 @@ def pruned(kind: str) -> tuple[Any, Any, Plan]:
     return model, processor, plan
 
 
-def asked(kind: str, work: Path) -> Question:
+def asked(kind, work):
     pictures = (work / "picture.png",) if kind in SEEING else ()
     return Question("q", "Which colour is shown?", ("red",), pictures)
 
 
 @pytest.fixture(scope="module")
-def read_back(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+def read_back(tmp_path_factory):
     """Every kind, pruned and saved, and what another process found in the folder."""
     works = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     requests = []
@@ -131,11 +129,11 @@ def test_half_precision_stays_half_also_without_a_processor(tmp_path):
 
 
 # The reload check must be able to fail.
-def spoil_(monkeypatch: pytest.MonkeyPatch, owner: Any, change: Callable[[Path], object]) -> None:
+def spoil_(monkeypatch, owner, change):
     """Change what `save_pretrained` has written."""
     honest = owner.save_pretrained
 
-    def spoils(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
+    def spoils(self, folder, *args, **kwargs):
         honest(self, folder, *args, **kwargs)
         change(Path(folder))
 
@@ -143,7 +141,7 @@ def spoil_(monkeypatch: pytest.MonkeyPatch, owner: Any, change: Callable[[Path],
 
 
 MATRIX = "layers.1.mlp.down_proj.weight"
-SPOILT: dict[str, Callable[[dict[str, torch.Tensor], str], object]] = {
+SPOILT = {
     "perturbed": lambda weights, name: weights[name][0].add_(3.0),
     "missing": lambda weights, name: weights.pop(name),
     "extra": lambda weights, name: weights.update({"model.stray.weight": torch.zeros(2)}),
@@ -197,7 +195,7 @@ def test_an_existing_checkpoint_stays_and_the_model_is_as_it_was(tmp_path):
 
 
 # Layers of different widths: the battery over all families is in tests/contract/test_uneven.py.
-def uneven(kind: str) -> tuple[Any, Any, Plan]:
+def uneven(kind):
     model, processor = load(folders.folder(kind))
     plan = plan_by_hand(read_anatomy(model))
     kept = (tuple(range(40)), *plan.neurons[1:])
@@ -245,7 +243,7 @@ def test_a_missing_folder_and_an_unknown_dtype_are_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("read", [load, anatomy])
 @pytest.mark.parametrize("text", [None, "bert", "{", "[]", "{}", '{"model_type": 3}', '"llava"'])
 def test_a_config_that_cannot_be_read_is_named(text, read, tmp_path):
-    error: type[SlimError] = SlimError
+    error = SlimError
     message = "model"
     if text is None:
         error, message = ConfigError, r"has no config\.json"
@@ -258,11 +256,11 @@ def test_a_config_that_cannot_be_read_is_named(text, read, tmp_path):
         read(tmp_path)
 
 
-def cut_off(file: Path) -> None:
+def cut_off(file):
     file.write_bytes(file.read_bytes()[:1000])
 
 
-def without_a_tensor(file: Path) -> None:
+def without_a_tensor(file):
     """transformers would fill it with random numbers and go on."""
     weights = load_file(file)
     del weights["model.layers.1.mlp.down_proj.weight"]
@@ -270,7 +268,7 @@ def without_a_tensor(file: Path) -> None:
 
 
 PICKLES = ("pytorch_model.bin", "consolidated.00.pth", "model.pt")
-BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+BROKEN = {
     "no weights": (Path.unlink, "weights cannot be read"),
     "cut off": (cut_off, "weights cannot be read"),
     "a tensor is missing": (without_a_tensor, r"layers\.1\.mlp\.down_proj"),
@@ -313,7 +311,7 @@ BASE = "---\nlicense: llama2\nbase_model: some/original\ntags: [x]\n---\n# Origi
 
 
 @pytest.fixture(scope="module")
-def carded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def carded(tmp_path_factory):
     """A pruned checkpoint whose original is a folder with a card of its own."""
     root = tmp_path_factory.mktemp("cards")
     original = root / "original"

@@ -4,14 +4,10 @@ import copy
 import json
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import slimvlm as sv
 from slimvlm.models.anatomy import read_anatomy
@@ -35,7 +31,7 @@ CAN = [name for name in tiny.CONFIGS if name not in STAY]
 MIXED = ("llama", "qwen2", "llava-llama", "qwen3_vl", "phi", "gemma3", "gemma4")
 
 
-def plan_for(model: PreTrainedModel) -> Plan:
+def plan_for(model):
     """Every third token goes, but for those that the model names."""
     anatomy = read_anatomy(model)
     named = token_ids_of(model.config, model.generation_config)
@@ -44,7 +40,7 @@ def plan_for(model: PreTrainedModel) -> Plan:
     return replace(Plan.everything(anatomy), tokens=tuple(kept))
 
 
-def kept_batch(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
+def kept_batch(model, plan):
     """A batch with kept tokens only."""
     batch = tiny.batch(model, 24)
     del batch["labels"]
@@ -52,7 +48,7 @@ def kept_batch(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
     return {**batch, "input_ids": torch.where(is_kept, batch["input_ids"], 4)}
 
 
-def renumbered(batch: dict[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+def renumbered(batch, plan):
     """The same batch by the tokens' new numbers."""
     new = new_numbers(plan)
     ids = [[new[token] for token in row] for row in batch["input_ids"].tolist()]
@@ -193,12 +189,12 @@ def test_a_token_that_the_model_names_must_stay(field, lost):
 KINDS = list(tiny_words.FOLDERS)
 
 
-def samples(kind: str) -> list[sv.Sample]:
+def samples(kind):
     return tiny_folder.short_samples(8, sees=kind == "llava")
 
 
 @cache
-def trimmed(kind: str) -> tuple[Path, Path, Plan]:
+def trimmed(kind):
     """The folder of a kind, the same with fewer tokens, and the plan."""
     whole = tiny_words.folder(kind)
     model, processor = sv.load(whole, device="cpu")
@@ -211,7 +207,7 @@ def trimmed(kind: str) -> tuple[Path, Path, Plan]:
     return whole, out, plan
 
 
-def read(folder: Path) -> tuple[Any, Any]:
+def read(folder):
     """A tokenizer and a processor (the same, for text) as anyone reads them."""
     sees = (folder / "processor_config.json").exists()
     processor = (hf.AutoProcessor if sees else hf.AutoTokenizer).from_pretrained(folder)

@@ -7,8 +7,6 @@ import json
 import shlex
 from dataclasses import fields, replace
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +15,6 @@ from slimvlm import cli
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import silent
-from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy, load_config, load_processor
 from slimvlm.runs import advise as module
 from slimvlm.runs import cost
@@ -32,7 +29,7 @@ FOLDER = str(folders.folder("llava"))
 
 
 @pytest.fixture
-def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def model(tmp_path, monkeypatch):
     """A folder with the configuration of a tiny LLaVA and no weights; the machine has a speed."""
     tiny.build("llava-llama").config.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(cost, "device_flops", lambda *_: 1e11)
@@ -40,7 +37,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def large(model: str, monkeypatch: pytest.MonkeyPatch) -> Anatomy:
+def large(model, monkeypatch):
     """The anatomy of LLaVA-1.5-7B, which every model has."""
     shape = anatomy(model)
     layer = replace(
@@ -220,11 +217,11 @@ def test_only_models_of_about_its_size_say_what_to_expect(model, large, monkeypa
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     return folders.write_llava_data(tmp_path / "data", count=20)
 
 
-def config_for(data: Path, **changes: Any) -> CompressConfig:
+def config_for(data, **changes):
     recover = RecoverConfig(train="lora", loss="sft", max_steps=2)
     values = {"ratio": 0.3, "axis": "width", "data": str(data), "samples": 6, "recover": recover}
     return CompressConfig(**{**values, **changes})

@@ -4,10 +4,8 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jaxtyping
 import pytest
@@ -54,15 +52,15 @@ RECOVER = RecoverConfig(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     return folders.write_llava_data(tmp_path_factory.mktemp("data"))
 
 
 Asked = tuple[str, CompressConfig]
 
 
-def request_for(data: Path | None, **changes: Any) -> Asked:
-    values: dict[str, Any] = {
+def request_for(data, **changes):
+    values = {
         **{"ratio": 0.3, "axis": "both", "criterion": ("block_influence", "taylor")},
         **{"data": None if data is None else str(data), "allocation": "uniform", "samples": 4},
         **{"recover": RECOVER, "tasks": "presence", "limit": 2},
@@ -71,13 +69,13 @@ def request_for(data: Path | None, **changes: Any) -> Asked:
     return model, CompressConfig(**{**values, **changes})
 
 
-def pruning(data: Path | None = None, **changes: Any) -> Asked:
+def pruning(data=None, **changes):
     """The shortest request: nothing is trained or asked."""
-    shortest: dict[str, Any] = {"criterion": (), "axis": None, "recover": None, "tasks": None}
+    shortest = {"criterion": (), "axis": None, "recover": None, "tasks": None}
     return request_for(data, **{**shortest, **changes})
 
 
-def answers_in(folder: Path) -> dict[str, Any]:
+def answers_in(folder):
     """What the models said and scored; times differ from run to run."""
     files = [f for f in sorted((folder / "results").iterdir()) if f.name != TIMES_FILE]
     on_data = {f.name: DataResult.load(f).samples for f in files if f.name.startswith("data-")}
@@ -85,24 +83,24 @@ def answers_in(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(data, unhurried, tmp_path_factory):
     """A run that nobody interrupted. Tests must not change it."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    said: list[str] = []
+    said = []
     assert list(compress(*request_for(data), out, say=said.append)) == list(STAGES)
     assert any("layers" in line for line in said)
     return out
 
 
 @pytest.fixture(scope="module")
-def short(unhurried: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short(unhurried, tmp_path_factory):
     """The shortest run. Tests must not change it."""
     out = tmp_path_factory.mktemp("runs") / "run"
     compress(*pruning(), out, say=silent)
     return out
 
 
-def stopped(asked: Asked, out: Path, name: str = "prune_", force: bool = False) -> Path:
+def stopped(asked, out, name="prune_", force=False):
     """Begin a run that goes down before a stage."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages if hasattr(stages, name) else compression, name, stops)
@@ -190,8 +188,8 @@ def test_a_run_says_how_fast_its_model_is_beside_the_original(finished):
         assert {name: getattr(result, name) for name in vars(timed)} == vars(timed)
 
 
-def fails(error: Exception) -> Callable[..., Any]:
-    def fail(*_: object) -> None:
+def fails(error):
+    def fail(*_):
         raise error
 
     return fail
@@ -225,8 +223,8 @@ def test_a_run_keeps_the_figures_of_its_stages_on_held_out_samples(finished, dat
     for result in found.values():
         assert [each.id for each in result.samples] == [each.id for each in unseen]
     original, recovered = load(folders.folder("llava")), load(finished)
-    again: Any = found["recovered"].figures
-    expected: Any = evaluate_data(*recovered, unseen, original[0]).figures
+    again = found["recovered"].figures
+    expected = evaluate_data(*recovered, unseen, original[0]).figures
     assert again.agreement == expected.agreement
     assert again.divergence.value == pytest.approx(expected.divergence.value, abs=1e-5)
     loss = evaluate_data(*original, unseen).figures.loss.value
@@ -298,7 +296,7 @@ def test_what_force_replaces_stays_until_the_new_run_is_whole(short, data, tmp_p
     other = stopped(pruning(), tmp_path / "other", force=True)
     assert {path.name for path in tmp_path.iterdir()} == {"run", ".run.partial", ".other.partial"}
     compress(*pruning(), other, say=silent)  # what the stopped one left goes, too
-    said: list[str] = []
+    said = []
     monkeypatch.setattr(stages, "prune_", stops)  # done already
     compress(*request, out, force=True, say=said.append)
     assert any(line.startswith("going on") for line in said)
@@ -333,7 +331,7 @@ def test_a_bad_request_writes_nothing_and_leaves_what_force_would_replace(
 
 
 def test_without_data_the_demo_calibrates_and_nothing_is_trained(tmp_path):
-    said: list[str] = []
+    said = []
     compress(*pruning(recover=RECOVER), tmp_path / "run", say=said.append)
     assert "no --data: calibrating on the demo's conversations" in said
     assert any(re.match("axis width: .*arXiv", line) for line in said)
@@ -352,7 +350,7 @@ def test_a_text_model_goes_the_same_way_and_few_samples_serve_both(tmp_path):
 
 
 def test_a_baseline_saves_asking_again(finished, data, tmp_path, monkeypatch):
-    asked: list[str] = []
+    asked = []
     honest = stages.evaluate
 
     def counts(*args, **kwargs):
@@ -388,11 +386,11 @@ CONFIGS = [
 
 
 @pytest.fixture
-def compressed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def compressed(monkeypatch):
     """What `compress` was called with last."""
-    seen: list[Any] = []
+    seen = []
 
-    def record(model: str, config: CompressConfig, out: Path, *rest: Any) -> dict[str, Any]:
+    def record(model, config, out, *rest):
         seen[:] = model, config, out
         return {}
 

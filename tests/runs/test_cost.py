@@ -1,7 +1,6 @@
 """Estimates grow with what they rest on, and count what really learns and is kept."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.models.load import anatomy
 from slimvlm.runs import cost as module
 from slimvlm.runs.compress import request_of
-from slimvlm.runs.cost import Cost, Sizes, cost, kept_bytes, learning_params, stage_flops
+from slimvlm.runs.cost import Sizes, cost, kept_bytes, learning_params, stage_flops
 from slimvlm.runs.request import resolved
 from slimvlm.training.trainer import prepare_training
 from tests import tiny
@@ -20,16 +19,14 @@ MODEL = str(folders.folder("text"))
 SPEEDS = {torch.float32: 1e10, torch.bfloat16: 4e10}
 
 
-def cost_of(
-    recover: RecoverConfig | None = None, dtype: str = "float32", vocabulary: int | None = None
-) -> Cost:
+def cost_of(recover=None, dtype="float32", vocabulary=None):
     config = CompressConfig(ratio=0.4, axis="width", data="demo", recover=recover)
     sizes = Sizes(shape=anatomy(MODEL), tokens=100.0, samples=80, vocabulary=vocabulary)
     return cost(resolved(request_of(MODEL, config)), sizes, torch.device("cpu"), dtype)
 
 
 @pytest.fixture(autouse=True)
-def speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def speed(monkeypatch):
     monkeypatch.setattr(module, "device_flops", lambda device, dtype: SPEEDS[dtype])
 
 
@@ -88,7 +85,7 @@ def test_what_a_backward_pass_keeps_is_counted_for_every_family(name):
 def test_what_a_backward_pass_keeps_is_what_a_real_one_does(name):
     net = tiny.build(name)
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    kept: dict[int, tuple[int, Any]] = {}  # tensors stay alive, so that no address comes twice
+    kept = {}  # tensors stay alive, so that no address comes twice
 
     def note(tensor):
         storage = tensor.untyped_storage()

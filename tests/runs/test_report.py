@@ -8,8 +8,6 @@ from html import unescape
 from html.parser import HTMLParser
 from io import BytesIO
 from itertools import pairwise, product
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -18,16 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.evaluation.compare import Change, Comparison, compare
+from slimvlm.evaluation.compare import compare
 from slimvlm.evaluation.results import Result, TaskResult
-from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import anatomy
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport, WalkReport
 from slimvlm.runs.report import MAX_CARDS, comparison_html, read_record, report_html
 from slimvlm.runs.report.charts import (
-    Chart,
     allocation,
     by_ratio,
     frontier,
@@ -46,7 +43,7 @@ EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 TASKS = ("name", "count")
 
 
-def result(name: str, right: int, reply: str = "cat") -> Result:
+def result(name, right, reply="cat"):
     """A result with so many of ten questions right in each task."""
     scores = (1.0,) * right + (0.0,) * (10 - right)
     ids = tuple(map(str, range(10)))
@@ -55,17 +52,17 @@ def result(name: str, right: int, reply: str = "cat") -> Result:
 
 
 @pytest.fixture(scope="module")
-def shape() -> Anatomy:
+def shape():
     return anatomy(tiny.llama())
 
 
 @pytest.fixture
-def run(tmp_path: Path, shape: Anatomy) -> Path:
+def run(tmp_path, shape):
     write_run(tmp_path / "run", shape)
     return tmp_path / "run"
 
 
-def write_run(folder: Path, shape: Anatomy, axis: str = "width", model: str = "tiny") -> Plan:
+def write_run(folder, shape, axis="width", model="tiny"):
     """The files that `compress` leaves behind."""
     scores = random_scores(shape)
     plan = make_plan(shape, scores, ratio=0.3, axis=axis, round_to=1)
@@ -88,7 +85,7 @@ def write_run(folder: Path, shape: Anatomy, axis: str = "width", model: str = "t
 
 
 @pytest.fixture
-def study(tmp_path: Path, shape: Anatomy) -> Path:
+def study(tmp_path, shape):
     """The files that a study leaves behind: two axes at two ratios, with and without training."""
     folder = tmp_path / "study"
     folder.mkdir()
@@ -100,7 +97,7 @@ def study(tmp_path: Path, shape: Anatomy) -> Path:
         **{"avg": 100.0, "avg_percent": 100.0, "result": "original.json", "history": None},
     }
     costs = {"total_params": 200, "backbone_params": 100, "prefill_ms": 2.0, "decode_ms": 1.0}
-    rows: list[dict[str, Any]] = [{**original, **costs}]
+    rows = [{**original, **costs}]
     result("original", 10).save(folder / "original.json")
     for axis, ratio, train in product(("depth", "width"), (0.3, 0.6), ("none", "lora")):
         name = f"{axis}-{ratio}-{train}"
@@ -200,27 +197,27 @@ def test_charts_mix_neither_shares_of_the_data_nor_other_options(study):
 class Page(HTMLParser):
     """The start tags of a page, and what they hold."""
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, html):
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.found = []
         self.feed(html)
         self.tags = {tag for tag, _ in self.found}
         self.levels = [int(tag[1]) for tag, _ in self.found if re.fullmatch("h[1-6]", tag)]
         self.ids, self.links, self.labelled = map(self.values, ("id", "href", "aria-labelledby"))
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.found.append((tag, dict(attrs)))
 
-    def values(self, name: str) -> list[str]:
+    def values(self, name):
         return [values[name] or "" for _, values in self.found if values.get(name)]
 
 
-def assert_offline(html: str) -> None:
+def assert_offline(html):
     assert not re.search(r"https?://|@import|url\(|<link|src=\"(?!data:)", html)
     assert "default-src 'none'" in html
 
 
-def assert_sound(html: str) -> Page:
+def assert_sound(html):
     """Ids are unique, links lead to them, and no heading level is left out."""
     page = Page(html)
     assert len(page.ids) == len(set(page.ids))
@@ -326,7 +323,7 @@ def test_experts_have_bars_and_a_heatmap():
     assert sum(len(marks.texts) for marks in chart.of("heat")) == 8
 
 
-def num_crosses(chart: Chart) -> int:
+def num_crosses(chart):
     return sum(len(marks.texts) for marks in chart.of("gone"))
 
 
@@ -345,7 +342,7 @@ def test_heatmaps_cross_what_is_gone(shape, tmp_path):
         ]
         assert heights == pytest.approx(kept)
         for chart in (layers, groups, neurons):
-            opacity = chart.axes.collections[0].get_facecolor()[:, 3]  # type: ignore[call-overload]
+            opacity = chart.axes.collections[0].get_facecolor()[:, 3]
             assert ((opacity >= 0.06) & (opacity <= 1)).all()
             assert len(opacity) == sum(len(marks.texts) for marks in chart.of("heat"))
 
@@ -356,7 +353,7 @@ def test_trade_offs_need_two_models(run):
     charts = trade_offs(entries)
     assert len(charts) == 3
     assert all(len(chart.of("mark")) == 3 for chart in charts)
-    high = {label.get_text(): label.xy[1] for label in charts[0].axes.texts}  # type: ignore[attr-defined]
+    high = {label.get_text(): label.xy[1] for label in charts[0].axes.texts}
     assert high["original"] > high["recovered"] > high["pruned"]
 
 
@@ -415,11 +412,11 @@ def test_labels_of_drawings_are_plain_text(run):
         assert unescape(svg).count(name.replace("\a", "\ufffd")) >= 3
 
 
-def page(found: Comparison) -> str:
+def page(found):
     return comparison_html(found, "t")
 
 
-def cards(html: str) -> list[str]:
+def cards(html):
     return re.findall(r"<article.*?</article>", html, flags=re.DOTALL)
 
 
@@ -434,7 +431,7 @@ def test_every_lost_and_gained_question_has_a_card():
         (ours,) = (card for card in shown if f">{question.id}<" in card)
         assert f'data-kind="{kind}"' in ours
         assert question.prompt in ours
-    same: tuple[tuple[str, Change], ...] = (("1", "both right"), ("0", "both wrong"))
+    same = (("1", "both right"), ("0", "both wrong"))
     for digit, unchanged in same:
         html = page(two(digit * 100, digit * 100)[0])
         assert len(cards(html)) == MAX_CARDS[unchanged]
@@ -484,7 +481,7 @@ def test_pictures_fit_and_small_ones_are_exact(size, stored, shown, enlarged):
     assert (int(found[2]), int(found[3])) == shown
     assert ('class="pixel"' in html) is enlarged
     if enlarged:
-        assert image.convert("RGB").tobytes() == asked[0].images[0].tobytes()  # type: ignore[union-attr]
+        assert image.convert("RGB").tobytes() == asked[0].images[0].tobytes()
 
 
 def test_a_page_stays_below_five_megabytes():

@@ -1,10 +1,7 @@
 """A request means the same to every driver: what is left open, which samples, which tasks."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +14,7 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.runs import request as requests
 from slimvlm.runs.compress import request_of
 from slimvlm.runs.request import Request, check_questions, resolved
-from slimvlm.runs.stages import SampleSplit, not_among, read_split, rows_to_read, split
+from slimvlm.runs.stages import not_among, read_split, rows_to_read, split
 from slimvlm.runs.study.config import expand
 from slimvlm.runs.study.schedule import stages_of
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
@@ -25,15 +22,15 @@ from tests import tiny_folder as folders
 from tests.runs.study.study_files import study
 
 
-def asked(**changes: Any) -> Request:
+def asked(**changes):
     """A request as a user gives it: with data, along width."""
     rest = {name: changes.pop(name, None) for name in ("recover", "training_samples")}
     values = {"ratio": 0.3, "axis": "width", "data": "demo", **changes}
     return Request(model="demo", prune=PruneConfig(**values), **rest)
 
 
-def decided(request: Request) -> tuple[Request, list[str]]:
-    said: list[str] = []
+def decided(request):
+    said = []
     return resolved(request, said.append), said
 
 
@@ -121,15 +118,15 @@ def test_a_run_has_one_seed():
 
 
 # Which samples.
-def samples(count: int) -> list[Sample]:
+def samples(count):
     return [Sample(id=f"s{i}", messages=()) for i in range(count)]
 
 
-def ids(samples: Sequence[Sample]) -> list[str]:
+def ids(samples):
     return [sample.id for sample in samples]
 
 
-def names(found: SampleSplit) -> tuple[list[str], list[str]]:
+def names(found):
     return ids(found.calibration), ids(found.training)
 
 
@@ -172,11 +169,11 @@ def test_no_more_rows_are_read_than_needed(changes, count):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     return folders.write_llava_data(tmp_path_factory.mktemp("data"), count=20)
 
 
-def reading(data: Path, **changes: object) -> Request:
+def reading(data, **changes):
     config = PruneConfig(ratio=0.3, data=str(data), samples=6, seed=0)
     request = Request(
         model=str(folders.folder("llava")), prune=config, recover=RecoverConfig(), report_samples=64
@@ -254,7 +251,7 @@ def test_a_study_s_cell_is_a_run(seed, tmp_path):
 
 # Which tasks.
 def test_a_run_is_asked_what_evaluate_asks(monkeypatch):
-    seen: list[Any] = []
+    seen = []
     monkeypatch.setattr(requests, "check_names", lambda *given: seen.append(given))
     config = CompressConfig(ratio=0.3, tasks="presence,pope", task_folder="mine", limit=6)
     questions = request_of("demo", config).questions

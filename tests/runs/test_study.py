@@ -27,12 +27,12 @@ QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     return folders.write_llava_data(tmp_path_factory.mktemp("data"), pictures=False)
 
 
 @pytest.fixture(scope="module")
-def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(data, unhurried, tmp_path_factory):
     """The folder of an undisturbed study. Only copies (`again`) may be changed."""
     out = tmp_path_factory.mktemp("studies") / "finished"
     calls = count(1)
@@ -43,12 +43,12 @@ def finished(data: Path, unhurried: None, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def again(finished: Path, tmp_path: Path) -> Path:
+def again(finished, tmp_path):
     """A copy of the finished study."""
     return Path(shutil.copytree(finished, tmp_path / "again"))
 
 
-def files_named(out: Path, name: str) -> list[Path]:
+def files_named(out, name):
     return sorted((out / "cache").rglob(name))
 
 
@@ -176,7 +176,7 @@ def test_a_change_anywhere_in_a_folder_is_noticed(size, tmp_path, monkeypatch):
 
 
 def test_the_table_grows_while_the_study_runs(data, tmp_path, monkeypatch):
-    measured: list[int] = []
+    measured = []
 
     def looks(stage):
         if (tmp_path / "results.csv").exists():

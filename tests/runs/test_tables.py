@@ -1,14 +1,12 @@
 """Tables: groups of layers and legal widths, floors and marks of results, held-out figures."""
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from slimvlm.evaluation.on_data import DataResult, OnSample
-from slimvlm.evaluation.results import Result, TaskResult
-from slimvlm.models.anatomy import Anatomy
+from slimvlm.evaluation.results import TaskResult
 from slimvlm.models.load import anatomy
 from slimvlm.runs.tables import (
     LEGEND,
@@ -24,9 +22,9 @@ from tests import tiny
 from tests.evaluation.test_compare import TEXT, answered, questions, result
 
 
-def printed(shape: Anatomy) -> dict[str, list[str]]:
+def printed(shape):
     """The values of each name; rows without a name belong to the one above."""
-    found: dict[str, list[str]] = {}
+    found = {}
     for name, value in anatomy_rows(shape):
         if name:
             found[name.strip()] = []
@@ -34,11 +32,11 @@ def printed(shape: Anatomy) -> dict[str, list[str]]:
     return found
 
 
-def shape_of(name: str) -> Anatomy:
+def shape_of(name):
     return anatomy(tiny.CONFIGS[name]())
 
 
-EXPECTED: dict[str, Callable[[Anatomy], dict[str, list[str]]]] = {
+EXPECTED = {
     "llava-llama": lambda shape: {
         "one layer": [f"{shape.layers[0].params:,}"],
         "KV groups in a layer": [
@@ -131,9 +129,9 @@ def test_a_share_of_nothing_is_a_dash_and_a_note_of_two_stages_is_shown_once():
     assert "\n- pruned, recovered: x\n- pruned, recovered: y\n" in held_out_text(results)
 
 
-def measured(model: str, right: str, **changes: object) -> Result:
+def measured(model, right, **changes):
     pets = answered(questions("pets", len(right)), right)
-    return result(model, pets=replace(pets, **changes), text=TEXT)  # type: ignore[arg-type]
+    return result(model, pets=replace(pets, **changes), text=TEXT)
 
 
 def test_tables_show_the_floors_that_are_known():

@@ -1,8 +1,6 @@
 """The verbs of one stage: figures on held-out samples, in memory and from files; refusals."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +11,7 @@ from slimvlm.core.progress import silent
 from slimvlm.data.read import load_samples
 from slimvlm.evaluation.on_data import DataResult, evaluate_data
 from slimvlm.models.load import load
-from slimvlm.runs.verbs import Pruned, prune
+from slimvlm.runs.verbs import prune
 from tests import tiny_folder as folders
 from tests.handmade import refused
 
@@ -23,12 +21,12 @@ MODEL = str(folders.folder("llava"))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     return folders.write_llava_data(tmp_path_factory.mktemp("data"), count=20)
 
 
 @pytest.fixture(scope="module")
-def pruned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Pruned]:
+def pruned(data, tmp_path_factory):
     """A smaller model by its folder: made in memory, and from files."""
     home, done = tmp_path_factory.mktemp("pruned"), {}
     config = PruneConfig(ratio=0.3, axis="width", data=str(data), samples=6, local_steps=0)
@@ -81,7 +79,7 @@ def test_a_model_is_evaluated_on_data_without_a_task(data, pruned, tmp_path, cap
     main([*words, "--baseline", MODEL, "--json", "--out", str(tmp_path / "r.json")])
     found = json.loads(capsys.readouterr().out)
     samples = load_samples(data)[:8]
-    expected: Any = evaluate_data(*load(smaller), samples, load(MODEL)[0]).figures
+    expected = evaluate_data(*load(smaller), samples, load(MODEL)[0]).figures
     assert found["model"]["agreement"]["value"] == pytest.approx(expected.agreement.value)
     assert found["model"]["loss"]["value"] == pytest.approx(expected.loss.value, abs=1e-5)
     assert found["baseline"]["samples"] == 8

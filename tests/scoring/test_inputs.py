@@ -1,10 +1,7 @@
 """Scores from inputs: of experts and their neurons, against what a token at a time gives."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 import slimvlm as sv
@@ -12,19 +9,17 @@ from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import unit_of
 from slimvlm.models.parts import Parts
 from tests import tiny
-from tests.handmade import Batch, padded
+from tests.handmade import padded
 from tests.tolerances import FORWARD, SCORE_SHARE_OF_MAXIMUM, assert_close, assert_scores_close
 
 
-def scored(
-    model: Any, batches: list[Batch], criterion: str, unit: str = "expert", **options: Any
-) -> list[Tensor]:
-    return sv.score(model, batches, criterion, **options).of(unit)  # type: ignore[no-any-return]
+def scored(model, batches, criterion, unit="expert", **options):
+    return sv.score(model, batches, criterion, **options).of(unit)
 
 
-def inputs_of(model: Any, path: str, batch: dict[str, Tensor]) -> list[Tensor]:
+def inputs_of(model, path, batch):
     """Record the inputs of the module at a path of each layer that has it, token by token."""
-    found: list[Tensor] = []
+    found = []
     hooks = [
         layer.get_submodule(path).register_forward_pre_hook(
             lambda _, args: found.append(args[0].detach().flatten(0, -2))
@@ -39,7 +34,7 @@ def inputs_of(model: Any, path: str, batch: dict[str, Tensor]) -> list[Tensor]:
     return found
 
 
-def by_token(mlp: Any, hidden: Tensor, normalised: bool) -> tuple[Tensor, Tensor]:
+def by_token(mlp, hidden, normalised):
     """For Qwen: how many tokens take each expert, and the mean of weight times output size."""
     experts, gate = mlp.experts, mlp.gate.weight
     count, size = torch.zeros(2, len(gate), dtype=torch.float64)
@@ -63,7 +58,7 @@ def test_qwen_scores_are_means_over_the_tokens_of_an_expert(name, dense):
     assert [i for i, values in enumerate(reap) if not len(values)] == dense
     sparse = [index for index in range(4) if index not in dense]
     for index, entered in zip(sparse, hidden, strict=True):
-        mlp: Any = Parts(model).layers[index].get_submodule("mlp")
+        mlp = Parts(model).layers[index].get_submodule("mlp")
         with torch.no_grad():
             count, mean = by_token(mlp, entered, normalised=name == "qwen3_vl_moe")
         assert_close(frequency[index].double(), count / len(entered), FORWARD)
@@ -76,7 +71,7 @@ def test_llama_4_scores_are_the_sizes_of_what_experts_add():
     frequency, reap = (scored(model, [batch], name) for name in ("frequency", "reap"))
     entered = inputs_of(model, "feed_forward.router", batch)
     for index, hidden in zip((1, 3), entered, strict=True):
-        block: Any = Parts(model).layers[index].get_submodule("feed_forward")
+        block = Parts(model).layers[index].get_submodule("feed_forward")
         with torch.no_grad():
             routed = hidden @ block.router.weight.T
             weights, taken = routed.max(1)
@@ -134,7 +129,7 @@ def test_a_model_without_experts_is_named():
         sv.score(model, [tiny.batch(model)], "reap")
 
 
-def sent_on(mlp: Any, hidden: Tensor, expert: int) -> Tensor:
+def sent_on(mlp, hidden, expert):
     """For Qwen: the weighted neurons of an expert for each token; zeros if it is not taken."""
     weights, taken = (hidden @ mlp.gate.weight.T).softmax(1).topk(2)
     weights = weights / weights.sum(1, keepdim=True)
@@ -150,7 +145,7 @@ def test_scores_of_expert_neurons_are_their_formulas():
         scored(model, [batch], name, "neuron") for name in ("activation", "wanda", "flap")
     )
     for index, hidden in enumerate(inputs_of(model, "mlp.experts", batch)):
-        mlp: Any = Parts(model).layers[index].get_submodule("mlp")
+        mlp = Parts(model).layers[index].get_submodule("mlp")
         sizes, reads, varies = torch.zeros(3, 32)
         with torch.no_grad():
             for expert in range(4):

@@ -3,17 +3,13 @@
 import json
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 import slimvlm as sv
 from slimvlm.cli import main
@@ -34,7 +30,7 @@ from tests.tiers import tiered
 
 MODELS = ("llama", "phi", "llava-phi3", "qwen2_5_vl", "internvl-qwen2", "smolvlm")
 ODD = ("gemma2", "qwen3_vl", "gemma3")  # capped logits, deepstack features, two kinds of masks
-CASES: dict[str, dict[str, Any]] = {
+CASES = {
     "block_influence": {"criterion": "block_influence", "last_layer": "postnorm"},
     "angular": {"criterion": "angular"},
     "obs": {"criterion": "obs"},
@@ -46,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def folders(tmp_path_factory):
     """Checkpoint folders of tiny models, in several small files."""
     root = tmp_path_factory.mktemp("checkpoints")
     made = {name: root / name for name in (*MODELS, *ODD, "llava-llama", "internvl-phi3")}
@@ -57,25 +53,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
 
 
 @pytest.fixture(scope="module")
-def folder(folders: dict[str, Path]) -> Path:
+def folder(folders):
     return folders["llama"]
 
 
 @pytest.fixture
-def model() -> PreTrainedModel:
+def model():
     return tiny.build("llama")
 
 
 @pytest.fixture
-def data(model: PreTrainedModel) -> list[dict[str, Tensor]]:
+def data(model):
     return batches(model)
 
 
-def batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
+def batches(model):
     return [tiny.batch(model, 12, 0), tiny.batch(model, 15, 1)]
 
 
-def assert_same(actual: Scores, expected: Scores) -> None:
+def assert_same(actual, expected):
     ours, theirs = actual.tensors(), expected.tensors()
     assert ours.keys() == theirs.keys() != set()
     assert (actual.criterion, actual.options) == (expected.criterion, expected.options)
@@ -110,7 +106,7 @@ def test_half_precision_weights_have_float32_statistics(tmp_path):
 
 @pytest.mark.parametrize("case", ["flap", "block_influence"])
 def test_one_layer_is_in_memory_at_a_time(case, model, data, folder, monkeypatch):
-    seen: list[int] = []
+    seen = []
     layers = LayerwiseModel.layer
 
     def look(module):
@@ -134,7 +130,7 @@ def test_a_stopped_run_goes_on_after_the_last_whole_layer(
     case, data, folder, tmp_path, monkeypatch
 ):
     layers = LayerwiseModel.layer
-    loads: list[int] = []
+    loads = []
 
     def killed(self, index):
         loads.append(index)
@@ -160,11 +156,11 @@ def test_a_stopped_run_goes_on_after_the_last_whole_layer(
 
 
 @contextmanager
-def stopped_at(owner: type, name: str, index: int | None = None) -> Iterator[None]:
+def stopped_at(owner, name, index=None):
     """Inside, a run is stopped when it calls a method, with this argument if one is given."""
     honest = getattr(owner, name)
 
-    def stops(self: Any, *args: Any) -> Any:
+    def stops(self, *args):
         if index in (None, *args):
             raise KeyboardInterrupt
         return honest(self, *args)
@@ -220,7 +216,7 @@ def test_two_runs_do_not_share_a_scratch_folder(data, folder, tmp_path):
 
 def test_the_scratch_folder_is_announced_and_other_files_in_it_stay(data, folder, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    said: list[str] = []
+    said = []
     score_checkpoint(folder, data, scratch=tmp_path, say=said.append)
     (line,) = said
     assert line.startswith("scratch: 0.00 GiB in ")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import Parts
@@ -10,30 +9,29 @@ from slimvlm.pruning.cut import prune_
 from slimvlm.scoring import moments
 from slimvlm.scoring.inputs import capture_grams
 from slimvlm.scoring.moments import Moments, add_product_, invert_, mirror_
-from slimvlm.scoring.statistics import Grams
 from tests import tiny
-from tests.handmade import Batch, joined, padded, plan_by_hand
+from tests.handmade import joined, padded, plan_by_hand
 from tests.tolerances import FORWARD, SOLVE, Tolerance, assert_close
 
 
 @pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_blocks(monkeypatch):
     monkeypatch.setattr(moments, "SYMMETRIC_BLOCK", 8)
 
 
 FAMILIES = ("llama", "phi", "llava-phi3", "gemma3")
 
 
-def samples(name: str, lengths: tuple[int, ...] = (12, 12, 12)) -> list[Batch]:
+def samples(name, lengths=(12, 12, 12)):
     model = tiny.build(name)
     return [tiny.batch(model, tokens, seed) for seed, tokens in enumerate(lengths)]
 
 
-def double(batches: list[Batch]) -> list[Batch]:
+def double(batches):
     return [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in batches]
 
 
-def sums_of(statistics: Grams) -> dict[str, Tensor]:
+def sums_of(statistics):
     found = {"weight": statistics.weight}
     for (index, path), part in statistics.parts.items():
         for name in ("gram", "total", "count"):
@@ -41,7 +39,7 @@ def sums_of(statistics: Grams) -> dict[str, Tensor]:
     return found
 
 
-def assert_same(ours: Grams, theirs: Grams, tolerance: Tolerance = SOLVE) -> None:
+def assert_same(ours, theirs, tolerance=SOLVE):
     expected = sums_of(theirs)
     assert sums_of(ours).keys() == expected.keys()
     for name, tensor in sums_of(ours).items():
@@ -52,8 +50,8 @@ def assert_same(ours: Grams, theirs: Grams, tolerance: Tolerance = SOLVE) -> Non
 def test_grams_are_the_products_of_the_matrices_inputs(name):
     model = tiny.build(name).double()
     data = double(samples(name))
-    seen: dict[tuple[int, str], list[Tensor]] = {}
-    matrices: dict[tuple[int, str], Tensor] = {}
+    seen = {}
+    matrices = {}
     hooks = []
     for index, projection, linear in Parts(model).projections():
         if projection.path.rpartition(".")[2] in ("o_proj", "dense", "down_proj", "fc2"):
@@ -147,7 +145,7 @@ WEIGHTS = {
 }
 
 
-def summed(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+def summed(rows, weights, dtype):
     """Of tokens that come in two parts, the second of which is looked at between."""
     found = Moments.zero(24, dtype=dtype)
     for part in (slice(0, 31), slice(31, None)):
@@ -195,7 +193,7 @@ def test_bfloat16_products_need_inputs_of_weight_one(monkeypatch):
 SIZES = (1, 7, 24, 61)
 
 
-def drawn(*shape: int) -> Tensor:
+def drawn(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 

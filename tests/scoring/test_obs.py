@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.models.anatomy import read_anatomy
@@ -18,7 +17,7 @@ from tests import tiny
 from tests.tolerances import SOLVE, assert_close
 
 
-def toy(channels: int, tokens: int = 40, outputs: int = 5) -> tuple[Tensor, Tensor]:
+def toy(channels, tokens=40, outputs=5):
     """A matrix and correlated inputs, float64."""
     generator = torch.Generator().manual_seed(3)
     mix = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
@@ -26,7 +25,7 @@ def toy(channels: int, tokens: int = 40, outputs: int = 5) -> tuple[Tensor, Tens
     return torch.randn(outputs, channels, generator=generator, dtype=torch.float64), x
 
 
-def error_without(matrix: Tensor, x: Tensor, gone: list[int], ridge: float) -> float:
+def error_without(matrix, x, gone, ridge):
     """The least squared error of the outputs that the other channels can reach.
 
     The ridge is ``sqrt(ridge)`` times the identity as further data: it ties refitted weights to
@@ -41,13 +40,11 @@ def error_without(matrix: Tensor, x: Tensor, gone: list[int], ridge: float) -> f
     return float((data[:, left] @ fitted - wanted).square().sum())
 
 
-def channels_of(units: list[int], width: int) -> list[int]:
+def channels_of(units, width):
     return [unit * width + i for unit in units for i in range(width)]
 
 
-def by_trying(
-    matrix: Tensor, x: Tensor, width: int, damping: float
-) -> tuple[list[int], list[float]]:
+def by_trying(matrix, x, width, damping):
     ridge = damping * float(x.square().sum(0).mean())
     left, order, errors = list(range(x.shape[1] // width)), [], [0.0]
     while left:
@@ -59,9 +56,7 @@ def by_trying(
     return order, [after - before for before, after in pairwise(errors)]
 
 
-def by_inverting(
-    matrix: Tensor, gram: Tensor, width: int, damping: float = DAMPING
-) -> tuple[list[int], list[float]]:
+def by_inverting(matrix, gram, width, damping=DAMPING):
     """The definition: at each step a new inverse of what is left, and all weights fitted anew."""
     ridge = damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     h, left = gram + ridge, list(range(len(gram) // width))
@@ -92,7 +87,7 @@ def test_it_is_the_exact_greedy_order(units, width, damping):
     torch.testing.assert_close(found.costs, expected, rtol=1e-6, atol=1e-7 * float(expected.max()))
 
 
-def inputs(case: str, channels: int) -> Tensor:
+def inputs(case, channels):
     """Inputs of a kind that calibration meets."""
     x = toy(channels, tokens=3 * channels)[1]
     match case:

@@ -37,7 +37,7 @@ def test_scores_survive_their_files(criterion, name, tmp_path):
 def test_two_versions_of_a_name_are_two_files(tmp_path):
     for version in (1, 2):
         Scores("by-hand", layer=torch.full((2,), float(version))).save(tmp_path / f"run.v{version}")
-    assert Scores.load(tmp_path / "run.v1").layer.tolist() == [1, 1]  # type: ignore[union-attr]
+    assert Scores.load(tmp_path / "run.v1").layer.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("broken", ["missing", "json", "safetensors"])
@@ -79,7 +79,7 @@ def test_nan_is_traced_to_its_sample_and_layer(criterion):
     def look(module, args):
         spoilt["mask"] = args[0] == 91
 
-    spoilt: dict[str, torch.Tensor] = {}
+    spoilt = {}
     model.get_input_embeddings().register_forward_pre_hook(look)
     Parts(model).layers[1].register_forward_hook(spoil)
     with pytest.raises(NumericalError, match=r"\(calibration sample 3, from layer 1 on\)"):

@@ -1,8 +1,5 @@
 """What a table says on the claims: on tables made by hand, from the paper and against it."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import pandas as pd
 import pytest
 
@@ -18,7 +15,7 @@ ORIGINAL = {
 }
 
 
-def row(axis: str, ratio: float, kept: float, loss: str = "none", **changes: Any) -> dict[str, Any]:
+def row(axis, ratio, kept, loss="none", **changes):
     train = "none" if loss == "none" else "lora"
     values = {
         **{"model": "m", "axis": axis, "ratio": ratio, "criterion": "c", "allocation": "uniform"},
@@ -31,11 +28,11 @@ def row(axis: str, ratio: float, kept: float, loss: str = "none", **changes: Any
     return {**values, **changes}
 
 
-def series(axis: str, loss: str, kept: Sequence[float], **changes: Any) -> list[dict[str, Any]]:
+def series(axis, loss, kept, **changes):
     return [row(axis, r, k, loss, **changes) for r, k in zip(RATIOS, kept, strict=True)]
 
 
-def verdicts(rows: list[dict[str, Any]]) -> dict[str, Claim]:
+def verdicts(rows):
     return {claim.name: claim for claim in claims_of(pd.DataFrame([ORIGINAL, *rows]))}
 
 
@@ -61,7 +58,7 @@ def test_llava_in_the_paper():
     assert found["T1"].numbers == said
 
 
-AGREES: dict[str, list[dict[str, Any]]] = {
+AGREES = {
     "T1": [row("width", 0.3, 60), row("depth", 0.3, 50)],
     "T2": [
         row(axis, 0.3, kept, avg_free=free, avg_choice=choice)
@@ -93,7 +90,7 @@ AGREES: dict[str, list[dict[str, Any]]] = {
         row("width", 0.6, 70, "sft", fraction=0.2),
     ],
 }
-SPOILT: dict[str, tuple[int, dict[str, Any]]] = {
+SPOILT = {
     "T1": (1, {"avg_percent": 61}),
     "T2": (1, {"avg_free": 39}),
     "T3": (0, {"avg_percent": 51}),

@@ -7,7 +7,6 @@ Expected outputs in ``tests/fixtures/convert`` were recorded with the original c
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,14 +46,14 @@ class Case(NamedTuple):
     prefix: str = ""
 
     @property
-    def folder(self) -> Path:
+    def folder(self):
         return FIXTURES / self.family
 
-    def convert(self, out: Path, source: Path | None = None, **options: Any) -> Path:
+    def convert(self, out, source=None, **options):
         tower = self.folder / self.tower if self.tower else None
         return convert(source or self.folder / self.source, out, tower, **options)
 
-    def copied(self, target: Path, **changes: Any) -> Path:
+    def copied(self, target, **changes):
         """A copy of the original with changes in its ``config.json``."""
         shutil.copytree(self.folder / self.source, target)
         edit_json(target / "config.json", lambda config: config.update(changes))
@@ -94,12 +93,12 @@ class Converted(NamedTuple):
     expected: dict[str, Tensor]
 
     @property
-    def pictures(self) -> list[Image.Image]:
+    def pictures(self):
         return [Image.fromarray(self.inputs[f"image{i}"].numpy()) for i in range(3)]
 
 
 @pytest.fixture(scope="module", params=CASES)
-def converted(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Converted:
+def converted(request, tmp_path_factory):
     case = CASES[request.param]
     folder = case.convert(tmp_path_factory.mktemp("convert") / "out")
     model = hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -111,22 +110,22 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Converte
     return Converted(case, folder, model, processor, golden, *recorded)
 
 
-def weights_in(folder: Path) -> dict[str, Tensor]:
+def weights_in(folder):
     return load_file(folder / "model.safetensors")
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(found, expected):
     assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in expected.items()}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-def messages(turns: list[tuple[int, str]]) -> list[dict[str, Any]]:
+def messages(turns):
     roles = (("user", "assistant")[number % 2] for number in range(len(turns)))
     said = zip(roles, turns, strict=True)
     return [folders.turn(role, *[None] * count, text) for role, (count, text) in said]
 
 
-def expanded(ids: Tensor, mask: Tensor, image_id: int, count: int) -> tuple[Tensor, Tensor]:
+def expanded(ids, mask, image_id, count):
     """Original inputs with ``count`` placeholders a picture, padded to the right."""
     rows = [
         [pair for t, m in zip(r.tolist(), k.tolist(), strict=True)
@@ -138,10 +137,10 @@ def expanded(ids: Tensor, mask: Tensor, image_id: int, count: int) -> tuple[Tens
     return filled[..., 0], filled[..., 1]
 
 
-def model_inputs(found: Converted, name: str) -> dict[str, Tensor]:
+def model_inputs(found, name):
     ids = found.inputs[f"{name}.input_ids"]
     mask = found.inputs.get(f"{name}.attention_mask", torch.ones_like(ids))
-    inputs: dict[str, Tensor] = {}
+    inputs = {}
     if found.case.family == "internvl":
         pixels = found.inputs.get(f"{name}.pixel_values")
         if name == "batch":
@@ -235,7 +234,7 @@ def test_reading_goes_on_where_a_mapped_file_is_opened_again(converted, tmp_path
 
 
 # Variations of the originals
-def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+def edit_weights(folder, change):
     """Change the tensors of a safetensors folder, and make it one file."""
     files = sorted(folder.glob("*.safetensors"))
     weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -262,7 +261,7 @@ def test_legacy_tokenizers_keep_their_spaces(tmp_path, legacy):
 SPELLED = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
-def sentencepiece_model(folder: Path, **options: Any) -> Path:
+def sentencepiece_model(folder, **options):
     """A small ``tokenizer.model``, trained on this file."""
     source = CASES["llava"].copied(folder)
     SentencePieceTrainer.train(
@@ -275,7 +274,7 @@ def sentencepiece_model(folder: Path, **options: Any) -> Path:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no prefix"])
-def splitters(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Any, Any]:
+def splitters(request, tmp_path_factory):
     """The tokenizer of an original that was made for this, and SentencePiece's own."""
     folder = tmp_path_factory.mktemp("pieces") / "source"
     source = sentencepiece_model(folder, add_dummy_prefix=request.param)
@@ -458,13 +457,13 @@ def test_sampling_settings_that_are_off_do_not_stop_saving(tmp_path):
     assert settings.suppress_tokens == [384, 385]  # rows that the original does not have
 
 
-OF_BOTH: list[tuple[str, Any]] = [
+OF_BOTH = [
     *(("mm_projector_type", "linear"), ("mm_projector_type", "mlp3x_gelu"), ("use_s2", True)),
     *(("image_aspect_ratio", "anyres"), ("rope_scaling", {"type": "dynamic", "factor": 2.0})),
     ("architectures", ["LlavaMistralForCausalLM"]),
 ]
 YARN = {"type": "yarn", "short_factor": [], "long_factor": []}
-REFUSALS: dict[str, list[tuple[str, Any]]] = {
+REFUSALS = {
     "llava": [
         *(*OF_BOTH, ("mm_use_im_start_end", True), ("mm_use_im_patch_token", True)),
         *(("mm_patch_merge_type", "spatial_unpad"), ("mm_vision_select_feature", "slicefour")),
@@ -514,11 +513,11 @@ def test_native_checkpoints_are_not_originals(tmp_path):
         convert(tmp_path / "other", tmp_path / "again")
 
 
-def _drop(name: str) -> Callable[[dict[str, Tensor]], Any]:
+def _drop(name):
     return lambda weights: weights.pop(name)
 
 
-def _put(name: str, *shape: int) -> Callable[[dict[str, Tensor]], Any]:
+def _put(name, *shape):
     return lambda weights: weights.update({name: torch.ones(shape, dtype=torch.float16)})
 
 

@@ -3,12 +3,10 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor
 
 from slimvlm_tools.convert import convert
 from tests.tolerances import FORWARD, assert_close
@@ -23,7 +21,7 @@ FEATURES = "mm_vision_select_feature"
 LAYER = "mm_vision_select_layer"
 
 HEADS = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
-SIZES: dict[str, dict[str, Any]] = {
+SIZES = {
     "llava": {
         **{"hidden_size": 64, "intermediate_size": 96, **HEADS, "hidden_act": "silu"},
         **{"vocab_size": 384, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
@@ -39,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 TOWER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}
-TOWERS: dict[str, dict[str, Any]] = {
+TOWERS = {
     "llava": {
         **{**TOWER, "intermediate_size": 64, "image_size": 56},
         **{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
@@ -58,7 +56,7 @@ SU = {
     "short_factor": [1.0, 1.1, 1.3, 1.7, 2.2, 2.9],
     "long_factor": [1.1, 2.0, 4.5, 9.0, 21.0, 40.0],
 }
-VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+VARIANTS = {
     # name: family, changes of the language model, of the tower, of the files
     "llava-as-published": ("llava", {}, {}, {"kind": "bin", "shards": 2, "outside": True}),
     "llava-grouped": (
@@ -121,7 +119,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
 }  # fmt: skip
 
 
-def original_of(name: str, seed: int) -> Original:
+def original_of(name, seed):
     family, text_changes, tower_changes, files = VARIANTS[name]
     source = FIXTURES / family / "original"
     config = json.loads((source / "config.json").read_text())
@@ -139,7 +137,7 @@ def original_of(name: str, seed: int) -> Original:
     return random_original(family, config, tower, seed, dtype)
 
 
-def written(original: Original, name: str, folder: Path) -> tuple[Path, Path | None]:
+def written(original, name, folder):
     """The folder of an original, and that of its tower's description."""
     files = VARIANTS[name][3]
     source = folder / "source"
@@ -163,7 +161,7 @@ def written(original: Original, name: str, folder: Path) -> tuple[Path, Path | N
     return source, tower
 
 
-def prompt(original: Original, num_features: int) -> tuple[list[int], list[int]]:
+def prompt(original, num_features):
     """Ids with -200 for a picture, and with its placeholder as often as it has features."""
     generator = torch.Generator().manual_seed(5)
     image = IMAGE_ID[original.family]
@@ -172,12 +170,12 @@ def prompt(original: Original, num_features: int) -> tuple[list[int], list[int]]
     return asked, [i for a in asked for i in ([image] * num_features if a == IMAGE else [a])]
 
 
-def pictures(original: Original) -> Tensor:
+def pictures(original):
     side = original.config.get("force_image_size") or original.vision["image_size"]
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(6))
 
 
-def lost(original: Original, model: Any) -> set[str]:
+def lost(original, model):
     """Names of weights that the converted model does not have bit for bit, maybe with more rows."""
     there = [tensor.flatten() for tensor in model.state_dict().values()]
     return {
@@ -221,8 +219,8 @@ def test_outputs_are_those_of_the_original(name, tmp_path):
     assert said == greedy(original, asked, pixels, len(said))
 
 
-def greedy(original: Original, ids: list[int], pixels: Tensor, count: int) -> list[int]:
-    said: list[int] = []
+def greedy(original, ids, pixels, count):
+    said = []
     for _ in range(count):
         said.append(int(original.logits(ids + said, pixels)[-1].argmax()))
     return said

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FULL = CompressConfig(ratio=0.3, units=("neuron",), data="d", recover=RecoverConfig(train="full"))
 
 
-def accepts(name: str, values: Any) -> bool:
+def accepts(name, values):
     return jsonschema.Draft202012Validator(schemas()[name]).is_valid(values)
 
 

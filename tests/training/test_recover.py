@@ -9,11 +9,9 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations import integration_utils
@@ -22,7 +20,6 @@ from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.options import RecoverConfig
 from slimvlm.data import chat
 from slimvlm.data.read import subset
-from slimvlm.data.samples import Sample
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import hold_in_
@@ -54,9 +51,9 @@ AFTER_ADAM = Tolerance(torch.float32, 1e-4, 1e-3)
 """Weights after AdamW, whose first steps turn rounding of tiny gradients into real moves."""
 
 
-def config(**changes: Any) -> RecoverConfig:
+def config(**changes):
     """Short, exact and without surprises."""
-    values: dict[str, Any] = {
+    values = {
         **{"train": "lora", "loss": "sft+hidden", "max_steps": 3, "batch_size": 2},
         **{"learning_rate": 5e-3, "lora_rank": 4, "bf16": False, **changes},
         "trainer": {"logging_steps": 1, "save_steps": 2, **changes.get("trainer", {})},
@@ -65,7 +62,7 @@ def config(**changes: Any) -> RecoverConfig:
     return RecoverConfig(**values)
 
 
-def models(kind: str = "llava") -> tuple[Any, Any, Any]:
+def models(kind="llava"):
     """A student of which one layer and some units are gone, its teacher, their processor."""
     teacher, processor = load(folders.folder(kind))
     student = copy.deepcopy(teacher)
@@ -75,17 +72,17 @@ def models(kind: str = "llava") -> tuple[Any, Any, Any]:
     return student, teacher, processor
 
 
-def weights(model: Any) -> dict[str, Tensor]:
+def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def changed(model: Any, before: dict[str, Tensor]) -> set[str]:
+def changed(model, before):
     now = model.state_dict()
     assert list(now) == list(before)
     return {name for name in now if not torch.equal(now[name], before[name])}
 
 
-def trained(**changes: Any) -> dict[str, Tensor]:
+def trained(**changes):
     """Weights after a run from the usual start."""
     student, teacher, processor = models()
     work = changes.pop("work", None)
@@ -93,7 +90,7 @@ def trained(**changes: Any) -> dict[str, Tensor]:
     return weights(student)
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(found, expected):
     assert list(found) == list(expected)
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
@@ -129,7 +126,7 @@ def test_lora_takes_what_peft_takes():
 def test_lora_leaves_nothing_behind(monkeypatch):
     student, teacher, processor = models()
     batch = chat.encode_samples(processor, SAMPLES[:2])
-    seen: list[Tensor] = []
+    seen = []
     honest = trainer.merge
 
     def listening(adapted, *others):
@@ -206,17 +203,15 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(train):
     assert changed(student, before) == set()
 
 
-def hidden_and_logits(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def hidden_and_logits(model, inputs):
     with torch.no_grad():
         output = model(**inputs, use_cache=False, output_hidden_states=True)
     return output.hidden_states[-1][0], output.logits[0]
 
 
-def reference_losses(
-    student: Any, teacher: Any, processor: Any, samples: list[Sample], compared: str
-) -> dict[str, float]:
+def reference_losses(student, teacher, processor, samples, compared):
     """Every loss from its definition, one sample after the other, so without any padding."""
-    sums: dict[str, list[Tensor]] = {name: [] for name in ("sft", "hidden", "kl", "rkl")}
+    sums = {name: [] for name in ("sft", "hidden", "kl", "rkl")}
     for sample in samples:
         inputs = chat.encode_samples(processor, [sample])
         labels = inputs.pop("labels")[0]
@@ -352,10 +347,10 @@ def test_nan_is_traced_to_its_samples_and_its_layer(whose):
 # Going on after a stop.
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def stop_at(monkeypatch, step):
     honest = recovery.DistillationTrainer.training_step
 
-    def stops(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def stops(self, *args, **kwargs):
         if self.state.global_step == step:
             raise Stopped
         return honest(self, *args, **kwargs)
@@ -363,11 +358,11 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(recovery.DistillationTrainer, "training_step", stops)
 
 
-LONG: dict[str, Any] = {"max_steps": 7, "lora": {"lora_dropout": 0.1}}
+LONG = {"max_steps": 7, "lora": {"lora_dropout": 0.1}}
 
 
 @cache
-def uninterrupted(train: str) -> dict[str, Tensor]:
+def uninterrupted(train):
     """Weights after a run that nobody stopped. Tests must not change them."""
     return trained(train=train, **LONG)
 
@@ -503,7 +498,7 @@ def test_a_training_goes_on_only_from_its_own_start(tmp_path, monkeypatch):
 
 
 def test_every_loss_reaches_the_tracker(monkeypatch):
-    seen: list[dict[str, float]] = []
+    seen = []
 
     class Tracker(TrainerCallback):
         def on_log(self, *args, logs=None, **kwargs):

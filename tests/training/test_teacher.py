@@ -5,14 +5,14 @@ import gc
 import re
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import slimvlm as sv
-from slimvlm.core.options import Divergence, RecoverConfig
+from slimvlm.core.options import Divergence
 from slimvlm.data import chat
 from slimvlm.data.vocabulary import TokenizerFile
 from slimvlm.models import losses
@@ -20,10 +20,9 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.load import load
 from slimvlm.models.parts import Parts
-from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.tokens import token_ids_of, trimmed_processor
-from slimvlm.training.recover import History, recover
+from slimvlm.training.recover import recover
 from slimvlm.training.teacher import plan_fits, seeing_once, share_
 from slimvlm.training.trainer import plain_model, prepare_training
 from tests import tiny, tiny_words
@@ -50,11 +49,11 @@ PER_LAYER = re.compile("embed_tokens_per_layer|per_layer_model_projection")
 """Weights with a slice for each layer: those of fewer layers are no part of the whole in memory."""
 
 
-def config(**changes: Any) -> RecoverConfig:
+def config(**changes):
     return short(**{"learning_rate": 1e-3, "lora": NO_DROPOUT, **changes})
 
 
-def plan_for(model: Any, axis: str) -> Plan:
+def plan_for(model, axis):
     """Half the layers, some scattered units, or both."""
     anatomy = read_anatomy(model)
     layers = sorted({0, 3, *anatomy.pinned_layers}) if axis != "width" else None
@@ -64,7 +63,7 @@ def plan_for(model: Any, axis: str) -> Plan:
     return plan_by_hand(anatomy, layers, heads, [*range(0, 64, 2), *range(64, 80)])
 
 
-def pruned(name: str, axis: str) -> tuple[Any, Any, Plan]:
+def pruned(name, axis):
     """A student, its teacher and the plan between them."""
     teacher = tiny.build(name)
     student, plan = copy.deepcopy(teacher), plan_for(teacher, axis)
@@ -72,11 +71,11 @@ def pruned(name: str, axis: str) -> tuple[Any, Any, Plan]:
     return student, teacher, plan
 
 
-def unmasked(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def unmasked(batch):
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def disturbed(trained: Any, size: float = 1.0) -> Any:
+def disturbed(trained, size=1.0):
     """Adapters that change the student a lot; the teacher must not notice."""
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
@@ -85,7 +84,7 @@ def disturbed(trained: Any, size: float = 1.0) -> Any:
     return trained
 
 
-def storages(*models: nn.Module) -> int:
+def storages(*models):
     """Numbers held in memory by some models together."""
     found = {}
     for model in models:
@@ -154,9 +153,7 @@ def test_a_shared_teacher_gives_the_losses_of_a_separate_one(backbone, heads, ax
         assert_close(gradient / scale, expected_gradient / scale, FORWARD)
 
 
-def loss_and_gradient(
-    name: str, trained: Any, teacher: Any, batch: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(name, trained, teacher, batch):
     """A distillation loss, and its gradient in all LoRA matrices."""
     trained.zero_grad()
     (ours,) = hidden_states(plain_model(trained), batch)
@@ -179,12 +176,12 @@ SEEING_FAMILIES = [
 ]
 
 
-def sees_by_default(name: str) -> bool:
+def sees_by_default(name):
     """One for each way into the text: a projector, its line breaks, a merger, a connector."""
     return name in ("llava-llama", "llava_next", "qwen2_5_vl", "idefics3")
 
 
-def moved_projector(student: Any) -> None:
+def moved_projector(student):
     """A projector that has learned something."""
     for path in read_anatomy(student).family.projector:
         parent, _, name = path.rpartition(".")
@@ -195,9 +192,9 @@ def moved_projector(student: Any) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def tower_calls(model: Any) -> list[str]:
+def tower_calls(model):
     """A list that grows whenever a matrix inside the vision tower's blocks is used."""
-    calls: list[str] = []
+    calls = []
     family = read_anatomy(model).family
     for name, module in model.named_modules():
         in_block = re.search(r"\.(layers?|blocks)\.\d+\.", name.removeprefix(family.vision or ""))
@@ -280,7 +277,7 @@ def test_another_tower_is_not_taken_for_the_teacher_s():
 
 
 # Training.
-def models(kind: str, axis: str) -> tuple[Any, Any, Plan, Any]:
+def models(kind, axis):
     """A student, its teacher, the plan and the processor of a complete model."""
     teacher, processor = load(folders.folder(kind))
     student, plan = copy.deepcopy(teacher), plan_for(teacher, axis)
@@ -288,9 +285,7 @@ def models(kind: str, axis: str) -> tuple[Any, Any, Plan, Any]:
     return student, teacher, plan, processor
 
 
-def run(
-    kind: str, axis: str, share: bool = True, **changes: Any
-) -> tuple[dict[str, Tensor], History, Any]:
+def run(kind, axis, share=True, **changes):
     """Weights and history after training, and what is left of the teacher."""
     student, teacher, plan, processor = models(kind, axis)
     samples = short_samples(8, kind in SEEING)
@@ -299,7 +294,7 @@ def run(
     return weights(student), history, teacher
 
 
-def assert_same_training(first: History, second: History) -> None:
+def assert_same_training(first, second):
     for ours, theirs in zip(first.steps, second.steps, strict=True):
         names = [name for name in ours if name.startswith("loss")]
         assert len(names) > 2
@@ -426,7 +421,7 @@ def test_a_plan_of_another_teacher_is_not_used():
 LOSSES = ("hidden", "cosine", "kl", "rkl", "jsd")
 
 
-def fewer_tokens(kind: str, words: int, ratio: float = 0.0) -> tuple[Any, Any, Any, Any, Plan]:
+def fewer_tokens(kind, words, ratio=0.0):
     """Student, teacher, their processors, and the plan between them.
 
     The student keeps what it must and ``words`` tokens more of what the samples have.

@@ -1,12 +1,9 @@
 """Data of others: no file outside a folder is read, and no cache answers for other bytes."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
 import os
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -29,11 +26,11 @@ CARDS = {
 }
 
 
-def said(data: Path) -> list[str]:
+def said(data):
     return [str(sample.messages[1]["content"][0]["text"]) for sample in load_samples(data)]
 
 
-def write_rows(path: Path, answer: str) -> None:
+def write_rows(path, answer):
     turns = [TURNS[0], {"role": "assistant", "content": answer}]
     if path.suffix == ".parquet":
         parquet.write_table(pa.table({"messages": [turns] * 2}), path)
@@ -44,7 +41,7 @@ def write_rows(path: Path, answer: str) -> None:
 @pytest.mark.parametrize("files", ["../secret.jsonl", "SECRET", "https://x.y/z.csv", "a/../../b"])
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
-def test_no_card_leads_out_of_a_folder(name: str, card: str, files: str, tmp_path: Path) -> None:
+def test_no_card_leads_out_of_a_folder(name, card, files, tmp_path):
     write_rows(tmp_path / "secret.jsonl", "secret")
     folder = tmp_path / "data"
     folder.mkdir()
@@ -57,7 +54,7 @@ def test_no_card_leads_out_of_a_folder(name: str, card: str, files: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "folder/x.jsonl", "folder/x.parquet"])
-def test_changed_data_of_the_same_date_are_read(name: str, tmp_path: Path) -> None:
+def test_changed_data_of_the_same_date_are_read(name, tmp_path):
     (tmp_path / "folder").mkdir()
     for answer in ("old", "NEW"):
         write_rows(tmp_path / name, answer)
@@ -65,7 +62,7 @@ def test_changed_data_of_the_same_date_are_read(name: str, tmp_path: Path) -> No
         assert set(said(tmp_path / name.split("/")[0])) == {answer}
 
 
-def test_nothing_is_copied_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_copied_elsewhere(tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     for name in ("HOME", "HF_HOME", "TMPDIR", "XDG_CACHE_HOME"):
@@ -75,7 +72,7 @@ def test_nothing_is_copied_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(home.rglob("*"))
 
 
-def test_of_splits_the_one_for_training_is_read(tmp_path: Path) -> None:
+def test_of_splits_the_one_for_training_is_read(tmp_path):
     for split in ("train", "test", "validation"):
         write_rows(tmp_path / f"{split}-00000-of-00001.parquet", split)
     assert set(said(tmp_path)) == {"train"}
@@ -83,7 +80,7 @@ def test_of_splits_the_one_for_training_is_read(tmp_path: Path) -> None:
     assert set(said(tmp_path)) == {"train"}
 
 
-def test_pipes_links_and_compressed_files_are_refused(tmp_path: Path) -> None:
+def test_pipes_links_and_compressed_files_are_refused(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     with gzip.open(folder / "rows.jsonl.gz", "wb") as file:
@@ -103,13 +100,13 @@ def test_pipes_links_and_compressed_files_are_refused(tmp_path: Path) -> None:
     "metadata",
     ["5", '{"info": 5}', '{"info": {"features": 5}}', '{"info": {"features": {"messages": []}}}'],
 )
-def test_a_description_in_a_parquet_file_changes_nothing(metadata: str, tmp_path: Path) -> None:
+def test_a_description_in_a_parquet_file_changes_nothing(metadata, tmp_path):
     table = pa.table({"messages": [TURNS]}).replace_schema_metadata({"huggingface": metadata})
     parquet.write_table(table, tmp_path / "x.parquet")
     assert said(tmp_path / "x.parquet") == ["own"]
 
 
-def test_a_table_that_ends_early_is_named(tmp_path: Path) -> None:
+def test_a_table_that_ends_early_is_named(tmp_path):
     write_rows(tmp_path / "x.parquet", "own")
     content = (tmp_path / "x.parquet").read_bytes()
     (tmp_path / "x.parquet").write_bytes(content[:20] + content[40:])
@@ -117,7 +114,7 @@ def test_a_table_that_ends_early_is_named(tmp_path: Path) -> None:
         load_samples(tmp_path / "x.parquet")
 
 
-def test_a_picture_beyond_every_processor_is_reduced() -> None:
+def test_a_picture_beyond_every_processor_is_reduced():
     buffer = io.BytesIO()
     Image.new("L", (9000, 4500), 40).save(buffer, "PNG")
     found = open_image(Image.open(io.BytesIO(buffer.getvalue())))

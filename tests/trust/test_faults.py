@@ -9,9 +9,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -40,10 +37,10 @@ ANATOMY = read_anatomy(tiny.build("llama"))
 
 
 @st.composite
-def kept_units(draw: st.DrawFn) -> dict[str, Any]:
+def kept_units(draw):
     """Any legal choice for the tiny model: kept units may differ from layer to layer."""
 
-    def kept(count: int) -> tuple[int, ...]:
+    def kept(count):
         return tuple(sorted(draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=count))))
 
     layers = kept(ANATOMY.num_layers)
@@ -55,7 +52,7 @@ def kept_units(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def refusal_of(call: Callable[[], object]) -> str | None:
+def refusal_of(call):
     """What a user would read; None if nothing was wrong. Any other error passes."""
     try:
         call()
@@ -117,7 +114,7 @@ ROW = {
     "conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "Red."}],
 }
 IMAGES = ["../../etc/passwd", "/etc/passwd", "x" * 5000, "a\0b"]
-WRONG: list[Any] = [
+WRONG = [
     *(None, 7, "text", [], {}, {"id": 1}, {"conversations": None}, {"messages": {}}),
     *({**ROW, "image": image} for image in (*IMAGES, 5, [None], {"path": None})),
     {"conversations": [{"from": "gpt", "value": ""}]},
@@ -129,7 +126,7 @@ BROKEN_LINES = ["{", "]", "nul", '{"id": ', "[" * 5000, "9" * 5000, '{"a": "\\ud
 ROWS = 1000
 
 
-def write_rows(path: Path, rng: random.Random) -> None:
+def write_rows(path, rng):
     """A file of one good row and a thousand that are none."""
     wrong = [rng.choice(WRONG) for _ in range(ROWS)]
     if path.suffix == ".json":
@@ -153,7 +150,7 @@ def write_rows(path: Path, rng: random.Random) -> None:
 def test_a_thousand_broken_rows_are_counted_and_named(name, tmp_path):
     path = tmp_path / name
     write_rows(path, random.Random(0))
-    told: list[str] = []
+    told = []
     samples = load_samples(path, max_bad=ROWS, warn=told.append)
     assert [sample.id for sample in samples] == ["good"]
     assert len(told) == ROWS + 1
@@ -183,7 +180,7 @@ def test_a_damaged_shard_is_one_line(seed, tmp_path):
 
 
 # Kills. The commands run in forks of this process, which has its libraries in memory already.
-def start(*arguments: Any) -> int:
+def start(*arguments):
     pid = os.fork()
     if pid:
         return pid
@@ -200,7 +197,7 @@ def start(*arguments: Any) -> int:
         os._exit(code)
 
 
-def finish(pid: int) -> int:
+def finish(pid):
     """The exit code of a process; below 0 the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers as hf
@@ -19,50 +17,50 @@ from tests import tiny_folder as folders
 from tests.trust.spoiled import INDEX, WEIGHTS, divide, renamed_part, write_pickle
 
 
-def _set(**fields: Any) -> Callable[[Path], None]:
+def _set(**fields):
     return lambda folder: folders.edit_json(folder / "config.json", lambda v: v.update(fields))
 
 
-def _pickled_part(folder: Path) -> None:
+def _pickled_part(folder):
     renamed_part(folder, "part.bin")
     write_pickle(folder / "part.bin", folder.parent / "marked")
 
 
-def _part_above(name: str) -> Callable[[Path], None]:
-    def move(folder: Path) -> None:
+def _part_above(name):
+    def move(folder):
         renamed_part(folder, name.format(folder.parent))
         shutil.move(folder / "a.safetensors", folder.parent / "a.safetensors")
 
     return move
 
 
-def _linked_out(name: str) -> Callable[[Path], None]:
-    def link(folder: Path) -> None:
+def _linked_out(name):
+    def link(folder):
         shutil.move(folder / name, folder.parent / name)
         (folder / name).symlink_to(folder.parent / name)
 
     return link
 
 
-def _index(text: str) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
+def _index(text):
+    def write(folder):
         divide(folder, "a.safetensors", "b.safetensors")
         (folder / INDEX).write_text(text)
 
     return write
 
 
-def _text(name: str, text: str) -> Callable[[Path], None]:
+def _text(name, text):
     return lambda folder: (folder / name).write_text(text) and None
 
 
-def _adapter(folder: Path) -> None:
+def _adapter(folder):
     shutil.copytree(folder, folder.parent / "base")
     row = {"base_model_name_or_path": str(folder.parent / "base"), "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(row))
 
 
-SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
+SPOILED = {
     "a part is a pickle": (_pickled_part, "part.bin"),
     "a part lies above": (_part_above("../a.safetensors"), r"\.\./a\.safetensors"),
     "a part has an absolute path": (_part_above("{}/a.safetensors"), "a.safetensors"),

@@ -14,7 +14,7 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -49,63 +49,63 @@ MODEL = str(folders.folder("text"))
 """A good one."""
 
 
-def peak_memory(forget: bool = False) -> int:
+def peak_memory(forget=False):
     """The most bytes that this process had, which also ran other tests; Linux can forget that."""
     status = Path("/proc/self/status")
     if forget and status.exists():
         Path("/proc/self/clear_refs").write_text("5")
     if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])  # type: ignore[index]
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def use_model(folder: Path) -> None:
+def use_model(folder):
     load(folder)
     open_checkpoint(folder)
 
 
-def use_words(folder: Path) -> None:
+def use_words(folder):
     model, words = load(folder)
     answer(model, words, [Question("q", "Which colour?", ("red",))], 2)
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder):
     shutil.copytree(folders.folder("text"), folder, dirs_exist_ok=True)
     write_pickle(folder / "marked.bin", folder.parent / "marked")
 
 
-def make_divided(folder: Path) -> None:
+def make_divided(folder):
     make_model(folder)
     divide(folder, "a.safetensors", "b.safetensors")
 
 
-def make_seeing(folder: Path) -> None:
+def make_seeing(folder):
     shutil.copytree(folders.folder("llava"), folder, dirs_exist_ok=True)
 
 
-def use_pictures(folder: Path) -> None:
+def use_pictures(folder):
     anatomy(folder)
     words = load_processor(str(folder), load_config(folder))
     encode_samples(words, folders.short_samples(1))
 
 
-def make_template(folder: Path) -> None:
+def make_template(folder):
     make_model(folder)
     template = folder / "chat_template.jinja"
     if not template.exists():
         template.write_text(folders.TEXT_CHAT)
 
 
-def make_plan(folder: Path) -> None:
+def make_plan(folder):
     Plan.everything(anatomy(folders.folder("text"))).save(folder / "plan.json")
 
 
-def use_plan(folder: Path) -> None:
+def use_plan(folder):
     plan = Plan.load(folder / "plan.json")
     _ = plan.summary(), plan.after, plan.ratio, plan.file_format, plan.after.total_params
 
 
-def make_study(folder: Path) -> None:
+def make_study(folder):
     folders.write_llava_data(folder, count=16, pictures=False)
     grid = {"model": MODEL, "ratio": [0.2, 0.4], "axis": "depth", "prune": {"samples": 8}}
     values = {
@@ -120,14 +120,14 @@ def make_study(folder: Path) -> None:
     (folder / "study.yaml").write_text(yaml.safe_dump(values))
 
 
-def make_task(folder: Path) -> None:
+def make_task(folder):
     (folder / "rows.jsonl").write_text('{"id": "a", "q": "Why?", "a": "so", "c": ["so", "no"]}\n')
     values = {"name": "own", "data": "rows.jsonl", "prompt": "{q} {{x}}", "answer": "a"}
     more = {"choices": "c", "by_likelihood": True, "chance": 50, "metric": "exact_match"}
     (folder / "task.yaml").write_text(yaml.safe_dump(values | more))
 
 
-def use_task(folder: Path) -> None:
+def use_task(folder):
     task = read_task(folder / "task.yaml")
     questions = task.load(None)
     AnswerLog(folder / "logs", task.name, "key").add(questions, ["reply"] * len(questions))
@@ -139,12 +139,12 @@ ANSWERED = TaskResult(
 RESULT = Result("model", 1000, 800, {"one": ANSWERED, "two": ANSWERED}, 1.0, 2.0)
 
 
-def make_result(folder: Path) -> None:
+def make_result(folder):
     make_task(folder)
     RESULT.save(folder / "result.json")
 
 
-def use_result(folder: Path) -> None:
+def use_result(folder):
     result = Result.load(folder / "result.json")
     results = {"baseline": RESULT, "model": result}
     as_table(*result_rows(results), title=result.model)
@@ -152,18 +152,18 @@ def use_result(folder: Path) -> None:
     comparison_rows(compare(RESULT, result, {}))
 
 
-def make_scores(folder: Path) -> None:
+def make_scores(folder):
     groups, neurons = ([torch.rand(2), torch.rand(3)] for _ in range(2))
     Scores("magnitude", torch.rand(2), groups, neurons).save(folder / "scores")
 
 
-def make_history(folder: Path) -> None:
+def make_history(folder):
     rows = ({"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0})
     history = History(steps=rows, num_samples=4, sample_ids=("a", "b"), trained_params=10)
     (folder / "history.json").write_text(json.dumps(asdict(history)))
 
 
-def make_log(folder: Path) -> None:
+def make_log(folder):
     questions = [Question(str(i), "Why?", ("so",)) for i in range(3)]
     AnswerLog(folder, "own", "key").add(questions, ["reply"] * 3)
 
@@ -177,7 +177,7 @@ class Target(NamedTuple):
     count: int
 
 
-TARGETS: dict[str, Target] = {
+TARGETS = {
     "config": Target(make_model, "config.json", use_model, 350),
     "index": Target(make_divided, INDEX, use_model, 150),
     "weights": Target(make_model, WEIGHTS, use_model, 150),
@@ -202,10 +202,10 @@ def test_there_are_two_thousand():
 
 
 @contextmanager
-def limited() -> Iterator[None]:
+def limited():
     """Inside, nothing takes longer than a minute."""
 
-    def stop(*_: object) -> None:
+    def stop(*_):
         raise TimeoutError(f"more than {MAX_SECONDS} s")
 
     before = signal.signal(signal.SIGALRM, stop)
@@ -217,7 +217,7 @@ def limited() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def outcome(use: Callable[[Path], Any], folder: Path) -> str:
+def outcome(use, folder):
     """What is wrong with how it ended; nothing if it worked or was refused in one line."""
     try:
         with limited():
@@ -230,9 +230,7 @@ def outcome(use: Callable[[Path], Any], folder: Path) -> str:
     return ""
 
 
-def spoil_and_try(
-    target: Target, seeds: Sequence[str], home: Path, ended: Callable[[Path], str]
-) -> None:
+def spoil_and_try(target, seeds, home, ended):
     """Spoil a file once for each seed, and see that nothing but its use happens.
 
     ``ended`` says what is wrong with how a use of the folder ended; nothing if it ended well.
@@ -265,7 +263,7 @@ def spoil_and_try(
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path, monkeypatch):
     """An empty folder; whoever leaves the working folder comes back at the end."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -292,8 +290,8 @@ COMMANDS = {
 OF_A_COMMAND = 15
 
 
-def ended_in(command: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    code: Any = 0
+def ended_in(command, folder, capfd):
+    code = 0
     try:
         with limited():
             cli.main(command.format(model=MODEL, folder=folder).split())

@@ -1,13 +1,9 @@
 """NaN and infinity stop everything that reads a model, with the place in one line."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from slimvlm.core.errors import ConfigError, NumericalError
@@ -27,7 +23,7 @@ SHORT = Workload(prompt_tokens=8, new_tokens=4, batch_sizes=(1,), repeats=1)
 NORM = "model.layers.1.input_layernorm.weight"
 
 
-def spoilt(out: Path, name: str, value: float, dtype: torch.dtype | None = None) -> Path:
+def spoilt(out, name, value, dtype=None):
     """A text model with one wrong weight."""
     folder = folders.copied("text", out)
     weights = load_file(folder / "model.safetensors")
@@ -37,13 +33,13 @@ def spoilt(out: Path, name: str, value: float, dtype: torch.dtype | None = None)
     return folder
 
 
-def task(**how: Any) -> Task:
+def task(**how):
     return Task(
         name="own", **{"metric": "exact_match", "chance": 0, **how}, load=lambda _: [QUESTION]
     )
 
 
-USES: dict[str, Callable[[Any, Any, Path], object]] = {
+USES = {
     "chat": lambda model, words, _: answer(model, words, [QUESTION], 4),
     "evaluate": lambda model, words, _: evaluate(model, words, [task()]),
     "likelihood": lambda model, words, _: evaluate(model, words, [task(by_likelihood=True)]),

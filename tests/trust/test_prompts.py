@@ -2,8 +2,6 @@
 
 import datetime
 import json
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -19,7 +17,7 @@ from tests.tiny_folder import edit_json
 TASK = {"name": "own", "data": "rows.jsonl", "prompt": "{q}?", "answer": "a"}
 
 
-def asked(prompt: str, **columns: Any) -> str:
+def asked(prompt, **columns):
     return TaskRow(name="own", data="", prompt=prompt, answer="").filled_prompt(columns)
 
 
@@ -47,7 +45,7 @@ def test_a_lone_brace_is_refused(prompt):
         asked(prompt, q="x", b="y")
 
 
-def task_file(folder: Path, **changes: Any) -> Path:
+def task_file(folder, **changes):
     (folder / "rows.jsonl").write_text(json.dumps({"q": "Why", "a": "so"}) + "\n")
     path = folder / "task.yaml"
     path.write_text(yaml.safe_dump(TASK | changes))
@@ -125,7 +123,7 @@ def test_rows_that_are_no_objects_and_columns_of_other_kinds_are_named(tmp_path)
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-def saved(folder: Path) -> Path:
+def saved(folder):
     datasets.Dataset.from_list([{"messages": TURNS}]).save_to_disk(str(folder))
     return folder
 
@@ -151,7 +149,7 @@ def test_a_line_above_the_limit_is_a_broken_row(tmp_path, monkeypatch):
     good, path = json.dumps({"messages": TURNS}), tmp_path / "data.jsonl"
     long = json.dumps({"messages": TURNS, "note": "x" * 1000})
     path.write_text(f"{good}\n{long}\n{good}\n{long}")
-    said: list[str] = []
+    said = []
     assert len(load_samples(path, max_bad=2, warn=said.append)) == 2
     assert [line for line in said if "line 2 has more than 300 bytes" in line]
     with pytest.raises(SlimError, match="line 2"):

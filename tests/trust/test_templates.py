@@ -71,7 +71,7 @@ ESCAPES = {
 }
 
 
-def rendered(template: str) -> str:
+def rendered(template):
     words = copy.copy(folders.processor("text"))
     words.chat_template = template
     return render(words, MESSAGES)
@@ -90,13 +90,13 @@ def test_what_goes_on_fills_the_memory_or_escapes_is_refused_in_one_line(name, m
     assert time.monotonic() - start < 20
 
 
-def test_a_template_that_was_ended_does_not_end_the_next() -> None:
+def test_a_template_that_was_ended_does_not_end_the_next():
     with pytest.raises(ConfigError):
         rendered(HOSTILE["held"])
     assert rendered("{{ messages[0].content }}") == "Hi"
 
 
-def test_a_fork_has_a_child_of_its_own() -> None:
+def test_a_fork_has_a_child_of_its_own():
     assert rendered("{{ messages[0].content }}") == "Hi"
     reader, writer = os.pipe()
     if (forked := os.fork()) == 0:
@@ -108,7 +108,7 @@ def test_a_fork_has_a_child_of_its_own() -> None:
     assert rendered("{{ messages[0].content }}") == "Hi"
 
 
-def test_the_child_writes_no_file_and_has_no_torch() -> None:
+def test_the_child_writes_no_file_and_has_no_torch():
     program = Path(templates.__file__).with_name("child.py").read_text()
     assert "import torch" not in program
     assert "import transformers" not in program
@@ -117,7 +117,7 @@ def test_the_child_writes_no_file_and_has_no_torch() -> None:
 @pytest.mark.parametrize("kind", folders.KINDS)
 def test_honest_templates_say_what_transformers_alone_has_them_say(kind):
     words = folders.processor(kind)
-    parts: list[dict[str, str]] = [{"type": "text", "text": "Hi <b> {x} %d"}]
+    parts = [{"type": "text", "text": "Hi <b> {x} %d"}]
     content = parts if kind != "text" else parts[0]["text"]
     said = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
     plain = words.apply_chat_template(said, tokenize=False, add_generation_prompt=True)

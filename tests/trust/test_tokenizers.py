@@ -1,10 +1,6 @@
 """Tokenizers of others that end a process, fill the memory or rewrite texts are refused."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,12 +11,12 @@ from slimvlm.models.load import load_config, load_processor
 from tests import tiny_folder as folders
 
 
-def many(pattern: str, content: str, times: int) -> dict[str, Any]:
+def many(pattern, content, times):
     each = {"type": "Replace", "pattern": {"String": pattern}, "content": content}
     return {"type": "Sequence", "normalizers": [each] * times}
 
 
-HOSTILE: dict[str, dict[str, Any]] = {
+HOSTILE = {
     "empty pattern": {"normalizer": many("", "b", 1)["normalizers"][0]},
     "charsmap": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAD/////"}},
     "growing": {"normalizer": many("a", "a" * 100, 5)},
@@ -42,15 +38,13 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 
 
-def use(folder: Path) -> None:
+def use(folder):
     words = load_processor(str(folder), load_config(folder))
     encode_samples(words, load_samples("demo", limit=2, processor=words))
 
 
 @pytest.mark.parametrize("why", HOSTILE)
-def test_a_hostile_tokenizer_is_refused_in_one_line(
-    why: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hostile_tokenizer_is_refused_in_one_line(why, tmp_path, capfd):
     folder = folders.copied("text", tmp_path / "m")
     values = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(values | HOSTILE[why]))

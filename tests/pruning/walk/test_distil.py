@@ -25,7 +25,7 @@ from tests import tiny
 from tests.handmade import assert_equal
 
 
-def lessons(layer: nn.Module, target: nn.Module, seeds: range) -> list[Lesson]:
+def lessons(layer, target, seeds):
     """A layer is to give what another one gives."""
     found = []
     for seed in seeds:
@@ -38,7 +38,7 @@ def lessons(layer: nn.Module, target: nn.Module, seeds: range) -> list[Lesson]:
     return found
 
 
-def pair(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+def pair(dtype):
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 16)).to(dtype)
     target = copy.deepcopy(layer)

@@ -1,29 +1,23 @@
 """The walk from files is the walk in memory, and one that was stopped goes on where it was."""
 
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import auto_class, load
-from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import prune_checkpoint, save
 from slimvlm.pruning.walk.engine import LayerWalk, Steps, WalkConfig
-from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for, walk, walk_, walk_checkpoint
 from slimvlm.scoring import stores
-from slimvlm.scoring.layerwise import LazyCheckpoint, Live, Source, open_checkpoint
-from slimvlm.scoring.stores import Memory, Scratch, Store
+from slimvlm.scoring.layerwise import LazyCheckpoint, Live, open_checkpoint
+from slimvlm.scoring.stores import Memory, Scratch
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
-from tests.handmade import Batch, assert_equal, assert_untouched, random_scores, snapshot
+from tests.handmade import assert_equal, assert_untouched, random_scores, snapshot
 from tests.tiers import tiered
 
 REFUSED = {
@@ -36,15 +30,15 @@ BY_DEFAULT = ("phi", "lfm2", "qwen3_vl")
 """Parallel blocks with biases, layers without attention, features added between layers."""
 
 
-def by_default(name: str) -> bool:
+def by_default(name):
     return name in BY_DEFAULT
 
 
-def batches(model: PreTrainedModel, count: int = 4) -> list[Batch]:
+def batches(model, count=4):
     return [tiny.batch(model, 12 + seed, seed) for seed in range(count)]
 
 
-def plans(model: PreTrainedModel) -> tuple[list[Plan], bool]:
+def plans(model):
     """Of layers and widths; units are chosen by the walk where it can see what they give."""
     anatomy = read_anatomy(model)
     scores = random_scores(anatomy)
@@ -56,20 +50,13 @@ def plans(model: PreTrainedModel) -> tuple[list[Plan], bool]:
     return plans_for(anatomy, [scores], ratio, axis, "balanced")
 
 
-def walked(
-    source: Source,
-    store: Store,
-    data: Sequence[Batch],
-    chosen: tuple[list[Plan], bool],
-    steps: Steps = EVERYTHING,
-    states: Store | None = None,
-) -> Walked:
+def walked(source, store, data, chosen, steps=EVERYTHING, states=None):
     """A walk with one held-out batch."""
     config = WalkConfig(*chosen, data[:-1], data[-1:], steps)
     return walk(source, config, CPU, store, store if states is None else states)
 
 
-def assert_same(actual: Walked, expected: Walked) -> None:
+def assert_same(actual, expected):
     """Plans, reports, scores and weights agree, bit for bit."""
     assert actual.plan == expected.plan
     assert actual.report == expected.report
@@ -116,7 +103,7 @@ def test_units_of_experts_are_not_chosen(name):
 
 # Going on
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A checkpoint of four small layers."""
     place = tmp_path_factory.mktemp("small") / "model"
     config = tiny.qwen3(hidden_size=16, intermediate_size=24, head_dim=4)
@@ -128,14 +115,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Clock:
     """Counts calls of functions, and kills the process at one of them."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, patch):
         self._patch, self.calls, self.stop_at = patch, 0, -1
 
-    def watch(self, owner: Any, name: str, before: Callable[..., object] = lambda *_: None) -> None:
+    def watch(self, owner, name, before=lambda *_: None):
         """Count a function's calls; ``before`` is done instead of the one that is killed."""
         honest = getattr(owner, name)
 
-        def watched(*args: Any, **options: Any) -> Any:
+        def watched(*args, **options):
             self.calls += 1
             if self.calls == self.stop_at:
                 before(*args, **options)
@@ -145,9 +132,7 @@ class Clock:
         self._patch.setattr(owner, name, watched)
 
 
-def walk_of(
-    folder: Path, scratch: Path, steps: Steps = EVERYTHING, states: Store | None = None
-) -> Walked:
+def walk_of(folder, scratch, steps=EVERYTHING, states=None):
     checkpoint = open_checkpoint(folder)
     model = checkpoint.model
     return walked(checkpoint, Scratch(scratch), batches(model, 3), plans(model), steps, states)
@@ -187,7 +172,7 @@ def test_a_walk_killed_at_any_layer_goes_on_behind_the_last_whole_one(
                 assert found.report.loss == pytest.approx(expected.report.loss, rel=1e-5)
 
 
-def half_written(tensors: object, file: Path, about: object) -> None:
+def half_written(tensors, file, about):
     """What a killed process leaves of a file."""
     file.write_bytes(b"\x40\x00\x00")
 
@@ -221,7 +206,7 @@ def test_walk_checkpoint_goes_on_and_leaves_what_save_writes(folder, tmp_path, m
     """With a depth score of its own, as `walk_`."""
     model, processor = load(folder)
     data = batches(model, 5)
-    options: dict[str, Any] = {"ratio": 0.4, "axis": "both", "local_steps": 1}
+    options = {"ratio": 0.4, "axis": "both", "local_steps": 1}
     clock = Clock(monkeypatch)
     clock.watch(LayerWalk, "go")
     clock.stop_at = 2
@@ -251,7 +236,7 @@ def test_walk_checkpoint_goes_on_and_leaves_what_save_writes(folder, tmp_path, m
 )
 def test_another_request_does_not_reuse_old_work(change, folder, tmp_path, monkeypatch):
     model, _ = load(folder)
-    asked: dict[str, Any] = {"ratio": 0.4, "axis": "both", "scores": 0, "data": 0}
+    asked = {"ratio": 0.4, "axis": "both", "scores": 0, "data": 0}
 
     def walk_from(scratch, out, data, scores, **options):
         given = random_scores(read_anatomy(model), scores)

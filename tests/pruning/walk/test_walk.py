@@ -1,13 +1,9 @@
 """The walk: exact where it can be, never worse where it is fitted or judged."""
 
 import copy
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.models.anatomy import read_anatomy
@@ -16,7 +12,6 @@ from slimvlm.models.parts import Parts
 from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.engine import Steps, WalkConfig
-from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import PREFIX, Streams
 from slimvlm.pruning.walk.walk import walk, walk_
 from slimvlm.scoring.batches import answer_loss
@@ -27,7 +22,6 @@ from slimvlm.scoring.score_model import score
 from slimvlm.scoring.stores import Memory
 from tests import tiny
 from tests.handmade import (
-    Batch,
     assert_equal,
     assert_untouched,
     logits,
@@ -43,21 +37,19 @@ FAMILIES = ["llama", "mistral", "phi", "phi3", "gemma3", "qwen2_5_vl", "qwen3_vl
 
 
 @torch.no_grad()
-def final_hidden(model: Any, data: Sequence[Batch]) -> Tensor:
+def final_hidden(model, data):
     inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in data]
     outputs = [model.base_model(**x, use_cache=False).last_hidden_state for x in inputs]
     return torch.cat([output.flatten(0, 1) for output in outputs])
 
 
-def walked(model: PreTrainedModel, *args: Any, **options: Any) -> tuple[PreTrainedModel, Walked]:
+def walked(model, *args, **options):
     """A copy of the model after a walk, and what the walk says."""
     student = copy.deepcopy(model)
     return student, walk_(student, *args, **options)
 
 
-def outcome(
-    model: PreTrainedModel, plan: Plan, data: Sequence[Batch], judges: Sequence[Batch], steps: Steps
-) -> Walked:
+def outcome(model, plan, data, judges, steps):
     """What a walk finds; the model is not changed."""
     config = WalkConfig([plan], False, data, judges, steps)
     return walk(Live(model), config, model.device, Memory())
@@ -81,14 +73,14 @@ def test_repair_comes_nearer_and_stays_a_standard_checkpoint(name, tmp_path):
     assert torch.equal(logits(again, data[0]), logits(student, data[0]))
 
 
-def blind(batch: Batch) -> Batch:
+def blind(batch):
     """A batch without its picture."""
     return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
 
 @torch.no_grad()
-def assert_layer_by_layer_is_the_model(model: PreTrainedModel, data: Sequence[Batch]) -> None:
-    seen: list[Tensor] = []
+def assert_layer_by_layer_is_the_model(model, data):
+    seen = []
     handle = Parts(model).norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     final_hidden(model, data)
     handle.remove()
@@ -316,7 +308,7 @@ def test_the_choice_is_that_of_the_criterion_where_the_inputs_are_the_same():
 
 
 @torch.no_grad()
-def without_use_(model: PreTrainedModel, unit: str) -> None:
+def without_use_(model, unit):
     """Make half of the units of a kind write nothing."""
     for layer in Parts(model).layers:
         if unit == "kv_group":
@@ -336,18 +328,18 @@ def test_balanced_takes_what_costs_nothing(unit, groups):
     assert_close(logits(student, data[0]), logits(model, data[0]), FORWARD)
 
 
-def greedy_costs(weight: Tensor, gram: Tensor, units: int) -> list[float]:
+def greedy_costs(weight, gram, units):
     """What is lost when 0, 1, ... units are gone, the cheapest first, by trying all of them."""
     weight, gram = weight.double(), gram.double()
     damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
     inverse, width = torch.linalg.inv(damped), len(gram) // units
 
-    def lost(gone: Sequence[int]) -> float:
+    def lost(gone):
         channels = torch.cat([torch.arange(u * width, (u + 1) * width) for u in gone])
         block = torch.linalg.inv(inverse[channels[:, None], channels])
         return float((weight[:, channels] @ block * weight[:, channels]).sum())
 
-    gone: list[int] = []
+    gone = []
     costs = [0.0]
     for _ in range(units):
         left = [unit for unit in range(units) if unit not in gone]
@@ -394,7 +386,7 @@ def test_no_local_steps_change_nothing():
 
 
 @torch.no_grad()
-def first_error(student: PreTrainedModel, model: PreTrainedModel, end: int, data: Any) -> float:
+def first_error(student, model, end, data):
     """Mean over tokens of how far the first layer's output is from what a later one reads."""
     shares = []
     for batch in data:
@@ -445,7 +437,7 @@ def test_batches_that_teach_a_layer_nothing_are_passed_over():
     data[1] = blind(data[1])
     data[2]["labels"][:] = -100
     plan = plan_by_hand(read_anatomy(model), neurons=range(64))
-    options: dict[str, Any] = {"token_weights": {"image": 0.0, "prompt": 0.0}, "repair": "none"}
+    options = {"token_weights": {"image": 0.0, "prompt": 0.0}, "repair": "none"}
     student, found = walked(model, data[:3], plan=plan, local_steps=3, held_out=data[3:], **options)
     assert all(layer.distilled is not None for layer in found.report.layers)
     assert all(value.isfinite().all() for value in student.state_dict().values())

@@ -3,7 +3,6 @@
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -31,7 +30,7 @@ def test_a_shipped_study_is_sound_and_says_its_command(path):
     assert len({cell.label for cell in cells}) == len(cells)
 
 
-def shipped(name: str) -> StudyConfig:
+def shipped(name):
     return read_study(next(path for path in SHIPPED if path.stem == name))
 
 
@@ -89,17 +88,17 @@ def test_options_of_a_grid_tell_its_cells_apart(tmp_path):
     assert cells[0].values()["options"] == "gradient batch"
 
 
-def grid(**keys: Any) -> dict[str, Any]:
+def grid(**keys):
     return {"grids": [{"ratio": 0.2, **keys}]}
 
 
-def recovery(**options: Any) -> dict[str, Any]:
+def recovery(**options):
     return {**grid(recovery="x"), "recoveries": {"x": options}}
 
 
 KEYS = ", ".join(f.name for f in fields(StudyConfig))
 REFERENCE = {"source": "p", "rows": [{"ratio": 0.9, "retention": 1}]}
-MISTAKES: list[tuple[dict[str, Any], str]] = [
+MISTAKES = [
     ({"taks": "presence"}, f"key 'taks' is unknown. Allowed: {KEYS}"),
     (grid(axes="width"), "grids: key 'axes' is unknown"),
     ({"grids": None}, "grids must map keys to values"),
@@ -140,7 +139,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "message"), MISTAKES)
 def test_a_mistake_is_named_in_one_line(changes, message, tmp_path):
     data = folders.write_llava_data(tmp_path / "data", 6, pictures=False)
-    values: dict[str, Any] = {
+    values = {
         **{"recoveries": {"sft": {"loss": "sft"}}, "data": str(data), "tasks": "text_odd"},
         **deepcopy({**grid(recovery=["none", "sft"]), **changes}),
     }

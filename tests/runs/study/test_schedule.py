@@ -8,10 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -20,7 +17,7 @@ import yaml
 from slimvlm.core.errors import NumericalError
 from slimvlm.runs.study import prepared
 from slimvlm.runs.study import schedule as scheduling
-from slimvlm.runs.study.schedule import Cache, Outcome, Schedule, Stage, ray_task, run_local
+from slimvlm.runs.study.schedule import Cache, Outcome, ray_task, run_local
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import RECOVER, RECOVERIES, stable, study, watch_work
 
@@ -30,22 +27,22 @@ NUM_STAGES = 10
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory):
     return folders.write_llava_data(tmp_path_factory.mktemp("data"), pictures=False)
 
 
 @pytest.fixture
-def schedule(data: Path) -> Schedule:
+def schedule(data):
     config = study(data, {"ratio": [0.2, 0.4], "seed": [0, 1]})
     return prepared(config, print)[1]
 
 
 @pytest.fixture
-def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def done(monkeypatch):
     """Stages only take a moment and leave their output; the names of those that were done."""
-    names: list[str] = []
+    names = []
 
-    def quick(stage: Stage, inputs: Any, folder: Path, scratch: Path) -> None:
+    def quick(stage, inputs, folder, scratch):
         names.append(stage.name)
         threading.Event().wait(0.005)
         (folder / stage.output).mkdir()
@@ -55,16 +52,11 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def run(
-    schedule: Schedule,
-    cache: Cache,
-    stages: Sequence[Stage] | None = None,
-    at_end: Callable[[], object] = bool,
-) -> dict[str, Outcome]:
+def run(schedule, cache, stages=None, at_end=bool):
     """Do stages, by default all that are missing; outcomes by the stage's name."""
-    outcomes: dict[str, Outcome] = {}
+    outcomes = {}
 
-    def finished(stage: Stage, outcome: Outcome) -> None:
+    def finished(stage, outcome):
         outcomes[stage.name] = outcome
         at_end()
 
@@ -73,7 +65,7 @@ def run(
     return outcomes
 
 
-def models_in(root: Path) -> list[Path]:
+def models_in(root):
     kinds = ("prune", "recover")
     return [path for kind in kinds for path in (root / "cache" / kind).glob("*/checkpoint")]
 
@@ -122,7 +114,7 @@ def test_two_workers_never_do_the_same_stage(schedule, tmp_path, done):
 
 
 def test_few_models_are_on_disk_at_a_time(schedule, tmp_path, done):
-    counts: list[int] = []
+    counts = []
     run(schedule, Cache(tmp_path), at_end=lambda: counts.append(len(models_in(tmp_path))))
     assert max(counts) == 1
 
@@ -187,7 +179,7 @@ def test_work_of_another_worker_between_two_looks_is_no_failure(schedule, tmp_pa
 
 # The same table after kills, by two processes, by Ray.
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(tmp_path_factory):
     """A study of a model that sees, along both axes, without recovery and with."""
     home = tmp_path_factory.mktemp("study")
     folders.copied("llava", home / "model")
@@ -202,26 +194,26 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def started(file: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
+def started(file, out, *options):
     command = [sys.executable, "-m", "slimvlm", "study", str(file), "--out", str(out), *options]
     with (out.parent / f"{out.name}.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
-def finished(file: Path, out: Path, *options: str) -> pd.DataFrame:
+def finished(file, out, *options):
     process = started(file, out, *options)
     assert process.wait(900) == 0, (out.parent / f"{out.name}.log").read_text()[-3000:]
     return pd.read_parquet(out / "results.parquet")
 
 
-def done_in(out: Path) -> dict[str, Any]:
+def done_in(out):
     """The records of all outcomes, by the stage's name."""
     found = (out / "cache").glob("*/[!.]*/stage.json")
     return {path.parent.name: json.loads(path.read_text()) for path in found}
 
 
 @pytest.fixture(scope="module")
-def expected(file: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+def expected(file, tmp_path_factory):
     table = finished(file, tmp_path_factory.mktemp("runs") / "undisturbed")
     assert set(table["status"]) == {"done"}
     assert table["perplexity"].nunique() == 5
