@@ -9,6 +9,7 @@ import yaml
 from PIL import ImageFile
 
 from slimvlm.core.errors import ConfigError
+from slimvlm.core.options import Questions
 from slimvlm.data.samples import Question
 from slimvlm.evaluation import lmms
 from slimvlm.evaluation.ask import answer, choose, evaluate
@@ -237,7 +238,8 @@ def shipped(loaded, tmp_path, monkeypatch):
         (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(fields))
         given = iter(replies)
         monkeypatch.setattr(lmms, "answer", lambda _m, _p, asked, _n: [next(given) for _ in asked])
-        return evaluate_all(*loaded, name, limit, name="tiny", task_folder=tmp_path)
+        asked = Questions(tasks=name, limit=limit, task_folder=str(tmp_path))
+        return evaluate_all(*loaded, asked, "tiny")
 
     return run
 

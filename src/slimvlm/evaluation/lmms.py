@@ -21,6 +21,7 @@ from PIL import Image, ImageFile
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, one_line
+from slimvlm.core.options import Questions
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer, batches_by_length, evaluate, likelihoods, with_costs
 from slimvlm.evaluation.bench import plain_question
@@ -198,38 +199,58 @@ def evaluate_with_lmms(
                     process_docs_parallel=1,
                     **dict.fromkeys(seeds),
                 )
+            samples: dict[int, Mapping[str, Any]] = {}
+            for sample in output["samples"][name]:  # once for each filter; the first one counts
+                samples.setdefault(int(sample["doc_id"]), sample)
+            totals: dict[str, Any] = {}
+            for key, value in output["results"][name].items():  # keys are "metric,filter"
+                totals.setdefault(key.split(",")[0], value)
             asked = {key: row for key, row in rows.items() if row.task == name}
-            results |= _results(asked, name, task, output, replies)
+            for key, row in asked.items():
+                metric = row.metric or next(iter(task.aggregation()))
+                if metric not in totals:
+                    continue
+                scored = [index for index in sorted(samples) if metric in samples[index]]
+                scale = MME_FULL_SCORES.get(key, 100.0) / row.full
+                results[key] = TaskResult(
+                    metric=metric,
+                    score=scale * float(totals[metric] or 0.0),  # MathVista says None for zero
+                    chance=row.chance,
+                    in_average=True,
+                    ids=tuple(map(str, scored)),
+                    replies=tuple(replies[index] for index in scored),
+                    scores=tuple(row.read([samples[index][metric] for index in scored])),
+                    details={k: scale * float(totals[other]) for k, other in row.details.items()},
+                )
+            if results.keys().isdisjoint(asked):
+                wanted = ", ".join(row.metric for row in asked.values())
+                raise ConfigError(f"task {name!r}: lmms-eval gave no {wanted} on these questions")
     return {key: results[key] for key in rows if key in results}
 
 
 def evaluate_all(
     model: PreTrainedModel,
     processor: Any,
-    tasks: str,
-    limit: int | None = None,
-    batch_size: int = 16,
+    asked: Questions,
     name: str = "",
     log_folder: str | Path | None = None,
-    floors: bool = False,
-    task_folder: str | Path | None = None,
     blind: bool = False,
 ) -> Result:
     """Evaluate on our own tasks and on lmms-eval's.
 
-    ``log_folder``, ``floors`` and ``blind`` are for our own tasks; without any of those, times are
+    ``log_folder``, floors and ``blind`` are for our own tasks; without any of those, times are
     measured on a grey picture.
     """
-    own, theirs = split_names(tasks)
-    result = None
+    (own, theirs), result = split_names(asked.tasks), None
+    how: dict[str, Any] = {"limit": asked.limit, "batch_size": asked.batch_size}
     if own or not theirs:
-        result = evaluate(model, processor, own, limit, batch_size, name, blind, log_folder, floors)
+        ours = (name, blind, log_folder, asked.floors)
+        result = evaluate(model, processor, own, asked.limit, asked.batch_size, *ours)
     if result is not None and not theirs:
         return result
-    found = evaluate_with_lmms(model, processor, theirs, limit, batch_size, task_folder)
+    found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
     if result is not None:
         return replace(result, tasks={**result.tasks, **found})
-    how = {"limit": limit, "batch_size": batch_size}
     return with_costs(model, processor, found, plain_question(processor), name, **how)
 
 
@@ -335,40 +356,3 @@ def contained() -> Iterator[None]:
     finally:
         logger.enable("lmms_eval")
         ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def _results(
-    rows: Mapping[str, LmmsRow],
-    name: str,
-    task: Any,
-    output: Mapping[str, Any],
-    replies: Mapping[int, str],
-) -> dict[str, TaskResult]:
-    """Make a result for each row of a task that was run."""
-    samples: dict[int, Mapping[str, Any]] = {}
-    for sample in output["samples"][name]:  # once for each filter; the first one counts
-        samples.setdefault(int(sample["doc_id"]), sample)
-    totals: dict[str, Any] = {}
-    for key, value in output["results"][name].items():  # keys are "metric,filter"
-        totals.setdefault(key.split(",")[0], value)
-    results = {}
-    for key, row in rows.items():
-        metric = row.metric or next(iter(task.aggregation()))
-        if metric not in totals:
-            continue
-        scored = [index for index in sorted(samples) if metric in samples[index]]
-        scale = MME_FULL_SCORES.get(key, 100.0) / row.full
-        results[key] = TaskResult(
-            metric=metric,
-            score=scale * float(totals[metric] or 0.0),  # MathVista says None for zero
-            chance=row.chance,
-            in_average=True,
-            ids=tuple(map(str, scored)),
-            replies=tuple(replies[index] for index in scored),
-            scores=tuple(row.read([samples[index][metric] for index in scored])),
-            details={k: scale * float(totals[other]) for k, other in row.details.items()},
-        )
-    if not results:
-        wanted = ", ".join(row.metric for row in rows.values())
-        raise ConfigError(f"task {name!r}: lmms-eval gave no {wanted} on these questions")
-    return results

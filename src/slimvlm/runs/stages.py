@@ -407,5 +407,4 @@ def evaluate(
 ) -> Result:
     """Ask a model the request's questions; ``log_folder`` keeps replies as they come."""
     assert request.questions is not None
-    asked = vars(request.questions)
-    return evaluate_all(model, processor, **asked, name=name, log_folder=log_folder)
+    return evaluate_all(model, processor, request.questions, name, log_folder)

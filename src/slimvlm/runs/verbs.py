@@ -370,9 +370,9 @@ def evaluate(
 
     def answered(name: str, floors: bool) -> Result:
         loaded = load_as(loading, name)
-        how = vars(replace(questions, floors=floors))
+        asked = replace(questions, floors=floors)
         title = f"{name} (blind)" if blind else name
-        return evaluate_all(*loaded, **how, name=title, log_folder=log_folder, blind=blind)
+        return evaluate_all(*loaded, asked, title, log_folder, blind)
 
     check_questions(questions, blind, log_folder is not None)
     if out is not None:

@@ -89,8 +89,7 @@ class Chart:
     """A drawing."""
 
     title: str
-    caption: str
-    """How to read it; may be empty."""
+    caption: str  # how to read it; may be empty
     figure: Figure
     marks: Sequence[Marks]
 

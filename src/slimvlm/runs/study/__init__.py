@@ -116,9 +116,8 @@ def run_study(
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"output {str(out)!r} is a file, and a study needs a folder")
     console = console or Console(stderr=True)
-    config, schedule = prepared(
-        study, partial(console.print, markup=False, highlight=False), device
-    )
+    say = partial(console.print, markup=False, highlight=False)
+    config, schedule = prepared(study, say, device)
     cache = Cache(out)
     with held(cache.root, _PATIENCE), explained(out):
         cache.root.mkdir(parents=True, exist_ok=True)
@@ -183,9 +182,8 @@ def prepared(
             except SlimError as error:
                 raise ConfigError(f"cell ({cell.label}): {error}") from error
     scheduling.forget_files()
-    schedule = Schedule(
-        [scheduling.stages_of(config, cell) for cell in cells], config.keep_checkpoints
-    )
+    planned = [scheduling.stages_of(config, cell) for cell in cells]
+    schedule = Schedule(planned, config.keep_checkpoints)
     if config.data is not None:
         samples, notes = scheduling.samples_of(schedule.cells[0].prune.request)
         for line in notes:
@@ -336,26 +334,25 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     """
     sighted = _tasks_with_pictures(study.tasks)
     originals = {cell.original.name: cell for cell in schedule.cells}.values()
-    rows = [_original_row(cell, cache, sighted) for cell in originals]
+    rows = []
+    for cell in originals:
+        row = {
+            **dict.fromkeys(cell.cell.values(), None),
+            **{"model": cell.cell.model, "axis": ORIGINAL, "recovery": ORIGINAL},
+            **{"ratio": 0.0, "achieved_ratio": 0.0, "fraction": 1.0, "seed": 0},
+            **_state([cell.original], cache),
+        }
+        if row["status"] == DONE:
+            result = cache.path(cell.original, RESULT)
+            row |= {"avg_percent": 100.0, **_scores(result, sighted)}
+            row["result"] = str(result.relative_to(cache.root))
+        rows.append(row | _seconds([cell.original], cache))
     rows += [_row(study, cell, cache, sighted) for cell in schedule.cells]
     table = pd.DataFrame(rows)
     table = table.assign(**{name: None for name in _MEASURED if name not in table})
     shape, times = ["model", "total_params", "backbone_params"], ["prefill_ms", "decode_ms"]
     shared = table.assign(**table[times].astype(float)).groupby(shape, dropna=False)[times]
     return table.assign(**shared.transform("median"))
-
-
-def _original_row(cell: CellStages, cache: Cache, sighted: frozenset[str]) -> dict[str, Any]:
-    row = {
-        **dict.fromkeys(cell.cell.values(), None),
-        **{"model": cell.cell.model, "axis": ORIGINAL, "recovery": ORIGINAL},
-        **{"ratio": 0.0, "achieved_ratio": 0.0, "fraction": 1.0, "seed": 0},
-        **_state([cell.original], cache),
-    }
-    if row["status"] == DONE:
-        row |= {"avg_percent": 100.0, **_scores(cache.path(cell.original, RESULT), sighted)}
-        row["result"] = str(cache.path(cell.original, RESULT).relative_to(cache.root))
-    return row | _seconds([cell.original], cache)
 
 
 def _row(

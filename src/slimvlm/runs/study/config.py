@@ -98,11 +98,7 @@ class Resources(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig(Questions, TrainingShare):
-    """A study: grids of cells, and what they share: questions among others.
-
-    Raises:
-        ConfigError: If a key is unknown or a value is not allowed; the message names it.
-    """
+    """A study: grids of cells, and what they share: questions among others."""
 
     grids: Listed[Grid]
     """Cells; one that is in two grids is measured once."""
@@ -220,30 +216,27 @@ def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
     if chosen["criterion"] != DEFAULT:
         options["criterion"] = chosen["criterion"].split("+")
     usual = {f.name: f.default for f in fields(PruneConfig)} | dict(study.prune)
+    name, recover = chosen["recovery"], None
+    if name != NONE:
+        if name not in study.recoveries:
+            known = ", ".join([NONE, *study.recoveries])
+            raise ConfigError(f"recovery {name!r} must be one of the study's recoveries: {known}")
+        if study.data is None:
+            raise ConfigError(f"recovery {name!r} needs the study's key 'data'")
+        where, training = f"recovery {name!r}", {**study.recover, **study.recoveries[name]}
+        _check_home(where, training, _RECOVER_KEYS)
+        if training.get("keep_adapter"):
+            raise ConfigError("keep_adapter True: a study keeps results, not adapters")
+        training |= {key: chosen[key] for key in _RECOVER_KEYS}
+        recover = built(RecoverConfig, training, where)
     return Cell(
         model=chosen["model"],
         seed=chosen["seed"],
         prune=built(PruneConfig, {**options, "data": study.data, "images": study.images}),
-        recovery=chosen["recovery"],
-        recover=_recover_config(study, chosen),
+        recovery=name,
+        recover=recover,
         options=" ".join(f"{k} {v}" for k, v in grid.prune.items() if v != usual.get(k)),
     )
-
-
-def _recover_config(study: StudyConfig, chosen: dict[str, Any]) -> RecoverConfig | None:
-    name = chosen["recovery"]
-    if name == NONE:
-        return None
-    if name not in study.recoveries:
-        known = ", ".join([NONE, *study.recoveries])
-        raise ConfigError(f"recovery {name!r} must be one of the study's recoveries: {known}")
-    if study.data is None:
-        raise ConfigError(f"recovery {name!r} needs the study's key 'data'")
-    where, options = f"recovery {name!r}", {**study.recover, **study.recoveries[name]}
-    _check_home(where, options, _RECOVER_KEYS)
-    if options.get("keep_adapter"):
-        raise ConfigError("keep_adapter True: a study keeps results, not adapters")
-    return built(RecoverConfig, {**options, **{key: chosen[key] for key in _RECOVER_KEYS}}, where)
 
 
 def _check_home(where: str, options: dict[str, Any], elsewhere: set[str]) -> None:
