@@ -141,19 +141,17 @@ def evaluate(
     """
     from slimvlm.runs.tables import held_out_json, held_out_notes, held_out_rows
     from slimvlm.runs.verbs import evaluate as run
-    from slimvlm.runs.verbs import evaluate_on_data
 
-    where = (source, baseline, out, force)
-    if source.data is None:
-        given = replace(questions, tasks=questions.tasks or options.Questions.tasks)
-        asked = part_of(given, options.Questions)
-        print_results(run(model, asked, *where, questions.blind, questions.log), json)
-        return
     for name in ("tasks", "task_folder", "floors", "blind", "log"):
-        if value := getattr(questions, name):
+        if source.data is not None and (value := getattr(questions, name)):
             flag = name.replace("_", "-")
             raise ConfigError(f"{name} {str(value)!r}: --{flag} is for tasks, not for --data")
-    found = evaluate_on_data(model, *where, questions.limit, questions.batch_size, note)
+    given = replace(questions, tasks=questions.tasks or options.Questions.tasks)
+    asked, how = part_of(given, options.Questions), (questions.blind, questions.log)
+    found = run(model, asked, source, baseline, out, force, *how, note)
+    if source.data is None:
+        print_results(found, json)
+        return
     rows, notes = partial(held_out_rows, found), held_out_notes(found)
     show(json, partial(held_out_json, found), rows, notes=notes)
 

@@ -157,8 +157,19 @@ def compress(
         plan = _prune(run, original, processor)
         del original  # before two models are read for recovery
         release_memory()
-        if run.trains:
-            _recover(run, plan)
+        if run.trains and not (folder / "checkpoint").exists():
+            assert request.recover is not None
+            learns, loss = request.recover.train, request.recover.loss
+            student, processor = load(folder / "pruned", config.dtype, config.device)
+            where = (samples.training, folder / "training")
+            history = stages.recover_(request, student, processor, plan, *where)
+            history.save(folder / "history.json")
+            _measure(run, RECOVERED, student, processor)
+            learnt = (
+                f"Then {learns} was trained from {loss} on {history.num_samples} conversations."
+            )
+            facts = replace(_card_facts(run), training=learnt)
+            save(student, processor, folder / "checkpoint", plan, facts=facts)
         finish(run, plan)
         return read_results(folder)
 
@@ -199,23 +210,6 @@ def _prune(run: Run, model: PreTrainedModel, processor: Any) -> Plan:
     save(model, trimmed, target, walked.plan, facts=_card_facts(run))
     shutil.rmtree(folder / "walk", ignore_errors=True)
     return walked.plan
-
-
-def _recover(run: Run, plan: Plan) -> None:
-    """Train the pruned model and write the checkpoint, unless it is there."""
-    folder, recover = run.folder, run.request.recover
-    if (folder / "checkpoint").exists():
-        return
-    assert recover is not None
-    model, processor = load(folder / "pruned", run.config.dtype, run.config.device)
-    history = stages.recover_(
-        run.request, model, processor, plan, run.samples.training, folder / "training"
-    )
-    history.save(folder / "history.json")
-    _measure(run, RECOVERED, model, processor)
-    learned = f"Then {recover.train} was trained from {recover.loss} on"
-    facts = replace(_card_facts(run), training=f"{learned} {history.num_samples} conversations.")
-    save(model, processor, folder / "checkpoint", plan, facts=facts)
 
 
 def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:

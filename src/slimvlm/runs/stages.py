@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -317,14 +317,42 @@ def try_axes(
 ) -> dict[str, float]:
     """Measure the held-out loss after a short try along each axis; the model stays unchanged.
 
-    Each try removes the same share, in a walk without local steps over a part of the fitted
-    batches. With training, a copy of the smaller model then takes a sixth of its steps towards the
-    original. The best axis is tried again with fewer tokens, if the request has such. Losses, by
-    axis (and `BEHIND`), are in nats for each token of the original's tokenizer, because with fewer
-    tokens a text splits into other tokens.
+    The best axis is tried again with fewer tokens, if the request has such. Losses, by axis (and
+    `BEHIND`), are in nats for each token of the original's tokenizer, because with fewer tokens a
+    text splits into other tokens.
     """
-    shape, few = read_anatomy(model), calibration.spread(_TRIAL_BATCHES)
-    tried = partial(_loss_of_try, model=model, calibration=few, scores=scores, training=training)
+    shape, shown = read_anatomy(model), calibration.spread(_TRIAL_BATCHES)
+
+    def tried(request: Request) -> float:
+        brief = replace(request, prune=replace(request.prune, local_steps=0))
+        alone, store = tokens_alone(brief, shape), Memory(torch.device("cpu"))
+        walked = walk(brief, Live(model), store, model.device, shown, scores, alone)
+        tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}
+        student, read = copy.deepcopy(model, tensors), shown.held_out  # with the same tensors
+        walked.apply_(student)
+        processor = trimmed_processor(shown.processor, walked.plan)
+        if request.recover is not None and training:
+            student = copy.deepcopy(student)  # what stays whole is the original's until here
+            steps = optimizer_steps(request.recover, len(training), walked.plan.decoder_ratio)
+            few = replace(request.recover, max_steps=max(round(steps * TRIAL_SHARE), 2))
+            samples, teacher = list(training), model if few.needs_teacher else None
+            before = [(each, each.dtype, each.requires_grad) for each in model.parameters()]
+            try:  # a teacher that shares weights would be used up
+                train(student, teacher, samples, few, processor, plan=walked.plan, share=False)
+            finally:  # data types and flags, which training changes in a teacher
+                for parameter, dtype, learns in before:
+                    parameter.data = parameter.data.to(dtype)
+                    parameter.requires_grad_(learns)
+        if processor is not shown.processor:
+            read = replace(shown, processor=processor).held_out
+        with evaluating(student):
+            loss = answer_loss(student, read)
+        pieces, theirs = (
+            sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+            for batches in (read, shown.held_out)
+        )
+        return loss * pieces / theirs
+
     whole = requests_by_axis(request, shape)
     losses: dict[str, float] = {axis: tried(each) for axis, each in whole.items()}
     if request.fewer_tokens:
@@ -332,44 +360,6 @@ def try_axes(
         best = min(fewer, key=lambda axis: losses.get(axis, math.inf))
         losses[best + BEHIND] = tried(fewer[best])
     return losses
-
-
-def _loss_of_try(
-    request: Request,
-    model: PreTrainedModel,
-    calibration: Calibration,
-    scores: Sequence[Scores],
-    training: Sequence[Sample],
-) -> float:
-    """Measure the held-out loss of a quickly made model, in nats per token of the original."""
-    brief = replace(request, prune=replace(request.prune, local_steps=0))
-    alone, store = tokens_alone(brief, read_anatomy(model)), Memory(torch.device("cpu"))
-    walked = walk(brief, Live(model), store, model.device, calibration, scores, alone)
-    tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}
-    student, read = copy.deepcopy(model, tensors), calibration.held_out  # with the same tensors
-    walked.apply_(student)
-    processor = trimmed_processor(calibration.processor, walked.plan)
-    if request.recover is not None and training:
-        student = copy.deepcopy(student)  # what stays whole is the original's until here
-        steps = optimizer_steps(request.recover, len(training), walked.plan.decoder_ratio)
-        few = replace(request.recover, max_steps=max(round(steps * TRIAL_SHARE), 2))
-        samples, teacher = list(training), model if few.needs_teacher else None
-        before = [(each, each.dtype, each.requires_grad) for each in model.parameters()]
-        try:  # a teacher that shares weights would be used up
-            train(student, teacher, samples, few, processor, plan=walked.plan, share=False)
-        finally:  # data types and flags, which training changes in a teacher
-            for parameter, dtype, learns in before:
-                parameter.data = parameter.data.to(dtype)
-                parameter.requires_grad_(learns)
-    if processor is not calibration.processor:
-        read = replace(calibration, processor=processor).held_out
-    with evaluating(student):
-        loss = answer_loss(student, read)
-    pieces, theirs = (
-        sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
-        for batches in (read, calibration.held_out)
-    )
-    return loss * pieces / theirs
 
 
 def best_axis(request: Request, losses: Mapping[str, float], shape: Anatomy) -> tuple[Request, str]:

@@ -359,69 +359,48 @@ def recover(
 def evaluate(
     model: str,
     questions: options.Questions,
-    loading: options.LoadConfig,
+    source: options.DataConfig,
     baseline: str | None,
     out: Path | None,
     force: bool,
     blind: bool,
     log_folder: Path | None,
-) -> dict[str, Result]:
-    """Evaluate a model on tasks, and a baseline if given; results by ``baseline`` and ``model``."""
-
-    def answered(name: str, floors: bool) -> Result:
-        loaded = load_as(loading, name)
-        asked = replace(questions, floors=floors)
-        title = f"{name} (blind)" if blind else name
-        return evaluate_all(*loaded, asked, title, log_folder, blind)
-
-    check_questions(questions, blind, log_folder is not None)
+    say: Say,
+) -> dict[str, Any]:
+    """Evaluate ``model``, and ``baseline`` before it if given, on data or else on tasks."""
+    has_data, is_file = source.data is not None, baseline is not None and Path(baseline).is_file()
+    if not has_data:
+        check_questions(questions, blind, log_folder is not None)
+    elif is_file:
+        raise ConfigError(f"baseline {baseline!r}: with --data it must be a model, not a file")
     if out is not None:
         require_free(out, force)
-    check_models(loading, model)
-    results: dict[str, Result] = {}
-    if baseline is not None and Path(baseline).is_file():
+    named = {"baseline": baseline} if baseline is not None and not is_file else {}
+    named["model"] = model
+    check_models(source, *named.values())
+    samples = stages.samples_for(model, source, questions.limit, say)
+    results: dict[str, Any] = {}
+    if baseline is not None and is_file:
         results["baseline"] = read_baseline(baseline, blind, questions.floors)
-    elif baseline is not None:
-        check_models(loading, baseline)
-        results["baseline"] = answered(baseline, questions.floors)
-    results["model"] = answered(model, questions.floors and baseline is None)
+    predicted, size, floors = None, questions.batch_size, questions.floors
+    for role, name in named.items():
+        loaded = load_as(source, name)
+        if not has_data:  # floors are the original's
+            is_original = role == "baseline" or baseline is None
+            given = replace(questions, floors=floors and is_original)
+            title = f"{name} (blind)" if blind else name
+            results[role] = evaluate_all(*loaded, given, title, log_folder, blind)
+        elif role == "baseline":
+            head = head_weights_of(loaded[0])
+            predicted = on_data.predictions_of(*loaded, samples, size, name, head)
+            results[role] = result_of(predicted, samples, loaded[0].device)
+        else:
+            results[role] = evaluate_data(*loaded, samples, predicted, batch_size=size, name=name)
+        del loaded  # before the next one is read
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         results["model"].save(out)
     return results
-
-
-def evaluate_on_data(
-    model: str,
-    source: options.DataConfig,
-    baseline: str | None,
-    out: Path | None,
-    force: bool,
-    limit: int | None,
-    batch_size: int,
-    say: Say,
-) -> dict[str, DataResult]:
-    """Evaluate a model, and a baseline before it if given, on data; results as of `evaluate`."""
-    if out is not None:
-        require_free(out, force)
-    if baseline is not None and Path(baseline).is_file():
-        raise ConfigError(f"baseline {baseline!r}: with --data it must be a model, not a file")
-    check_models(source, model, *([baseline] if baseline is not None else []))
-    samples = stages.samples_for(model, source, limit, say)
-    results: dict[str, DataResult] = {}
-    predicted = None
-    if baseline is not None:
-        original, processor = load_as(source, baseline)
-        head = head_weights_of(original)
-        predicted = on_data.predictions_of(original, processor, samples, batch_size, baseline, head)
-        results["baseline"] = result_of(predicted, samples, original.device)
-        del original
-    evaluated = load_as(source, model)
-    found = evaluate_data(*evaluated, samples, predicted, batch_size=batch_size, name=model)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        found.save(out)
-    return {**results, "model": found}
 
 
 def side_by_side(
