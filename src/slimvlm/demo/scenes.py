@@ -140,11 +140,22 @@ def make_scene(
     names: Sequence[str] | None = None,
 ) -> Scene:
     """Draw scenes until one belongs to the split; ``names`` are the emojis, else random ones."""
+    labels, pool, colors = load_digits()[1], digit_sources(split), list(COLORS)
     while True:
         if kind == "digits":
-            objects = _digit_objects(rng, split)
+            if rng.integers(2):
+                row = int(rng.integers(2))
+                cells = [2 * row, 2 * row + 1]
+            else:
+                cells = sorted(int(c) for c in rng.permutation(4)[:3])
+            sources = [int(pool[i]) for i in rng.integers(len(pool), size=len(cells))]
+            objects = [Placed(str(labels[i]), c, i) for i, c in zip(sources, cells, strict=True)]
         elif kind == "shapes":
-            objects = _shape_objects(rng)
+            count = int(rng.integers(1, 5))
+            cells = sorted(int(c) for c in rng.permutation(4)[:count])
+            drawn = [rng.permutation(len(of))[:count] for of in (SHAPES, colors)]
+            looks = [f"{colors[int(c)]} {SHAPES[int(s)]}" for s, c in zip(*drawn, strict=True)]
+            objects = list(map(Placed, looks, cells))
         else:
             objects = _emoji_objects(kind, rng, styles, names)
         background = int(rng.integers(len(BACKGROUNDS)))
@@ -176,25 +187,6 @@ def _emoji_objects(
         for name, cell in zip(chosen, cells, strict=True)
     ]
     return sorted(placed, key=lambda o: o.cell)
-
-
-def _digit_objects(rng: np.random.Generator, split: Split) -> list[Placed]:
-    labels, pool = load_digits()[1], digit_sources(split)
-    if rng.integers(2):
-        row = int(rng.integers(2))
-        cells = [2 * row, 2 * row + 1]
-    else:
-        cells = sorted(int(c) for c in rng.permutation(4)[:3])
-    sources = [int(pool[i]) for i in rng.integers(len(pool), size=len(cells))]
-    return [Placed(str(labels[i]), c, i) for i, c in zip(sources, cells, strict=True)]
-
-
-def _shape_objects(rng: np.random.Generator) -> list[Placed]:
-    count, names = int(rng.integers(1, 5)), list(COLORS)
-    cells = sorted(int(c) for c in rng.permutation(4)[:count])
-    shapes, colors = (rng.permutation(len(of))[:count] for of in (SHAPES, COLORS))
-    drawn = zip(shapes, colors, cells, strict=True)
-    return [Placed(f"{names[int(c)]} {SHAPES[int(s)]}", cell) for s, c, cell in drawn]
 
 
 @lru_cache(maxsize=8192)

@@ -294,9 +294,7 @@ def average_difference(
     return Difference(points=second_mean - first_mean, low=float(low), high=float(high))
 
 
-def _averages(
-    *models: Mapping[str, Sequence[float]],
-) -> list[tuple[NDArray[np.float64], float]]:
+def _averages(*models: Mapping[str, Sequence[float]]) -> list[tuple[NDArray[np.float64], float]]:
     """Compute AVG of each model in every draw, and on all questions; all share the draws."""
     generator = np.random.default_rng(0)
     drawn = np.zeros((len(models), RESAMPLES))

@@ -62,10 +62,7 @@ _OPTIONS = ("criterion", "allocation", "repair", "options", "fraction", "seed")
 
 
 def report_html(record: Record) -> str:
-    """Write the page: figures, charts, tables, answers with their pictures, configuration.
-
-    Pictures are left out once the file would exceed 4.9 MB.
-    """
+    """Write the page; pictures are left out once the file would exceed 4.9 MB."""
     from slimvlm.runs.report import charts  # matplotlib: only where something is drawn
 
     overview = []
@@ -116,9 +113,8 @@ def _render(template: str, **values: Any) -> str:
 def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Lay out a comparison as cards: the values of ``gallery.html.jinja``.
 
-    Up to `MAX_CARDS` unchanged answers of each task are shown, those whose replies differ most
-    first. Pictures are shown until the cards fill ``max_bytes``: those of lost answers first, and
-    tasks take turns.
+    Unchanged answers whose replies differ most come first. Pictures are shown until the cards fill
+    ``max_bytes``: those of lost answers first, and tasks take turns.
     """
     queue: list[tuple[int, int, str, Pair]] = []
     hidden: dict[str, Counter[Change]] = {}
@@ -162,10 +158,7 @@ def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, 
 
 
 def _picture(image: Image.Image | Path) -> dict[str, Any]:
-    """Encode a picture as a PNG data URI: large ones reduced, in 256 colours.
-
-    Small ones are shown larger than they are, pixel by pixel.
-    """
+    """Encode a picture as a PNG data URI: large ones reduced, small ones to be shown larger."""
     shown = open_image(image)
     if max(shown.size) > SMALL_SHOWN:
         shown.thumbnail((LARGE, LARGE))
@@ -286,7 +279,7 @@ def _read_run(folder: Path) -> Record:
             row |= {"axis": ORIGINAL, "achieved_ratio": 0.0, "avg_percent": 100.0}
         elif not math.isnan(original.average):
             kept = result.retention(original)
-            row |= {"avg_percent": kept.percent}
+            row["avg_percent"] = kept.percent
             row |= {"avg_percent_low": kept.low, "avg_percent_high": kept.high}
         entries.append(_entry(row, stage))
     tables = [Table("Scores in percent", *result_rows(results), LEGEND)] if results else []
@@ -361,16 +354,14 @@ def _walk_tables(folder: Path) -> Iterator[Table]:
     """Make tables of the errors of each matrix and layer before and after repair."""
     path = folder / "walk.json"
     report = read_object(path, "report:") if path.is_file() else {"layers": []}
-    refits = [
-        [f"{layer['index']}.{name}", f"{row['sliced']:.2%}", f"{row['repaired']:.2%}"]
-        for layer in report["layers"]
-        for name, row in layer["refits"].items()
-    ]
-    distilled = [
-        [str(layer["index"]), *(f"{error:.2%}" for error in layer["distilled"])]
-        for layer in report["layers"]
-        if layer["distilled"] is not None
-    ]
+    refits, distilled = [], []
+    for layer in report["layers"]:
+        for name, row in layer["refits"].items():
+            errors = [f"{row[of]:.2%}" for of in ("sliced", "repaired")]
+            refits.append([f"{layer['index']}.{name}", *errors])
+        if layer["distilled"] is not None:
+            errors = [f"{error:.2%}" for error in layer["distilled"]]
+            distilled.append([str(layer["index"]), *errors])
     if refits:
         header = ["matrix", "error when sliced", "error when repaired"]
         note = "; ".join(report.get("notes", ()))
@@ -459,16 +450,11 @@ def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Ent
             there = published(entry.axis, entry.train, entry.loss, entry.ratio)
         low, high = entry.low, entry.high
         differs = low is not None and high is not None and not low <= 100 <= high
-        rows.append(
-            [
-                *(entry.name, f"{entry.ratio:.1%}", f"{entry.average:.1f}"),
-                f"{entry.interval}{MARK if differs else ''}",
-                *(entry.columns.get(name, "") for name in extra),
-                " / ".join(f"{value:.1f}" for _, value in there),
-                f"{entry.total_params / 1e6:.1f} M",
-                *(f"{entry.prefill_ms:.1f}", f"{entry.decode_ms:.1f}"),
-            ]
-        )
+        rows.append([entry.name, f"{entry.ratio:.1%}", f"{entry.average:.1f}"])
+        rows[-1] += [entry.interval + MARK * differs, *(entry.columns.get(n, "") for n in extra)]
+        rows[-1] += [" / ".join(f"{value:.1f}" for _, value in there)]
+        rows[-1] += [f"{entry.total_params / 1e6:.1f} M"]
+        rows[-1] += [f"{entry.prefill_ms:.1f}", f"{entry.decode_ms:.1f}"]
     note = (
         "* The 95 % interval (paired bootstrap over questions) excludes 100. The study: AVG-% of "
         "LLaVA-1.5-7B, Mini-InternVL-4B and Bunny-3B for the same axis, recovery and ratio "

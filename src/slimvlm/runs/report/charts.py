@@ -66,6 +66,7 @@ NEURON_ROWS = 24
 """Rows of the neurons' heatmap: shares of a layer's neurons, best first."""
 _LABELLED = 5
 """Marks have their names next to them up to so many."""
+_REMOVED = "removed share of the backbone (%)"
 _MANY = 66
 """Points of a line that are marked at most."""
 
@@ -215,7 +216,6 @@ def draw(
 
 
 def _write_names(axes: Axes, marks: Sequence[Marks]) -> None:
-    """Write the names of points next to them."""
     named = [pair for each in marks for pair in zip(each.rows, each.names, strict=False)]
     if not named:
         return
@@ -224,15 +224,10 @@ def _write_names(axes: Axes, marks: Sequence[Marks]) -> None:
     heights = labels_apart(places)
     for name, point, (left, y), height in zip(names, points, places, heights, strict=True):
         is_left = left < WIDTH / 2
-        axes.annotate(  # without characters that XML cannot hold
-            "".join(letter if letter.isprintable() else "\ufffd" for letter in name),
-            point,
-            (9 if is_left else -9, height - y),
-            textcoords="offset points",
-            ha="left" if is_left else "right",
-            va="center",
-            weight="bold",
-        )
+        text = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)  # for XML
+        beside, side = (9 if is_left else -9, height - y), "left" if is_left else "right"
+        how: Any = {"textcoords": "offset points", "ha": side, "va": "center", "weight": "bold"}
+        axes.annotate(text, point, beside, **how)
 
 
 def labels_apart(places: Sequence[tuple[float, float]]) -> list[float]:
@@ -246,10 +241,7 @@ def labels_apart(places: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def _themed(attributes: Mapping[str, str]) -> dict[str, str]:
-    """Take colours and font of the page, round coordinates, leave out ids and references to them.
-
-    Ids would have to be unique in the whole page.
-    """
+    """Take colours and font of the page, round coordinates, leave out ids: a page has many."""
     themed = {name: v for name, v in attributes.items() if name not in ("id", "clip-path")}
     if "style" in themed:
         style = re.sub(r"font-family:[^;]*; ?", "", themed["style"])
@@ -323,14 +315,10 @@ def by_ratio(entries: Sequence[Entry]) -> list[Chart]:
                 dotted = _line(there, f"{axis} published", name, axis, linestyle=(0, (1, 2)))
                 lines.append(dotted)
         way = filter(None, (first.recovery if first.train else "untrained", first.variant))
-        chart = draw(
-            f"Kept at each ratio: {', '.join(way)}",
-            [*lines, *_dots(shown, [100 * entry.ratio for entry in shown])],
-            ("removed share of the backbone (%)", "AVG-%"),
-            x_limits=(0, None),
-            y_limits=(0, 1.08 * max(100.0, *(entry.high or 0.0 for entry in shown))),
-        )
-        charts.append(chart)
+        title, labels = f"Kept at each ratio: {', '.join(way)}", (_REMOVED, "AVG-%")
+        marks = [*lines, *_dots(shown, [100 * entry.ratio for entry in shown])]
+        top = 1.08 * max(100.0, *(entry.high or 0.0 for entry in shown))
+        charts.append(draw(title, marks, labels, x_limits=(0, None), y_limits=(0, top)))
     return charts
 
 
@@ -444,10 +432,7 @@ def _heatmap(
     height: float,
     caption: str,
 ) -> Chart:
-    """Draw a cell at each layer and row, with its text; colour is the rank of its value.
-
-    Ranks, because values span orders of magnitude.
-    """
+    """Draw a cell at each layer and row, with its text; ranks give colours, as magnitudes vary."""
     order = torch.cat(list(values)).argsort().argsort().float()
     strengths = (order / max(len(order) - 1, 1)).tolist()
     rows = 1 + max(row for _, row in cells)
@@ -492,10 +477,8 @@ def _dots(entries: Sequence[Entry], xs: Sequence[float], are_named: bool = False
             f"decode {entry.decode_ms:.1f} ms"
         )
         is_filled = entry.train or entry.is_original
-        style = {
-            **{"s": 75, "marker": TRAINED[entry.train][0], "linewidth": 2, "zorder": 3},
-            **{"facecolor": colour if is_filled else COLOURS["paper"], "edgecolor": colour},
-        }
+        style = {"s": 75, "marker": TRAINED[entry.train][0], "linewidth": 2, "zorder": 3}
+        style |= {"facecolor": colour if is_filled else COLOURS["paper"], "edgecolor": colour}
         look, names = f"mark {entry.axis or 'original'}", [entry.name] if are_named else []
         place = [(x, entry.percent)]
         marks.append(Marks("points", place, look, [text], [entry.link], names, style))
@@ -503,12 +486,10 @@ def _dots(entries: Sequence[Entry], xs: Sequence[float], are_named: bool = False
 
 
 def _crosses(places: Sequence[tuple[float, float]]) -> list[Marks]:
-    """Make crosses at removed units."""
     style = {"s": 60, "color": COLOURS["lost"], "marker": "x", "zorder": 3}
     removed = ["removed"] * len(places)
     return [Marks("points", places, "gone", removed, style=style)] if places else []
 
 
 def _colour(name: str) -> str:
-    """Return the colour of an axis of pruning or of a variable of the page."""
     return COLOURS.get(name or "ink", COLOURS["soft"])
