@@ -198,12 +198,18 @@ def test_how_samples_are_batched_does_not_matter(case, model_name):
 
 
 @every_case_with_data
-def test_the_data_matters(case):
+def test_the_data_matters_and_embeddings_may_stand_for_tokens(case):
     model = case.build("llama")
     first = case.flat(model, samples(model)[:1])
     second = case.flat(model, samples(model)[1:2])
     for name, values in first.items():
         assert (values - second[name]).abs().max() > 1e-3 * values.abs().max()
+    model = case.build("llama")
+    batch = sample(model, 0)
+    embedded = {name: value for name, value in batch.items() if name != "input_ids"}
+    embedded["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"]).detach()
+    expected = case.score(model, [batch])
+    assert_same_scores(case.score(model, [embedded]), expected)
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
@@ -299,16 +305,6 @@ def test_bad_token_weights_are_refused():
         score(model, unlabelled, "activation", token_weights={"prompt": 0.0})
     with pytest.raises(DataError, match="text token of a weight above 0"):
         score(model, unlabelled, "gate", token_weights={"prompt": 0.0})
-
-
-@every_case_with_data
-def test_embeddings_may_stand_for_tokens(case):
-    model = case.build("llama")
-    batch = sample(model, 0)
-    embedded = {name: value for name, value in batch.items() if name != "input_ids"}
-    embedded["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"]).detach()
-    expected = case.score(model, [batch])
-    assert_same_scores(case.score(model, [embedded]), expected)
 
 
 def permute_units(layer, groups, neurons, queries):

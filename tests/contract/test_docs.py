@@ -96,7 +96,7 @@ def test_the_site_has_every_verb_and_no_warning(tmp_path):
     assert "--token-weights" in page
 
 
-def test_files_that_pages_name_are_there():
+def test_links_files_and_names_that_pages_give_are_there():
     source = ROOT / "src" / "slimvlm"
     packages = "|".join(sorted(folder.name for folder in source.iterdir() if folder.is_dir()))
     whole = r"`((?:src|tests|tools|benchmarks|studies|docs)/[\w/.-]+)[`:]"
@@ -114,17 +114,11 @@ def test_files_that_pages_name_are_there():
         ]
     assert found > 50
     assert missing == []
-
-
-def test_names_that_pages_give_with_their_module_are_there():
     for page, name in _blocks(r"`((?:slimvlm|slimvlm_tools)(?:\.\w+)+)(?:\(\))?`"):
         try:
             pkgutil.resolve_name(name)
         except (ImportError, AttributeError):
             pytest.fail(f"{page}: {name}")
-
-
-def test_links_between_pages_work():
     folders = {page.name: page.parent for page in PAGES}
     links = [link for link in _blocks(r"\]\(([^)#]+)\)") if not link[1].startswith("http")]
     assert [link for link in links if not (folders[link[0]] / link[1]).exists()] == []

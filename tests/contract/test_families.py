@@ -184,17 +184,13 @@ def test_slicing_is_masking(name, axis):
 
 
 @every_case
-def test_predicted_parameters_are_counted_parameters(name, axis):
+def test_predicted_parameters_are_counted_and_the_config_says_what_modules_are(name, axis):
     case = pruned(name, axis)
     before, after = case.plan.before, case.plan.after
     counted = sum(p.numel() for p in case.model.parameters())
     assert after.total_params == counted
     assert case.plan.ratio == (before.total_params - counted) / before.backbone_params
     assert read_anatomy(case.model) == after
-
-
-@every_case
-def test_the_config_says_what_the_modules_are(name, axis):
     case = pruned(name, axis)
     after, layers = case.plan.after, Parts(case.model).layers
     text_config = text_config_of(case.model.config)

@@ -67,12 +67,15 @@ def complaint(package, source):
     return None
 
 
-def test_the_packages_are_these_and_no_others():
+def test_the_packages_are_these_and_core_loads_no_heavy_library():
     found = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").exists()}
     files = {path.name for path in SOURCE.glob("*.py")}
     assert found == set(ROWS)
     assert files == {"__init__.py", "__main__.py"}
     assert (SOURCE / "py.typed").exists(), "a type checker reads annotations only beside this file"
+    for path in (SOURCE / "core").rglob("*.py"):
+        roots = {name.split(".")[0] for name, _ in dotted(path.read_text())}
+        assert not roots & HEAVY, path
 
 
 @pytest.mark.parametrize("package", ROWS)
@@ -103,12 +106,6 @@ def test_a_package_imports_only_what_stands_above_it(package):
 )
 def test_the_rule_can_fail_and_pass(package, source, is_good):
     assert (complaint(package, source) is None) == is_good
-
-
-def test_options_and_errors_load_no_heavy_library():
-    for path in (SOURCE / "core").rglob("*.py"):
-        roots = {name.split(".")[0] for name, _ in dotted(path.read_text())}
-        assert not roots & HEAVY, path
 
 
 APART = ("contract", "gpu", "journeys", "pretended_gpu", "tools", "trust")

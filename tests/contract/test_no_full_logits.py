@@ -79,20 +79,17 @@ def batches(model):
     return [{**batch, "labels": batch["input_ids"]} for batch in made]
 
 
-def test_a_plain_forward_pass_is_seen(model, batches):
+def test_a_forward_pass_is_seen_and_the_answer_loss_and_the_walk_need_none(model, batches):
     assert most_rows(tiny.VOCAB, lambda: logits(model, batches[0])) == CHUNK + 40
+    assert most_rows(tiny.VOCAB, lambda: answer_loss(model, batches)) == CHUNK
+    whole, options = tiny.build("gemma2"), {"axis": "both", "local_steps": 1}
+    rows = most_rows(tiny.VOCAB, lambda: walk_(whole, batches, 0.3, held_out=batches, **options))
+    assert rows == CHUNK
 
 
 @pytest.mark.parametrize("criterion", ["gate", "taylor"])
 def test_scores(criterion, model, batches):
     assert most_rows(tiny.VOCAB, lambda: score(model, batches, criterion)) == CHUNK
-
-
-def test_the_answer_loss_and_the_walk(model, batches):
-    assert most_rows(tiny.VOCAB, lambda: answer_loss(model, batches)) == CHUNK
-    whole, options = tiny.build("gemma2"), {"axis": "both", "local_steps": 1}
-    rows = most_rows(tiny.VOCAB, lambda: walk_(whole, batches, 0.3, held_out=batches, **options))
-    assert rows == CHUNK
 
 
 @pytest.mark.parametrize("loss", ["sft", "0.5*sft+0.5*kl"])

@@ -34,6 +34,11 @@ def test_layers_that_others_read_and_the_last_one_stay(name):
         kept = [i for i in range(6) if i != gone]
         with pytest.raises(ImpossiblePlanError, match=rf"layers \[{gone}\].*read their keys"):
             plan_by_hand(anatomy, kept)
+    model = tiny.build(name)
+    scores = score(model, [tiny.batch(model)], "angular")
+    assert make_plan(read_anatomy(model), scores, 0.3, "depth").layers == (2, 3, 4, 5)
+    with pytest.raises(ImpossiblePlanError, match="no 3 layers in a row"):
+        make_plan(read_anatomy(model), scores, 0.45, "depth")
 
 
 @every_gemma
@@ -49,15 +54,6 @@ def test_the_shared_tail_is_counted_anew(name, gone, shared):
 
 
 @every_gemma
-def test_runs_of_layers_pass_by_those_that_stay(name):
-    model = tiny.build(name)
-    scores = score(model, [tiny.batch(model)], "angular")
-    assert make_plan(read_anatomy(model), scores, 0.3, "depth").layers == (2, 3, 4, 5)
-    with pytest.raises(ImpossiblePlanError, match="no 3 layers in a row"):
-        make_plan(read_anatomy(model), scores, 0.45, "depth")
-
-
-@every_gemma
 @pytest.mark.parametrize("criterion", ["block_influence", "taylor", "gate", "activation", "obs"])
 def test_criteria_see_every_unit(name, criterion):
     model = tiny.build(name)
@@ -67,15 +63,11 @@ def test_criteria_see_every_unit(name, criterion):
 
 
 @every_gemma
-def test_what_runs_layers_alone_is_refused(name, tmp_path):
+def test_a_checkpoint_is_cut_on_disk_as_in_memory_and_layers_alone_are_refused(name, tmp_path):
     model = tiny.build(name)
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"low memory.*read keys"):
         score_checkpoint(tmp_path, [tiny.batch(model)], "activation")
-
-
-@every_gemma
-def test_a_checkpoint_is_cut_on_disk_as_in_memory(name, tmp_path):
     model = tiny.build(name)
     model.save_pretrained(tmp_path / "whole")
     plan = plan_by_hand(read_anatomy(model), [1, 2, 3, 5], neurons=range(0, 96, 2))

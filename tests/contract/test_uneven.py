@@ -127,7 +127,7 @@ def test_cutting_is_masking(name):
 
 
 @every_family
-def test_plain_transformers_reads_the_same_model(name, read_back):
+def test_plain_transformers_and_slimvlm_read_the_same_model(name, read_back):
     case, (work, report) = case_of(name), read_back[name]
     found = load_file(work / "found.safetensors")
     assert report["class"] == type(case.model).__name__
@@ -140,10 +140,6 @@ def test_plain_transformers_reads_the_same_model(name, read_back):
     for way in ("dynamic", "static", "uncached"):
         as_read = way != "uncached" and name in CACHE_MATTERS
         assert torch.equal(found[way], generated(case, use_cache=as_read))
-
-
-@every_family
-def test_slimvlm_reads_its_own_folders(name, read_back):
     case, out = case_of(name), read_back[name][0] / "out"
     assert anatomy(out) == case.plan.after
     for trusts in (False, True):

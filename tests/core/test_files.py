@@ -341,17 +341,16 @@ def test_other_ranks_of_a_run_do_not_wait_and_others_may(holder, tmp_path, monke
         pass
 
 
-def test_the_folder_that_one_is_in_is_a_place(tmp_path, monkeypatch):
+def test_holding_leaves_nothing_behind_and_the_folder_that_one_is_in_is_a_place(
+    tmp_path, monkeypatch
+):
+    with held(tmp_path / "a" / "deep" / "out"):
+        assert [path.name for path in (tmp_path / "a" / "deep").iterdir()] == [".out.lock"]
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="exists"), new_folder("."):
         pass
     assert [path.name for path in tmp_path.parent.glob(f".{tmp_path.name}*")] == []
-
-
-def test_holding_leaves_nothing_behind(tmp_path):
-    with held(tmp_path / "a" / "deep" / "out"):
-        assert [path.name for path in (tmp_path / "a" / "deep").iterdir()] == [".out.lock"]
-    assert list(tmp_path.iterdir()) == []
 
 
 # Names and links that lead elsewhere.

@@ -116,15 +116,12 @@ def test_keys_that_cannot_be_passed_on_are_named(field, key, value, why):
         built(RecoverConfig, {field: 3})
 
 
-def test_what_is_passed_on_belongs_to_the_configuration():
+def test_what_is_passed_on_counts_and_earlier_requests_are_today_s():
     decays, plain = RecoverConfig(trainer={"weight_decay": 0.1}), RecoverConfig()
     assert decays != plain
     assert len({decays, plain, RecoverConfig(trainer={"weight_decay": 0.1})}) == 2
     assert asked(decays)["trainer"] == {"weight_decay": 0.1}
     assert "trainer" not in asked(plain)  # as in requests of earlier versions
-
-
-def test_requests_of_earlier_versions_are_today_s():
     before = {**asked(RecoverConfig()), "kd_on": "auto", "warmup_ratio": 0.03, "lora_alpha": 128}
     assert same_without_removed(before) == same_without_removed(asked(RecoverConfig()))
     assert built(RecoverConfig, before) == RecoverConfig()
@@ -132,15 +129,12 @@ def test_requests_of_earlier_versions_are_today_s():
         built(RecoverConfig, {**before, "warmup_ratio": 0.1})
 
 
-def test_an_adapter_is_only_kept_where_there_is_one():
+def test_the_defaults_are_the_study_s_and_an_adapter_is_only_kept_where_there_is_one():
     with pytest.raises(ConfigError, match="keep_adapter True needs train 'lora', not 'full'"):
         RecoverConfig(train="full", keep_adapter=True)
     kept = RecoverConfig(train="lora", keep_adapter=True)
     with pytest.raises(ConfigError, match="keep_adapter True: compress writes merged weights"):
         CompressConfig(recover=kept)
-
-
-def test_the_defaults_are_the_study_s_and_limits_are_legal():
     config = RecoverConfig()
     assert config.loss_weights == {"sft": 0.5, "hidden": 0.5}
     assert config.temperature == 2.0

@@ -69,12 +69,21 @@ def expected_labels(kind, item):
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_labels_are_the_answers(kind, name):
+def test_labels_are_the_answers_and_lengths_those_of_the_encoded_sample(kind, name):
     processor, item = folders.processor(kind), samples_of(kind)[name]
     batch = chat.encode_samples(processor, [item])
     assert decoded_labels(processor, batch["labels"][0]) == expected_labels(kind, item)
     labelled = batch["labels"] != IGNORE
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
+    words, item = folders.processor(kind), samples_of(kind)[name]
+    length = chat.encode_samples(words, [item])["input_ids"].shape[1]
+    chat.require_readable(words, item)
+    assert chat.length_of(words, item) == length
+    assert fitted(words, item, Limit(length)) is item
+    with pytest.raises(
+        DataError, match=rf"'{name}' has {length} tokens, --max-length is {length - 1}"
+    ):
+        fitted(words, item, Limit(length - 1))
 
 
 @every_kind
@@ -266,19 +275,6 @@ def test_an_answer_may_be_stripped_and_repeat_what_was_asked(name, strips, monke
     assert decoded_labels(words, batch["labels"][0]) == expected
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_a_sample_may_have_as_many_tokens_as_it_is_encoded_to(kind, name):
-    words, item = folders.processor(kind), samples_of(kind)[name]
-    length = chat.encode_samples(words, [item])["input_ids"].shape[1]
-    chat.require_readable(words, item)
-    assert chat.length_of(words, item) == length
-    assert fitted(words, item, Limit(length)) is item
-    with pytest.raises(
-        DataError, match=rf"'{name}' has {length} tokens, --max-length is {length - 1}"
-    ):
-        fitted(words, item, Limit(length - 1))
-
-
 def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
     item = sample("odd", turn("user", None, "<image> is what?"), turn("assistant", "A."), images=1)
     words, told = folders.processor("llava"), r"sample 'odd': the processor refuses .*<image>"
@@ -297,7 +293,7 @@ def test_a_template_that_refuses_is_the_sample_s_fault(name, monkeypatch):
             read(words, item)
 
 
-def test_a_system_turn_is_not_learnt(monkeypatch):
+def test_a_system_turn_is_not_learnt_and_rewritten_words_are_refused(monkeypatch):
     for name in ("chatml", "llama-3", "vicuna"):
         chat_template, answer = TEMPLATES[name]
         words = with_template(monkeypatch, chat_template)
@@ -305,6 +301,10 @@ def test_a_system_turn_is_not_learnt(monkeypatch):
         briefed = Sample("briefed", (turn("system", "It is red."), *item.messages))
         labels = chat.encode_samples(words, [briefed])["labels"][0]
         assert decoded_labels(words, labels) == [answer.format(said) for said in answers_of(item)]
+    rewritten = TEMPLATES["chatml"][0].replace(C, f"({C} | upper)")
+    words = with_template(monkeypatch, rewritten)
+    with pytest.raises(DataError, match=r"'multi'.*rewrites what was said"):
+        chat.encode_samples(words, [samples_of("text")["multi"]])
 
 
 def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(monkeypatch):
@@ -341,13 +341,6 @@ def test_a_long_conversation_is_not_rendered_turn_by_turn(monkeypatch):
     assert sorted(renders) == [1, 1, 300, 300]
 
 
-def test_a_template_that_rewrites_what_was_said_is_refused(monkeypatch):
-    rewritten = TEMPLATES["chatml"][0].replace(C, f"({C} | upper)")
-    words = with_template(monkeypatch, rewritten)
-    with pytest.raises(DataError, match=r"'multi'.*rewrites what was said"):
-        chat.encode_samples(words, [samples_of("text")["multi"]])
-
-
 @pytest.mark.parametrize("more", [0, 40])
 def test_pictures_of_later_turns_are_processed_once_each(more, monkeypatch):
     """Also where one alone takes more tokens than in company, as LLaVA-OneVision's tiles."""
@@ -372,7 +365,7 @@ def test_pictures_of_later_turns_are_processed_once_each(more, monkeypatch):
     assert processed == [3, 1, 2]
 
 
-def test_a_tokenizer_without_template_gets_lines(monkeypatch):
+def test_a_tokenizer_without_template_gets_lines_and_one_without_pad_token_can_pad(monkeypatch):
     words = folders.processor("text")
     monkeypatch.setattr(words, "chat_template", None)
     item = samples_of("text")["multi"]
@@ -382,9 +375,6 @@ def test_a_tokenizer_without_template_gets_lines(monkeypatch):
     assert decoded_labels(words, batch["labels"][0]) == answers_of(item)
     asked = chat.encode_questions(words, [Question("q", "Which?", ("red",))])
     assert words.decode(asked["input_ids"][0], skip_special_tokens=True) == "Which?\n"
-
-
-def test_a_tokenizer_without_pad_token_can_pad():
     words = folders.tokenizer()
     words.chat_template = folders.TEXT_CHAT
     words.pad_token = None

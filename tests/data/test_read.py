@@ -137,7 +137,14 @@ def test_messages_jsonl(home):
         assert sample.images == (home / "a.png",)
 
 
-def test_blank_lines_are_no_rows_and_a_row_without_id_has_its_number(home):
+def test_a_broken_line_is_named_and_blank_ones_are_no_rows(home):
+    path = home / "data.jsonl"
+    path.write_text(json.dumps(GOOD) + '\n{"id": "cut", "mess\n' + json.dumps(GOOD) + "\n")
+    with pytest.raises(DataError, match=r"data\.jsonl'.*line 2 is not JSON"):
+        load_samples(path, warn=silent)
+    warnings = []
+    assert len(load_samples(path, max_bad=1, warn=warnings.append)) == 2
+    assert "line 2" in warnings[0]
     row = json.dumps({key: value for key, value in GOOD.items() if key != "id"})
     path = home / "data.jsonl"
     path.write_text(f"\n{row}\n\n{row}\n")
@@ -354,16 +361,6 @@ def test_a_datasets_folder_shows_its_own_pictures_unless_images_says_otherwise(h
     assert sample.images == (home / "saved" / "shown.png",)
 
 
-def test_a_broken_line_is_named(home):
-    path = home / "data.jsonl"
-    path.write_text(json.dumps(GOOD) + '\n{"id": "cut", "mess\n' + json.dumps(GOOD) + "\n")
-    with pytest.raises(DataError, match=r"data\.jsonl'.*line 2 is not JSON"):
-        load_samples(path, warn=silent)
-    warnings = []
-    assert len(load_samples(path, max_bad=1, warn=warnings.append)) == 2
-    assert "line 2" in warnings[0]
-
-
 GOOD_LINE = json.dumps(GOOD).encode()
 CUT = GOOD_LINE + b'\n{"id": "cut", "mess\n'
 REFUSED = {
@@ -405,7 +402,7 @@ def test_a_source_that_is_missing_or_cannot_be_read_is_named(home, monkeypatch):
         load_samples(path, warn=silent)
 
 
-def test_limit_counts_good_samples_from_the_start(home):
+def test_limit_counts_good_samples_from_the_start_also_of_the_demo(home):
     bad = BROKEN["empty answer"][0]
     rows = [bad, *(llava(f"s{i}", "Q?", "A.") for i in range(5)), bad]
     path = write(home, *rows)
@@ -413,6 +410,9 @@ def test_limit_counts_good_samples_from_the_start(home):
     samples = load_samples(path, limit=3, max_bad=1, warn=warnings.append)
     assert [sample.id for sample in samples] == ["s0", "s1", "s2"]
     assert len(warnings) == 2
+    samples = load_samples("demo", limit=3, warn=silent)
+    assert len(samples) == 3
+    assert all(m["role"] in ("user", "assistant", "system") for s in samples for m in s.messages)
 
 
 def stored(home, kinds, name):
@@ -481,12 +481,6 @@ def test_what_a_model_cannot_read_is_broken(home):
         load_samples(path, warn=silent, max_length=60)
     with pytest.raises(ConfigError, match="max_length 0 must be at least 1"):
         load_samples(path, warn=silent, processor=words, max_length=0)
-
-
-def test_demo_samples_can_be_limited():
-    samples = load_samples("demo", limit=3, warn=silent)
-    assert len(samples) == 3
-    assert all(m["role"] in ("user", "assistant", "system") for s in samples for m in s.messages)
 
 
 def numbered(count):
@@ -632,13 +626,10 @@ def test_too_long_is_named_with_its_cure():
         fitted(words, sample, Limit(5, cuts=True))
 
 
-def test_the_lower_limit_counts():
+def test_the_lower_limit_counts_and_what_cannot_be_too_long_is_not_counted(monkeypatch):
     assert Limit.of(None, None, cuts=False) is None
     assert Limit.of(10, 20, cuts=False) == Limit(10, is_asked=True)
     assert Limit.of(30, 20, cuts=True) == Limit(20, is_asked=False, cuts=True)
-
-
-def test_what_cannot_be_too_long_is_not_counted(monkeypatch):
     counted = []
     monkeypatch.setattr("slimvlm.data.read.length_of", lambda *a: counted.append(a) or 0)
     words, short = processor("llava"), talk(3, sees=True)

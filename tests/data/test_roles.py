@@ -20,20 +20,14 @@ def batch():
     }
 
 
-def test_every_valid_token_has_one_role_and_padding_none():
+def test_every_valid_token_has_one_role_and_a_weight():
     masks = role_masks(CONFIG, batch())
     assert torch.equal(sum(masks[role].long() for role in ROLES), batch()["attention_mask"])
     assert masks["image"].tolist()[0] == [False, True, True, False, False, False]
     assert masks["answer"].sum(1).tolist() == [2, 1]
-
-
-def test_weights_follow_roles_and_unnamed_roles_weigh_one():
     weights = token_weights(CONFIG, batch(), {"image": 0.25, "answer": 2})
     assert weights.tolist() == [[1, 0.25, 0.25, 1, 2, 2], [1, 1, 2, 0, 0, 0]]
     assert torch.equal(token_weights(CONFIG, batch()), batch()["attention_mask"].float())
-
-
-def test_embeddings_hide_where_pictures_are():
     given = batch()
     embedded = {**given, "inputs_embeds": torch.zeros(2, 6, 4)}
     del embedded["input_ids"]

@@ -66,17 +66,13 @@ def test_many_texts_are_of_kept_tokens_and_many_are_not(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kept_token_keeps_its_text_and_its_place(kind):
+def test_every_kept_token_keeps_its_text_and_the_frame_its_tokens(kind):
     whole, small, kept = pair(kind, 0.3)
     assert [small.id_to_token(n) for n in range(len(kept))] == [whole.id_to_token(i) for i in kept]
     assert small.get_vocab_size() == len(kept)
     added = {i: token.content for i, token in whole.get_added_tokens_decoder().items()}
     now = {kept[i]: token.content for i, token in small.get_added_tokens_decoder().items()}
     assert now == added
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_frame_of_a_text_has_its_new_numbers(kind):
     whole, small, kept = pair(kind, 0.0)
     assert ids_of(small, "") == [kept.index(token) for token in ids_of(whole, "")]
     assert ids_of(small, ""), "a frame without tokens shows nothing"
@@ -104,15 +100,20 @@ def test_bytes_single_characters_and_added_tokens_are_needed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_chosen_token_has_all_that_it_is_made_of(kind):
+def test_a_chosen_token_has_its_parts_and_the_size_is_what_was_asked_for(kind):
     whole = tiny_words.tokenizer(kind)
     file = TokenizerFile.of(whole)
     for size in range(len(file.needed), len(file.texts), 17):
         kept = set(sv.choose_tokens(whole, size=size, texts=tiny_words.CORPUS[:3]))
         assert file.with_parts(kept) == kept
+    whole = tiny_words.tokenizer(kind)
+    file = TokenizerFile.of(whole)
+    middle = (len(file.needed) + len(file.texts)) // 2
+    assert len(sv.choose_tokens(whole, size=middle, texts=tiny_words.CORPUS)) == middle
+    assert len(sv.choose_tokens(whole, size=10**6)) == len(file.texts)
 
 
-def test_tokens_that_the_data_has_come_first():
+def test_tokens_that_the_data_has_or_that_are_asked_for_come_first():
     whole = tiny_words.tokenizer("byte_level")
     least = len(TokenizerFile.of(whole).needed)
     for said in ("kouzelník žluťoučký", "return height"):
@@ -120,6 +121,10 @@ def test_tokens_that_the_data_has_come_first():
         other = set(sv.choose_tokens(whole, size=least + 12, texts=["1234567890"] * 5))
         seen = set(whole(said, add_special_tokens=False)["input_ids"])
         assert len(seen & kept) > len(seen & other)
+    whole = tiny_words.tokenizer("byte_level")
+    file = TokenizerFile.of(whole)
+    wanted = next(i for i in file.by_rank[::-1] if i not in file.needed)
+    assert wanted in sv.choose_tokens(whole, size=len(file.needed) + 20, keep=[wanted])
 
 
 def test_conversations_count_as_the_template_writes_them():
@@ -135,15 +140,6 @@ def test_conversations_count_as_the_template_writes_them():
             tokenize=False,
         )
         assert set(whole(rendered)["input_ids"]) <= kept
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_size_is_what_was_asked_for(kind):
-    whole = tiny_words.tokenizer(kind)
-    file = TokenizerFile.of(whole)
-    middle = (len(file.needed) + len(file.texts)) // 2
-    assert len(sv.choose_tokens(whole, size=middle, texts=tiny_words.CORPUS)) == middle
-    assert len(sv.choose_tokens(whole, size=10**6)) == len(file.texts)
 
 
 def test_auto_keeps_all_that_was_seen_and_says_what_it_covers():
@@ -188,6 +184,8 @@ def test_auto_takes_more_where_unseen_texts_need_more():
 
 
 def test_texts_come_from_files_and_folders(tmp_path):
+    with pytest.raises(sv.SlimError, match="no UTF-8 text file"):
+        sv.choose_tokens(tiny_words.tokenizer("byte_level"), texts=[tmp_path])
     whole = tiny_words.tokenizer("byte_level")
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.txt").write_text("height " * 2000)
@@ -195,13 +193,6 @@ def test_texts_come_from_files_and_folders(tmp_path):
     in_file = sv.choose_tokens(whole, texts=[tmp_path / "inner" / "a.txt"])
     assert in_file == sv.choose_tokens(whole, texts=[tmp_path])
     assert set(whole(" height", add_special_tokens=False)["input_ids"]) <= set(in_file)
-
-
-def test_a_token_can_be_asked_for():
-    whole = tiny_words.tokenizer("byte_level")
-    file = TokenizerFile.of(whole)
-    wanted = next(i for i in file.by_rank[::-1] if i not in file.needed)
-    assert wanted in sv.choose_tokens(whole, size=len(file.needed) + 20, keep=[wanted])
 
 
 @pytest.mark.parametrize(
@@ -215,11 +206,6 @@ def test_a_token_can_be_asked_for():
 def test_what_cannot_be_chosen_is_said(arguments, message):
     with pytest.raises(sv.SlimError, match=message):
         sv.choose_tokens(tiny_words.tokenizer("byte_level"), **arguments)
-
-
-def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(sv.SlimError, match="no UTF-8 text file"):
-        sv.choose_tokens(tiny_words.tokenizer("byte_level"), texts=[tmp_path])
 
 
 def changed(**model):

@@ -112,7 +112,11 @@ def test_a_machine_that_slows_down_slows_both(llava, monkeypatch):
     assert found.decode.value == pytest.approx(1)
 
 
-def test_times_by_themselves_lie_within_their_runs(llava):
+def test_a_run_times_every_token_and_times_lie_within_their_runs(llava):
+    ids = torch.full((1, 4), 40)
+    run = timed_run(llava[0], {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 5)
+    assert len(run) == 5
+    assert min(run) > 0
     model, processor = llava
     found = times_of(model, processor, plain_question(processor))
     low, high = found.prefill_range_ms
@@ -135,13 +139,6 @@ def test_times_survive_the_disk(llava, unhurried, tmp_path):
         PairedTimes.load(tmp_path / "times.json")
 
 
-def test_a_run_times_every_token(llava):
-    ids = torch.full((1, 4), 40)
-    run = timed_run(llava[0], {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 5)
-    assert len(run) == 5
-    assert min(run) > 0
-
-
 def test_models_take_turns_forwards_and_backwards(monkeypatch):
     models = ("small", "large")
     order = []
@@ -156,7 +153,7 @@ def test_models_take_turns_forwards_and_backwards(monkeypatch):
     assert [len(its) for its in runs] == [3, 3]
 
 
-def test_the_peak_counts_what_is_alive_at_once():
+def test_the_peak_counts_what_is_alive_and_shared_weights_once():
     with PeakMemory() as memory:
         kept = torch.zeros(1000)
         for _ in range(5):
@@ -168,9 +165,6 @@ def test_the_peak_counts_what_is_alive_at_once():
     with PeakMemory(model) as memory, torch.no_grad():
         model.weight.view(100)
     assert memory.peak_bytes == 0  # weights are not activations
-
-
-def test_shared_weights_are_stored_once():
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     assert stored_bytes(model) == 2 * 8 * 8 * 4
     model[1].weight = model[0].weight

@@ -130,7 +130,7 @@ def test_both_sources_agree(kind, limit, batch_size, loaded, place):
         assert len(set(theirs["colours"].replies)) > 1
 
 
-def test_limit_and_repeatability(loaded, place):
+def test_limit_and_repeatability_and_nothing_else_changes(loaded, place):
     whole, first, again = (
         evaluate_with_lmms(*loaded, ["colours"], limit, task_folder=place)["colours"]
         for limit in (None, 3, 3)
@@ -139,9 +139,6 @@ def test_limit_and_repeatability(loaded, place):
     assert first.ids == ("0", "1", "2") == whole.ids[:3]
     assert first.replies == whole.replies[:3]
     assert first.scores == whole.scores[:3]
-
-
-def test_nothing_else_changes(loaded, place):
     model, processor = loaded
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     random_state = torch.get_rng_state()
@@ -276,9 +273,6 @@ def test_mme_comes_in_halves_on_their_own_scales(shipped):
         assert 100 * sum(half.scores) / len(half.scores) == pytest.approx(half.score)
     assert found["mme_perception"].ids == ("0", "1", "2", "3", "8", "9")
     assert found["mme_cognition"].replies == tuple(replies[4:8])
-
-
-def test_half_of_mme_that_is_not_there(shipped):
     assert list(shipped("mme", ["Yes", "No"] * 2, limit=4).tasks) == ["mme_perception"]
     with pytest.raises(ConfigError, match="gave no mme_cognition_score"):
         shipped("mme_cognition", ["Yes", "No"] * 2, limit=4)

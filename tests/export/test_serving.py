@@ -72,22 +72,16 @@ def test_rules_and_the_shapes_that_break_them(shape, target, rule, level):
     assert all(f.advice for f in check(shape, [target]) if f.level in ("warn", "fail"))
 
 
-def test_quantised_weights():
+def test_every_rule_can_break_quantised_weights_and_slow_widths_are_told():
+    assert {t for rule in RULES for t in rule.targets} == {*ENGINES, TENSOR_PARALLEL}
+    assert all(rule.advice and rule.level != "ok" for rule in RULES)
     assert broken(shaped(), "gguf", is_quantized=True)["unquantised"] == "fail"
     assert broken(shaped(), "vllm", is_quantized=True)["quantised weights"] == "warn"
-
-
-def test_widths_that_hardware_is_slow_with():
     assert slow_widths(shaped(neurons=128)) == []
     (off_tiles,) = slow_widths(shaped(neurons=96))
     assert off_tiles.startswith("96 neurons: no multiple of 64, the tile of matrix kernels")
     (off_rows,) = slow_widths(shaped(neurons=77))
     assert off_rows.startswith("77 neurons: rows end off a 16-byte boundary")
-
-
-def test_every_rule_can_break_and_has_a_known_target():
-    assert {t for rule in RULES for t in rule.targets} == {*ENGINES, TENSOR_PARALLEL}
-    assert all(rule.advice and rule.level != "ok" for rule in RULES)
 
 
 @pytest.mark.parametrize("target", ["ollama", "tp", "tp=0", "tp=x"])

@@ -35,10 +35,13 @@ def data(tmp_path_factory):
     return str(folders.write_llava_data(tmp_path_factory.mktemp("data"), count=8))
 
 
-def test_a_model_goes_where_the_user_says(card, llava):
+def test_a_model_goes_where_the_user_says_and_the_card_has_a_name(card, llava):
     assert default_device() == card
     for named, place in ((None, card), (card.type, card), (str(card), card), ("cpu", "cpu")):
         assert sv.load(llava, device=named)[0].device == torch.device(place)
+    model = tiny.build("llama").to(card)
+    found = bench(model, workload=sv.Workload(prompt_tokens=4, new_tokens=3, batch_sizes=(1,)))
+    assert found.device == torch.get_device_module(card).get_device_name(card)
 
 
 @pytest.mark.parametrize(
@@ -58,26 +61,16 @@ def test_an_absent_card_is_refused_before_anything_is_read(words, card, tmp_path
 
 
 @PRETENDED
-def test_bfloat16_that_is_emulated_does_not_count(card):
+def test_memory_and_precision_are_the_card_s(card):
     assert computes_bfloat16(card)
     with pretended_gpu.capability(pretended_gpu.TURING):
         assert torch.cuda.is_bf16_supported()
         assert not computes_bfloat16(card)
-
-
-@PRETENDED
-def test_memory_is_the_card_s(card):
     held = torch.zeros(64 * MIB, dtype=torch.uint8, device=card)
     with pretended_gpu.limit(100 * MIB):
         assert free_memory(card) == 100 * MIB
     assert "GiB on the accelerator" in peak_memory()
     del held
-
-
-def test_the_card_is_called_by_its_name(card):
-    model = tiny.build("llama").to(card)
-    found = bench(model, workload=sv.Workload(prompt_tokens=4, new_tokens=3, batch_sizes=(1,)))
-    assert found.device == torch.get_device_module(card).get_device_name(card)
 
 
 class WithoutFloat64(TorchDispatchMode):

@@ -288,9 +288,10 @@ def test_a_verb_does_the_same(name, filled, card, tmp_path):
     SAME[words[0]](tmp_path / card.type / "out", tmp_path / "cpu" / "out")
 
 
-def test_all_losses_are_tried():
+def test_all_losses_are_tried_and_the_table_in_the_docs_has_these_rows():
     tried = {part.partition("*")[2] or part for _, loss, _ in RECOVERED for part in loss.split("+")}
     assert tried == {"sft", "hidden", "cosine", *DIVERGENCES}
+    assert re.findall(r"^\| `(.+?)` \| runs \|", PAGE.read_text(), re.MULTILINE) == [*TABLE]
 
 
 @pytest.mark.slow
@@ -324,10 +325,6 @@ def test_the_table_in_the_docs_is_what_verbs_do(name, filled, tmp_path):
             given = () if words[0] in PRINTS else ("--out", tmp_path / "full")
             assert why in refused(*words, *given, "--device", first)
     assert f"| `{name}` | runs | same | same | {end} |" in PAGE.read_text().splitlines()
-
-
-def test_the_table_in_the_docs_has_these_rows():
-    assert re.findall(r"^\| `(.+?)` \| runs \|", PAGE.read_text(), re.MULTILINE) == [*TABLE]
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-def test_without_data_the_chart_decides():
+def test_the_chart_decides_without_data_and_the_data_before_training(data):
     for axis in (None, "chart", "auto"):
         request = Request(model="demo", prune=PruneConfig(ratio=0.3, axis=axis))
         assert resolved(request).prune.axis == "width"
@@ -161,6 +161,11 @@ def test_without_data_the_chart_decides():
     charted = Request(model="demo", prune=prune, recover=RecoverConfig())
     assert resolved(charted).prune.axis == "depth"
     assert along(charted, "both").prune.axis == "both"
+    config = CompressConfig(ratio=0.3, data=str(data), recover=RecoverConfig())
+    assert request_of("demo", config).prune.axis == "auto"
+    assert request_of("demo", replace(config, axis="depth")).prune.axis == "depth"
+    untrained = resolved(request_of("demo", replace(config, recover=None)))
+    assert untrained.prune.axis == "width"
 
 
 def test_low_memory_tries_no_axes(data, tmp_path):
@@ -168,11 +173,3 @@ def test_low_memory_tries_no_axes(data, tmp_path):
     memory = MemoryOptions(low_memory=True)
     with pytest.raises(ConfigError, match="axis 'auto'"):
         prune(str(folders.folder("llava")), config, tmp_path / "out", memory=memory)
-
-
-def test_the_data_chooses_before_training_and_width_stays_without(data):
-    config = CompressConfig(ratio=0.3, data=str(data), recover=RecoverConfig())
-    assert request_of("demo", config).prune.axis == "auto"
-    assert request_of("demo", replace(config, axis="depth")).prune.axis == "depth"
-    untrained = resolved(request_of("demo", replace(config, recover=None)))
-    assert untrained.prune.axis == "width"

@@ -35,15 +35,12 @@ def alone(given):
     return tokens([encode_samples(folders.processor("llava"), [each]) for each in given])
 
 
-def test_samples_that_are_alike_share_a_batch():
+def test_samples_that_are_alike_share_a_batch_and_every_fourth_is_held_out():
     batches = Calibration(folders.processor("llava"), samples(), hold_out=False).fitted
     assert tokens(batches) == alone(samples())
     for batch in batches:
         assert batch["attention_mask"].all()  # nothing is padded
         assert len(batch.get("pixel_values", torch.empty(0))) in (0, len(batch["input_ids"]))
-
-
-def test_held_out_samples_are_every_fourth_of_the_data():
     calibration = Calibration(folders.processor("llava"), samples(), hold_out=True)
     assert tokens(calibration.held_out) == alone(samples()[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
     assert tokens([*calibration.fitted, *calibration.held_out]) == alone(samples())

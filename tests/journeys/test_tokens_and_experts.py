@@ -296,7 +296,7 @@ def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(tmp_path, data, 
     assert anatomy(tmp_path / "run") == plan.after
 
 
-def test_a_dry_run_says_how_many_tokens_a_run_would_try(data):
+def test_a_dry_run_says_how_many_tokens_go_and_never_more_than_the_ratio(data):
     asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "report_samples": 0}
     found = dry_run(model(), sv.CompressConfig(data=data, **asked), [].append)
     assert found.fewer_tokens == len(opened(data)[0].fewer_tokens or ())
@@ -304,9 +304,6 @@ def test_a_dry_run_says_how_many_tokens_a_run_would_try(data):
     assert f"again after trimming to {found.fewer_tokens:,} tokens" in told
     all_stay = sv.CompressConfig(data=data, vocab_size="all", **asked)
     assert dry_run(model(), all_stay, [].append).fewer_tokens == 0
-
-
-def test_fewer_tokens_never_remove_more_than_the_ratio(data):
     shape = anatomy(model())
     request, _ = opened(data, ratio=0.05)
     gone = shape.vocab_size - len(request.fewer_tokens or ())
@@ -327,14 +324,11 @@ def test_all_tokens_stay_where_that_is_asked_or_nothing_else_is_possible(data, t
     assert "all tokens stay: tokens: " in heard[-1]
 
 
-def test_no_axis_is_tried_where_experts_are_all_that_goes():
+def test_experts_alone_need_no_axis_and_no_walk_chooses_their_neurons(models, tmp_path, seen):
     for axis in (None, "chart", "auto"):
         asked = PruneConfig(experts=0.25, data="data.json", axis=axis)
         found = resolved(Request(model="model", prune=asked)).prune
         assert (found.axis, found.ratio, found.criterion) == ("width", 0.0, ("reap",))
-
-
-def test_what_no_walk_chooses_is_said_before_weights_are_read(models, tmp_path, seen):
     asked = {"ratio": 0.3, "axis": "width", "criterion": ("obs",), "data": "no file"}
     with pytest.raises(sv.SlimError, match="has experts, whose neurons no walk chooses"):
         pruned(models["qwen3_moe"], tmp_path / "out", **asked)

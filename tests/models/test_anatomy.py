@@ -44,33 +44,16 @@ def num_channels(projection, shape):
 
 
 @given(projection_rows, shapes)
-def test_all_units_own_all_channels_in_order(projection, shape):
+def test_units_own_all_channels_in_order_fold_adds_them_up_and_spread_is_its_transpose(
+    projection, shape
+):
     everything = channels_of(projection, shape, range(num_units(projection, shape)))
     assert everything.tolist() == list(range(num_channels(projection, shape)))
-
-
-@given(projection_rows, shapes, st.data())
-def test_units_share_no_channel(projection, shape, data):
-    units = range(num_units(projection, shape))
-    kept = sorted(data.draw(st.sets(st.sampled_from(units))))
-    gone = [unit for unit in units if unit not in kept]
-    kept_channels = channels_of(projection, shape, kept).tolist()
-    gone_channels = channels_of(projection, shape, gone).tolist()
-    assert kept_channels == sorted(kept_channels)
-    assert sorted(kept_channels + gone_channels) == list(range(num_channels(projection, shape)))
-
-
-@given(projection_rows, shapes)
-def test_fold_adds_up_exactly_the_channels_that_a_unit_owns(projection, shape):
     values = torch.rand(num_channels(projection, shape), dtype=torch.float64)
     per_unit = torch.stack(fold(projection, shape, values)).sum(0)
     for unit in range(num_units(projection, shape)):
         expected = values[channels_of(projection, shape, [unit])].sum()
         torch.testing.assert_close(per_unit[unit], expected)
-
-
-@given(projection_rows, shapes)
-def test_spread_is_the_transpose_of_fold(projection, shape):
     per_unit = torch.rand(num_units(projection, shape), dtype=torch.float64)
     per_channel = torch.rand(num_channels(projection, shape), dtype=torch.float64)
     folded = torch.stack(fold(projection, shape, per_channel)).sum(0)
@@ -78,7 +61,14 @@ def test_spread_is_the_transpose_of_fold(projection, shape):
 
 
 @given(projection_rows, shapes, st.data())
-def test_spread_marks_the_channels_of_a_unit(projection, shape, data):
+def test_units_share_no_channel_and_spread_marks_those_of_one(projection, shape, data):
+    units = range(num_units(projection, shape))
+    kept = sorted(data.draw(st.sets(st.sampled_from(units))))
+    gone = [unit for unit in units if unit not in kept]
+    kept_channels = channels_of(projection, shape, kept).tolist()
+    gone_channels = channels_of(projection, shape, gone).tolist()
+    assert kept_channels == sorted(kept_channels)
+    assert sorted(kept_channels + gone_channels) == list(range(num_channels(projection, shape)))
     unit = data.draw(st.integers(0, num_units(projection, shape) - 1))
     marks = torch.zeros(2, 3, num_units(projection, shape))  # leading dimensions are carried along
     marks[..., unit] = 1
@@ -88,15 +78,12 @@ def test_spread_marks_the_channels_of_a_unit(projection, shape, data):
     assert torch.equal(marked, channels_of(projection, shape, [unit]))
 
 
-def test_query_heads_of_a_group_are_neighbours_not_stripes():
+def test_query_heads_of_a_group_are_neighbours_and_fused_matrices_cut_inside_blocks():
     shape = LayerShape(2, 3, 2, 5, 0, 0, 0)
     query = BACKBONES["llama"].attention[0]
     assert channels_of(query, shape, [1]).tolist() == [6, 7, 8, 9, 10, 11]
     stripes = torch.arange(12).view(3, 4)[:, 2:].flatten().tolist()
     assert channels_of(query, shape, [1]).tolist() != stripes
-
-
-def test_fused_matrices_are_cut_inside_their_blocks():
     shape = LayerShape(2, 2, 2, 3, 0, 0, 0)
     row = BACKBONES["phi3"]
     fused, gate_up = row.attention[0], row.mlp[0]

@@ -94,11 +94,15 @@ def test_a_model_has_no_distance_to_itself(kind, reduction):
 
 
 @kinds
-def test_only_the_student_learns(kind):
+def test_only_the_student_learns_and_half_precision_gives_float32(kind):
     student, teacher = (torch.randn(B, T, V, requires_grad=True) for _ in range(2))
     KINDS[kind](student, teacher).backward()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
+    student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
+    loss = KINDS[kind](student.bfloat16(), teacher.bfloat16())
+    assert loss.dtype == torch.float32
+    assert_close(loss, KINDS[kind](student, teacher), HALF)
 
 
 @kinds
@@ -122,17 +126,13 @@ def test_what_the_mask_hides_does_not_count(kind, mask_dtype):
 
 
 @kinds
-def test_padding_and_a_longer_prompt_change_nothing(kind):
+def test_token_mean_is_a_mean_over_tokens_and_padding_changes_nothing(kind):
     student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
     mask = torch.ones(B, T, dtype=torch.long)
     expected = KINDS[kind](student, teacher, mask=mask)
     longer = [F.pad(x, (0, 0, 2, 5), value=3.0) for x in (student, teacher)]
     longer[0][:, 2 + T :] += torch.randn(B, 5, V)
     assert_close(KINDS[kind](*longer, mask=F.pad(mask, (2, 5))), expected, LOSS)
-
-
-@kinds
-def test_token_mean_is_a_mean_over_tokens(kind):
     student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
     mask = torch.rand(B, T) < 0.6
     alone = [
@@ -168,13 +168,18 @@ def test_paper_reduction_sums_all_positions_over_the_batch_size(kind):
     assert_close(KINDS[kind](student, teacher, mask=mask, reduction="paper"), expected, LOSS)
 
 
-def test_paper_reduction_of_hidden_l2_is_plain_mse():
+def test_hidden_distances_are_plain_mse_and_one_minus_the_cosine():
     student, teacher = torch.randn(B, T, D), torch.randn(B, T, D)
     mask = torch.zeros(B, T, dtype=torch.bool)
     mask[:, 0] = True
     loss = losses.hidden_l2(student, teacher, mask, reduction="paper")
     assert_close(loss, F.mse_loss(student, teacher), LOSS)
     assert not torch.allclose(loss, losses.hidden_l2(student, teacher, mask))
+    student, teacher = torch.randn(B, T, D), torch.randn(B, T, D)
+    expected = 1 - F.cosine_similarity(student.double(), teacher.double(), dim=-1).mean()
+    assert_close(losses.hidden_cosine(student, teacher), expected, LOSS)
+    assert_close(losses.hidden_cosine(5 * student, teacher), expected, LOSS)  # length is nothing
+    assert_close(losses.hidden_cosine(-teacher, teacher), torch.tensor(2.0), LOSS)
 
 
 @given(st.floats(0.5, 8), st.floats(0, 60), st.integers(0, 9))
@@ -200,14 +205,6 @@ def test_jsd_is_the_mean_divergence_from_the_mixture_bounded_and_symmetric(scale
     mixture = (p + q) / 2
     expected = (p * (p / mixture).log() + q * (q / mixture).log()) / 2
     assert_close(jsd(student, teacher), 4 * expected.sum(-1).mean(), LOSS)
-
-
-def test_hidden_cosine_is_one_minus_the_cosine():
-    student, teacher = torch.randn(B, T, D), torch.randn(B, T, D)
-    expected = 1 - F.cosine_similarity(student.double(), teacher.double(), dim=-1).mean()
-    assert_close(losses.hidden_cosine(student, teacher), expected, LOSS)
-    assert_close(losses.hidden_cosine(5 * student, teacher), expected, LOSS)  # length is nothing
-    assert_close(losses.hidden_cosine(-teacher, teacher), torch.tensor(2.0), LOSS)
 
 
 @pytest.mark.parametrize("distance", [losses.hidden_l2, losses.hidden_cosine])
@@ -349,11 +346,3 @@ def test_half_precision_hidden_states_give_float32_losses():
     of_logits = losses.cross_entropy(head(student).bfloat16(), as_is, labels)
     assert of_logits.dtype == torch.float32
     assert_close(of_logits, entropy, HALF)
-
-
-@kinds
-def test_half_precision_inputs_give_float32_losses(kind):
-    student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
-    loss = KINDS[kind](student.bfloat16(), teacher.bfloat16())
-    assert loss.dtype == torch.float32
-    assert_close(loss, KINDS[kind](student, teacher), HALF)

@@ -155,25 +155,11 @@ def test_errors_are_the_true_ones_and_never_above_slicing(bias, residuals, ridge
 
 
 @pytest.mark.parametrize("bias", [None, BIAS])
-def test_nothing_removed_changes_no_bit(bias):
+def test_nothing_removed_changes_no_bit_and_determined_channels_are_exact(bias):
     fit = refit(WEIGHT, bias, gathered(), torch.arange(CHANNELS), ridge=1e-2)
     assert torch.equal(fit.weight, WEIGHT)
     assert bias is None or (fit.bias is not None and torch.equal(fit.bias, bias))
     assert (fit.sliced_error, fit.repaired_error) == (0, 0)
-
-
-def test_a_constant_channel_goes_into_the_bias_exactly():
-    inputs = INPUTS.clone()
-    remove = [c for c in range(CHANNELS) if c not in KEEP]
-    inputs[:, remove] = drawn(len(remove), seed=7)
-    fit = refit(WEIGHT, BIAS, gathered(inputs), KEEP, ridge=1e-2)
-    assert_close(fit.weight, WEIGHT[:, KEEP], SOLVE)
-    assert_close(inputs[:, KEEP] @ fit.weight.T + fit.bias, inputs @ WEIGHT.T + BIAS, SOLVE)
-    assert fit.repaired_error < 1e-12 < fit.sliced_error
-
-
-@pytest.mark.parametrize("bias", [None, BIAS])
-def test_channels_that_others_determine_are_replaced_exactly(bias):
     inputs = INPUTS.clone()
     remove = [c for c in range(CHANNELS) if c not in KEEP]
     inputs[:, KEEP[1]] = inputs[:, KEEP[0]]  # the kept ones alone are singular
@@ -185,18 +171,32 @@ def test_channels_that_others_determine_are_replaced_exactly(bias):
     assert fit.repaired_error < 1e-12 < fit.sliced_error
 
 
-def test_channels_that_are_always_zero_do_no_harm():
+def test_a_constant_channel_goes_into_the_bias_and_a_zero_one_does_no_harm():
+    inputs = INPUTS.clone()
+    remove = [c for c in range(CHANNELS) if c not in KEEP]
+    inputs[:, remove] = drawn(len(remove), seed=7)
+    fit = refit(WEIGHT, BIAS, gathered(inputs), KEEP, ridge=1e-2)
+    assert_close(fit.weight, WEIGHT[:, KEEP], SOLVE)
+    assert_close(inputs[:, KEEP] @ fit.weight.T + fit.bias, inputs @ WEIGHT.T + BIAS, SOLVE)
+    assert fit.repaired_error < 1e-12 < fit.sliced_error
     inputs = torch.zeros_like(INPUTS)
     fit = refit(WEIGHT, None, gathered(inputs), KEEP, ridge=1e-2)
     assert torch.equal(fit.weight, WEIGHT[:, KEEP])
 
 
-def test_sums_in_float32_give_nearly_the_same_weights():
+def test_float32_gives_nearly_the_same_and_float64_solves_what_it_cannot():
     single = Moments.zero(CHANNELS)
     single.add(INPUTS.float(), WEIGHTS.float())
     fit = refit(WEIGHT, BIAS, single, KEEP, ridge=1e-3)
     expected = refit(WEIGHT, BIAS, gathered(), KEEP, ridge=1e-3)
     torch.testing.assert_close(fit.weight, expected.weight, atol=1e-4, rtol=1e-4)
+    inputs = INPUTS.clone()
+    inputs[:, KEEP[1]] = inputs[:, KEEP[0]]
+    weight, moments = WEIGHT.bfloat16(), gathered(inputs)
+    fit = refit(weight, None, moments, KEEP, ridge=1e-12)
+    expected = refit(weight.double(), None, moments, KEEP, ridge=1e-12)
+    assert torch.equal(fit.weight, expected.weight)
+    assert fit.repaired_error == expected.repaired_error
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -213,13 +213,3 @@ def test_weights_in_half_precision_become_what_float64_gives(bias, residuals, ri
     assert (fit.weight.to(dtype) == expected.weight.to(dtype)).float().mean() > 0.9
     assert fit.sliced_error == pytest.approx(expected.sliced_error, rel=1e-4)
     assert fit.repaired_error == pytest.approx(expected.repaired_error, rel=1e-3)
-
-
-def test_float64_solves_what_float32_cannot():
-    inputs = INPUTS.clone()
-    inputs[:, KEEP[1]] = inputs[:, KEEP[0]]
-    weight, moments = WEIGHT.bfloat16(), gathered(inputs)
-    fit = refit(weight, None, moments, KEEP, ridge=1e-12)
-    expected = refit(weight.double(), None, moments, KEEP, ridge=1e-12)
-    assert torch.equal(fit.weight, expected.weight)
-    assert fit.repaired_error == expected.repaired_error

@@ -374,7 +374,7 @@ def test_people_read_what_was_removed_and_how_to_load_it(carded):
     assert str(carded.parent) not in text
 
 
-def test_a_card_is_written_without_any_facts(tmp_path):
+def test_a_card_needs_no_facts_and_names_the_first_original_of_a_chain(tmp_path, carded):
     net = tiny.build("llama")
     net.config._name_or_path = ""
     save(net, None, tmp_path / "plain")
@@ -382,9 +382,6 @@ def test_a_card_is_written_without_any_facts(tmp_path):
     assert data["pipeline_tag"] == "text-generation"
     assert "base_model" not in data
     assert "model-index" not in data
-
-
-def test_the_first_original_is_named_through_a_chain(carded, tmp_path):
     net = tiny.build("llava-llama")
     net.config._name_or_path = str(carded)
     save(net, None, tmp_path / "again")

@@ -56,7 +56,7 @@ def renumbered(batch, plan):
 
 
 @pytest.mark.parametrize("name", tiered(CAN))
-def test_what_is_left_says_the_same(name, tmp_path):
+def test_what_is_left_says_the_same_and_a_masked_model_is_the_sliced_one(name, tmp_path):
     model = tiny.build(name)
     plan = plan_for(model)
     batch = kept_batch(model, plan)
@@ -71,10 +71,6 @@ def test_what_is_left_says_the_same(name, tmp_path):
     again, _ = sv.load(tmp_path / "out", device="cpu")
     assert_close(logits(again, renumbered(batch, plan)), expected, FORWARD)
     assert sv.anatomy(tmp_path / "out") == plan.after
-
-
-@pytest.mark.parametrize("name", tiered(CAN))
-def test_a_masked_model_is_the_sliced_one(name):
     masked, sliced = tiny.build(name), tiny.build(name)
     plan = plan_for(masked)
     kept = kept_batch(masked, plan)
@@ -257,7 +253,7 @@ def test_every_number_in_every_file_is_the_new_one(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_read_back_model_says_the_same(kind):
+def test_a_read_back_model_says_the_same_and_is_the_one_written_piece_by_piece(kind, tmp_path):
     whole, small, plan = trimmed(kind)
     model, processor = sv.load(whole, device="cpu")
     less, its_processor = sv.load(small, device="cpu")
@@ -271,10 +267,6 @@ def test_a_read_back_model_says_the_same(kind):
     length = {"max_new_tokens": 6, "do_sample": False}
     inputs = {k: v for k, v in fewer.items() if k != "labels"}
     assert less.generate(**inputs, **length).shape[1] > fewer["input_ids"].shape[1]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_piece_by_piece_the_same_folder_is_written(kind, tmp_path):
     whole, small, plan = trimmed(kind)
     assert read_anatomy(open_checkpoint(whole).model) == plan.before
     sv.prune_checkpoint(whole, plan, tmp_path / "out")

@@ -77,7 +77,7 @@ def test_expected_values_are_those_of_the_table(model):
 
 
 @pytest.mark.usefixtures("large")
-def test_a_large_model_is_not_trained_without_a_gpu(model):
+def test_a_large_model_is_not_trained_without_a_gpu_and_costs_grow(model):
     with_gpu, without = (advise(model, ratio=0.3, gpu=gpu) for gpu in (True, False))
     assert with_gpu.recipe.train == "lora"
     assert 0.1 < with_gpu.cost.training_hours < 100
@@ -87,10 +87,6 @@ def test_a_large_model_is_not_trained_without_a_gpu(model):
     assert "not trained" in without.notes[0]
     assert "--train none" in without.command
     assert advise(model, ratio=0.3, gpu=False, samples=20).recipe.train == "lora"
-
-
-@pytest.mark.usefixtures("large")
-def test_costs_grow_with_what_they_rest_on(model):
     whole_batches = (160, 1600)
     few, many = (advise(model, ratio=0.3, gpu=True, samples=n).cost for n in whole_batches)
     assert many.training_hours == pytest.approx(10 * few.training_hours)

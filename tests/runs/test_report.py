@@ -347,7 +347,7 @@ def test_heatmaps_cross_what_is_gone(shape, tmp_path):
             assert len(opacity) == sum(len(marks.texts) for marks in chart.of("heat"))
 
 
-def test_trade_offs_need_two_models(run):
+def test_trade_offs_need_two_models_and_loss_curves_a_chart_for_each_component(run):
     entries = read_record(run).entries
     assert trade_offs(entries[:1]) == []
     charts = trade_offs(entries)
@@ -355,9 +355,6 @@ def test_trade_offs_need_two_models(run):
     assert all(len(chart.of("mark")) == 3 for chart in charts)
     high = {label.get_text(): label.xy[1] for label in charts[0].axes.texts}
     assert high["original"] > high["recovered"] > high["pruned"]
-
-
-def test_loss_curves_have_a_chart_for_each_component(run):
     steps = [{"step": i, "loss": 3.0 - i, "loss_sft": 1.0, "grad_norm": 9.0} for i in (0, 1, 2)]
     charts = loss_curves(steps)
     assert [chart.title for chart in charts] == ["Sum of the losses", "sft"]
@@ -484,7 +481,7 @@ def test_pictures_fit_and_small_ones_are_exact(size, stored, shown, enlarged):
         assert image.convert("RGB").tobytes() == asked[0].images[0].tobytes()
 
 
-def test_a_page_stays_below_five_megabytes():
+def test_a_page_stays_below_five_megabytes_and_every_task_gets_pictures():
     """Noise does not compress: pictures go, those of lost answers last; words stay."""
     html = page(two("0" * 300 + "1" * 300, "1" * 300 + "0" * 300, size=(64, 64))[0])
     assert 4_000_000 < len(html.encode()) < 5_000_000
@@ -494,9 +491,6 @@ def test_a_page_stays_below_five_megabytes():
     assert f"Pictures of {len(bare)} answers are left out" in html
     with_picture = [card for card in shown if "<img" in card]
     assert {'data-kind="lost"' in card for card in with_picture[:200]} == {True}
-
-
-def test_every_task_gets_some_of_the_pictures():
     asked = {name: questions(name, 300, (64, 64)) for name in ("one", "two")}
     a, b = (
         compared_result(right, **{name: answered(q, right * 300) for name, q in asked.items()})

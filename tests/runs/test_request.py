@@ -35,16 +35,13 @@ def decided(request):
 
 
 # What is left open.
-def test_with_data_the_measured_recipe_is_the_default():
+def test_with_data_the_measured_recipe_is_the_default_without_it_the_demo_calibrates():
     found, said = decided(asked())
     assert found.prune.criterion == DEFAULT_CRITERIA["width"] == ("obs",)
     assert (found.prune.allocation, found.prune.repair) == ("balanced", "auto")
     assert found.prune.local_steps is None  # as many as the samples make of it
     assert found.hold_out
     assert said == []
-
-
-def test_without_data_the_demo_calibrates_and_nothing_is_trained():
     request = replace(asked(data=None, recover=RecoverConfig()), report_samples=8)
     found, said = decided(request)
     assert found.prune == decided(asked(too_long="cut"))[0].prune
@@ -195,16 +192,13 @@ def test_no_sample_of_the_report_is_used(seed, training, count, data):
         assert ids(found.report) == [f"s{i}" for i in range(20)][-len(found.report) :]
 
 
-def test_repeated_samples_are_not_held_out(data):
+def test_repeated_samples_are_not_held_out_and_too_few_not_reported(data, tmp_path):
     samples = load_samples(data)
     twice = [*samples[:18], replace(samples[2], id="again"), samples[19]]
     request = reading(data, report_samples=2)
     assert ids(split(twice, request).report) == ["s19"]
     others = [Sample("x", samples[0].messages, samples[1].images)]
     assert not_among([samples[0]], others) == [samples[0]]  # the same words on another picture
-
-
-def test_too_few_samples_are_reported(data, tmp_path):
     few, lines = folders.write_llava_data(tmp_path, count=9), []
     found = read_split(reading(few), lines.append)
     assert found.report == ()

@@ -206,12 +206,19 @@ def test_a_place_that_cannot_be_removed_costs_no_scores(model, data, folder, tmp
     assert_same(score_checkpoint(folder, data, scratch="."), score(model, data))
 
 
-def test_two_runs_do_not_share_a_scratch_folder(data, folder, tmp_path):
+def test_two_runs_do_not_share_a_scratch_folder_and_a_full_disk_is_found(
+    data, folder, tmp_path, monkeypatch
+):
     with ThreadPoolExecutor(1) as elsewhere, held(tmp_path / "slimvlm-scratch"):
         second = elsewhere.submit(score_checkpoint, folder, data, scratch=tmp_path)
         with pytest.raises(InUseError, match="slimvlm-scratch' is in use by another run"):
             second.result()
     score_checkpoint(folder, data, scratch=tmp_path)
+    usage = namedtuple("usage", "total used free")(10, 10, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(LayerwiseModel, "layer", None)
+    with pytest.raises(ConfigError, match=r"scratch .* GiB needed, .* 0.0 GiB free"):
+        score_checkpoint(folder, data, scratch=tmp_path)
 
 
 def test_the_scratch_folder_is_announced_and_other_files_in_it_stay(data, folder, tmp_path):
@@ -222,14 +229,6 @@ def test_the_scratch_folder_is_announced_and_other_files_in_it_stay(data, folder
     assert line.startswith("scratch: 0.00 GiB in ")
     assert str(tmp_path) in line
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_a_full_disk_is_found_before_layers_run(data, folder, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")(10, 10, 0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(LayerwiseModel, "layer", None)
-    with pytest.raises(ConfigError, match=r"scratch .* GiB needed, .* 0.0 GiB free"):
-        score_checkpoint(folder, data, scratch=tmp_path)
 
 
 @pytest.mark.parametrize("criterion", ["block_influence", "obs"])

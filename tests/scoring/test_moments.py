@@ -47,7 +47,7 @@ def assert_same(ours, theirs, tolerance=SOLVE):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_grams_are_the_products_of_the_matrices_inputs(name):
+def test_grams_are_the_products_of_inputs_in_any_parts(name):
     model = tiny.build(name).double()
     data = double(samples(name))
     seen = {}
@@ -77,10 +77,6 @@ def test_grams_are_the_products_of_the_matrices_inputs(name):
         assert weight.data_ptr() == matrix.data_ptr()
         assert not weight.requires_grad
     assert float(statistics.weight) == statistics.num_tokens == len(x)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_streamed_sums_are_whole_sums(name):
     model = tiny.build(name).double()
     data = double(samples(name))
     assert_same(capture_grams(model, data), capture_grams(model, [joined(data)]))
@@ -96,7 +92,7 @@ def test_padding_changes_nothing(name, left):
     assert_same(together, alone, FORWARD if left else SOLVE)
 
 
-def test_roles_add_up_and_a_weight_is_a_factor():
+def test_roles_add_up_and_tokens_of_weight_zero_are_gone_exactly():
     model, data = tiny.build("llava-llama").double(), double(samples("llava-llama"))
     whole = sums_of(capture_grams(model, data))
     none = {"image": 0.0, "prompt": 0.0, "answer": 0.0}
@@ -107,16 +103,13 @@ def test_roles_add_up_and_a_weight_is_a_factor():
         image, prompt, answer = (part[key] for part in parts)
         assert_close(image + prompt + answer, whole[key], SOLVE)
         assert_close(0.25 * image + 3 * prompt + answer, scaled[key], SOLVE)
-
-
-def test_tokens_of_weight_zero_are_gone_exactly():
-    """Answers come last, so that without them the other tokens are what they were."""
+    # answers come last, so that without them the other tokens are what they were
     model, data = tiny.build("llama").double(), double(samples("llama"))
     short = [{k: v[:, :6] for k, v in one.items()} for one in data]
     assert_same(capture_grams(model, data, {"answer": 0.0}), capture_grams(model, short))
 
 
-def test_precision_follows_the_model():
+def test_precision_follows_the_model_and_matrices_outlive_pruning():
     data = samples("llama")
     for dtype, expected in (
         (torch.float32, torch.float32),
@@ -127,9 +120,6 @@ def test_precision_follows_the_model():
         place = 0, "mlp.down_proj"
         assert statistics.parts[place].gram.dtype == expected
         assert statistics.matrices[place].dtype == dtype
-
-
-def test_the_matrices_outlive_pruning():
     model = tiny.build("llama")
     statistics = capture_grams(model, samples("llama"))
     before = {place: matrix.clone() for place, matrix in statistics.matrices.items()}
@@ -198,7 +188,7 @@ def drawn(*shape):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_product_is_whole_once_it_is_mirrored(size):
+def test_a_product_is_whole_once_it_is_mirrored_and_the_inverse_is_one(size):
     left, right = drawn(2, 10, size)
     sides = torch.cat([left, right]), torch.cat([right, left])
     start = drawn(size, size)
@@ -207,10 +197,6 @@ def test_a_product_is_whole_once_it_is_mirrored(size):
     mirror_(matrix)
     assert_close(matrix, start + start.T - left.T @ right - right.T @ left, SOLVE)
     assert torch.equal(matrix, matrix.T)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_the_inverse_is_one(size):
     x = drawn(size + 5, size)
     matrix = x.T @ x
     inverse = matrix.clone()

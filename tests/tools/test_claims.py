@@ -119,7 +119,7 @@ def test_a_claim_agrees_fails_and_is_not_measured(name):
     assert verdicts(failed)[name] == Claim(name, CLAIMS[name][0], "not measured")
 
 
-def test_numbers_are_means_over_seeds_and_parity_is_their_spread():
+def test_numbers_are_means_over_seeds_and_repaired_cells_stand_beside_bare_ones():
     width = [row("width", 0.3, kept, "sft", seed=i) for i, kept in enumerate((70, 80, 90))]
     depth = [row("depth", 0.3, kept, "sft", seed=i) for i, kept in enumerate((72, 73, 74))]
     claim = verdicts([*width, *depth])["T4"]
@@ -127,17 +127,22 @@ def test_numbers_are_means_over_seeds_and_parity_is_their_spread():
     assert claim.numbers == ("m 30%, 100% of the data: depth and width 73.0 and 80.0 ± 10.0",)
     narrow = [{**r, "avg_percent": 80 + r["seed"]} for r in width]
     assert verdicts([*narrow, *depth])["T4"].verdict == "does not"
+    bare = [row("width", 0.3, 60), row("depth", 0.3, 50)]
+    mended = [row("width", 0.3, 90, repair="auto"), row("depth", 0.3, 92, repair="auto")]
+    found = verdicts([*bare, *mended])["T1"]
+    assert found.verdict == "does not"
+    assert found.numbers == (
+        "m 30%: width 60.0, depth 50.0",
+        "not: m 30%, repaired: width 90.0, depth 92.0",
+    )
 
 
-def test_a_model_without_eyes_has_no_picture_claim():
+def test_blind_models_have_no_picture_claim_and_nothing_is_measured_before_a_cell():
     blind = {"avg_pictures": None}
     rows = [{**r, **blind} for r in AGREES["T1"] + AGREES["T7"]]
     claims = {c.name: c for c in claims_of(pd.DataFrame([{**ORIGINAL, **blind}, *rows]))}
     assert claims["T7"].verdict == "not measured"
     assert claims["T1"].verdict == "agrees"
-
-
-def test_before_the_first_cell_nothing_is_measured_and_claims_are_written_as_markdown():
     original = {name: ORIGINAL[name] for name in ("model", "axis", "recovery", "status")}
     for rows in ([original], [{**original, "status": "open"}]):
         assert {claim.verdict for claim in claims_of(pd.DataFrame(rows))} == {"not measured"}
@@ -160,14 +165,3 @@ def test_the_shipped_grids_answer_what_they_say():
         measured = {c.name for c in claims_of(table) if c.verdict != "not measured"}
         if path.stem in wanted:
             assert measured == set(wanted[path.stem])
-
-
-def test_repaired_cells_are_asked_beside_bare_ones_and_named():
-    bare = [row("width", 0.3, 60), row("depth", 0.3, 50)]
-    mended = [row("width", 0.3, 90, repair="auto"), row("depth", 0.3, 92, repair="auto")]
-    found = verdicts([*bare, *mended])["T1"]
-    assert found.verdict == "does not"
-    assert found.numbers == (
-        "m 30%: width 60.0, depth 50.0",
-        "not: m 30%, repaired: width 90.0, depth 92.0",
-    )

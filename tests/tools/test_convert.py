@@ -155,7 +155,7 @@ def model_inputs(found, name):
 
 
 @torch.no_grad()
-def test_logits_are_the_original_ones(converted):
+def test_logits_and_greedy_tokens_are_the_original_ones(converted):
     names = [n.split(".")[0] for n in converted.inputs if n.endswith("input_ids")]
     assert set(names) >= set(PICTURES)
     for name in names:
@@ -164,10 +164,6 @@ def test_logits_are_the_original_ones(converted):
         found = converted.model(**inputs).logits[:, -TAIL:, : expected.shape[-1]]
         seen = inputs["attention_mask"][:, -TAIL:].bool()
         assert_close(found[seen], expected[seen], FORWARD)
-
-
-@torch.no_grad()
-def test_greedy_tokens_are_the_original_ones(converted):
     inputs = model_inputs(converted, "one")
     said = converted.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     expected = converted.golden["cases"][f"{converted.case.prefix}one"]["greedy_8"][-8:]

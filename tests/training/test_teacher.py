@@ -204,7 +204,7 @@ def tower_calls(model):
 
 
 @pytest.mark.parametrize("name", tiered(SEEING_FAMILIES, sees_by_default))
-def test_a_picture_is_looked_at_once(name):
+def test_a_picture_is_looked_at_once_also_through_the_student_s_projector(name):
     """Twice in a row, so that nothing old is left; each side through its own projector."""
     student, teacher, _ = pruned(name, "depth")
     moved_projector(student)
@@ -225,11 +225,7 @@ def test_a_picture_is_looked_at_once(name):
             assert torch.equal(found, expected)
         (again,) = hidden_states(teacher, batch)
     assert torch.equal(again, expected)
-
-
-@pytest.mark.parametrize("name", tiered(SEEING_FAMILIES, sees_by_default))
-def test_the_teacher_can_see_through_the_student_s_projector(name):
-    """As the study's trainers do it: equal to a teacher that has the student's projector."""
+    # as the study's trainers do it: equal to a teacher that has the student's projector
     student, teacher, _ = pruned(name, "depth")
     moved_projector(student)
     prepare_training(student, config(train="projector"))
@@ -357,13 +353,15 @@ def test_sharing_follows_what_learns(train):
         assert_close(ours[name], theirs[name], TRAINED)
 
 
-def test_frozen_tensors_stay_bit_equal_and_a_used_up_teacher_is_gone():
+def test_frozen_tensors_stay_a_used_up_teacher_goes_and_a_separate_one_stays():
     before = weights(models("llava", "width")[0])
     after, _, teacher = run("llava", "width")
     learning = r"multi_modal_projector\.|language_model\.layers\.\d+\.(self_attn|mlp)\..*_proj\."
     frozen = [name for name in before if not re.search(learning, name)]
     assert [name for name in frozen if not torch.equal(after[name], before[name])] == []
     assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}
+    before = weights(models("llava", "width")[1])
+    assert changed(run("llava", "width", share=False)[2], before) == set()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
@@ -377,11 +375,6 @@ def test_a_shared_teacher_s_file_is_let_go(tmp_path):
     share_(teacher, prepare_training(student, config()), plan)
     gc.collect()
     assert file not in Path("/proc/self/maps").read_text()
-
-
-def test_a_separate_teacher_is_left_alone():
-    before = weights(models("llava", "width")[1])
-    assert changed(run("llava", "width", share=False)[2], before) == set()
 
 
 def test_repaired_matrices_are_copied_and_named():
@@ -455,7 +448,7 @@ def test_a_student_that_lost_tokens_alone_says_what_its_teacher_says(kind, words
         assert history.steps[0][f"loss_{name}"] == pytest.approx(0, abs=1e-5)
 
 
-def test_the_teacher_shares_all_but_the_rows_of_tokens():
+def test_the_teacher_shares_all_but_the_rows_of_tokens_which_needs_the_plan():
     texts, found = short_samples(8, sees=False), []
     for share in (True, False):
         student, teacher, processor, _, plan = fewer_tokens("text", 60, ratio=0.4)
@@ -466,9 +459,6 @@ def test_the_teacher_shares_all_but_the_rows_of_tokens():
     for shared, separate in zip(found[0].steps[:2], found[1].steps[:2], strict=True):
         assert shared["loss_kl"] == pytest.approx(separate["loss_kl"], abs=1e-5)
         assert shared["loss_kl"] > 1e-4
-
-
-def test_without_the_plan_the_vocabularies_do_not_fit():
     student, teacher, processor, _, _ = fewer_tokens("text", 60)
     with pytest.raises(sv.SlimError, match="vocab_size is"):
         recover(student, teacher, short_samples(8, sees=False), config(loss="kl"), processor)
