@@ -128,15 +128,6 @@ def empty_model(
     return model
 
 
-def with_text_config(config: PreTrainedConfig, text_config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the whole configuration with another language-model part."""
-    name = family_of(config.model_type).text_config
-    if name is None:
-        return text_config
-    setattr(config, name, text_config)
-    return config
-
-
 def set_class_(model: PreTrainedModel) -> None:
     """Give a model its native or uneven class by its config, instead of a checkpoint's own code."""
     config: Any = model.config

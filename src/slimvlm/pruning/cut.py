@@ -23,10 +23,9 @@ from slimvlm.models.load import (
     require_full_precision,
     retype_modules_,
     set_class_,
-    with_text_config,
 )
 from slimvlm.models.modeling_pruned import set_counts_
-from slimvlm.models.parts import Parts, layer_matrices, text_config_of
+from slimvlm.models.parts import Parts, family_of, layer_matrices, text_config_of
 from slimvlm.planning.mask import kept_channels, require_match
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import renumber_config_, renumber_modules_, require_named_tokens
@@ -91,7 +90,10 @@ def with_renumbered(
 ) -> PreTrainedConfig:
     """Change the whole configuration of the original into that of the pruned model."""
     renumber_config_(config, plan)
-    return with_text_config(config, text_config)
+    if (name := family_of(config.model_type).text_config) is None:
+        return text_config
+    setattr(config, name, text_config)
+    return config
 
 
 def multi_token_fields(text_config: Any) -> list[str]:

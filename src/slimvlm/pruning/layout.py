@@ -44,34 +44,19 @@ class Layout:
 
 
 LAYOUTS = {
-    "aya_vision": Layout(names=_TOWER),
-    "cohere2": Layout(),
-    "gemma2": Layout(),
-    "gemma3": Layout(names=_TOWER),
-    "glm4v": Layout(),
-    "idefics2": Layout(since=FIRST_5),
-    "idefics3": Layout(since=FIRST_5),
-    "internvl": Layout(),
-    "lfm2": Layout(),
-    "llama": Layout(),
-    "llava": Layout(names=_TOWER),
-    "llava_next": Layout(names=_TOWER),
-    "llava_onevision": Layout(names=_TOWER),
-    "mistral": Layout(),
-    "ovis2": Layout(),
-    "paligemma": Layout(names=_TOWER),
-    "perception_lm": Layout(),
-    "phi": Layout(),
-    "phi3": Layout(),
-    "phi4_multimodal": Layout(),
-    "qwen2": Layout(),
-    "qwen2_5_vl": Layout(),
-    "qwen2_vl": Layout(),
-    "qwen3": Layout(),
-    "qwen3_vl": Layout(),
-    "smolvlm": Layout(since=FIRST_5),
-    "stablelm": Layout(),
-    "video_llama_3": Layout(since=FIRST_5),
+    **dict.fromkeys(
+        (
+            *("cohere2", "gemma2", "glm4v", "internvl", "lfm2", "llama", "mistral", "ovis2", "phi"),
+            *("perception_lm", "phi3", "phi4_multimodal", "qwen2", "qwen2_5_vl", "qwen2_vl"),
+            *("qwen3", "qwen3_vl", "stablelm"),
+        ),
+        Layout(),
+    ),
+    **dict.fromkeys(
+        ("aya_vision", "gemma3", "llava", "llava_next", "llava_onevision", "paligemma"),
+        Layout(names=_TOWER),
+    ),
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm", "video_llama_3"), Layout(since=FIRST_5)),
     "vipllava": Layout(names=_TOWER, fields=(("vision_feature_layers", "vision_feature_layer"),)),
 }
 """Model types whose files older versions read; each row is tested in all the versions it names.

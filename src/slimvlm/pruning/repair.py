@@ -51,13 +51,6 @@ class Refit:
     repaired_error: float  # with the new weights and bias
 
 
-def blended(
-    sliced: Float[Tensor, "*_"], new: Float[Tensor, "*_"], share: float
-) -> Float[Tensor, "*_"]:
-    """Interpolate between sliced and new weights, in the precision of the new ones."""
-    return torch.lerp(sliced.to(new), new, share)
-
-
 def confirmed(
     new: tuple[Float[Tensor, "O K"], Float[Tensor, " O"] | None],
     weight: Float[Tensor, "O C"],
@@ -150,7 +143,7 @@ def _refit(
     ridge: float,
     tolerance: float,
 ) -> Refit | None:
-    """Run `refit` in the precision of the weight; None if that has too few digits."""
+    """Run `refit` in the precision of the weight; None if rounding exceeds the tolerance."""
     centred, dtype = bias is not None, weight.dtype
     is_kept = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     is_kept[keep] = True
@@ -158,10 +151,33 @@ def _refit(
     removed_weight = weight[:, remove]
     lost = removed_weight @ moments.block(remove, keep, centred, dtype)
     lost += moments.cross_block(keep, centred, dtype)
-    solution = _solve(moments, keep, lost, ridge, centred, tolerance)
-    if solution is None:
-        return None
-    change, penalty = solution
+    # the change is ``lost (G_KK + λ I)⁻¹``, by Cholesky in place
+    change, penalty, changes = torch.zeros_like(lost), 0.0, bool(lost.any())
+    ridge = max(ridge, 10 * torch.finfo(moments.pairs.dtype).eps)
+    for _ in range(_MOST_TRIES if changes else 0):
+        system = moments.block(keep, keep, centred, dtype).T
+        mean = float(system.diagonal().mean())
+        penalty = ridge * mean
+        system.diagonal().add_(penalty)
+        info = torch.empty((), dtype=torch.int32, device=system.device)
+        torch.linalg.cholesky_ex(system, out=(system, info))
+        if tolerance < math.inf:
+            rounding = _NOISE * torch.finfo(system.dtype).eps * mean
+            if int(info) != 0 or system.diagonal().square().min() < rounding:
+                return None
+        if int(info) == 0:
+            break
+        ridge *= 10
+    for start in range(0, len(lost) if changes else 0, BLOCK):
+        rows = slice(start, start + BLOCK)
+        change[rows] = torch.cholesky_solve(lost[rows].T, system).T
+    if tolerance < math.inf and changes:
+        drawn = torch.randn(_PROBES, len(lost), generator=torch.Generator().manual_seed(0))
+        drawn = drawn.to(lost)
+        solved = drawn @ change
+        rest = drawn @ lost - moments.image(solved, keep, centred) - penalty * solved
+        if torch.cholesky_solve(rest.T, system).norm() > tolerance * solved.norm():
+            return None
     whole = moments.square(weight, everything, centred)
     sliced = moments.square(removed_weight, remove, centred)
     repaired = sliced - float((lost * change).sum() + penalty * change.square().sum())
@@ -175,46 +191,6 @@ def _refit(
     sliced += float(moments.count * shift.square().sum())
     new_bias = bias.double() + shift - change.double() @ moments.total[keep] / moments.count
     return Refit(new_weight, new_bias, _share(sliced, whole), _share(repaired, whole))
-
-
-def _solve(
-    moments: Moments,
-    keep: Int[Tensor, " K"],
-    lost: Float[Tensor, "O K"],
-    ridge: float,
-    centred: bool,
-    tolerance: float,
-) -> tuple[Float[Tensor, "O K"], float] | None:
-    """Solve for ``lost (G_KK + λ I)⁻¹`` and ``λ``; None if rounding exceeds the tolerance."""
-    change = torch.zeros_like(lost)
-    if not lost.any():
-        return change, 0.0
-    ridge = max(ridge, 10 * torch.finfo(moments.pairs.dtype).eps)
-    for _ in range(_MOST_TRIES):
-        system = moments.block(keep, keep, centred, lost.dtype).T
-        mean = float(system.diagonal().mean())
-        penalty = ridge * mean
-        system.diagonal().add_(penalty)
-        info = torch.empty((), dtype=torch.int32, device=system.device)
-        torch.linalg.cholesky_ex(system, out=(system, info))
-        if tolerance < math.inf:
-            rounding = _NOISE * torch.finfo(system.dtype).eps * mean
-            if int(info) != 0 or system.diagonal().square().min() < rounding:
-                return None
-        if int(info) == 0:
-            break
-        ridge *= 10
-    for start in range(0, len(lost), BLOCK):
-        rows = slice(start, start + BLOCK)
-        change[rows] = torch.cholesky_solve(lost[rows].T, system).T
-    if tolerance < math.inf:
-        drawn = torch.randn(_PROBES, len(lost), generator=torch.Generator().manual_seed(0))
-        drawn = drawn.to(lost)
-        solved = drawn @ change
-        rest = drawn @ lost - moments.image(solved, keep, centred) - penalty * solved
-        if torch.cholesky_solve(rest.T, system).norm() > tolerance * solved.norm():
-            return None
-    return change, penalty
 
 
 def _share(error: float, whole: float) -> float:

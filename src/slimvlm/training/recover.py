@@ -150,9 +150,8 @@ def recover(
     if processor is None:
         raise ConfigError("recover needs the model's processor or tokenizer")
     teacher = teacher if config.needs_teacher else None
-    _require_possible(model, teacher, dataset, config, work)
+    tokens = _tokens_of_teacher(model, teacher, dataset, config, work, plan)
     learnt = subset(list(dataset), config.fraction, config.seed)
-    tokens = _tokens_of_teacher(model, teacher, config, plan)
     layer_pairs: list[tuple[int, int]] = []
     if teacher is not None:
         if plan is not None and not plan_fits(plan, model, teacher):
@@ -291,10 +290,31 @@ def _last_checkpoint(folder: Path) -> str | None:
 def _tokens_of_teacher(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
+    dataset: Sequence[Sample],
     config: RecoverConfig,
+    work: str | Path | None,
     plan: Plan | None,
 ) -> Tensor | None:
-    """Find the teacher's number of each token by a plan; refuse other vocabularies and widths."""
+    """Refuse what does not go together; find the teacher's number of each token, by the plan."""
+    if teacher is None and config.needs_teacher:
+        raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
+    if config.keep_adapter:
+        require_adapter_holds_all(model)
+        if work is None:
+            raise ConfigError("keep_adapter True needs a work folder to write to")
+    if is_sharded(model):
+        if teacher is not None and not is_sharded(teacher):
+            raise ConfigError("teacher: load it with shard, as the model was")
+        for name in ("keep_adapter", "paper_exact"):
+            if getattr(config, name):
+                raise ConfigError(f"{name} True is not possible with a sharded model")
+        # processes of a divided model run its tower together: all see pictures in a step, or none
+        blind = [sample for sample in dataset if not sample.images]
+        if blind and len(blind) < len(dataset):
+            raise ConfigError(
+                f"data: sample {blind[0].id!r} has no picture and others have. A model that "
+                "--shard divides needs pictures in all samples or in none"
+            )
     ours, theirs = (None if each is None else read_anatomy(each) for each in (model, teacher))
     tokens = None
     if plan is not None and plan.tokens is not None:
@@ -310,36 +330,6 @@ def _tokens_of_teacher(
                 * (name == "hidden_size")
             )
     return tokens
-
-
-def _require_possible(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    dataset: Sequence[Sample],
-    config: RecoverConfig,
-    work: str | Path | None,
-) -> None:
-    """Refuse options that do not work with this model, teacher, data or folder."""
-    if teacher is None and config.needs_teacher:
-        raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
-    if config.keep_adapter:
-        require_adapter_holds_all(model)
-        if work is None:
-            raise ConfigError("keep_adapter True needs a work folder to write to")
-    if not is_sharded(model):
-        return
-    if teacher is not None and not is_sharded(teacher):
-        raise ConfigError("teacher: load it with shard, as the model was")
-    for name in ("keep_adapter", "paper_exact"):
-        if getattr(config, name):
-            raise ConfigError(f"{name} True is not possible with a sharded model")
-    # processes of a divided model run its tower together: all see pictures in a step, or none
-    blind = [sample for sample in dataset if not sample.images]
-    if blind and len(blind) < len(dataset):
-        raise ConfigError(
-            f"data: sample {blind[0].id!r} has no picture and others have. A model that --shard "
-            "divides needs pictures in all samples or in none"
-        )
 
 
 def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) -> float:

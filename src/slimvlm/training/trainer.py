@@ -202,6 +202,8 @@ def _is_peft(model: Any) -> bool:
 
 
 TRAINED_FILE = "trained.safetensors"
+DISTANCES = {"hidden": losses.hidden_l2, "cosine": losses.hidden_cosine}
+"""Losses between hidden states."""
 SUPERVISION = "supervision"
 """Key of the supervision in a batch."""
 LEAST_SHARED = 2**30
@@ -314,7 +316,23 @@ class DistillationTrainer(Trainer):
             if "sft" in weights:
                 parts["sft"] = losses.cross_entropy(hidden[0], head_of(student), wanted.labels)
             if self._teacher is not None:
-                parts |= self._distillation(student, self._teacher, hidden, inputs, wanted)
+                with torch.no_grad():
+                    read = self._as_teacher_reads(inputs)
+                    targets = hidden_states(self._teacher, read, self._their_layers)
+                if not self._recovery.paper_exact:  # the study's trainer compares all positions
+                    hidden = [states[wanted.compared][None] for states in hidden]
+                    targets = [states[wanted.compared][None] for states in targets]
+                for name, distance in DISTANCES.items():
+                    if name in weights:
+                        pairs = (distance, hidden, targets, None, self._reduction)
+                        parts[name] = losses.mean_over_layers(*pairs)
+                head, tokens = head_of(self._teacher), self._tokens
+                theirs = head if tokens is None else lambda states: head(states)[..., tokens]
+                ends = (hidden[0], targets[0].to(hidden[0].dtype), head_of(student), theirs)
+                how = (self._recovery.temperature, self._reduction)
+                for kind in DIVERGENCES:
+                    if kind in weights:
+                        parts[kind] = losses.divergence(*ends, None, kind, *how)
         values = torch.stack([value.detach().float() for value in parts.values()])
         for name, number in zip(parts, values.tolist(), strict=True):  # read once
             if not math.isfinite(number):
@@ -330,44 +348,6 @@ class DistillationTrainer(Trainer):
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
         self._num_sums += 1
         return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
-
-    def _distillation(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel,
-        hidden: list[Tensor],
-        inputs: dict[str, Tensor],
-        wanted: Supervision,
-    ) -> dict[str, Tensor]:
-        """Compute the losses against the teacher, by name."""
-        weights, parts = self._recovery.loss_weights, {}
-        with torch.no_grad():
-            targets = hidden_states(teacher, self._as_teacher_reads(inputs), self._their_layers)
-        if not self._recovery.paper_exact:  # the study's trainer compares all positions
-            hidden = [states[wanted.compared][None] for states in hidden]
-            targets = [states[wanted.compared][None] for states in targets]
-        for name, distance in (("hidden", losses.hidden_l2), ("cosine", losses.hidden_cosine)):
-            if name in weights:
-                parts[name] = losses.mean_over_layers(
-                    distance, hidden, targets, reduction=self._reduction
-                )
-        head, tokens = head_of(teacher), self._tokens
-
-        def head_of_shared_tokens(states: Tensor) -> Tensor:
-            return head(states)[..., tokens]
-
-        for kind in DIVERGENCES:
-            if kind in weights:
-                parts[kind] = losses.divergence(
-                    hidden[0],
-                    targets[0].to(hidden[0].dtype),
-                    head_of(student),
-                    head if tokens is None else head_of_shared_tokens,
-                    kind=kind,
-                    temperature=self._recovery.temperature,
-                    reduction=self._reduction,
-                )
-        return parts
 
     def _as_teacher_reads(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Replace the student's token ids by the teacher's."""

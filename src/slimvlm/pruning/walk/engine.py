@@ -23,7 +23,6 @@ from slimvlm.pruning.repair import (
     RIDGE,
     SEAM,
     Writer,
-    blended,
     confirmed,
     refit,
     require_ridge,
@@ -189,10 +188,10 @@ class LayerWalk:
                 row = MatrixReport(kind, *confirmed(new, weight, bias, rows, keep))
             self._refits[writer.projection.path] = row
             if row.share:
-                new_bias = None
-                if bias is not None and new[1] is not None:
-                    new_bias = blended(bias, new[1], row.share)
-                fitted = blended(weight[:, keep], new[0], row.share), new_bias
+                matrix, shift = new
+                if bias is not None and shift is not None:
+                    shift = bias.to(shift).lerp(shift, row.share)
+                fitted = weight[:, keep].to(matrix).lerp(matrix, row.share), shift
         cut_layer_(streams.runner.model, self.plan, self.index, [unit])
         for inputs in streams.kept:
             if inputs.linear is writer.linear:

@@ -22,30 +22,22 @@ Weights = Mapping[tuple[int, str], Tensor]
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """How a matrix was refitted."""
+    """How a matrix was refitted; errors are on held-out tokens where there are some."""
 
-    kind: str
-    """The kind of repair."""
-    sliced: float
-    """Squared error of the output as a share of the target, if the matrix is only cut; on held-out
-    tokens where there are some, else on those that it was fitted to."""
-    repaired: float
-    """The same of the new weights."""
-    share: float
-    """How much of the refit is kept: 1 all, 0 none."""
+    kind: str  # of repair
+    sliced: float  # squared error of the output as a share of the target, if it is only cut
+    repaired: float  # the same of the new weights
+    share: float  # how much of the refit is kept: 1 all, 0 none
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """Refits and local distillation of one layer."""
 
-    index: int
-    """The original number of the layer."""
-    refits: Mapping[str, MatrixReport] = field(default_factory=dict)
-    """Its matrices that were refitted, by path."""
+    index: int  # the original number of the layer
+    refits: Mapping[str, MatrixReport] = field(default_factory=dict)  # by path
+    # error of the layer's output before and after its local steps, as `distil_` measures it
     distilled: tuple[float, float] | None = None
-    """Held-out error of the layer's output before and after its local steps, as
-    `slimvlm.pruning.walk.distil` measures it; None without them."""
 
 
 @dataclass(frozen=True)
