@@ -327,17 +327,11 @@ class CalibrationConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RatioOptions(Options):
-    """How small a model becomes."""
+class TargetOptions(Options):
+    """How small a model becomes, as a share or as a size."""
 
     ratio: float | None = None
     """Share of the backbone's parameters to remove."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetOptions(RatioOptions):
-    """How small a model becomes, as a share or as a size."""
-
     target_params: str | None = None
     """Instead of a ratio: parameters of the whole smaller model, such as 5B or 90M."""
     target_memory: str | None = None
@@ -355,9 +349,11 @@ class LatencyOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SizeOptions(RatioOptions):
+class SizeOptions(Options):
     """How small a model becomes, and which units may go."""
 
+    ratio: float | None = None
+    """Share of the backbone's parameters to remove."""
     vocab_size: Annotated[int | Literal["auto", "all"] | None, AT_LEAST_1] = None
     """Tokens to keep: those that the data has most, then by the model's own ranks; special ones,
     bytes and single characters stay. auto keeps as many as the data needs. The ratio counts their

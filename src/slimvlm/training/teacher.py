@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import channels_by_segment, read_anatomy, unit_of
@@ -46,47 +45,36 @@ class Sharing:
 
 
 class JoinedRows(nn.Module):
-    """A projection into units: rows that the student kept, then those that it lost, per segment."""
+    """A projection into units: rows that the student kept, then those that it lost, per segment.
 
-    def __init__(
-        self,
-        kept: Float[Tensor, "K D"],
-        kept_bias: Float[Tensor, " K"] | None,
-        removed: Float[Tensor, "R D"],
-        removed_bias: Float[Tensor, " R"] | None,
-        sizes: list[tuple[int, int]],
-    ) -> None:
+    ``sizes`` has both numbers of channels of each segment. The teacher's units are merely permuted
+    by that, since the matrix that reads them (`JoinedColumns`) has the same order.
+    """
+
+    def __init__(self, kept: nn.Linear, removed: nn.Linear, sizes: list[tuple[int, int]]) -> None:
         super().__init__()
-        self.kept, self.removed = _frozen(kept), _frozen(removed)
-        self.kept_bias = None if kept_bias is None else _frozen(kept_bias)
-        self.removed_bias = None if removed_bias is None else _frozen(removed_bias)
-        self._kept_sizes, self._removed_sizes = map(list, zip(*sizes, strict=True))
+        self.kept, self.removed = kept, removed
+        self._sizes = [list(both) for both in zip(*sizes, strict=True)]
 
     def forward(self, inputs: Float[Tensor, "*B D"]) -> Float[Tensor, "*B U"]:
         """Multiply by both parts and join the outputs segment by segment."""
-        kept = F.linear(inputs, self.kept, self.kept_bias).split(self._kept_sizes, -1)
-        removed = F.linear(inputs, self.removed, self.removed_bias).split(self._removed_sizes, -1)
-        return torch.cat([part for pair in zip(kept, removed, strict=True) for part in pair], -1)
+        outputs = (self.kept(inputs), self.removed(inputs))
+        parts = (out.split(sizes, -1) for out, sizes in zip(outputs, self._sizes, strict=True))
+        return torch.cat([part for pair in zip(*parts, strict=True) for part in pair], -1)
 
 
 class JoinedColumns(nn.Module):
     """A projection out of units, in two parts: ``y = W_kept x_kept + W_removed x_removed + b``."""
 
-    def __init__(
-        self,
-        kept: Float[Tensor, "D K"],
-        removed: Float[Tensor, "D R"],
-        bias: Float[Tensor, " D"] | None,
-    ) -> None:
+    def __init__(self, kept: nn.Linear, removed: nn.Linear) -> None:
         super().__init__()
-        self.kept, self.removed = _frozen(kept), _frozen(removed)
-        self.bias = None if bias is None else _frozen(bias)
+        self.kept, self.removed = kept, removed
 
     def forward(self, inputs: Float[Tensor, "*B U"]) -> Float[Tensor, "*B D"]:
         """Add the outputs of both parts."""
-        sizes = [self.kept.shape[1], self.removed.shape[1]]
-        kept, removed = inputs.split(sizes, -1)
-        return F.linear(kept, self.kept, self.bias) + F.linear(removed, self.removed)
+        kept, removed = inputs.split([self.kept.in_features, self.removed.in_features], -1)
+        total: Tensor = self.kept(kept) + self.removed(removed)
+        return total
 
 
 def plan_fits(plan: Plan, model: PreTrainedModel, teacher: PreTrainedModel) -> bool:
@@ -161,11 +149,11 @@ def _share_cut_matrices(
             others = linear.weight.index_select(dim, rest).to(weight.device)
             joined: nn.Module
             if dim == INPUT_COLUMNS:
-                joined = JoinedColumns(weight, others, linear.bias)
+                joined = JoinedColumns(_frozen(weight, linear.bias), _frozen(others))
             else:
                 rest_bias = None if bias is None else linear.bias[rest].to(weight.device)
                 sizes = [(len(k), len(r)) for k, r in zip(kept, removed, strict=True)]
-                joined = JoinedRows(weight, bias, others, rest_bias, sizes)
+                joined = JoinedRows(_frozen(weight, bias), _frozen(others, rest_bias), sizes)
             teacher.set_submodule(path, joined)
             continue
         pairs = zip(kept, removed, strict=True)
@@ -183,8 +171,12 @@ def equal_tensors(theirs: Tensor, ours: Tensor) -> bool:
     return same_kind and torch.equal(theirs.to(ours.device), ours)
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)
+def _frozen(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
 
 
 @contextmanager
