@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import channels_by_segment, read_anatomy, unit_of
@@ -66,15 +67,14 @@ class JoinedRows(nn.Module):
 class JoinedColumns(nn.Module):
     """A projection out of units, in two parts: ``y = W_kept x_kept + W_removed x_removed + b``."""
 
-    def __init__(self, kept: nn.Linear, removed: nn.Linear) -> None:
+    def __init__(self, kept: nn.Linear, removed: nn.Linear, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.kept, self.removed = kept, removed
+        self.kept, self.removed, self.bias = kept, removed, bias
 
     def forward(self, inputs: Float[Tensor, "*B U"]) -> Float[Tensor, "*B D"]:
         """Add the outputs of both parts."""
         kept, removed = inputs.split([self.kept.in_features, self.removed.in_features], -1)
-        total: Tensor = self.kept(kept) + self.removed(removed)
-        return total
+        return F.linear(kept, self.kept.weight, self.bias) + F.linear(removed, self.removed.weight)
 
 
 def plan_fits(plan: Plan, model: PreTrainedModel, teacher: PreTrainedModel) -> bool:
@@ -149,7 +149,7 @@ def _share_cut_matrices(
             others = linear.weight.index_select(dim, rest).to(weight.device)
             joined: nn.Module
             if dim == INPUT_COLUMNS:
-                joined = JoinedColumns(_frozen(weight, linear.bias), _frozen(others))
+                joined = JoinedColumns(_frozen(weight), _frozen(others), linear.bias)
             else:
                 rest_bias = None if bias is None else linear.bias[rest].to(weight.device)
                 sizes = [(len(k), len(r)) for k, r in zip(kept, removed, strict=True)]
