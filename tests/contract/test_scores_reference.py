@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from slimvlm.scoring.hidden_states import angular_distance, block_influence
+from slimvlm.scoring.forward import angular_distance, block_influence
 from slimvlm.scoring.score_model import score
 from tests import tiny
 from tests.handmade import joined

@@ -13,10 +13,10 @@ from slimvlm.pruning import repair
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.repair import refit, repair_
 from slimvlm.pruning.walk.walk import walk_
-from slimvlm.scoring.inputs import capture_grams
+from slimvlm.scoring.forward import capture_grams
 from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.score_model import collect
-from slimvlm.scoring.statistics import Statistics
+from slimvlm.scoring.unit_scores import Statistics
 from tests import tiny
 from tests.handmade import logits, plan_by_hand
 from tests.pruning.pruned import batches, build, narrow, sliced, with_determined_neurons_

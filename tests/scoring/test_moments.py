@@ -7,7 +7,7 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.cut import prune_
 from slimvlm.scoring import moments
-from slimvlm.scoring.inputs import capture_grams
+from slimvlm.scoring.forward import capture_grams
 from slimvlm.scoring.moments import Moments, add_product_, invert_, mirror_
 from tests import tiny
 from tests.handmade import joined, padded, plan_by_hand

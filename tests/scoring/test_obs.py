@@ -11,8 +11,7 @@ from slimvlm.models.parts import Parts
 from slimvlm.scoring import obs, score_model
 from slimvlm.scoring.obs import DAMPING, removal_order
 from slimvlm.scoring.score_model import collect, score
-from slimvlm.scoring.statistics import Grams
-from slimvlm.scoring.unit_scores import strictly_increasing
+from slimvlm.scoring.unit_scores import Grams, strictly_increasing
 from tests import tiny
 from tests.tolerances import SOLVE, assert_close
 

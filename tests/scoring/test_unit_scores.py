@@ -8,8 +8,7 @@ import torch
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.models.parts import Parts
 from slimvlm.scoring.score_model import score
-from slimvlm.scoring.statistics import Statistics
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.unit_scores import Scores, Statistics
 from tests import tiny
 
 CRITERIA = ("block_influence", "angular", "taylor", "magnitude")

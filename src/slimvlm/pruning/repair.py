@@ -26,7 +26,7 @@ from slimvlm.planning.mask import kept_channels
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport, WalkReport
 from slimvlm.scoring.moments import BLOCK, Moments
-from slimvlm.scoring.statistics import Grams, Statistics
+from slimvlm.scoring.unit_scores import Grams, Statistics
 
 _MOST_TRIES = 20
 

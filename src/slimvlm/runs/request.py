@@ -30,8 +30,7 @@ from slimvlm.pruning.walk.walk import WALKING, require_choosable
 from slimvlm.runs.recipes import recipe_for, rules
 from slimvlm.scoring import criteria as scoring
 from slimvlm.scoring.criteria import CRITERIA
-from slimvlm.scoring.statistics import Statistics
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.unit_scores import Scores, Statistics
 
 _RATIO_STEP = 1e-3
 """How much further a ratio goes at least while it is too small."""

@@ -183,12 +183,13 @@ def prune(
         )
     plan = None if plan_file is None else Plan.load(plan_file)
     request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
+    if memory.low_memory:
+        if config.axis == "auto":
+            raise ConfigError("axis 'auto': low_memory can only do depth, width, both or chart")
+        for criterion in scored_by(config):
+            require_low_memory(criterion)
     request, plan, samples = stages.settled(request, plan, say)
     if memory.low_memory:
-        if request.prune.axis == "auto":
-            raise ConfigError("axis 'auto': low_memory can only do depth, width, both or chart")
-        for criterion in scored_by(request.prune):
-            require_low_memory(criterion)
         with scratch_folder(memory.scratch_beside(out)) as folder:
             return _prune_from_files(request, plan, samples, out, folder, force, say)
     loaded, processor = stages.load_original(request)

@@ -45,6 +45,7 @@ class Pass:
         self.num_samples = self.num_tokens = 0
         self.weight = torch.zeros((), dtype=torch.float64)
 
+    @torch.no_grad()
     def forward(
         self,
         model: Any,

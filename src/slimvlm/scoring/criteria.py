@@ -18,10 +18,10 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, layer_matrices
-from slimvlm.scoring import gradients, hidden_states, inputs
+from slimvlm.scoring import forward, gradients
 from slimvlm.scoring.batches import Batch, weight_of
 from slimvlm.scoring.obs import score_obs
-from slimvlm.scoring.statistics import Place, Statistics, Values, per_layer, per_unit
+from slimvlm.scoring.unit_scores import Place, Statistics, Values, per_layer, per_unit
 
 
 def capture_weights(model: nn.Module, batches: Iterable[Batch], p: int = 1) -> Statistics:
@@ -87,7 +87,7 @@ def score_random(statistics: Statistics, anatomy: Anatomy, seed: int = 0) -> Val
 Allowed = tuple[Any, ...] | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Capture:
     """How statistics are collected, and the cost of it.
 
@@ -106,20 +106,18 @@ class Capture:
     layer_bytes: Callable[[LayerShape], int] | None = None
 
 
-NOTHING = Capture(function=lambda model, batches: Statistics(), sees="nothing", passes=0)
-WEIGHTS = Capture(function=capture_weights, options=("p",), passes=0)
-HIDDEN_STATES = Capture(function=hidden_states.capture_hidden_states, sees="hidden_states")
-ACTIVATIONS = Capture(function=inputs.capture_activations)
-MOMENTS = Capture(function=inputs.capture_moments)
-GRAMS = Capture(function=inputs.capture_grams, layer_bytes=inputs.gram_bytes)
-GATES = Capture(function=gradients.capture_gates, passes=3, backward=True)
-GRADIENTS = Capture(
-    function=gradients.capture_gradients, options=("order", "gradient"), passes=3, backward=True
-)
-ROUTING = Capture(function=inputs.capture_routing, passes=2)
+NOTHING = Capture(lambda model, batches: Statistics(), sees="nothing", passes=0)
+WEIGHTS = Capture(capture_weights, ("p",), passes=0)
+HIDDEN_STATES = Capture(forward.capture_hidden_states, sees="hidden_states")
+ACTIVATIONS = Capture(forward.capture_activations)
+MOMENTS = Capture(forward.capture_moments)
+GRAMS = Capture(forward.capture_grams, layer_bytes=forward.gram_bytes)
+GATES = Capture(gradients.capture_gates, passes=3, backward=True)
+GRADIENTS = Capture(gradients.capture_gradients, ("order", "gradient"), passes=3, backward=True)
+ROUTING = Capture(forward.capture_routing, passes=2)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Criterion:
     """One way to score units.
 
@@ -146,121 +144,56 @@ _LLM_PRUNER = "LLM-Pruner, arXiv:2305.11627"
 
 CRITERIA: dict[str, Criterion] = {
     "block_influence": Criterion(
-        units=("layer",),
-        capture=HIDDEN_STATES,
-        function=hidden_states.score_block_influence,
-        paper="ShortGPT, arXiv:2403.03853",
-        about="1 - mean cosine between a layer's input and output",
-        options={"reduction": ("mean", "sum"), "last_layer": ("prenorm", "postnorm")},
-    ),
+        ("layer",), HIDDEN_STATES, forward.score_block_influence, "ShortGPT, arXiv:2403.03853",
+        "1 - mean cosine between a layer's input and output",
+        options={"reduction": ("mean", "sum"), "last_layer": ("prenorm", "postnorm")}),
     "angular": Criterion(
-        units=("layer",),
-        capture=HIDDEN_STATES,
-        function=hidden_states.score_angular,
-        paper="Gromov et al., arXiv:2403.17887",
-        about="the run of layers whose input and output are closest in angle",
-        options={"last_layer": ("prenorm", "postnorm")},
-    ),
+        ("layer",), HIDDEN_STATES, forward.score_angular, "Gromov et al., arXiv:2403.17887",
+        "the run of layers whose input and output are closest in angle",
+        options={"last_layer": ("prenorm", "postnorm")}),
     "spacing": Criterion(
-        units=("layer",),
-        capture=NOTHING,
-        function=score_spacing,
-        paper="compared in arXiv:2603.20275",
-        about="removed layers as far apart as possible",
-    ),
+        ("layer",), NOTHING, score_spacing, "compared in arXiv:2603.20275",
+        "removed layers as far apart as possible"),
     "taylor": Criterion(
-        units=("layer", *WIDTH_UNITS),
-        capture=GRADIENTS,
-        function=gradients.score_taylor,
-        paper=_LLM_PRUNER,
-        about="first order: |weight x gradient| summed over the unit",
-        options={"gradient": ("batch", "per_sample")},
-        fixed={"order": "first"},
-        from_request=("gradient",),
-    ),
+        ("layer", *WIDTH_UNITS), GRADIENTS, gradients.score_taylor, _LLM_PRUNER,
+        "first order: |weight x gradient| summed over the unit",
+        options={"gradient": ("batch", "per_sample")}, fixed={"order": "first"},
+        from_request=("gradient",)),
     "taylor_second": Criterion(
-        units=WIDTH_UNITS,
-        capture=GRADIENTS,
-        function=gradients.score_taylor_widths,
-        paper=_LLM_PRUNER,
-        about="second order: weight² x mean squared gradient",
-        fixed={"order": "second"},
-    ),
+        WIDTH_UNITS, GRADIENTS, gradients.score_taylor_widths, _LLM_PRUNER,
+        "second order: weight² x mean squared gradient", fixed={"order": "second"}),
     "taylor_mix": Criterion(
-        units=WIDTH_UNITS,
-        capture=GRADIENTS,
-        function=gradients.score_taylor_widths,
-        paper=_LLM_PRUNER,
-        about="first and second order together",
-        fixed={"order": "mix"},
-    ),
+        WIDTH_UNITS, GRADIENTS, gradients.score_taylor_widths, _LLM_PRUNER,
+        "first and second order together", fixed={"order": "mix"}),
     "gate": Criterion(
-        units=WIDTH_UNITS,
-        capture=GATES,
-        function=inputs.score_as_collected,
-        paper="Michel et al., arXiv:1905.10650",
-        about="gradient of a switch on each unit; no weight gradients",
-    ),
+        WIDTH_UNITS, GATES, forward.score_as_collected, "Michel et al., arXiv:1905.10650",
+        "gradient of a switch on each unit; no weight gradients"),
     "activation": Criterion(
-        units=WIDTH_UNITS,
-        capture=ACTIVATIONS,
-        function=inputs.score_as_collected,
-        paper="Minitron, arXiv:2407.14679",
-        about="mean size of a unit's output",
-    ),
+        WIDTH_UNITS, ACTIVATIONS, forward.score_as_collected, "Minitron, arXiv:2407.14679",
+        "mean size of a unit's output"),
     "wanda": Criterion(
-        units=WIDTH_UNITS,
-        capture=MOMENTS,
-        function=inputs.score_wanda,
-        paper="Wanda, arXiv:2306.11695",
-        about="|weight| x size of its input, over the columns that read the unit",
-    ),
+        WIDTH_UNITS, MOMENTS, forward.score_wanda, "Wanda, arXiv:2306.11695",
+        "|weight| x size of its input, over the columns that read the unit"),
     "flap": Criterion(
-        units=WIDTH_UNITS,
-        capture=MOMENTS,
-        function=inputs.score_flap,
-        paper="FLAP, arXiv:2312.11983",
-        about="variance of the unit's output x squared weights that read it",
-    ),
+        WIDTH_UNITS, MOMENTS, forward.score_flap, "FLAP, arXiv:2312.11983",
+        "variance of the unit's output x squared weights that read it"),
     "obs": Criterion(
-        units=WIDTH_UNITS,
-        capture=GRAMS,
-        function=score_obs,
-        paper="after SlimGPT, arXiv:2412.18110 and OSSCAR, arXiv:2403.12983",
-        about="squared error when the unit goes and the others are refitted, one after another",
-    ),
+        WIDTH_UNITS, GRAMS, score_obs,
+        "after SlimGPT, arXiv:2412.18110 and OSSCAR, arXiv:2403.12983",
+        "squared error when the unit goes and the others are refitted, one after another"),
     "reap": Criterion(
-        units=("expert",),
-        capture=ROUTING,
-        function=inputs.score_reap,
-        paper="REAP, arXiv:2510.13999",
-        about="mean size of what the expert adds to the tokens that take it",
-    ),
+        ("expert",), ROUTING, forward.score_reap, "REAP, arXiv:2510.13999",
+        "mean size of what the expert adds to the tokens that take it"),
     "frequency": Criterion(
-        units=("expert",),
-        capture=ROUTING,
-        function=inputs.score_frequency,
-        paper="baseline in REAP, arXiv:2510.13999",
-        about="share of the tokens that take the expert",
-    ),
+        ("expert",), ROUTING, forward.score_frequency, "baseline in REAP, arXiv:2510.13999",
+        "share of the tokens that take the expert"),
     "magnitude": Criterion(
-        units=("layer", *LAYER_UNITS),
-        capture=WEIGHTS,
-        function=score_magnitude,
-        paper=_LLM_PRUNER,
-        about="size of the weights, l1 or l2",
-        options={"reduction": ("mean", "sum"), "p": (1, 2)},
-    ),
+        ("layer", *LAYER_UNITS), WEIGHTS, score_magnitude, _LLM_PRUNER,
+        "size of the weights, l1 or l2", options={"reduction": ("mean", "sum"), "p": (1, 2)}),
     "random": Criterion(
-        units=("layer", *LAYER_UNITS),
-        capture=NOTHING,
-        function=score_random,
-        paper="baseline",
-        about="chance",
-        options={"seed": None},
-        from_request=("seed",),
-    ),
-}
+        ("layer", *LAYER_UNITS), NOTHING, score_random, "baseline", "chance",
+        options={"seed": None}, from_request=("seed",)),
+}  # fmt: skip
 
 DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {
     "depth": ("block_influence",),

@@ -29,8 +29,8 @@ from slimvlm.scoring.batches import (
     frozen,
     weight_of,
 )
-from slimvlm.scoring.inputs import linear_matrices
-from slimvlm.scoring.statistics import Place, Statistics, Values, per_layer, per_unit
+from slimvlm.scoring.forward import linear_matrices
+from slimvlm.scoring.unit_scores import Place, Statistics, Values, per_layer, per_unit
 
 _BLOCK = 2**19
 """Numbers of a block on a CPU: small enough for its cache. Other devices take whole matrices."""

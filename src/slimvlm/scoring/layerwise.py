@@ -254,7 +254,7 @@ class LayerwiseModel:
     def batches(self) -> Iterator[Batch]:
         """Read the place, tokens, labels and padding of each batch."""
         for place in range(len(self._digests)):
-            stored = self.store.read("batches", place, self.device, but="hidden")
+            stored = self.store.read("batches", place, self.device, "batch.")
             yield {"place": place, **_below("batch.", stored)}
 
     @torch.no_grad()
@@ -396,13 +396,13 @@ class LayerwiseModel:
 
     def calls(self, place: int) -> LayerCalls:
         """Read the calls of the layers by the batch at a place."""
-        stored = self.store.read("batches", place, self.device, but="hidden")
+        stored = self.store.read("batches", place, self.device, ("batch.", "added.", "call."))
         tree = self.store.about("batches", place)["calls"]
         added = {int(name): value for name, value in _below("added.", stored).items()}
         arguments = {int(index): unpacked(given, stored) for index, given in tree.items()}
         return LayerCalls(arguments, added)
 
 
-def _below(prefix: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+def _below(prefix: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Select the tensors whose names begin with a prefix, and cut it off."""
     return {n.removeprefix(prefix): value for n, value in stored.items() if n.startswith(prefix)}

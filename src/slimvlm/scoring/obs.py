@@ -16,8 +16,7 @@ from slimvlm.core.errors import NumericalError
 from slimvlm.models.anatomy import Anatomy, unit_of
 from slimvlm.models.load import with_float64
 from slimvlm.scoring.moments import add_product_, invert_, mirror_
-from slimvlm.scoring.statistics import Grams, Values, with_shapes
-from slimvlm.scoring.unit_scores import strictly_increasing
+from slimvlm.scoring.unit_scores import Grams, Values, strictly_increasing, with_shapes
 
 DAMPING = 0.01
 

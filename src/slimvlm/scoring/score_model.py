@@ -22,9 +22,8 @@ from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.scoring.batches import Batch, Watched
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named, require_low_memory
 from slimvlm.scoring.layerwise import LayerwiseModel, LazyCheckpoint, open_checkpoint
-from slimvlm.scoring.statistics import Statistics, Values
 from slimvlm.scoring.stores import Scratch, scratch_folder
-from slimvlm.scoring.unit_scores import Scores
+from slimvlm.scoring.unit_scores import Scores, Statistics, Values
 
 PART_BYTES = 2 * 2**30
 """Statistics that `score` holds at a time, where those of all layers would be large."""

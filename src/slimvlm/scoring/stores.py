@@ -29,6 +29,9 @@ from slimvlm.core.files import explained, held, new_file
 from slimvlm.core.progress import Say, silent
 from slimvlm.models.cost import free_memory
 
+Tensors = Mapping[str, Tensor]
+Names = str | tuple[str, ...]
+
 PINNING = ("cuda", "xpu")
 """Devices to which copies from pinned host memory need no waiting."""
 
@@ -59,26 +62,17 @@ class Memory:
         self._sets.pop(name, None)
         self._whole.discard(name)
 
-    def write(
-        self, name: str, place: int, tensors: Mapping[str, Tensor], about: Any = None
-    ) -> None:
+    def write(self, name: str, place: int, tensors: Tensors, about: Any = None) -> None:
         """Write an entry, with a JSON note, in place of an older one."""
         stored = {key: self.held(value) for key, value in tensors.items()}
         self._sets.setdefault(name, {})[place] = stored, about
 
-    def read(
-        self,
-        name: str,
-        place: int,
-        device: torch.device,
-        only: str | None = None,
-        but: str | None = None,
-    ) -> dict[str, Tensor]:
-        """Read the tensors of an entry, one of them, or all but one."""
+    def read(self, name: str, place: int, device: torch.device, begin: Names = "") -> Tensors:
+        """Read the tensors of an entry whose names begin so."""
         return {
             key: value.to(device, non_blocking=device.type in PINNING)
             for key, value in self._sets[name][place][0].items()
-            if only in (None, key) and key != but
+            if key.startswith(begin)
         }
 
     def held(self, value: Tensor) -> Tensor:
@@ -119,27 +113,17 @@ class Scratch:
         for path in (self.folder / name, self.folder / f".{name}.partial"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def write(
-        self, name: str, place: int, tensors: Mapping[str, Tensor], about: Any = None
-    ) -> None:
+    def write(self, name: str, place: int, tensors: Tensors, about: Any = None) -> None:
         """As `Memory.write`."""
         self._folder(name).mkdir(exist_ok=True)
         stored = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
         with new_file(self._path(name, place), outlives_power_cut=False) as partial:
             save_file(stored, partial, {"about": json.dumps(about)})
 
-    def read(
-        self,
-        name: str,
-        place: int,
-        device: torch.device,
-        only: str | None = None,
-        but: str | None = None,
-    ) -> dict[str, Tensor]:
+    def read(self, name: str, place: int, device: torch.device, begin: Names = "") -> Tensors:
         """As `Memory.read`; mapped on a CPU."""
         with safe_open(self._path(name, place), framework="pt", device=str(device)) as file:
-            names = filter(lambda key: key != but, file.keys()) if only is None else [only]
-            return {key: file.get_tensor(key) for key in names}
+            return {key: file.get_tensor(key) for key in file.keys() if key.startswith(begin)}  # noqa: SIM118
 
     def held(self, value: Tensor) -> Tensor:
         """As `Memory.held`: in host memory."""

@@ -15,7 +15,7 @@ from slimvlm.pruning.walk.engine import Steps, WalkConfig
 from slimvlm.pruning.walk.streams import PREFIX, Streams
 from slimvlm.pruning.walk.walk import walk, walk_
 from slimvlm.scoring.batches import answer_loss
-from slimvlm.scoring.inputs import capture_grams
+from slimvlm.scoring.forward import capture_grams
 from slimvlm.scoring.layerwise import LayerwiseModel, Live
 from slimvlm.scoring.obs import DAMPING
 from slimvlm.scoring.score_model import score
