@@ -10,9 +10,10 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from itertools import groupby, takewhile
+from pathlib import Path
 from typing import Any
 
 import docstring_parser
@@ -22,10 +23,11 @@ from slimvlm.cli.options import defaults_from, parse
 from slimvlm.core.errors import (
     LESS_TO_TRAIN,
     ConfigError,
+    PrintableStream,
     SlimError,
     is_out_of_memory,
     one_line,
-    printable,
+    panics_raised,
 )
 from slimvlm.core.files import held
 from slimvlm.core.progress import current_stage, num_ranks, own_stages
@@ -59,38 +61,68 @@ _BYTES = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb. Exit code 0: fine; 2: the user's mistake, in one line; 130: Ctrl-C; 1: ours."""
-    if not sys.stderr.isatty():
+    for number in range(3):  # a file opened later must not take the place of a closed stream
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    out, err = (stream or StringIO() for stream in (sys.stdout, sys.stderr))
+    if not err.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, before their import
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they miss a GPU, or kernels
         logging.getLogger(name).setLevel(logging.ERROR)
     words = sys.argv[1:] if arguments is None else arguments
     verb = next(iter(words), "")
-    try:
-        if verb in ("", "-h", "--help"):
-            print(overview(), file=sys.stdout if verb else sys.stderr)
-            if not verb:
-                raise SystemExit(2)
+    streams: list[Any] = [PrintableStream(out), PrintableStream(err)]
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        try:
+            with panics_raised():
+                _run(verb, words)
+            sys.stdout.flush()
             return
-        refuse_removed(words)
-        if verb not in VERBS:
-            raise ConfigError(f"verb {verb!r} must be one of: {', '.join(VERBS)}")
-        if num_ranks() > 1 and verb != "recover":
-            raise ConfigError(f"{verb} runs in one process: torchrun is for recover")
-        given = parsed(verb, words[1:])
-        out = None if verb == "study" else given.get("out")  # whose runs divide the work
-        with memory_explained(words), held(out) if out is not None else nullcontext():
-            VERBS[verb](**given)
-    except SlimError as error:
-        print(f"slimvlm: {printable(one_line(error))}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        resume = f"Give the same command again to go on{' (with --log)' * (verb == 'evaluate')}"
-        told = resume if verb in GOING_ON else "What was there before is unchanged"
-        print(f"slimvlm: stopped. {told}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        except SlimError as error:
+            code, told = 2, one_line(error)
+        except KeyboardInterrupt:
+            resume = f"Give the same command again to go on{' (with --log)' * (verb == 'evaluate')}"
+            told = resume if verb in GOING_ON else "What was there before is unchanged"
+            code, told = 130, f"stopped. {told}"
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise SystemExit(1) from None
+        except Exception as error:
+            if os.environ.get("SLIMVLM_DEBUG") == "1":
+                raise
+            told = f"{type(error).__name__}: {one_line(error)}"[:500]
+            code, told = 1, f"internal error ({told}); SLIMVLM_DEBUG=1 shows all"
+        with suppress(SlimError):
+            print(f"slimvlm: {told}", file=sys.stderr, flush=True)
+        try:
+            sys.stdout.flush()
+        except SlimError:  # at its end Python would try again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(code) from None
+
+
+def _run(verb: str, words: list[str]) -> None:
+    """Run a verb with its options."""
+    if verb in ("", "-h", "--help"):
+        print(overview(), file=sys.stdout if verb else sys.stderr)
+        if not verb:
+            raise SystemExit(2)
+        return
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise ConfigError(f"the working folder cannot be read ({error.strerror})") from error
+    refuse_removed(words)
+    if verb not in VERBS:
+        raise ConfigError(f"verb {verb!r} must be one of: {', '.join(VERBS)}")
+    if num_ranks() > 1 and verb != "recover":
+        raise ConfigError(f"{verb} runs in one process: torchrun is for recover")
+    given = parsed(verb, words[1:])
+    out = None if verb == "study" else given.get("out")  # whose runs divide the work
+    with memory_explained(words), held(out) if out is not None else nullcontext():
+        VERBS[verb](**given)
 
 
 def parsed(verb: str, words: list[str]) -> dict[str, Any]:

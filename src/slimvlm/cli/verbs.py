@@ -15,6 +15,7 @@ from slimvlm.cli.options import Model, QuestionFlags, RunFlags, TargetFlags, Tra
 from slimvlm.cli.printing import note, print_held_out, print_json, print_results, print_table, show
 from slimvlm.core import options
 from slimvlm.core.errors import ConfigError, printable
+from slimvlm.core.files import path_of
 from slimvlm.core.options import part_of
 
 
@@ -453,7 +454,7 @@ def chat(
     from slimvlm.evaluation.ask import answer
     from slimvlm.models.load import check_models, load_as
 
-    if missing := [str(path) for path in image if not path.is_file()]:
+    if missing := [str(path) for path in image if not path_of(path, "image").is_file()]:
         raise ConfigError(f"image {missing[0]!r}: no such file")
     names = [model] if other is None else [model, other]
     check_models(loading, *names)

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, shortened
-from slimvlm.core.files import write_text
+from slimvlm.core.files import path_of, write_text
 from slimvlm.core.removed import same_without_removed, without_removed
 
 T = TypeVar("T")
@@ -276,7 +276,7 @@ def identity_of_files(name: str, source: str) -> str:
     Of a file over 64 MiB 64 blocks of 1 MiB are read, evenly spaced. ``name`` is the user's name of
     ``source``, the folder or file.
     """
-    path = Path(source)
+    path = path_of(source, "file")
     if not path.exists():
         return name
     files = sorted(path.rglob("*")) if path.is_dir() else [path]

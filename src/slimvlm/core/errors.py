@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TextIO
 
 
 class SlimError(Exception):
@@ -81,6 +83,41 @@ def shortened(value: object) -> str:
     """Return the ``repr`` of a value, cut off after `LONGEST` characters."""
     told = repr(value)
     return told if len(told) <= LONGEST else f"{told[:LONGEST]}..."
+
+
+class PrintableStream:
+    """A text stream that shows control characters of others' texts in place of obeying them.
+
+    Sequences that colour a text or draw a progress bar pass if the stream is a terminal.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._kept = re.compile(_OF_BARS if stream.isatty() else r"([\r])")
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        pieces = self._kept.split(text)
+        pieces[::2] = map(printable, pieces[::2])
+        return self._raised("write", "".join(pieces)) or 0
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        self._raised("flush")
+
+    def _raised(self, method: str, *values: str) -> Any:
+        try:
+            return getattr(self._stream, method)(*values)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(f"stdout or stderr cannot be written ({error.strerror})") from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+_OF_BARS = r"(\r|\x1b\[[0-9;]*[mK]|\x1b\[\d*A|\x1b\[\?25[lh])"
 
 
 def printable(text: str) -> str:

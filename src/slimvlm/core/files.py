@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from slimvlm.core.errors import ConfigError, InUseError, OutputError, shortened
+from slimvlm.core.errors import ConfigError, InUseError, OutputError, one_line, shortened
 from slimvlm.core.progress import is_first_rank
 
 _REASONS = {
@@ -58,6 +58,19 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 def mark_checkpoint(folder: Path) -> None:
     """Mark a folder as a checkpoint of slimvlm's, which ``--force`` may replace."""
     write_text(folder / "slimvlm_checkpoint.json", '{"format": "slimvlm-checkpoint/1"}\n')
+
+
+def path_of(word: str | Path, what: str) -> Path:
+    """Make a path of a user's word; raise ConfigError for one that the system cannot look up."""
+    path = Path(word)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        told = f"cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
+        raise ConfigError(f"{what} {shortened(str(word))}: {told}") from error
+    return path
 
 
 def require_free(path: str | Path, force: bool = False) -> Path:
@@ -205,7 +218,12 @@ def explained(path: str | Path) -> Iterator[None]:
 
 def require_place(path: Path) -> None:
     """Refuse an output whose name no file can have, or whose parent cannot be written."""
-    place = path.absolute()
+    place = path_of(path, "output").absolute()
+    try:
+        str(place.resolve()).encode()
+    except (RuntimeError, UnicodeEncodeError) as error:  # a circle of links; libraries need UTF-8
+        told = one_line(error)
+        raise ConfigError(f"output {shortened(str(path))} is no usable path ({told})") from error
     too_long = any(len(os.fsencode(part)) > LONGEST_NAME for part in place.parts)
     if place.name in ("", "..") or too_long or "\0" in str(place):
         shown = shortened(str(path))

@@ -18,22 +18,29 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from slimvlm.core.errors import printable
+from slimvlm.core.errors import ConfigError, printable
 
 
 def num_ranks() -> int:
     """Count all processes, on all machines; 1 without ``torchrun``."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
 
 
 def is_first_rank() -> bool:
     """Whether this process writes and prints; the others compute the same and stay silent."""
-    return os.environ.get("RANK", "0") == "0"
+    return _number("RANK", 0) == 0
 
 
 def local_rank() -> int:
     """Return the rank of this process on its machine, which is the index of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise ConfigError(f"environment variable {name} {text[:100]!r} must be a number")
+    return int(text)
 
 
 T = TypeVar("T")

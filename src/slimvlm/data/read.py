@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from slimvlm.core.documents import identity_of_files, parse_json, read_object
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
+from slimvlm.core.files import path_of
 from slimvlm.core.options import TooLong
 from slimvlm.core.progress import Say
 from slimvlm.data.chat import can_see, length_of, num_images, rendered, require_readable
@@ -37,7 +38,7 @@ def rows_in_step(data: str | Path, say: Say) -> Iterator[tuple[int, Any]]:
     order, p with a picture, 2 p (n - p) / n have a successor of the other kind, on average (Wald
     and Wolfowitz 1940). Kinds are separated where less than half as many have.
     """
-    path, kept = Path(data), None
+    path, kept = path_of(data, "data"), None
     if path.suffix == ".json" or (
         path.suffix == ".jsonl" and path.is_file() and path.stat().st_size <= KEPT_BYTES
     ):
@@ -95,7 +96,7 @@ def interleaved(groups: Iterable[tuple[float, Sequence[int]]]) -> list[int]:
 
 def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:
     """Yield rows as plain values, or errors; ``outlined`` ones have numbers for stored pictures."""
-    path = Path(data)
+    path = path_of(data, "data")
     if path.is_file():
         try:
             yield from _rows_of_file(path, outlined)
@@ -318,7 +319,7 @@ def _samples(
         has_pictures = processor is None or can_see(processor)
         yield from demo_samples(limit or 1024, pictures=has_pictures)
         return
-    root = Path(images if images is not None else data)
+    root = path_of(data, "data") if images is None else path_of(images, "images")
     root = root if root.is_dir() or images is not None else root.parent
     if images is not None and not root.is_dir():
         raise ConfigError(f"images {str(images)!r} is not a folder")

@@ -24,6 +24,7 @@ from typing import Any
 
 from slimvlm.core.documents import read_text
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, shortened
+from slimvlm.core.files import path_of
 from slimvlm.data.chat import render, tokenizer_of
 from slimvlm.data.samples import Sample
 
@@ -328,7 +329,7 @@ def choose_vocabulary(
 
 def read_texts(path: str | Path) -> Iterator[str]:
     """Yield the text of a file, or of a folder's UTF-8 files, some lines at a time."""
-    place = Path(path)
+    place = path_of(path, "vocab_text")
     if not place.is_dir():
         yield from _pieces(read_text(place, "vocab_text"))
         return

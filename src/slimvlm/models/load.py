@@ -20,6 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from slimvlm.core.documents import digest, read_object
 from slimvlm.core.errors import ConfigError, shortened
+from slimvlm.core.files import path_of
 from slimvlm.core.options import Dtype, LoadConfig
 from slimvlm.core.progress import local_rank, num_ranks, to_log
 from slimvlm.data.chat import tokenizer_of
@@ -181,7 +182,7 @@ def resolve(model: str | Path) -> str:
         from slimvlm.demo.build import build_demo
 
         return str(build_demo())
-    path = Path(model)
+    path = path_of(model, "model")
     if (path / "checkpoint" / "config.json").is_file():
         return str(path / "checkpoint")  # a run folder
     looks_local = str(model).startswith((".", "/", "~")) or str(model).count("/") != 1

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from slimvlm.core import options
 from slimvlm.core.documents import asked
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.files import new_folder, require_free
+from slimvlm.core.files import new_folder, path_of, require_free
 from slimvlm.core.progress import Say, is_first_rank, num_ranks
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
@@ -369,7 +369,8 @@ def evaluate(
     say: Say,
 ) -> dict[str, Any]:
     """Evaluate ``model``, and ``baseline`` before it if given, on data or else on tasks."""
-    has_data, is_file = source.data is not None, baseline is not None and Path(baseline).is_file()
+    has_data = source.data is not None
+    is_file = baseline is not None and path_of(baseline, "baseline").is_file()
     if not has_data:
         check_questions(questions, blind, log_folder is not None)
     elif is_file:

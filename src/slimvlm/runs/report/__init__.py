@@ -27,6 +27,7 @@ from PIL import Image
 
 from slimvlm.core.documents import read_object
 from slimvlm.core.errors import LONGEST, ConfigError, one_line
+from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
 from slimvlm.data.samples import open_image
 from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair, compare
@@ -242,7 +243,7 @@ class Record:
 
 def read_record(folder: str | Path) -> Record:
     """Read a run folder of `compress` or the folder of a study, finished or not."""
-    path = Path(folder)
+    path = path_of(folder, "run")
     try:
         if (path / "config.json").is_file() and (path / "plan.json").is_file():
             return _read_run(path)

@@ -1,0 +1,117 @@
+"""Odd streams, words and environments end in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slimvlm.cli import VERBS, main
+from slimvlm.core.errors import PrintableStream
+from tests import tiny_folder as folders
+
+LONG = "x" * 300
+WORDS = [
+    "inspect PATH",
+    "compress MODEL --data PATH --ratio 0.3 --out o",
+    "compress MODEL --data DATA --images PATH --ratio 0.3 --out o",
+    "compress MODEL --ratio 0.3 --vocab-size auto --vocab-text PATH --out o",
+    "compress MODEL --ratio 0.3 --out PATH",
+    "compress --config PATH --out o",
+    "prune MODEL --plan PATH --out o",
+    "prune MODEL --ratio 0.3 --out PATH",
+    "score MODEL --criterion magnitude --out PATH",
+    "plan MODEL --ratio 0.3 --scores PATH --out o",
+    "recover MODEL --data PATH --out o",
+    "recover MODEL --teacher PATH --data DATA --out o",
+    "evaluate MODEL --data PATH",
+    "evaluate MODEL --tasks PATH",
+    "evaluate MODEL --data DATA --baseline PATH",
+    "compare PATH PATH",
+    "report PATH",
+    "study PATH --out o",
+    "chat MODEL hi --image PATH",
+    "export PATH --out o",
+    "quantize PATH --out o",
+    "convert PATH --out o",
+    "bench PATH",
+]
+
+
+def run(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", [LONG, "a\0b", "loop", "\udcff"], ids=["long", "nul", "loop", "bytes"]
+)
+@pytest.mark.parametrize("words", WORDS)
+def test_a_word_that_is_no_path_is_named(words, path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    folders.copied("text", tmp_path / "model")
+    folders.write_llava_data(tmp_path / "data", pictures=False)
+    (data,) = (tmp_path / "data").glob("*.json")
+    named = {"PATH": path, "MODEL": "model", "DATA": str(data)}
+    code, said = run([named.get(word, word) for word in words.split()], capsys)
+    assert code == 2, said
+    *notes, told = said.splitlines()
+    assert told.startswith("slimvlm: ")
+    assert len(told) < 1000
+    assert len(notes) <= 3
+
+
+def slimvlm(script, folder):
+    """Run a shell line in which ``slimvlm`` is the command."""
+    program = f'slimvlm() {{ {sys.executable} -m slimvlm "$@"; }}\n{script}'
+    return subprocess.run(["bash", "-c", program], cwd=folder, capture_output=True, text=True)
+
+
+def test_streams_that_are_closed_or_full_and_a_folder_that_is_gone(tmp_path):
+    model = folders.folder("text")
+    assert slimvlm(f"slimvlm inspect {model} 2>&-", tmp_path).returncode == 0
+    assert slimvlm(f"slimvlm inspect {model} >&-", tmp_path).returncode == 0
+    if Path("/dev/full").exists():
+        full = slimvlm(f"slimvlm inspect {model} > /dev/full", tmp_path)
+        assert (full.returncode, full.stderr.count("\n")) == (2, 1)
+        assert "cannot be written" in full.stderr
+    gone = slimvlm(f"mkdir g; cd g; rmdir ../g; slimvlm inspect {model}", tmp_path)
+    assert (gone.returncode, gone.stderr.count("\n")) == (2, 1)
+    odd = slimvlm(f"export WORLD_SIZE=abc; slimvlm inspect {model}", tmp_path)
+    assert (odd.returncode, odd.stderr.count("\n")) == (2, 1)
+    assert "WORLD_SIZE 'abc' must be a number" in odd.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("\x1b[2J"), ZeroDivisionError("a\nb"), AssertionError()]
+)
+def test_what_nobody_foresaw_is_one_line(error, monkeypatch, capsys):
+    def fails(**_):
+        raise error
+
+    monkeypatch.setitem(VERBS, "inspect", fails)
+    monkeypatch.setattr("slimvlm.cli.parsed", lambda *_: {})
+    code, said = run(["inspect", "x"], capsys)
+    assert code == 1
+    assert said.startswith(f"slimvlm: internal error ({type(error).__name__}")
+    assert said.endswith("SLIMVLM_DEBUG=1 shows all\n")
+    assert said.count("\n") == 1
+    assert "\x1b" not in said
+    monkeypatch.setenv("SLIMVLM_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main(["inspect", "x"])
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_stream_obeys_bars_alone(is_terminal, tmp_path):
+    with (tmp_path / "file").open("w+") as file:
+        file.isatty = lambda: is_terminal
+        stream = PrintableStream(file)
+        stream.write("a\x1b[2Jb\x1b]0;t\x07\u202e\rc\x1b[31md\x1b[0m\n")
+        stream.flush()
+        file.seek(0)
+        said = file.buffer.read().decode()
+    kept = "\x1b[31md\x1b[0m" if is_terminal else r"\x1b[31md\x1b[0m"
+    assert said == r"a\x1b[2Jb\x1b]0;t\x07\u202e" + "\rc" + kept + "\n"
