@@ -132,7 +132,7 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             place = path.resolve()  # of a link, its target is locked
             place.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(place, wait))
+            stack.enter_context(_locked(place, wait, path))
         old = _beside(path, "old")  # a kill between two renames leaves the old output there
         if old.exists() and _is_ours(old):
             _remove(old) if path.exists() else old.rename(path)
@@ -218,16 +218,16 @@ def explained(path: str | Path) -> Iterator[None]:
 
 def require_place(path: Path) -> None:
     """Refuse an output whose name no file can have, or whose parent cannot be written."""
-    place = path_of(path, "output").absolute()
+    place = path.absolute()
+    too_long = any(len(os.fsencode(part)) > LONGEST_NAME for part in place.parts)
+    if place.name in ("", "..") or too_long or "\0" in str(place):
+        shown = shortened(str(path))
+        raise ConfigError(f"output {shown} must end in a name of at most {LONGEST_NAME} bytes")
     try:
         str(place.resolve()).encode()
     except (RuntimeError, UnicodeEncodeError) as error:  # a circle of links; libraries need UTF-8
         told = one_line(error)
         raise ConfigError(f"output {shortened(str(path))} is no usable path ({told})") from error
-    too_long = any(len(os.fsencode(part)) > LONGEST_NAME for part in place.parts)
-    if place.name in ("", "..") or too_long or "\0" in str(place):
-        shown = shortened(str(path))
-        raise ConfigError(f"output {shown} must end in a name of at most {LONGEST_NAME} bytes")
     parent = place.parent
     with explained(path):
         while not parent.exists():
@@ -250,7 +250,7 @@ def _beside(path: Path, what: str) -> Path:
 
 
 @contextmanager
-def _locked(path: Path, wait: float) -> Iterator[None]:
+def _locked(path: Path, wait: float, named: Path) -> Iterator[None]:
     file = _beside(path, "lock")
     lock = FileLock(file.absolute(), is_singleton=True)
     try:
@@ -260,7 +260,7 @@ def _locked(path: Path, wait: float) -> Iterator[None]:
         with suppress(OSError, UnicodeDecodeError):
             holder = file.read_text(encoding="utf-8") or "not yet known which"
         raise InUseError(
-            f"output {str(path)!r} is in use by another run ({holder}). Wait for its "
+            f"output {str(named)!r} is in use by another run ({holder}). Wait for its "
             "end, or choose another place"
         ) from error
     try:
