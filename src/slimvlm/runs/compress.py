@@ -283,14 +283,8 @@ def _card_facts(run: Run) -> CardFacts:
         command=compress_command(model, run.config, run.name),
         results=tables.as_markdown(*tables.result_rows(results)) if results else "",
         scores={name: (task.metric, task.score) for name, task in measured.items()},
-        held_out=_held_out_text(run.folder),
+        held_out=tables.held_out_text(read_held_out(run.folder), read_times(run.folder)),
     )
-
-
-def _held_out_text(folder: Path) -> str:
-    """Format the held-out figures and the times as Markdown."""
-    text, times = tables.held_out_text(read_held_out(folder)), read_times(folder)
-    return text if times is None else f"{text}\nThe smaller model {times}.\n"
 
 
 def finish(run: Run, plan: Plan) -> None:
@@ -299,7 +293,7 @@ def finish(run: Run, plan: Plan) -> None:
     lines = [f"# {run.request.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
     if results:
         lines.append(tables.as_markdown(*tables.result_rows(results)))
-    if held_out := _held_out_text(folder):
+    if held_out := tables.held_out_text(read_held_out(folder), read_times(folder)):
         lines += ["## What was kept", "", held_out]
     lines += [f"Peak memory: {peak_memory()}.", ""]
     lines.append("The checkpoint is in `checkpoint/`; plain `from_pretrained` loads it.")

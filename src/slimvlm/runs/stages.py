@@ -199,13 +199,6 @@ class Calibration:
             samples = [s for i, s in enumerate(samples, 1) if i % HELD_OUT_EVERY]
         return self._encoded(samples, "encode")
 
-    def spread(self, batches: int) -> Calibration:
-        """Copy with so many of the fitted batches, of all lengths; all if there are fewer."""
-        few = replace(self)
-        few.fitted = self.fitted[:: max(len(self.fitted) // batches, 1)]
-        few.held_out = self.held_out
-        return few
-
     @cached_property
     def held_out(self) -> list[dict[str, Any]]:
         """Held-out batches; of fewer than four samples all."""
@@ -321,7 +314,9 @@ def try_axes(
     `BEHIND`), are in nats for each token of the original's tokenizer, because with fewer tokens a
     text splits into other tokens.
     """
-    shape, shown = read_anatomy(model), calibration.spread(_TRIAL_BATCHES)
+    shape, shown = read_anatomy(model), replace(calibration)  # with fewer batches, of all lengths
+    shown.fitted = calibration.fitted[:: max(len(calibration.fitted) // _TRIAL_BATCHES, 1)]
+    shown.held_out = calibration.held_out
 
     def tried(request: Request) -> float:
         brief = replace(request, prune=replace(request.prune, local_steps=0))

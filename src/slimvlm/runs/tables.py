@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimvlm.core.errors import printable
+from slimvlm.evaluation.bench import PairedTimes
 from slimvlm.evaluation.metrics import LIKELIHOODS, paired_difference
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import TIMES, Result
@@ -163,12 +164,13 @@ def held_out_rows(results: Mapping[str, DataResult]) -> tuple[list[str], list[li
     return [f"{len(first.samples)} samples, {first.tokens:,} answer tokens", *results], rows
 
 
-def held_out_text(results: Mapping[str, DataResult]) -> str:
-    """Format `held_out_rows` as Markdown, with notes; nothing if nothing was measured."""
+def held_out_text(results: Mapping[str, DataResult], times: PairedTimes | None = None) -> str:
+    """Format `held_out_rows` with notes, and times, as Markdown, as far as they were measured."""
+    text = "" if times is None else f"\nThe smaller model {times}.\n"
     if not results:
-        return ""
+        return text
     notes = "\n".join(f"- {note}" for note in (UNSEEN, *held_out_notes(results)))
-    return f"{as_markdown(*held_out_rows(results))}\n{notes}\n"
+    return f"{as_markdown(*held_out_rows(results))}\n{notes}\n{text}"
 
 
 def held_out_notes(results: Mapping[str, DataResult]) -> list[str]:
