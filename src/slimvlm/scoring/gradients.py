@@ -115,7 +115,7 @@ def capture_gradients(
 def _row_blocks(weight: Tensor) -> Iterator[slice]:
     """Slice the rows of a matrix into blocks that fit a CPU's cache."""
     rows, columns = weight.shape
-    step = max(_BLOCK // columns, 1) if weight.device.type == "cpu" else rows
+    step = max(_BLOCK // columns, 1) if weight.device.type == "cpu" else max(rows, 1)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
