@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,13 +91,13 @@ def evaluate_data(
     """
     if isinstance(baseline, PreTrainedModel):
         baseline = predictions_of(baseline, baseline_processor or processor, samples, batch_size)
-    if baseline is not None and len(baseline.states) != len(samples):
-        count = len(baseline.states)
+    if baseline is not None and (count := len(list(baseline.found))) != len(samples):
         raise ConfigError(
             f"baseline: its predictions are of {count} samples, not of {len(samples)}"
         )
-    ours = predictions_of(model, processor, samples, batch_size, name)
-    return replace(result_of(ours, samples, model.device, baseline), seed=seed)
+    with evaluating(model):
+        ours = _live(model, processor, samples, batch_size, name, head_of(model))
+        return replace(result_of(ours, samples, model.device, baseline), seed=seed)
 
 
 @torch.no_grad()
@@ -116,30 +117,33 @@ def result_of(
             both = [(n, known[word]) for word, n in ours.vocabulary.items() if word in known]
             theirs_of = dict(both)
             shared = torch.tensor(sorted(both), dtype=torch.long).reshape(-1, 2).to(device)
-    results = []
-    for place, sample in enumerate(samples):
+    stored = {} if baseline is None else {place: part for place, *part in baseline.found}
+    found: dict[int, OnSample] = {}
+    for place, states, following in ours.found:
+        sample = samples[place]
         name = str(place) if isinstance(sample, str) else sample.id
-        rows, wanted = ours.states[place].to(device), ours.wanted[place].to(device)
-        count, tokens = len(wanted), ours.wanted[place].tolist()
+        rows, wanted = states.to(device), following.to(device)
+        count, tokens = len(wanted), following.tolist()
         if not count:
             raise DataError(f"sample {name!r} has no token that counts")
         if theirs_of is not None:
             tokens = [theirs_of.get(token, IGNORE) for token in tokens]
-        if baseline is None or their_head is None or tokens != baseline.wanted[place].tolist():
+        if their_head is None or tokens != stored[place][1].tolist():
             numbers = by_chunks(partial(row_losses, head), rows, wanted, share=_SHARE)[:, :1]
         else:
-            stored = (part[place].to(device) for part in (baseline.states, baseline.wanted))
-            part = partial(_compared, head, their_head, shared)
-            numbers = by_chunks(part, rows, wanted, *stored, share=_SHARE)
+            compare = partial(_compared, head, their_head, shared)
+            theirs = (part.to(device) for part in stored[place])
+            numbers = by_chunks(compare, rows, wanted, *theirs, share=_SHARE)
         require_finite_values(numbers, f"the losses of sample {name!r}")
         loss, *others = numbers.cpu().double().sum(0).tolist()
         compared: Any = ()
         if others:
-            theirs, same, divergence = others
-            compared = theirs / count, round(same), divergence / count
-        results.append(OnSample(name, count, loss / count, *compared))
+            their_loss, same, divergence = others
+            compared = their_loss / count, round(same), divergence / count
+        found[place] = OnSample(name, count, loss / count, *compared)
+    results = tuple(found[place] for place in sorted(found))
     if baseline is None:
-        return DataResult(ours.model, tuple(results))
+        return DataResult(ours.model, results)
     notes, left_out = [], sum(sample.baseline_loss is None for sample in results)
     if left_out:
         told = f"{left_out} of {len(results)} samples have other tokens than the baseline's"
@@ -147,7 +151,7 @@ def result_of(
     if shared is not None and left_out < len(results):
         told = "the vocabularies differ: agreement and divergence are over"
         notes.append(f"{told} the {len(shared):,} tokens that both have")
-    return DataResult(ours.model, tuple(results), baseline.model, tuple(notes))
+    return DataResult(ours.model, results, baseline.model, tuple(notes))
 
 
 def _compared(
@@ -299,36 +303,42 @@ def row_losses(
 
 @dataclass(frozen=True)
 class Predictions:
-    """Final hidden states at answer tokens, stored to compare two models without loading both."""
+    """Final hidden states at the tokens that count, computed as they are read, or stored."""
 
     model: str
-    states: tuple[Float[Tensor, "_ D"], ...]  # by sample, on the CPU
-    wanted: tuple[Int[Tensor, " _"], ...]  # the tokens that follow, likewise
-    head: Head  # a function that takes states of any device, or weights on the CPU
+    # place of a sample, its states and the tokens that follow, on the CPU
+    found: Iterable[tuple[int, Float[Tensor, "_ D"], Int[Tensor, " _"]]]
+    head: Head  # a function that takes states of any device, or weights
     vocabulary: Mapping[str, int] = field(repr=False)
 
     @classmethod
     def of(cls, model: str, batches: Iterable[States], head: Head, processor: Any) -> Predictions:
-        """Collect batches on the CPU, in the order of the samples."""
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for places, hidden, labels in batches:
-            rows, wanted, counted = predictions(hidden, labels)
-            counts = counted.sum(1).tolist()
-            pieces = zip(rows.cpu().split(counts), wanted.cpu().split(counts), strict=True)
-            found |= dict(zip(places, pieces, strict=True))
-        states, tokens = zip(*(found[place] for place in sorted(found)), strict=True)
-        head = head_on(torch.device("cpu"), head)
-        return cls(model, states, tokens, head, tokenizer_of(processor).get_vocab())
+        """Take them out of batches, when they are read."""
+
+        def found() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for places, hidden, labels in batches:
+                rows, wanted, counted = predictions(hidden, labels)
+                counts = counted.sum(1).tolist()
+                parts = (part.cpu().split(counts) for part in (rows, wanted))
+                yield from zip(places, *parts, strict=True)
+
+        return cls(model, found(), head, tokenizer_of(processor).get_vocab())
+
+    def stored(self) -> Predictions:
+        """Read all, in the order of the samples, to compare models that are not loaded together."""
+        found = sorted(self.found, key=itemgetter(0))
+        return replace(self, found=found, head=head_on(torch.device("cpu"), self.head))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the head must be `HeadWeights`."""
-        head = self.head
+        kept = self.stored()
+        head, (_, states, wanted) = kept.head, zip(*kept.found, strict=True)
         assert isinstance(head, HeadWeights)
-        tensors = {"states": torch.cat(self.states), "wanted": torch.cat(self.wanted)}
+        tensors = {"states": torch.cat(states), "wanted": torch.cat(wanted)}
         tensors["weight"] = head.weight.contiguous()
         if head.bias is not None:
             tensors["bias"] = head.bias.contiguous()
-        about: dict[str, Any] = {"model": self.model, "counts": list(map(len, self.wanted))}
+        about: dict[str, Any] = {"model": self.model, "counts": list(map(len, wanted))}
         about |= {"bends": [head.scale, head.cap], "words": dict(self.vocabulary)}
         with new_file(Path(path)) as partial_file:
             save_file(tensors, partial_file, {"about": json.dumps(about)})
@@ -341,7 +351,8 @@ class Predictions:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         states, wanted = (tensors[name].split(about["counts"]) for name in ("states", "wanted"))
         head = HeadWeights(tensors["weight"], tensors.get("bias"), *about["bends"])
-        return cls(about["model"], states, wanted, head, about["words"])
+        found = list(zip(range(len(states)), states, wanted, strict=True))
+        return cls(about["model"], found, head, about["words"])
 
 
 @torch.no_grad()
@@ -357,7 +368,18 @@ def predictions_of(
     if head is None:
         own, home = head_of(model), model.device
         head = lambda rows: own(rows.to(home)).to(rows.device)  # noqa: E731
+    with evaluating(model):
+        return _live(model, processor, samples, batch_size, name, head).stored()
 
+
+def _live(
+    model: PreTrainedModel,
+    processor: Any,
+    samples: Sequence[Given],
+    batch_size: int,
+    name: str,
+    head: Head,
+) -> Predictions:
     def states() -> Iterator[States]:
         for places, inputs in batches_of(processor, samples, batch_size):
             batch = on_device(model, inputs)
@@ -365,8 +387,7 @@ def predictions_of(
             (hidden,) = hidden_states(model, batch)
             yield places, hidden, labels
 
-    with evaluating(model):
-        return Predictions.of(name or str(model.config._name_or_path), states(), head, processor)
+    return Predictions.of(name or str(model.config._name_or_path), states(), head, processor)
 
 
 def batches_of(
