@@ -294,7 +294,8 @@ def _predictions(
                 (places[i], parts.norm(runner.input_of(last, i)), batch["labels"])
                 for i, batch in ((batch["place"], batch) for batch in runner.batches())
             )
-            found = Predictions.of(name, states, head_weights_of(runner.model), processor)
+            head = head_weights_of(runner.model)
+            found = Predictions.of(name, states, head, processor).stored()
     shutil.rmtree(folder, ignore_errors=True)
     return found
 
