@@ -256,7 +256,7 @@ def test_two_runs_cannot_share_an_output(home, llava, data):
         other.stdout.readline()
         for verb in ("prune", "recover", "compress"):
             words = WITH_MODEL[verb].replace("MODEL", str(llava)).replace("DATA", str(data))
-            told = rf"'out' is in use by another run \(pid {other.pid} on"
+            told = rf"out' is in use by another run \(pid {other.pid} on"
             assert re.search(told, refused(*words.split()))
         other.kill()
 
@@ -488,7 +488,7 @@ def test_recover_trains_and_keeps_the_plan(run, home, llava, data):
     assert not [path for path in home.iterdir() if path.name.startswith(".")]
 
 
-def test_evaluate_compares_with_a_result(run, home, llava):
+def test_evaluate_compares_with_a_result_and_its_json_is_strict(run, home, llava):
     usual = ["evaluate", llava, "--tasks", "presence,text_sum", "--limit", "3", "--json"]
     values = stdout_json(run(*usual, "--out", "r.json"))
     assert set(values["model"]["tasks"]) == {"presence", "text_sum"}
@@ -502,10 +502,7 @@ def test_evaluate_compares_with_a_result(run, home, llava):
     few = run("evaluate", llava, "--tasks", "presence", "--limit", "2", "--baseline", "r.json")
     assert few.code == 2
     assert re.fullmatch(r"slimvlm: baseline: .*--limit.*", few.err.splitlines()[-1])
-
-
-def test_evaluate_json_is_strict_json(run, home, llava):
-    """NaN is no JSON; a task list without an average must not print one."""
+    # naN is no JSON; a task list without an average must not print one
     from slimvlm.evaluation.tasks import builtin_tasks
 
     names = [n for n, task in builtin_tasks().items() if not task.in_average]

@@ -119,7 +119,7 @@ def test_a_plan_file_keeps_experts_and_old_ones_keep_all(tmp_path):
     assert "experts" not in old.summary()
 
 
-def test_what_cannot_be_is_refused_by_name():
+def test_what_cannot_be_is_refused_by_name_and_a_pruned_model_can_lose_more():
     model = tiny.build("qwen3_vl_moe")
     before, plan = snapshot(model), plan_of("qwen3_vl_moe")
     anatomy = plan.before
@@ -139,9 +139,6 @@ def test_what_cannot_be_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"experts 0\.5: 'llama' has none that can go"):
         sv.make_plan(llama, random_scores(llama), 0.0, experts=0.5)
     assert_untouched(model, before)
-
-
-def test_a_pruned_model_can_lose_more_and_no_other_plan_fits():
     plan = plan_of("qwen3_vl_moe")
     model = pruned("qwen3_vl_moe", plan)
     with pytest.raises(ConfigError, match=r"4 experts, but the model is .* 3 experts"):
@@ -152,7 +149,7 @@ def test_a_pruned_model_can_lose_more_and_no_other_plan_fits():
     assert sv.anatomy(model).expert_counts == [2]
 
 
-def test_from_files_it_is_the_same(tmp_path):
+def test_from_files_it_is_the_same_and_a_walk_teaches_the_rest(tmp_path):
     model = tiny.build("llama4")
     model.save_pretrained(tmp_path / "model")
     plan = plan_of("llama4", 0.25, 0.3, "both")
@@ -160,9 +157,6 @@ def test_from_files_it_is_the_same(tmp_path):
     sv.prune_(model, plan)
     sv.save(model, None, tmp_path / "theirs", plan)
     assert_equal(tmp_path / "ours", tmp_path / "theirs")
-
-
-def test_a_walk_cuts_experts_and_teaches_the_rest():
     model = tiny.build("qwen3_vl_moe")
     data = [tiny.batch(model, 16, seed) for seed in range(4)]
     plan = plan_of("qwen3_vl_moe")

@@ -382,7 +382,7 @@ def test_plans_ask_for_legal_head_counts(name, ratio):
         assert counts <= set(anatomy.legal_kv_heads())
 
 
-def test_pinned_layers_are_never_chosen():
+def test_pinned_layers_are_never_chosen_and_stay():
     anatomy = read_anatomy(tiny.build("qwen3_vl"))
     assert anatomy.pinned_layers == (0,)
     for seed in range(10):
@@ -394,9 +394,6 @@ def test_pinned_layers_are_never_chosen():
                 assert make_plan(anatomy, scores, ratio, axis).layers[0] == 0
     unpinned = read_anatomy(tiny.build("llava-qwen3"))
     assert make_plan(unpinned, scores, 0.2, "depth").layers == (1, 2, 3)
-
-
-def test_all_deepstack_layers_are_pinned_and_stay():
     config = tiny.qwen3_vl()
     config.vision_config.deepstack_visual_indexes = [0, 1]
     anatomy = read_anatomy(hf.AutoModelForImageTextToText.from_config(config))

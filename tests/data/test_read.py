@@ -205,12 +205,22 @@ def test_tables_are_read(way, home):
     assert all(not s.images for s in load_samples(home / "text", warn=silent))
 
 
-def test_images_folder(home, tmp_path):
+def test_an_images_folder_comes_before_the_data_s_own(home, tmp_path):
     path = write(tmp_path, llava("x", "Which?", "Red.", image="b.png"))
     (sample,) = load_samples(path, images=home / "deep", warn=silent)
     assert sample.images == (home / "deep" / "b.png",)
     with pytest.raises(ConfigError, match=r"images '.*nowhere' is not a folder"):
         load_samples(path, images=home / "nowhere", warn=silent)
+    rows = [llava("x", "W?", "Red.", image="shown.png")]
+    datasets.Dataset.from_list(rows).save_to_disk(str(home / "saved"))
+    picture(0).save(home / "shown.png")
+    with pytest.raises(DataError, match=r"'shown\.png' not found in '.*saved'"):
+        load_samples(home / "saved", warn=silent)
+    (sample,) = load_samples(home / "saved", images=home, warn=silent)
+    assert sample.images == (home / "shown.png",)
+    picture(0).save(home / "saved" / "shown.png")
+    (sample,) = load_samples(home / "saved", warn=silent)
+    assert sample.images == (home / "saved" / "shown.png",)
 
 
 def bad(**fields):
@@ -348,19 +358,6 @@ def test_a_dataset_and_a_link_cannot_open_files_elsewhere(home, tmp_path):
             load_samples(source, warn=silent)
 
 
-def test_a_datasets_folder_shows_its_own_pictures_unless_images_says_otherwise(home):
-    rows = [llava("x", "W?", "Red.", image="shown.png")]
-    datasets.Dataset.from_list(rows).save_to_disk(str(home / "saved"))
-    picture(0).save(home / "shown.png")
-    with pytest.raises(DataError, match=r"'shown\.png' not found in '.*saved'"):
-        load_samples(home / "saved", warn=silent)
-    (sample,) = load_samples(home / "saved", images=home, warn=silent)
-    assert sample.images == (home / "shown.png",)
-    picture(0).save(home / "saved" / "shown.png")
-    (sample,) = load_samples(home / "saved", warn=silent)
-    assert sample.images == (home / "saved" / "shown.png",)
-
-
 GOOD_LINE = json.dumps(GOOD).encode()
 CUT = GOOD_LINE + b'\n{"id": "cut", "mess\n'
 REFUSED = {
@@ -487,7 +484,7 @@ def numbered(count):
     return [Sample(str(i), (turn("user", "Q"), turn("assistant", "A"))) for i in range(count)]
 
 
-def test_a_subset_depends_on_the_seed_alone():
+def test_a_subset_depends_on_the_seed_and_every_folder_keeps_its_share():
     samples = numbered(100)
     random.seed(1)
     chosen = [s.id for s in subset(samples, 0.2, seed=1)]
@@ -498,6 +495,13 @@ def test_a_subset_depends_on_the_seed_alone():
     assert len(chosen) == len(set(chosen)) == 20
     assert len(subset(samples, 0.001, seed=0)) == 1
     assert subset(samples, 1.0, seed=3) == samples
+    samples = mixed(0, 400, 0, folders=4)
+    folders = [s.images[0].parent.name for s in subset(samples, 0.1, seed=3)]
+    assert {folders.count(str(i)) for i in range(4)} == {10}
+    samples = mixed(0, 60, 0, folders=60)
+    draws = [subset(samples, 0.5, seed) for seed in range(8)]
+    assert all(len(chosen) == 30 for chosen in draws)
+    assert {s.id for chosen in draws for s in chosen} == {s.id for s in samples}
 
 
 def mixed(texts, ones, several, folders=1):
@@ -526,16 +530,6 @@ def test_subsets_are_stratified_nested_and_of_the_right_size(texts, ones, severa
     assert chosen == samples
 
 
-def test_every_folder_of_pictures_keeps_its_share_unless_each_has_its_own():
-    samples = mixed(0, 400, 0, folders=4)
-    folders = [s.images[0].parent.name for s in subset(samples, 0.1, seed=3)]
-    assert {folders.count(str(i)) for i in range(4)} == {10}
-    samples = mixed(0, 60, 0, folders=60)
-    draws = [subset(samples, 0.5, seed) for seed in range(8)]
-    assert all(len(chosen) == 30 for chosen in draws)
-    assert {s.id for chosen in draws for s in chosen} == {s.id for s in samples}
-
-
 def test_an_estimated_length_counts_text_and_pictures():
     said = (turn("user", None, "x" * 40), turn("assistant", "y" * 40), turn("user", None, "z"))
     picture_path = Path("a.png")
@@ -543,7 +537,7 @@ def test_an_estimated_length_counts_text_and_pictures():
     assert estimated_length(Sample("a", said, (picture_path,) * 2), image_tokens=100) == 220
 
 
-def test_a_picture_in_memory_is_told_apart_without_being_decoded(home):
+def test_pictures_in_memory_and_in_files_that_may_move_are_told_apart(home):
     """Decoded in place, the pixels of every picture of a benchmark would stay in memory."""
     contents = [{"bytes": (home / name).read_bytes()} for name in ("a.png", "deep/b.png", "a.png")]
     first, other, same = (find_image(content, "x", home) for content in contents)
@@ -552,9 +546,6 @@ def test_a_picture_in_memory_is_told_apart_without_being_decoded(home):
     assert isinstance(first.fp, io.BytesIO)
     wide, high = (Image.new("L", size) for size in ((4, 2), (2, 4)))
     assert identifying_bytes(wide) != identifying_bytes(high)
-
-
-def test_a_file_may_move_only_where_that_is_asked_for(home):
     moved = home / "deep" / "a.png"
     moved.write_bytes((home / "a.png").read_bytes())
     assert identifying_bytes(moved) != identifying_bytes(home / "a.png")
@@ -616,7 +607,7 @@ def test_the_end_of_the_only_answer_goes(kind, tokens):
     assert (encode_samples(words, [found])["labels"] != -100).any()
 
 
-def test_too_long_is_named_with_its_cure():
+def test_too_long_is_named_with_its_cure_counted_and_said(tmp_path):
     words, sample = processor("text"), talk(60)
     with pytest.raises(DataError, match=r"'s' has \d+ tokens, --max-length is 20 .*--too-long cut"):
         fitted(words, sample, Limit(20))
@@ -624,6 +615,16 @@ def test_too_long_is_named_with_its_cure():
         fitted(words, sample, Limit(20, is_asked=False))
     with pytest.raises(DataError, match="nothing of its answer"):
         fitted(words, sample, Limit(5, cuts=True))
+    data = written(tmp_path / "data.jsonl", talk(3), talk(200), talk(300), talk(4))
+    words, context = processor("text"), context_of(load_config(folder("text")))
+    assert context == 256
+    said = []
+    found = load_samples(data, warn=said.append, processor=words, context=context, too_long="cut")
+    assert [length_of(words, sample) <= 256 for sample in found] == [True] * 4
+    assert found[0] == load_samples(data)[0]
+    assert said == [f"data {str(data)!r}: 2 samples were cut to 256 tokens"]
+    with pytest.raises(DataError, match=r"'1' has .* the model reads 256"):
+        load_samples(data, warn=said.append, processor=words, context=context)
 
 
 def test_the_lower_limit_counts_and_what_cannot_be_too_long_is_not_counted(monkeypatch):
@@ -646,19 +647,6 @@ def written(path, *samples):
         lines.append(json.dumps({"id": str(number), "messages": turns}) + "\n")
     path.write_text("".join(lines))
     return path
-
-
-def test_a_file_s_long_rows_are_counted_and_said(tmp_path):
-    data = written(tmp_path / "data.jsonl", talk(3), talk(200), talk(300), talk(4))
-    words, context = processor("text"), context_of(load_config(folder("text")))
-    assert context == 256
-    said = []
-    found = load_samples(data, warn=said.append, processor=words, context=context, too_long="cut")
-    assert [length_of(words, sample) <= 256 for sample in found] == [True] * 4
-    assert found[0] == load_samples(data)[0]
-    assert said == [f"data {str(data)!r}: 2 samples were cut to 256 tokens"]
-    with pytest.raises(DataError, match=r"'1' has .* the model reads 256"):
-        load_samples(data, warn=said.append, processor=words, context=context)
 
 
 @pytest.mark.usefixtures("unhurried")

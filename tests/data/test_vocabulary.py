@@ -57,12 +57,16 @@ def test_a_text_decodes_as_before_and_one_of_kept_tokens_has_the_same(kind, shar
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_texts_are_of_kept_tokens_and_many_are_not(kind):
+def test_many_texts_are_of_kept_tokens_and_without_a_needed_one_nothing_is_written(kind):
     """The property above is about something."""
     whole, _, kept = pair(kind, 0.3)
     told = [set(ids_of(whole, word)) <= set(kept) for word in tiny_words.WORDS]
     assert sum(told) > 20
     assert told.count(False) > 5
+    file = TokenizerFile.of(tiny_words.tokenizer(kind))
+    lost = max(file.needed)
+    with pytest.raises(sv.SlimError, match=rf"tokens: {lost} .* must stay"):
+        file.trimmed(file.texts.keys() - {lost})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,14 +82,6 @@ def test_every_kept_token_keeps_its_text_and_the_frame_its_tokens(kind):
     assert ids_of(small, ""), "a frame without tokens shows nothing"
     if whole.padding is not None:
         assert small.padding["pad_id"] == kept.index(whole.padding["pad_id"])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_without_a_needed_token_nothing_is_written(kind):
-    file = TokenizerFile.of(tiny_words.tokenizer(kind))
-    lost = max(file.needed)
-    with pytest.raises(sv.SlimError, match=rf"tokens: {lost} .* must stay"):
-        file.trimmed(file.texts.keys() - {lost})
 
 
 def test_bytes_single_characters_and_added_tokens_are_needed():
@@ -142,7 +138,7 @@ def test_conversations_count_as_the_template_writes_them():
         assert set(whole(rendered)["input_ids"]) <= kept
 
 
-def test_auto_keeps_all_that_was_seen_and_says_what_it_covers():
+def test_auto_keeps_all_that_was_seen_and_more_where_unseen_texts_need_it():
     whole = tiny_words.tokenizer("byte_level")
     found = choose_vocabulary(whole, texts=tiny_words.CORPUS * 4)
     seen = {i for t in tiny_words.CORPUS for i in whole(t, add_special_tokens=False)["input_ids"]}
@@ -151,6 +147,11 @@ def test_auto_keeps_all_that_was_seen_and_says_what_it_covers():
     assert found.coverage is not None
     assert found.coverage >= 0.99
     assert f"{len(found.tokens):,} of {found.total:,} tokens" in found.line()
+    # texts that have nothing in common: what the others lack is made up by rank
+    whole = tiny_words.tokenizer("byte_level")
+    alike = sv.choose_tokens(whole, texts=["1234567890"] * 8)
+    unlike = sv.choose_tokens(whole, texts=["1234567890"] * 7 + ["žluťoučký kůň úpěl"])
+    assert len(unlike) > len(alike) + 20
 
 
 def test_tokens_are_counted_over_all_texts_in_place(monkeypatch):
@@ -173,14 +174,6 @@ def test_tokens_are_counted_over_all_texts_in_place(monkeypatch):
     assert found.seen == len(sum(counts, Counter()))
     assert found.coverage == sum(held_out[token] for token in tried) / held_out.total() < 1
     assert len(made) <= 3
-
-
-def test_auto_takes_more_where_unseen_texts_need_more():
-    """Texts that have nothing in common: what the others lack is made up by rank."""
-    whole = tiny_words.tokenizer("byte_level")
-    alike = sv.choose_tokens(whole, texts=["1234567890"] * 8)
-    unlike = sv.choose_tokens(whole, texts=["1234567890"] * 7 + ["žluťoučký kůň úpěl"])
-    assert len(unlike) > len(alike) + 20
 
 
 def test_texts_come_from_files_and_folders(tmp_path):

@@ -35,11 +35,17 @@ def test_a_task_is_large_in_fixed_order_and_its_majority_answer_near_chance(name
         assert {q.answers[0] for q in questions} == set(questions[0].choices)
 
 
-def test_presence_is_balanced():
+def test_presence_is_balanced_and_text_answers_are_right():
     groups = Counter(q.group for q in TASKS["presence"].load(None))
     answers = Counter(q.answers[0] for q in TASKS["presence"].load(None))
     assert groups == {"positive": 160, "random": 80, "adversarial": 80}
     assert answers == {"yes": 160, "no": 160}
+    for q in TASKS["text_sum"].load(40):
+        a, b = _word(q.prompt, "what is ", "?").split(" + ")
+        assert int(q.answers[0]) == int(a) + int(b)
+    for q in TASKS["text_sort"].load(40):
+        numbers = sorted(int(n) for n in q.prompt.split(": ")[1].split())
+        assert q.answers[0] == " ".join(map(str, numbers))
 
 
 def _word(prompt, start, end):
@@ -74,15 +80,6 @@ def test_answers_agree_with_the_scene(name):
             assert answer == "".join(scene.names)
         else:
             assert answer == scene.names[0]
-
-
-def test_text_answers_are_right():
-    for q in TASKS["text_sum"].load(40):
-        a, b = _word(q.prompt, "what is ", "?").split(" + ")
-        assert int(q.answers[0]) == int(a) + int(b)
-    for q in TASKS["text_sort"].load(40):
-        numbers = sorted(int(n) for n in q.prompt.split(": ")[1].split())
-        assert q.answers[0] == " ".join(map(str, numbers))
 
 
 def test_training_shares_no_scene_and_no_text_question_with_benchmarks():

@@ -68,12 +68,19 @@ def test_batches_change_no_reply(kind):
     assert any(one.replies)
 
 
-def test_replies_stay_with_their_questions(llava, result):
+def test_replies_stay_with_their_questions_and_the_model_is_left_alone(llava, result):
     """They are asked longest first, and must come back in the task's order."""
     found = result.tasks["colours"]
     assert found.ids == tuple(f"q{i}" for i in range(9))
     for question, reply in zip(questions(9), found.replies, strict=True):
         assert answer(*llava, [question], 4) == [reply]
+    model, processor = llava
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    evaluate(model, processor, [task(count=2)])
+    assert model.training
+    model.eval()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_scores_follow_from_the_replies_and_limit_asks_the_first_questions(llava, result):
@@ -88,16 +95,6 @@ def test_scores_follow_from_the_replies_and_limit_asks_the_first_questions(llava
     assert few.tasks["colours"].replies == given[:3]
     with pytest.raises(ConfigError, match=r"'colours' asked other questions"):
         few.retention(result)
-
-
-def test_evaluation_leaves_the_model_alone(llava):
-    model, processor = llava
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.train()
-    evaluate(model, processor, [task(count=2)])
-    assert model.training
-    model.eval()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_perplexity_is_exp_of_the_mean_token_loss(llava, result):

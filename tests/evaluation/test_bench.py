@@ -42,7 +42,14 @@ def models():
     return small, large
 
 
-def test_a_speed_up_is_the_median_of_neighbouring_ratios(models, monkeypatch):
+def test_a_speed_up_is_the_median_of_ratios_and_half_the_layers_ideally_twice_as_fast(
+    models, monkeypatch
+):
+    small, large = tiny.build("llama"), tiny.build("llama")
+    prune_(small, plan_by_hand(read_anatomy(small), layers=(0, 3)))
+    (found,) = bench(small, large, replace(SMALL, batch_sizes=(1,), repeats=1)).speed_ups
+    assert 1.5 < found.prefill_ideal < 2
+    assert 1.5 < found.decode_ideal < 2
     fast = [(10.0 * slow, 2.0 * slow) for slow in (1.0, 50.0, 1.0)]
     slow = [(read * 3, write * 2) for read, write in fast]
     monkeypatch.setattr(module, "timed_runs", lambda *_: [fast, slow])
@@ -50,14 +57,6 @@ def test_a_speed_up_is_the_median_of_neighbouring_ratios(models, monkeypatch):
     assert [s.batch_size for s in found] == [1, 2]
     assert all(s.prefill == pytest.approx(3) and s.decode == pytest.approx(2) for s in found)
     assert all(s.prefill_share == pytest.approx(3 / s.prefill_ideal) for s in found)
-
-
-def test_the_ideal_of_half_the_layers_is_between_one_and_two():
-    small, large = tiny.build("llama"), tiny.build("llama")
-    prune_(small, plan_by_hand(read_anatomy(small), layers=(0, 3)))
-    (found,) = bench(small, large, replace(SMALL, batch_sizes=(1,), repeats=1)).speed_ups
-    assert 1.5 < found.prefill_ideal < 2
-    assert 1.5 < found.decode_ideal < 2
 
 
 def test_figures_of_a_benchmark_of_two_models_and_of_one(models):

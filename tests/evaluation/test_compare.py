@@ -76,7 +76,7 @@ def test_every_question_is_of_one_kind(pairs):
     assert task.score_b - task.score_a == pytest.approx(change)
 
 
-def test_counts_of_all_tasks_add_up():
+def test_counts_of_all_tasks_add_up_and_others_are_named():
     one, other = questions("one", 4), questions("two", 4)
     a = result("a", one=answered(one, "1100"), two=answered(other, "1111"))
     b = result("b", one=answered(one, "1010"), two=answered(other, "1110"))
@@ -85,6 +85,12 @@ def test_counts_of_all_tasks_add_up():
     assert found.difference.points == pytest.approx(-12.5)
     kinds = [pair.kind for pair in graded().tasks["pets"].pairs]
     assert kinds == ["both right", "lost"]  # graded answers are right from one half
+    both = answered(TWO, "10")
+    a = result("a", pets=both, text=TEXT, extra=both)
+    found = compare(a, result("b", pets=both, text=replace(TEXT, score=13.0)), {})
+    assert list(found.tasks) == ["pets"]
+    assert found.left_out["extra"] == "only A answered it"
+    assert "12.00 of A, 13.00 of B" in found.left_out["text"]
 
 
 TWO = questions("pets", 2)
@@ -101,15 +107,6 @@ TWO = questions("pets", 2)
 def test_results_that_do_not_pair_are_refused(other, message):
     with pytest.raises(ConfigError, match=message):
         compare(result("a", pets=answered(TWO, "11")), result("b", **other), {})
-
-
-def test_tasks_that_are_not_compared_are_named():
-    both = answered(TWO, "10")
-    a = result("a", pets=both, text=TEXT, extra=both)
-    found = compare(a, result("b", pets=both, text=replace(TEXT, score=13.0)), {})
-    assert list(found.tasks) == ["pets"]
-    assert found.left_out["extra"] == "only A answered it"
-    assert "12.00 of A, 13.00 of B" in found.left_out["text"]
 
 
 def test_rows_mark_a_significant_difference_and_json_names_answers():

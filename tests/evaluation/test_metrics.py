@@ -57,7 +57,7 @@ def test_edit_distance_is_a_metric(a, b, c):
     assert abs(len(a) - len(b)) - 1e-9 <= distance(a, b)
 
 
-def test_yes_no_details_are_those_of_pope():
+def test_yes_no_details_are_those_of_pope_and_the_average_rescales_mme():
     replies = ["yes", "yes", "no", "no", "Yes.", "perhaps"]
     answers = ["yes", "no", "no", "yes", "yes", "yes"]
     details = metrics.yes_no_details(replies, [asking(answer) for answer in answers])
@@ -65,10 +65,7 @@ def test_yes_no_details_are_those_of_pope():
     assert details["f1"] == pytest.approx(100 * 2 * precision * recall / (precision + recall))
     assert details["yes_rate"] == pytest.approx(50)
     assert metrics.yes_no_details(["no"], [asking("yes")]) == {"f1": 0.0, "yes_rate": 0.0}
-
-
-def test_average_rescales_mme():
-    """Full scores are 800 and 2000; everything else is in percent already (LLaVA 1.5, 7B)."""
+    # full scores are 800 and 2000; everything else is in percent already (LLaVA 1.5, 7B)
     mme = {"mme_cognition": 355.7, "mme_perception": 1510.7}
     expected = (355.7 / 8 + 1510.7 / 20 + 36.3 + 64.0 + 85.9) / 5
     found = metrics.average({**mme, "mmmu": 36.3, "mmbench": 64.0, "pope": 85.9})

@@ -21,23 +21,17 @@ def test_values_are_those_of_the_cpu(card):
     assert torch.equal(layer.weight.grad.cpu(), expected)
 
 
-def test_views_share_their_memory(card):
+def test_views_share_memory_and_numbers_and_convolutions_are_those_of_the_cpu(card):
     x = torch.arange(4.0, device=card)
     x.unfold(0, 2, 2)[0].fill_(7)
     torch.view_as_complex(x.view(2, 2))[1] = 5j
     assert x.tolist() == [7, 7, 0, 5]
     assert x.repeat(2).tolist() == [7, 7, 0, 5] * 2
-
-
-def test_whole_numbers_are_counted_and_numbers_and_indices_of_the_cpu_are_taken(card):
     x = torch.tensor([0, 2, 2, 3], dtype=torch.int32, device=card)
     assert torch.histc(x, bins=4, min=0, max=3).tolist() == [1, 0, 2, 1]
     x = torch.arange(4.0, device=card)
     assert (x * torch.tensor(2.0)).tolist() == [0, 2, 4, 6]
     assert x[torch.tensor([3, 0])].tolist() == [3, 0]
-
-
-def test_a_convolution_of_each_channel_alone_is_computed(card):
     layer, x = nn.Conv1d(4, 4, 3, groups=4), torch.randn(2, 4, 9)
     expected = layer(x)
     layer.to(card)(x.to(card)).sum().backward()

@@ -76,7 +76,7 @@ def test_a_cut(name, where, card):
     assert_close(models[1].state_dict(), models[0].state_dict())
 
 
-def test_a_mask(card):
+def test_a_mask_and_block_influence(card):
     plan = plan_by_hand(sv.anatomy(original()), neurons=range(64))
     said = []
     for model in copies(card):
@@ -84,6 +84,9 @@ def test_a_mask(card):
         given = {k: v.to(model.device) for k, v in batches()[0].items() if k != "labels"}
         said.append({"hidden": hidden_states(model, given)[0].detach()})
     assert_close(said[1], said[0])
+    x, y, mask = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.ones(2, 5).long()
+    found = sv.block_influence(x.to(card), y.to(card), mask.to(card))
+    torch.testing.assert_close(found.cpu(), sv.block_influence(x, y, mask))
 
 
 @where
@@ -122,12 +125,6 @@ def test_losses(where, card):
         return [value.item() for value in values]
 
     assert found(card, shown(where, card)) == pytest.approx(found("cpu", batches()), rel=1e-4)
-
-
-def test_block_influence(card):
-    x, y, mask = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.ones(2, 5).long()
-    found = sv.block_influence(x.to(card), y.to(card), mask.to(card))
-    torch.testing.assert_close(found.cpu(), sv.block_influence(x, y, mask))
 
 
 @pytest.fixture(scope="module")

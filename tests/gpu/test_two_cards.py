@@ -138,7 +138,7 @@ def test_evaluate(kind, last, card, unhurried):
         assert found.tasks[name].scores == pytest.approx(expected.tasks[name].scores, rel=1e-5)
 
 
-def test_a_model_that_cannot_be_pruned_is_refused_by_name(card):
+def test_a_model_that_cannot_be_pruned_or_trained_is_refused_by_name(card):
     model = divided(MODELS["tied"](), "cpu")
     plan = plan_by_hand(read_anatomy(model), (0, 2, 3))
     for prune in (
@@ -149,9 +149,6 @@ def test_a_model_that_cannot_be_pruned_is_refused_by_name(card):
     ):
         with pytest.raises(ConfigError, match=r"^model: its device_map divides it over 0, cpu"):
             prune()
-
-
-def test_a_model_that_cannot_be_trained_is_refused_by_name(card):
     folder = folders.folder("text")
     model, processor = sv.load(str(folder))
     apart, samples = divided(model), folders.short_samples(2, sees=False)

@@ -111,39 +111,7 @@ def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
     assert read_config(tmp_path / "run.yaml")[1].device == "cuda:1"
 
 
-def test_sums_in_float64_are_made_where_there_is_float64(monkeypatch):
-    values = torch.zeros(2, device="meta")
-    assert with_float64(values) is values
-    moved = []
-    monkeypatch.setattr("slimvlm.models.load.has_float64", lambda device: False)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append("cpu") or self)
-    with_float64(values)
-    assert moved == ["cpu"]
-
-
-def test_a_containers_limit_counts(tmp_path, monkeypatch):
-    limit, used = tmp_path / "most", tmp_path / "taken"
-    monkeypatch.setattr("slimvlm.models.cost.CONTAINER_LIMITS", [(limit, used)])
-    whole = free_memory(CPU)
-    limit.write_text("1000\n")
-    used.write_text("400\n")
-    assert free_memory(CPU) == 600
-    limit.write_text("max\n")
-    assert free_memory(CPU) == pytest.approx(whole, rel=0.5)
-
-
-def test_free_memory_of_an_accelerator_counts_what_torch_keeps(monkeypatch):
-    found = {"mem_get_info": (100, 1000), "memory_reserved": 50, "memory_allocated": 20}
-    xpu = SimpleNamespace(**{k: lambda device, v=v: v for k, v in found.items()})
-    monkeypatch.setattr(torch, "get_device_module", lambda device: xpu)
-    assert free_memory(torch.device("xpu", 0)) == 130
-    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 100)
-    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 30)
-    assert free_memory(torch.device("mps")) == 70
-    assert free_memory(CPU) > 0
-
-
-def test_bfloat16_counts_where_it_is_native(monkeypatch):
+def test_bfloat16_and_float64_are_used_where_they_are_native(monkeypatch):
     emulating = SimpleNamespace(
         is_bf16_supported=lambda including_emulation=True: including_emulation
     )
@@ -156,3 +124,29 @@ def test_bfloat16_counts_where_it_is_native(monkeypatch):
     assert computes_bfloat16(CPU)
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.6
     assert not computes_bfloat16(CPU)
+    values = torch.zeros(2, device="meta")
+    assert with_float64(values) is values
+    moved = []
+    monkeypatch.setattr("slimvlm.models.load.has_float64", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append("cpu") or self)
+    with_float64(values)
+    assert moved == ["cpu"]
+
+
+def test_free_memory_counts_a_containers_limit_and_what_torch_keeps(tmp_path, monkeypatch):
+    limit, used = tmp_path / "most", tmp_path / "taken"
+    monkeypatch.setattr("slimvlm.models.cost.CONTAINER_LIMITS", [(limit, used)])
+    whole = free_memory(CPU)
+    limit.write_text("1000\n")
+    used.write_text("400\n")
+    assert free_memory(CPU) == 600
+    limit.write_text("max\n")
+    assert free_memory(CPU) == pytest.approx(whole, rel=0.5)
+    found = {"mem_get_info": (100, 1000), "memory_reserved": 50, "memory_allocated": 20}
+    xpu = SimpleNamespace(**{k: lambda device, v=v: v for k, v in found.items()})
+    monkeypatch.setattr(torch, "get_device_module", lambda device: xpu)
+    assert free_memory(torch.device("xpu", 0)) == 130
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 100)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 30)
+    assert free_memory(torch.device("mps")) == 70
+    assert free_memory(CPU) > 0

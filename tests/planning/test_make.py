@@ -199,7 +199,7 @@ def test_per_layer_is_a_share_of_the_unprotected_layers_and_follows_the_query_gr
 
 
 # Ties and runs
-def test_of_equal_units_the_later_stay():
+def test_of_equal_units_the_later_stay_and_runs_of_layers_go_together():
     anatomy, groups = anatomy_named("llama"), [torch.ones(4)] * 4
     equal = Scores("equal", layer=torch.ones(4), kv_group=groups, neuron=[torch.ones(96)] * 4)
     depth, width = (
@@ -208,9 +208,6 @@ def test_of_equal_units_the_later_stay():
     assert depth.layers == (2, 3)
     assert width.kv_groups == ((2, 3),) * 4
     assert width.neurons == (tuple(range(48, 96)),) * 4
-
-
-def test_runs_of_layers_go_together():
     anatomy = synthetic(6, 4, 1, 8, 96, 64, 16)
     runs = torch.full((6, 6), 9.0)
     runs[0] = torch.tensor([9, 0, 9, 0, 9, 9])  # single layers say 1 and 3
@@ -409,7 +406,7 @@ def test_numbers_are_those_of_make_plan_and_other_allocations_leave_one_plan(ana
         assert plan.after.layers == expected.after.layers
 
 
-def test_protected_layers_and_kinds_are_left_alone(anatomy):
+def test_protected_layers_and_kinds_are_left_alone_and_wrong_candidates_refused(anatomy):
     (plan,) = candidates(anatomy, protect=(1, 0), units=("neuron",), round_to=2)
     assert {len(kept) for kept in plan.kv_groups} == {4}
     widths = [len(kept) for kept in plan.neurons]
@@ -418,9 +415,6 @@ def test_protected_layers_and_kinds_are_left_alone(anatomy):
     found = candidates(anatomy, units=("kv_group",))
     assert {len(kept) for plan in found for kept in plan.neurons} == {96}
     assert max(plan.ratio for plan in found) == pytest.approx(0.25, abs=0.1)
-
-
-def test_wrong_candidates_are_refused(anatomy):
     with pytest.raises(ConfigError, match="allocation 'search' must be one of"):
         candidates(anatomy, allocation="search")
     with pytest.raises(ConfigError, match="units"):

@@ -333,7 +333,7 @@ def carded(tmp_path_factory):
     return root / "small"
 
 
-def test_the_metadata_is_what_the_hub_reads(carded):
+def test_a_card_has_the_hub_s_metadata_and_what_people_read(carded):
     data = ModelCard.load(carded / CARD_FILE).data.to_dict()
     assert data["base_model"] == "some/original"
     assert data["license"] == "llama2"
@@ -346,20 +346,6 @@ def test_the_metadata_is_what_the_hub_reads(carded):
     assert found["dataset"]["name"] == "count"
     assert found["metrics"] == [{"type": "exact_match", "value": 41.23}]
     ModelCard.load(carded / CARD_FILE).data.to_yaml()
-
-
-def test_a_model_of_no_folder_has_no_original(tmp_path, monkeypatch):
-    """A README in the folder where the command runs is not the original's card."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / CARD_FILE).write_text(BASE)
-    net = tiny.build("llama")
-    save(net, None, tmp_path / "out", Plan.everything(anatomy(net)))
-    data = ModelCard.load(tmp_path / "out" / CARD_FILE).data.to_dict()
-    assert not {"license", "base_model"} & set(data)
-    assert "A smaller model:" in (tmp_path / "out" / CARD_FILE).read_text()
-
-
-def test_people_read_what_was_removed_and_how_to_load_it(carded):
     text = (carded / CARD_FILE).read_text()
     plan = Plan.load(carded / "slimvlm_plan.json")
     for needed in (
@@ -372,6 +358,17 @@ def test_people_read_what_was_removed_and_how_to_load_it(carded):
     ):
         assert needed in text
     assert str(carded.parent) not in text
+
+
+def test_a_model_of_no_folder_has_no_original(tmp_path, monkeypatch):
+    """A README in the folder where the command runs is not the original's card."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / CARD_FILE).write_text(BASE)
+    net = tiny.build("llama")
+    save(net, None, tmp_path / "out", Plan.everything(anatomy(net)))
+    data = ModelCard.load(tmp_path / "out" / CARD_FILE).data.to_dict()
+    assert not {"license", "base_model"} & set(data)
+    assert "A smaller model:" in (tmp_path / "out" / CARD_FILE).read_text()
 
 
 def test_a_card_needs_no_facts_and_names_the_first_original_of_a_chain(tmp_path, carded):

@@ -276,7 +276,7 @@ def test_a_read_back_model_says_the_same_and_is_the_one_written_piece_by_piece(k
     assert_equal(by_piece.state_dict(), at_once.state_dict())
 
 
-def test_a_tokenizer_is_trimmed_in_place_and_once():
+def test_a_tokenizer_is_trimmed_in_place_once_and_by_its_own_plan():
     whole, _, plan = trimmed("llava")
     _, processor = read(whole)
     untouched = copy.deepcopy(processor)
@@ -289,9 +289,6 @@ def test_a_tokenizer_is_trimmed_in_place_and_once():
     once = processor.tokenizer.get_vocab()
     sv.trim_tokenizer_(processor, plan)
     assert processor.tokenizer.get_vocab() == once
-
-
-def test_a_plan_of_another_tokenizer_is_refused():
     _, _, plan = trimmed("text")
     _, processor = read(tiny_folder.folder("text"))
     with pytest.raises(sv.SlimError, match="tokens: TokenizersBackend has no token"):

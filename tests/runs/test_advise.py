@@ -159,7 +159,7 @@ def test_expected_values_are_of_as_many_layers(model, large, monkeypatch):
     assert values["LLaVA-1.5-7B"] == pytest.approx(curve.at(0.6 * 0.961))
 
 
-def test_experts_are_spoken_of_where_there_are_some(tmp_path):
+def test_experts_are_spoken_of_and_tokens_go_first_where_there_are_many(tmp_path):
     model = tiny.build("qwen3_moe")
     model.save_pretrained(tmp_path / "mixture")
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
@@ -170,9 +170,6 @@ def test_experts_are_spoken_of_where_there_are_some(tmp_path):
     assert any(note.startswith(f"{share:.0%} of the backbone are experts") for note in found.notes)
     plain = advise(str(folders.folder("text")), ratio=0.3, gpu=True, data=False)
     assert not any("experts" in note for note in plain.notes)
-
-
-def test_tokens_go_first_where_they_are_many():
     model = str(folders.folder("text"))
     shape = anatomy(model)
     layers = sum(layer.params for layer in shape.layers)

@@ -177,7 +177,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(stage, after, finished, data, tmp
     assert answers_in(out) == answers_in(finished)
 
 
-def test_a_run_says_how_fast_its_model_is_beside_the_original(finished):
+def test_a_run_says_how_fast_and_how_good_its_model_is_beside_the_original(finished, data):
     times = read_times(finished)
     assert times is not None
     for file in ("summary.md", "checkpoint/README.md"):
@@ -186,6 +186,24 @@ def test_a_run_says_how_fast_its_model_is_beside_the_original(finished):
         result = Result.load(finished / "results" / f"{stage}.json")
         timed = times.original if stage == "original" else times.pruned
         assert {name: getattr(result, name) for name in vars(timed)} == vars(timed)
+    found, unseen = read_held_out(finished), load_samples(data)[-2:]
+    assert list(found) == list(STAGES)
+    for result in found.values():
+        assert [each.id for each in result.samples] == [each.id for each in unseen]
+    original, recovered = load(folders.folder("llava")), load(finished)
+    again = found["recovered"].figures
+    expected = evaluate_data(*recovered, unseen, original[0]).figures
+    assert again.agreement == expected.agreement
+    assert again.divergence.value == pytest.approx(expected.divergence.value, abs=1e-5)
+    loss = evaluate_data(*original, unseen).figures.loss.value
+    assert found["original"].figures.loss.value == pytest.approx(loss, abs=1e-5)
+    assert not (finished / "said.safetensors").exists()
+    page = report_html(read_record(finished))
+    assert "Same next token" in page
+    files = [finished / "summary.md", finished / "checkpoint" / "README.md"]
+    for text in (page, *(file.read_text() for file in files)):
+        assert f"{again.loss.value:.3f} [" in text
+        assert "KL divergence from the original" in text
 
 
 def fails(error):
@@ -215,27 +233,6 @@ def test_a_run_goes_on_without_times_and_says_why(
     compress(*asked, tmp_path / "run", say=said.append)
     assert any(re.search(told, line) for line in said)
     assert read_times(tmp_path / "run") is None
-
-
-def test_a_run_keeps_the_figures_of_its_stages_on_held_out_samples(finished, data):
-    found, unseen = read_held_out(finished), load_samples(data)[-2:]
-    assert list(found) == list(STAGES)
-    for result in found.values():
-        assert [each.id for each in result.samples] == [each.id for each in unseen]
-    original, recovered = load(folders.folder("llava")), load(finished)
-    again = found["recovered"].figures
-    expected = evaluate_data(*recovered, unseen, original[0]).figures
-    assert again.agreement == expected.agreement
-    assert again.divergence.value == pytest.approx(expected.divergence.value, abs=1e-5)
-    loss = evaluate_data(*original, unseen).figures.loss.value
-    assert found["original"].figures.loss.value == pytest.approx(loss, abs=1e-5)
-    assert not (finished / "said.safetensors").exists()
-    page = report_html(read_record(finished))
-    assert "Same next token" in page
-    files = [finished / "summary.md", finished / "checkpoint" / "README.md"]
-    for text in (page, *(file.read_text() for file in files)):
-        assert f"{again.loss.value:.3f} [" in text
-        assert "KL divergence from the original" in text
 
 
 def test_a_stopped_run_repeats_no_finished_stage(data, tmp_path, monkeypatch):

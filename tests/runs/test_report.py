@@ -295,7 +295,7 @@ def test_words_of_models_files_and_data_are_escaped_and_nothing_is_loaded(tmp_pa
         assert not re.search(r"<[^>]*onerror", each)
 
 
-def test_bars_are_as_high_as_what_is_kept(shape):
+def test_bars_are_as_high_as_what_is_kept_and_heatmaps_cross_what_is_gone(shape, tmp_path):
     plan = make_plan(shape, random_scores(shape), ratio=0.3, axis="both", round_to=1)
     chart = allocation(plan)
     mlp, attention, wholes = (chart.of(look)[0].rows for look in ("mlp", "attention", "whole"))
@@ -306,6 +306,23 @@ def test_bars_are_as_high_as_what_is_kept(shape):
         assert kept / wholes[index][3] == pytest.approx(units / layer.params)
         assert attention[index][1] == pytest.approx(mlp[index][3])
     assert num_crosses(chart) == shape.num_layers - len(plan.layers)
+    for axis in ("depth", "width"):
+        plan = write_run(tmp_path / axis, shape, axis)
+        _, _, scores = read_record(tmp_path / axis).prunings[0]
+        layers, groups, neurons = score_maps(plan, scores)
+        assert num_crosses(layers) == shape.num_layers - len(plan.layers)
+        lost = sum(s.num_kv_heads for s in shape.layers) - sum(map(len, plan.kv_groups))
+        assert num_crosses(groups) == lost
+        bottom, top = neurons.axes.get_ylim()
+        heights = [height / (bottom - top) for _, height, *_ in neurons.of("cut")[0].rows]
+        kept = [
+            len(n) / s.intermediate_size for n, s in zip(plan.neurons, shape.layers, strict=True)
+        ]
+        assert heights == pytest.approx(kept)
+        for chart in (layers, groups, neurons):
+            opacity = chart.axes.collections[0].get_facecolor()[:, 3]
+            assert ((opacity >= 0.06) & (opacity <= 1)).all()
+            assert len(opacity) == sum(len(marks.texts) for marks in chart.of("heat"))
 
 
 def test_experts_have_bars_and_a_heatmap():
@@ -325,26 +342,6 @@ def test_experts_have_bars_and_a_heatmap():
 
 def num_crosses(chart):
     return sum(len(marks.texts) for marks in chart.of("gone"))
-
-
-def test_heatmaps_cross_what_is_gone(shape, tmp_path):
-    for axis in ("depth", "width"):
-        plan = write_run(tmp_path / axis, shape, axis)
-        _, _, scores = read_record(tmp_path / axis).prunings[0]
-        layers, groups, neurons = score_maps(plan, scores)
-        assert num_crosses(layers) == shape.num_layers - len(plan.layers)
-        lost = sum(s.num_kv_heads for s in shape.layers) - sum(map(len, plan.kv_groups))
-        assert num_crosses(groups) == lost
-        bottom, top = neurons.axes.get_ylim()
-        heights = [height / (bottom - top) for _, height, *_ in neurons.of("cut")[0].rows]
-        kept = [
-            len(n) / s.intermediate_size for n, s in zip(plan.neurons, shape.layers, strict=True)
-        ]
-        assert heights == pytest.approx(kept)
-        for chart in (layers, groups, neurons):
-            opacity = chart.axes.collections[0].get_facecolor()[:, 3]
-            assert ((opacity >= 0.06) & (opacity <= 1)).all()
-            assert len(opacity) == sum(len(marks.texts) for marks in chart.of("heat"))
 
 
 def test_trade_offs_need_two_models_and_loss_curves_a_chart_for_each_component(run):

@@ -134,7 +134,7 @@ def measured(model, right, **changes):
     return result(model, pets=replace(pets, **changes), text=TEXT)
 
 
-def test_tables_show_the_floors_that_are_known():
+def test_tables_show_the_floors_that_are_known_and_mark_what_differs():
     plain = {n: measured(n, right) for n, right in (("large", "1" * 8), ("small", "1" * 6 + "00"))}
     header, rows = result_rows(plain)
     assert header == ["task", "chance", "large", "small"]
@@ -152,9 +152,6 @@ def test_tables_show_the_floors_that_are_known():
     assert above[4].startswith("66.7 [")
     pets = result_json(plain)["large"]["tasks"]["pets"]
     assert (pets["chance"], pets["majority"], pets["blind"]) == (0.0, 25.0, 12.5)
-
-
-def test_tables_mark_what_differs_from_the_first_model():
     names = {"large": "1" * 40, "worse": "1" * 20 + "0" * 20, "same": "1" * 40}
     models = {name: measured(name, right) for name, right in names.items()}
     header, rows = result_rows(models)

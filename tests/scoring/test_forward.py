@@ -112,7 +112,7 @@ def test_an_expert_that_no_token_takes_scores_zero():
         assert (scores[1] > 0).sum() == 1
 
 
-def test_padding_and_roles_do_not_count_in_pictures():
+def test_padding_and_roles_do_not_count_in_pictures_and_dense_models_are_named():
     model = tiny.build("qwen3_vl_moe")
     single = [tiny.batch(model, 9 + 4 * seed, seed) for seed in range(2)]
     alone = scored(model, single, "reap")
@@ -121,9 +121,6 @@ def test_padding_and_roles_do_not_count_in_pictures():
     for index, values in enumerate(alone):
         assert_scores_close(together[index], values, SCORE_SHARE_OF_MAXIMUM)
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(alone, blind, strict=True))
-
-
-def test_a_model_without_experts_is_named():
     model = tiny.build("llama")
     with pytest.raises(UnsupportedModelError, match="'llama' has no experts to score"):
         sv.score(model, [tiny.batch(model)], "reap")

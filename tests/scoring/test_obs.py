@@ -214,16 +214,13 @@ def test_float64_is_used_where_digits_lack_and_an_indefinite_matrix_refused():
         removal_order(torch.ones(2, 4), torch.diag(torch.tensor([1.0, 1, 1, -1])), 4)
 
 
-def test_scores_rank_as_the_order_of_removal_whatever_the_costs():
+def test_scores_rank_as_the_order_of_removal_and_the_best_are_kept():
     costs = torch.tensor([0.0, 0.0, 3.0, 1.0, 1.0, 2.0, 5.0, 1e-3], dtype=torch.float64)
     scores = strictly_increasing(costs)
     assert (scores[1:] > scores[:-1]).all()
     assert_close(scores, costs.cummax(0).values, SOLVE._replace(rtol=1e-6))
     assert scores[0] == 0
     assert (scores >= costs).all()
-
-
-def test_keeping_the_best_scores_is_stopping_early():
     model = tiny.build("llava-llama")
     data = [tiny.batch(model, 20, seed) for seed in range(3)]
     statistics = collect(model, data, "obs")

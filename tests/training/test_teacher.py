@@ -377,7 +377,7 @@ def test_a_shared_teacher_s_file_is_let_go(tmp_path):
     assert file not in Path("/proc/self/maps").read_text()
 
 
-def test_repaired_matrices_are_copied_and_named():
+def test_repaired_matrices_are_copied_and_a_plan_of_another_teacher_is_not_used():
     student, teacher, plan, processor = models("llava", "width")
     batch = {"input_ids": torch.arange(5, 25)[None], "attention_mask": torch.ones(1, 20).long()}
     repaired = [
@@ -396,9 +396,6 @@ def test_repaired_matrices_are_copied_and_named():
     _, teacher, _, _ = models("llava", "width")
     history = recover(student, teacher, SAMPLES, config(max_steps=1), processor, plan=plan)
     assert "layers.0.mlp.down_proj' and 1 more" in history.teacher
-
-
-def test_a_plan_of_another_teacher_is_not_used():
     student, teacher, _, processor = models("llava", "depth")
     other = plan_by_hand(read_anatomy(student), [0])
     assert not plan_fits(other, student, teacher)

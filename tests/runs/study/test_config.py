@@ -65,7 +65,7 @@ def test_the_numbers_are_the_papers():
     assert {cell.prune.ratio for cell in cells} == {0.15, 0.30, 0.45, 0.60}
 
 
-def test_cells_are_every_combination_once(tmp_path):
+def test_cells_are_every_combination_once_told_apart_by_their_options(tmp_path):
     data = tmp_path / "data.json"
     grid = {"ratio": [0.2, 0.4], "recovery": ["none", "sft"], "seed": [0, 1], "fraction": [0.5, 1]}
     cells = expand(study(data, grid))
@@ -76,9 +76,6 @@ def test_cells_are_every_combination_once(tmp_path):
     assert expand(StudyConfig(**{**vars(twice), "grids": twice.grids * 2})) == cells
     seeds = {(cell.seed, cell.recover.seed) for cell in cells if cell.recover is not None}
     assert seeds == {(0, 0), (1, 1)}
-
-
-def test_options_of_a_grid_tell_its_cells_apart(tmp_path):
     data = folders.write_llava_data(tmp_path, pictures=False)
     one = study(data, {"prune": {"gradient": "batch", "samples": 4}})
     other = study(data, {"prune": {"samples": 4}})  # as the study says
