@@ -179,19 +179,8 @@ def make_plan(
         The protected layers are those of Huang et al. 2025, arXiv:2507.20749, in the released code
         for InternVL; for its other models that code protects more (3 first and 11 last of 32).
     """
-    budget = Budget(
-        anatomy,
-        ratio,
-        axis,
-        protect,
-        counting,
-        round_to,
-        depth_share,
-        allocation,
-        tuple(units),
-        kv_heads,
-        experts,
-    )
+    rest = (protect, counting, round_to, depth_share, allocation, tuple(units), kv_heads, experts)
+    budget = Budget(anatomy, ratio, axis, *rest)
     given = [scores] if isinstance(scores, Scores) else list(scores)
     kept = None if tokens is None else tuple(sorted(set(tokens)))
     plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio, tokens=kept)
@@ -320,15 +309,14 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     count = min(count, len(candidates), len(shapes) - 1)
     if scores.layer_runs is not None and count:
         costs = scores.layer_runs[count - 1]  # of the run that begins at each layer
-        runs = [range(start, start + count) for start in candidates]
-        possible = [run for run in runs if set(run) <= set(candidates)]
+        runs = [{*range(start, start + count)} for start in candidates]
+        possible = [run for run in runs if run <= set(candidates)]
         if not possible:
             raise ImpossiblePlanError(
                 f"plan: no {count} layers in a row can go; score layers one by one, such as by "
                 "'block_influence'"
             )
-        cheapest = min(possible, key=lambda run: float(costs[run.start]))
-        removed = set(cheapest)
+        removed = min(possible, key=lambda run: float(costs[min(run)]))
     else:
         assert scores.layer is not None
         order = torch.argsort(scores.layer[candidates], stable=True)[:count]
@@ -397,19 +385,14 @@ def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan
 
 
 def channels_to_remove(channels: int, ratio: float) -> int:
-    """``C - floor(C (1 - ratio))`` in exact decimal arithmetic.
-
-    LLM-Pruner computes ``int(C * (1 - ratio))`` in floating point, which removes one channel too
-    many for, say, 640 channels at 0.9.
-    """
+    """``C - floor(C (1 - ratio))`` in exact decimals; floats remove one of 640 too many at 0.9."""
     return channels - math.floor(channels * (1 - Fraction(str(ratio))))
 
 
 def default_multiple(anatomy: Anatomy) -> int:
-    """128 where one step of all layers' widths is at most 1 % of the backbone, else less.
+    """128, which 4-bit kernels want, where a step of all widths is at most 1 % of the backbone.
 
-    Kernels for 4-bit and 8-bit weights want multiples of 128. In a model too small for it, 64 is
-    halved until a step is at most 0.5 %.
+    Otherwise 64 is halved until a step is at most 0.5 %.
     """
     step = sum(shape.neuron_params for shape in anatomy.layers) / anatomy.backbone_params
     if WIDTH_MULTIPLE * step <= 0.01:
@@ -425,8 +408,7 @@ def _widths(
 ) -> dict[str, int]:
     """Find the KV groups and neurons that every open layer keeps.
 
-    Both kinds of unit give the same share where whole groups allow it; neurons, which are fine
-    grained, make up the difference. With ``per_layer``, both are LLM-Pruner's counts.
+    Both kinds give the same share as far as whole groups allow; neurons make up the difference.
     """
     widest = max(open_part.layers, key=lambda shape: shape.num_kv_heads)
     all_groups = widest.num_kv_heads

@@ -62,17 +62,23 @@ class Plan:
                 f"plan: kv_groups, neurons and experts must have {before.num_layers} entries, "
                 "one for each original layer"
             )
-        _check_indices("layers", self.layers, before.num_layers, self.layers != ())
+        checks = [("layers", self.layers, before.num_layers, self.layers != ())]
         for index, shape in enumerate(before.layers):
             for unit in LAYER_UNITS:
                 kept, count = self.kept(unit)[index], shape.units(unit)
                 has_some = index in self.layers and count > 0
-                _check_indices(f"{unit}s[{index}]", kept, count, has_some == bool(kept))
-            num_experts = len(self.experts[index])
-            if 0 < num_experts < before.experts_per_token:
+                checks.append((f"{unit}s[{index}]", kept, count, has_some == bool(kept)))
+        for name, kept, count, right_emptiness in checks:
+            if not right_emptiness or not _are_indices(kept, count):
+                raise ConfigError(
+                    f"plan: {name} must be sorted, unique, below {count}, and empty only where the "
+                    "layer is gone"
+                )
+        taken = before.experts_per_token
+        for index, experts in enumerate(self.experts):
+            if 0 < len(experts) < taken:
                 raise ImpossiblePlanError(
-                    f"plan: experts[{index}] keeps {num_experts}, but each token takes "
-                    f"{before.experts_per_token}"
+                    f"plan: experts[{index}] keeps {len(experts)}, but each token takes {taken}"
                 )
         if self.tokens is not None:
             _check_tokens(self.tokens, before)
@@ -172,8 +178,7 @@ class Plan:
         """How the smaller model can be written.
 
         ``native``: as a plain configuration and weights. ``uneven``: with the widths of every
-        layer in the configuration and a Python file that applies them, since the layers differ
-        or the configuration class cannot express their head count; loading it needs
+        layer in the configuration and a Python file that applies them, which needs
         ``trust_remote_code=True``.
         """
         after, before = self._narrowed, self.before
@@ -288,14 +293,6 @@ def _check_tokens(tokens: Kept, before: Anatomy) -> None:
 def _are_indices(kept: Sequence[Any], count: int) -> bool:
     in_range = all(isinstance(i, int) and 0 <= i < count for i in kept)
     return in_range and list(kept) == sorted(set(kept))
-
-
-def _check_indices(name: str, kept: Sequence[Any], count: int, right_emptiness: bool) -> None:
-    if not right_emptiness or not _are_indices(kept, count):
-        raise ConfigError(
-            f"plan: {name} must be sorted, unique, below {count}, and empty only where the layer "
-            "is gone"
-        )
 
 
 def _span(values: Sequence[Any]) -> str:

@@ -131,13 +131,13 @@ def forward_backbone(model: Any, batch: Batch) -> None:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Freeze all parameters inside, and put their ``requires_grad`` flags back afterwards."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.requires_grad_(False)
         yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for parameter in learning:
+            parameter.requires_grad_()
 
 
 def weight_of(owner: Any, name: str = "weight") -> Tensor:

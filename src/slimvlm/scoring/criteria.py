@@ -92,16 +92,14 @@ class Capture:
     """How statistics are collected, and the cost of it.
 
     The function is ``(model, batches, token_weights, **options) -> Statistics``; where no data is
-    read, without ``token_weights``. It ``sees`` one layer at a time (its weights and its inputs),
-    the hidden states between all layers, or nothing but the shape of the model. With
-    ``layer_bytes``, the size of one layer's statistics, these are collected for a few layers at a
-    time, which are the function's option ``layers``.
+    read, without ``token_weights``. With ``layer_bytes``, the size of one layer's statistics, these
+    are collected for a few layers at a time, which are the function's option ``layers``.
     """
 
     function: Callable[..., Statistics]
     options: tuple[str, ...] = ()  # those of a criterion that the function takes
     passes: int = 1  # cost of a sample in forward passes of the model; 0 if no data is read
-    sees: Literal["nothing", "layer", "hidden_states"] = "layer"
+    sees: Literal["nothing", "layer", "hidden_states"] = "layer"  # at a time, beyond shapes
     backward: bool = False  # whether it computes gradients of a loss, which low memory refuses
     layer_bytes: Callable[[LayerShape], int] | None = None
 

@@ -211,12 +211,11 @@ def on_inputs(
 def inputs_of_experts(
     module: Any, transposed: bool, args: Any
 ) -> Iterator[tuple[int, Int[Tensor, " T"], Float[Tensor, "T C"]]]:
-    """Compute the inputs of each expert's last matrix, as its module runs.
+    """Compute inputs of experts' last matrices: ``act(gate) * up`` times the router's weight.
 
-    Yields the expert, the tokens that take it, and for each its neurons ``act(gate) * up`` times
-    the weight that the router gives the expert. The module is called with tokens, their experts and
-    the router's weights, which scale the output; or (Llama 4) with all tokens for each expert,
-    scaled already, zero where they do not take it.
+    Yields the expert, the tokens that take it, and their inputs. Its module is called with tokens,
+    their experts and the router's weights; or (Llama 4) with all tokens for each expert, scaled
+    already, zero where they do not take it.
     """
     weight = weight_of(module, "gate_up_proj")
     weight = weight.transpose(1, 2) if transposed else weight
@@ -237,10 +236,7 @@ def inputs_of_experts(
 def capture_activations(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> Statistics:
-    """Average over tokens, by weight, ``|a|`` of neurons and the L2 norm of KV groups' heads.
-
-    A neuron of experts adds up over those that a token takes, by the weights of the router.
-    """
+    """Average over tokens, by weight, ``|a|`` of neurons and the L2 norm of KV groups' heads."""
     anatomy, sums = read_anatomy(model), dict[Place, Tensor]()
 
     def add(given: Inputs) -> None:
@@ -259,10 +255,9 @@ def capture_activations(
 def capture_moments(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> Statistics:
-    """Sum ``w_t x_t`` and ``w_t x_t²`` of each input channel of ``o_proj`` and ``down_proj``.
+    """Sum ``w_t x_t`` and ``w_t x_t²`` of each input channel, a row for each expert.
 
-    With them are ``Σ_i |W_ij|`` and ``Σ_i W_ij²`` of the columns that read the channels. Experts
-    have their own row of each.
+    With them are ``Σ_i |W_ij|`` and ``Σ_i W_ij²`` of the columns that read the channels.
     """
     parts: dict[Place, dict[str, Tensor]] = {}
     for index, each in writing_matrices(model):
@@ -291,8 +286,7 @@ def capture_grams(
 ) -> Grams:
     """Sum `Moments` of the inputs of ``o_proj`` and ``down_proj`` (of some layers).
 
-    Memory: ``sum C²`` float32 numbers over all these matrices, on the model's device, whatever the
-    amount of data (11,008 neurons: 485 MB a layer); float64 for a model in float64.
+    Memory: ``C²`` float32 numbers of each matrix on the model's device (11,008 neurons: 485 MB).
     """
     weights: dict[Place, Tensor] = {}
     parts: dict[Place, Moments] = {}

@@ -161,9 +161,8 @@ def capture_gates(
 ) -> Statistics:
     """Average ``|dL_j / dm_u|`` over samples for a gate ``m_u = 1`` on each unit's output.
 
-    One backward pass gives the gradients of all samples of a batch, since each has its own gates.
-    This is the first-order change of the loss when the unit is switched off, with the sum over the
-    unit's channels inside the absolute value; losses as in `capture_gradients`.
+    Each sample of a batch has its own gates. This is the first-order change of the loss when the
+    unit is switched off, with the sum over its channels inside the absolute value.
 
     Reference:
         Michel et al. 2019, Are Sixteen Heads Really Better than One?, arXiv:1905.10650, Eq. 2.

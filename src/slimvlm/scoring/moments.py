@@ -18,16 +18,14 @@ BLOCK = 1024
 """Columns of a product that are worked on at once."""
 
 SYMMETRIC_BLOCK = 608
-"""Rows of a symmetric matrix that are worked on at once: large enough for a matrix product to run
-at its full rate, small enough to leave out almost half, the blocks below the diagonal."""
+"""Rows of a symmetric matrix at once: many enough for a product to run at its full rate."""
 
 
 @dataclass
 class Moments:
     """Weighted sums over tokens of the input ``x`` of a matrix and, where asked, of a residual.
 
-    With the target ``y`` of the matrix's output, the residual ``e`` is ``y - W x - b`` for the
-    original ``W`` and ``b``. Without residuals the target is the original output itself.
+    The residual ``e`` is ``y - W x - b`` for a target ``y`` other than the original output.
     """
 
     pairs: Float[Tensor, "C C"]  # Σ_t w_t x_t x_tᵀ in its upper blocks; `gram` is the whole matrix
@@ -46,10 +44,7 @@ class Moments:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Moments:
-        """Start the sums of a matrix; with its ``outputs`` if residuals will be given.
-
-        Sums over pairs, and one token's products, are in ``dtype``; the device needs float64.
-        """
+        """Start the sums of a matrix, over pairs in ``dtype``; with ``outputs`` of residuals."""
 
         def zeros(*shape: int, of: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(shape, dtype=of, device=device)
@@ -66,9 +61,8 @@ class Moments:
         weights: Float[Tensor, " T"],
         residuals: Float[Tensor, "T O"] | None = None,
     ) -> None:
-        """Add tokens; those of weight 0 leave no trace, whatever their values.
+        """Add tokens, best some 2,000; those of weight 0 leave no trace, whatever their values.
 
-        Best some 2,000 tokens at a time. Residuals are given if and only if `zero` had ``outputs``.
         bfloat16 inputs of weight 1 are multiplied as such on a CPU, which loses nothing.
         """
         counted, dtype = weights.nonzero()[:, 0], self.pairs.dtype
@@ -162,18 +156,16 @@ class Moments:
 
 @contextmanager
 def _bfloat16_products(wanted: bool) -> Iterator[None]:
-    """Multiply float32 matrices as bfloat16 where a CPU can, summed in float32; process-wide."""
-    # From PyTorch 2.9 on.
+    """Multiply float32 matrices as bfloat16 where a CPU can (PyTorch 2.9 on); process-wide."""
     products = getattr(torch.backends.mkldnn, "matmul", None) if wanted else None
-    if products is None:
-        yield
-        return
-    before = products.fp32_precision
-    products.fp32_precision = "bf16"
+    before = getattr(products, "fp32_precision", None)
     try:
+        if products is not None:
+            products.fp32_precision = "bf16"
         yield
     finally:
-        products.fp32_precision = before
+        if products is not None:
+            products.fp32_precision = before
 
 
 def add_product_(
@@ -198,11 +190,7 @@ def mirror_(matrix: Float[Tensor, "C C"]) -> None:
 
 
 def invert_(matrix: Float[Tensor, "C C"]) -> bool:
-    """Invert a positive definite matrix as ``L⁻ᵀ L⁻¹`` from its Cholesky factor, in place.
-
-    All but the corners are matrix products. Returns False, with the values lost, if the matrix is
-    not positive definite in its precision.
-    """
+    """Invert a matrix as ``L⁻ᵀ L⁻¹`` in place; False, its values lost, if not positive definite."""
     factor = matrix.mT
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))

@@ -21,12 +21,10 @@ from slimvlm.scoring.unit_scores import Grams, Values, strictly_increasing, with
 DAMPING = 0.01
 
 INFLATION = 1e4
-"""Up to which ``max H_jj [H⁻¹]_jj`` float32 is enough. It bounds the digits that the inverse has
-lost, and those that the removals will lose."""
+"""``max H_jj [H⁻¹]_jj`` up to which float32 is enough: the digits that are lost."""
 
 BLOCK = 64
-"""Block size: larger blocks use faster matrix products, smaller ones waste less on channels that
-stay."""
+"""Larger blocks use faster matrix products, smaller ones waste less on channels that stay."""
 
 TIE = 1e-5
 """Prices that differ by less than this share are equal, and the first unit goes."""
@@ -36,15 +34,13 @@ def score_obs(statistics: Grams, anatomy: Anatomy) -> Values:
     """Price each unit when it goes, least first, with the others refitted after each step.
 
     ``tr(W_B ([G⁻¹]_BB)⁻¹ W_Bᵀ)``, where ``W_B`` are the columns of ``o_proj`` or ``down_proj`` that
-    read the unit and ``G`` is the mean Gram matrix of their inputs: the mean squared change of the
-    matrix's output for each token. It is never below that of a unit before it: keeping the highest
-    scores is stopping early. Of two copies of a neuron one is free and the other is not.
+    read the unit and ``G`` is the mean Gram matrix of their inputs; never below the unit before, so
+    that keeping the highest scores is stopping early.
 
     Reference:
         Hassibi & Stork 1992, Optimal Brain Surgeon, Eq. 5, for blocks of columns as in Ling et al.
-        2024, SlimGPT, arXiv:2412.18110, and Meng et al. 2024, OSSCAR, arXiv:2403.12983. There it
-        chooses and refits weights in one go; here it only orders units, layer by layer, with the
-        inputs of the whole model.
+        2024, SlimGPT, arXiv:2412.18110, and Meng et al. 2024, OSSCAR, arXiv:2403.12983 (which also
+        refit weights here).
     """
     values: Values = {}
     for index, shape, matrix, part in with_shapes(statistics.parts, anatomy):
@@ -56,11 +52,7 @@ def score_obs(statistics: Grams, anatomy: Anatomy) -> Values:
 
 @dataclass(frozen=True)
 class Elimination:
-    """The result of a greedy removal of units.
-
-    The columns of the matrix that read the units which stay are refitted: the least squares
-    solution with a ridge of ``damping · mean diag(gram)`` towards the columns as they were.
-    """
+    """A greedy removal of units, and the columns of those that stay, refitted with a ridge."""
 
     order: Int64[Tensor, " _"]  # the removed units
     costs: Float64[Tensor, " _"]  # the squared error that each of them added when it went
@@ -91,17 +83,13 @@ def removal_order(
     exact, and adds ``tr(W_B ([H⁻¹]_BB)⁻¹ W_Bᵀ)`` to the squared error of the output: the unit's
     price. Only ``P = Wᵀ W`` is needed of ``W``.
 
-    The inverse takes ``C³`` operations, removing ``K`` channels at most ``K C (4 O + K)``, most of
-    them in matrix products. Memory is three matrices like ``gram``, in float32 as long as this
-    keeps the order but for near ties, and float64 beyond (see `INFLATION`) and where ``gram`` is.
+    The inverse takes ``C³`` operations, removing ``K`` channels at most ``K C (4 O + K)``. Memory
+    is three matrices like ``gram``, in float32 where that keeps the order but for near ties (see
+    `INFLATION`). Units are equally many consecutive channels each; ``stop`` of them go, or all.
+    `NumericalError` if ``H`` is not positive definite.
 
-    Units are equally many consecutive channels each; ``stop`` of them go, or all. With damping, a
-    channel that is always zero costs a little instead of nothing. `NumericalError` if ``H`` is not
-    positive definite.
-
-    Reference:
-        As in a Cholesky factorisation with pivots by blocks (LAPACK's ``pstrf``), what the last
-        removals change is applied to the diagonal at once and to the rest in one product.
+    As in a Cholesky factorisation with pivots by blocks (LAPACK's ``pstrf``), what the last
+    removals change is applied to the diagonal at once and to the rest in one product.
     """
     matrix, gram = with_float64(matrix), with_float64(gram)
     for dtype in dict.fromkeys((gram.dtype, torch.float64)):
@@ -121,18 +109,15 @@ def removal_order(
 
 
 class _State:
-    """``W`` and ``H⁻¹`` of the remaining units, and their changes by removals.
+    """``W`` and ``H⁻¹`` of the units ``left``, of which some are ``gone`` since.
 
     With ``B`` the channels of a unit that goes and ``L Lᵀ = [H⁻¹]_BB``, ``H⁻¹`` loses ``Uᵀ U`` and
     ``P`` loses ``Uᵀ V + Vᵀ U``, where ``U = L⁻¹ [H⁻¹]_B:``, ``V = L⁻¹ P_B: - ½ S U`` and
     ``S = L⁻¹ P_BB L⁻ᵀ``, whose trace is the price.
 
     A removal updates only the units' blocks on the diagonal, from which all prices follow, and the
-    rows of the removed unit. Rows are prepared for the cheapest units at once, in matrix products;
-    when another unit becomes the cheapest, they are prepared anew.
-
-    ``inverse`` is ``H⁻¹`` of the units ``left``; of these, some are ``gone`` since. ``u`` has all
-    ``U`` since in ``count`` rows; ``weights`` is ``W`` when rows were last prepared.
+    rows of the removed unit. Rows are prepared for the cheapest units at once, in matrix products,
+    and anew when another becomes the cheapest. ``u`` has all ``U`` since then in ``count`` rows.
     """
 
     def __init__(self, inverse: Tensor, weights: Tensor, width: int) -> None:
@@ -190,8 +175,7 @@ class _State:
     def _remove_some_(self, stop: int) -> tuple[Int64[Tensor, " N"], Float[Tensor, " N"]]:
         """Remove units while the rows of the cheapest are prepared; return them and their costs.
 
-        All steps are queued on the device, and the number of removed units, at least one, is read
-        once at the end: after the last one, further steps change nothing.
+        All steps are queued on the device; how many removed one is read once at the end.
         """
         prices, width = self._prices(), self.width
         ranked = torch.where(_tied(prices), -1, prices).argsort(stable=True)

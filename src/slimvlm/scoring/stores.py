@@ -1,10 +1,9 @@
 """Activations between layers: on the device, in host memory, or in a folder of mapped files.
 
-A store holds named sets of tensors, one entry for each batch: ``batches`` (inputs, and the
-arguments that the text model calls its layers with), ``<stream>-<i>`` (outputs of layer ``i - 1``
-in one of the streams of hidden states), and results that are kept for a restart. On disk every file
-appears whole, and a folder of files takes its name when all of them are there, so that a run that
-was killed resumes after the last whole layer.
+A store holds named sets of tensors, one entry for each batch: ``batches`` (inputs, and arguments of
+layers), ``<stream>-<i>`` (outputs of layer ``i - 1``), and results that are kept for a restart. A
+folder of files takes its name when all of them are there, so that a killed run resumes after the
+last whole layer.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ PINNING = ("cuda", "xpu")
 class Memory:
     """A store that ends with its process, on a device or where each tensor was computed.
 
-    Tensors of an accelerator come back from pinned host memory without waiting. torch rounds each
-    block of it up to a power of two.
+    Tensors come back from pinned host memory without waiting; torch rounds it to powers of two.
     """
 
     def __init__(self, device: torch.device | None = None, pinned: bool = False) -> None:
