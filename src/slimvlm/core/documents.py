@@ -271,11 +271,7 @@ NUM_BLOCKS, BLOCK_BYTES = 64, 2**20
 
 
 def identity_of_files(name: str, source: str) -> str:
-    """Hash the names, sizes and content of a model's or data source's files; a hub id is its name.
-
-    Of a file over 64 MiB 64 blocks of 1 MiB are read, evenly spaced. ``name`` is the user's name of
-    ``source``, the folder or file.
-    """
+    """Hash names, sizes and content of a source's files; a hub id is its ``name``."""
     path = path_of(source, "file")
     if not path.exists():
         return name

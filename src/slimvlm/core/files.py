@@ -113,15 +113,10 @@ def file_name(name: str) -> str:
 
 @contextmanager
 def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
-    """Lock an output against other runs; wait up to ``wait`` seconds, -1 for no limit.
-
-    The lock is ``.<name>.lock`` beside it, with the pid and host of its holder; the system releases
-    it when the process ends. A process may lock a place several times; ranks of one distributed run
-    count as one. Raises InUseError if another run has locked it.
-    """
+    """Lock an output against other runs; wait up to ``wait`` seconds, -1 for no limit."""
     path = Path(path)
     require_place(path)
-    if not is_first_rank():
+    if not is_first_rank():  # ranks of one distributed run count as one
         yield
         return
     with ExitStack() as stack:

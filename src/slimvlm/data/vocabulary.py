@@ -94,11 +94,7 @@ class TokenizerFile:
 
     @cached_property
     def needed(self) -> frozenset[int]:
-        """Tokens that always stay: special and added ones, bytes, and single characters.
-
-        With a Unigram model also its rarest token and, if it has no bytes to fall back on, every
-        token with a character that has no token of its own.
-        """
+        """Tokens that always stay: special and added ones, bytes, and single characters."""
         found = {token["id"] for token in self.values["added_tokens"]} | self.special
 
         def noted(index: int) -> int:
@@ -112,7 +108,7 @@ class TokenizerFile:
         if isinstance(model.get("unk_token"), str) and model["unk_token"] in pieces:
             found.add(pieces[model["unk_token"]])
         found |= {i for piece, i in pieces.items() if len(piece) == 1 or _BYTE.fullmatch(piece)}
-        if model["type"] == "Unigram":
+        if model["type"] == "Unigram":  # the rarest token scores unknown characters
             found.add(min(range(len(model["vocab"])), key=lambda index: model["vocab"][index][1]))
             if model["unk_id"] is not None:
                 found.add(model["unk_id"])

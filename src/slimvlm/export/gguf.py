@@ -48,12 +48,7 @@ def export_gguf(
     force: bool = False,
     original: str | Path | None = None,
 ) -> Exported:
-    """Write the language backbone, with its tokenizer and chat template, as one GGUF file.
-
-    Vision tower and projector go into a second file ``mmproj-...``, in bfloat16 where ``outtype``
-    is a K format, if llama.cpp's converter can write them (`slimvlm.export.serving.GGUF_PICTURES`).
-    A model that lost tokens needs its ``original``, whose tokenizer llama.cpp knows.
-    """
+    """Write the backbone as one GGUF file, and a tower that llama.cpp knows as ``mmproj-...``."""
     out = require_free(out, force)
     quantizer = shutil.which(QUANTIZE_PROGRAM)
     if outtype in K_FORMATS and quantizer is None and find_spec(llama_cpp.QUANTIZER) is None:

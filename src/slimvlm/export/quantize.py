@@ -209,12 +209,7 @@ def _settings(to: str, backend: str, skipped: list[str], dtype: torch.dtype) -> 
 
 @contextmanager
 def compressed(model: PreTrainedModel, to: str, skipped: Sequence[str]) -> Iterator[None]:
-    """Quantise matrices of decoder layers inside the block; dequantise them afterwards.
-
-    A scale is the largest absolute weight of a row (int8, fp8) or of a group of a row (int4) over
-    the largest number of the type; weights are rounded to nearest. int8 and fp8 (e4m3) also round
-    activations to 8 bit, token by token, when the model runs.
-    """
+    """Quantise matrices of decoder layers inside the block; dequantise them afterwards."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationConfig,

@@ -99,11 +99,7 @@ def hidden_states(
     layers: Sequence[int] = (),
     runner: nn.Module | None = None,
 ) -> list[Float[Tensor, "B T D"]]:
-    """Compute the hidden state after the last norm, and those after some (ascending) layers.
-
-    A layer that this batch does not run (one of Mllama's that read pictures, in a batch without)
-    leaves what came before it as it is. ``runner`` is the distributed wrapper of the model, if any.
-    """
+    """Compute the hidden state after the last norm, and those after some (ascending) layers."""
     caught: dict[int, Tensor] = {}
     newest: list[Tensor] = []
 
@@ -252,7 +248,6 @@ def gathered_weights(sharded: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Free weights that a forward pass gathered."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

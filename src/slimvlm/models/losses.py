@@ -281,5 +281,4 @@ def _counted(mask: Mask | None, reduction: Reduction, *values: Tensor) -> list[T
 
 
 def _mean(values: Float[Tensor, " N"]) -> Float[Tensor, ""]:
-    """Average; 0 without values."""
     return values.sum() / max(len(values), 1)

@@ -118,7 +118,6 @@ def write_processor(processor: Any, folder: Path) -> None:
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A configuration and those inside it."""
     yield config
     for value in config.values():
         if isinstance(value, dict) and "model_type" in value:

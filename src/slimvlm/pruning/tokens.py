@@ -125,7 +125,6 @@ def renumber_config_(config: PreTrainedConfig, plan: Plan) -> None:
 
 
 def _row_fields(plan: Plan) -> list[str]:
-    """Fields that hold the vocabulary size."""
     return ["vocab_size", *(s.rows for s in plan.before.backbone.layer_stacks if s.rows)]
 
 

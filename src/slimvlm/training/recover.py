@@ -333,23 +333,18 @@ def _tokens_of_teacher(
 
 
 def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) -> float:
-    """Return the learning rate: the one that is given, or one by rule.
-
-    LoRA and the projector take 2e-4. Where all weights learn, it is 4e-4 times the share of the
-    decoder that was removed, a quarter where no plan says: measured on a model with 576 channels
-    (``docs/log.md``). A model with more of them takes less in proportion, as the hidden matrices of
-    μP do (arXiv:2203.03466, Table 3).
-    """
+    """Return the learning rate: the one that is given, or one by rule."""
     if config.learning_rate is not None:
         return config.learning_rate
     if config.train != "full":
         return RATE
+    # measured on a model with 576 channels (``docs/log.md``); a wider one takes less in proportion,
+    # as the hidden matrices of μP do (arXiv:2203.03466, Table 3)
     width = read_anatomy(model).hidden_size
     return RATE_OF_ALL * _removed_share(plan) * min(MEASURED_CHANNELS / width, 1.0)
 
 
 def _removed_share(plan: Plan | None) -> float:
-    """Return the removed share of the decoder, by a plan or by default."""
     return UNKNOWN_SHARE if plan is None else plan.decoder_ratio
 
 

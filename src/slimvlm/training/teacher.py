@@ -183,12 +183,7 @@ def _frozen(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 def seeing_once(
     model: PreTrainedModel, teacher: PreTrainedModel, through_students_projector: bool = False
 ) -> Iterator[None]:
-    """Run the vision tower for the student alone, and give the teacher its outputs.
-
-    Each forward pass of the teacher must follow one of the student on the same batch. Towers that
-    do not hold the same frozen values both run. ``through_students_projector`` lets the teacher use
-    the student's projector, as the study's LLaVA and Bunny trainers do.
-    """
+    """Run equal vision towers for the student alone, and give the teacher its outputs."""
     family = Parts(model).family
     ours, theirs = (
         {

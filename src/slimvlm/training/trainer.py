@@ -269,14 +269,9 @@ def num_workers(device: torch.device) -> int:
 class DistillationTrainer(Trainer):
     """The Trainer with a weighted sum of losses, and with our progress bar or log lines.
 
-    Hidden states are captured on the way, and the head runs only over positions that a loss reads:
-    logits of a whole batch never exist. A mean over tokens is one over all ranks and all
-    accumulated batches, so that these change the memory needed and nothing else.
-
-    ``layer_pairs`` are decoder layers to compare, as (student's, teacher's), besides the end.
-    ``tokens`` is the teacher's id of each student token, if the student has fewer: the teacher
-    reads the student's tokens, although its own tokenizer may join them to longer ones, and logits
-    are compared over the tokens that both have.
+    The head runs only over positions that a loss reads. A mean over tokens is one over all ranks
+    and all accumulated batches. ``layer_pairs`` are layers to compare besides the end: (student's,
+    teacher's). ``tokens`` are the teacher's ids of the student's tokens, if it has fewer.
     """
 
     def __init__(
@@ -350,7 +345,6 @@ class DistillationTrainer(Trainer):
         return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
 
     def _as_teacher_reads(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Replace the student's token ids by the teacher's."""
         if self._tokens is None:
             return inputs
         return {**inputs, "input_ids": self._tokens[inputs["input_ids"]]}

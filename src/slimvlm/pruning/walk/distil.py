@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -73,15 +73,10 @@ def distil_(
     count: int,
     learning_rate: float,
 ) -> tuple[float, float]:
-    """Train one layer alone, as far as held-out tokens confirm.
+    """Train one layer alone; return its `relative_error` on held-out batches before and after.
 
-    It gets new parameters; the old ones stay as they are. All of them learn, one batch a step, by
-    Adam with a rate that rises and falls once (one cycle). A layer in half precision learns in
-    float32, and multiplies in bfloat16. Afterwards held-out tokens choose among the trained layer,
-    the one halfway to it and the one before, so that their error is never larger than it was;
-    without held-out batches the trained layer stays.
-
-    Returns `relative_error` on the held-out batches before and after.
+    It gets new parameters; the old ones stay as they are. Held-out tokens choose among the trained
+    layer, the one halfway to it and the one before; without any the trained layer stays.
     """
     is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in layer.parameters())
     judges = exams or lessons
@@ -91,11 +86,14 @@ def distil_(
             copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
             setattr(module, name, copied)
     old = _mean_error(judges)
-    with ExitStack() as stack:
-        parameters = stack.enter_context(_trainable(layer))
-        if is_half:  # without a cache: the weights change from step to step
-            kind = parameters[0].device.type
-            stack.enter_context(torch.autocast(kind, torch.bfloat16, cache_enabled=False))
+    flags = {name: (p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
+    parameters = list(layer.parameters())
+    for parameter in parameters:  # half precision learns in float32, and multiplies in bfloat16
+        if parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    kind = parameters[0].device.type  # without a cache: the weights change from step to step
+    with torch.autocast(kind, torch.bfloat16, cache_enabled=False) if is_half else nullcontext():
         optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, learning_rate, total_steps=count + 1, cycle_momentum=False
@@ -108,6 +106,11 @@ def distil_(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+    for name, parameter in layer.named_parameters():
+        dtype, flag = flags[name]
+        parameter.grad = None
+        parameter.requires_grad_(flag)
+        parameter.data = parameter.data.to(dtype)
     after = {name: p.detach().clone() for name, p in layer.named_parameters()}
     errors = {0.0: old}
     for share in (1.0, 0.5) if exams else (1.0,):
@@ -132,22 +135,3 @@ def _blend_(
 ) -> None:
     for name, parameter in layer.named_parameters():
         parameter.copy_(before[name].lerp(after[name], share) if share else before[name])
-
-
-@contextmanager
-def _trainable(layer: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Let parameters learn in float32 or better; put their data types and flags back."""
-    flags = {name: (p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
-    parameters = list(layer.parameters())
-    for parameter in parameters:
-        if parameter.dtype.itemsize < 4:
-            parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    try:
-        yield parameters
-    finally:
-        for name, parameter in layer.named_parameters():
-            dtype, flag = flags[name]
-            parameter.grad = None
-            parameter.requires_grad_(flag)
-            parameter.data = parameter.data.to(dtype)

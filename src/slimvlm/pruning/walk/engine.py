@@ -322,7 +322,6 @@ class Walk:
                 self.streams.pass_on(PREFIX, index, end, self.streams.places)
 
     def _recall(self, index: int) -> LayerOutcome:
-        """Read the outcome of a walked layer."""
         about = self.results.about(entry_of(index), 0)
         stored = self.results.read(entry_of(index), 0, torch.device("cpu"))
         report, distilled = about["report"], about["report"]["distilled"]
