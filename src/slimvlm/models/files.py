@@ -13,11 +13,11 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from safetensors import safe_open
 from torch import Tensor
@@ -192,16 +192,11 @@ def _require_plausible(values: Any, where: str, name: str = "") -> None:
         raise ConfigError(f"{where} {name} {shortened(values)} names code, which is not run")
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Names in a checkpoint's files, and the function that makes a parameter of their tensors."""
 
     keys: tuple[str, ...]
-    convert: Callable[[Sequence[Tensor]], Tensor] | None = None
-
-    def made_of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Make the parameter of the tensors of `keys`."""
-        return tensors[0] if self.convert is None else self.convert(tensors)
+    convert: Callable[[Sequence[Tensor]], Tensor]
 
 
 def origins_in_files(model: Any, keys: Iterable[str]) -> dict[str, Origin]:
@@ -243,7 +238,7 @@ def _origin(
     keys = tuple(patterns)
     used = [each for each in converters if patterns[keys[-1]] in each.source_patterns]
     if not used:
-        return Origin(keys[-1:])
+        return Origin(keys[-1:], itemgetter(0))
 
     def convert(tensors: Sequence[Tensor]) -> Tensor:
         converter = copy.deepcopy(used[0])

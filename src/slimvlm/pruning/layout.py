@@ -91,8 +91,29 @@ def lay_out(folder: Path, config: Any) -> None:
         part |= _older_fields(part)
     values |= {old: values[new] for old, new in layout.fields if new in values}
     write_text(path, json.dumps(values, indent=2) + "\n")
-    if layout.names:
-        _rename_weights(folder, layout.names)
+    if not layout.names:
+        return
+
+    def rename(name: str) -> str:
+        for pattern, replacement in layout.names:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    # bytes of tensors are copied and never held in memory
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as source, new_file(path) as written:
+            (length,) = struct.unpack("<Q", source.read(8))
+            header = json.loads(source.read(length))
+            renamed = json.dumps({rename(k): v for k, v in header.items()}).encode()
+            renamed += b" " * (-len(renamed) % 8)
+            with written.open("wb") as target:
+                target.write(struct.pack("<Q", len(renamed)) + renamed)
+                shutil.copyfileobj(source, target, 2**24)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        values = json.loads(index.read_text())
+        values["weight_map"] = {rename(k): v for k, v in values["weight_map"].items()}
+        write_text(index, json.dumps(values, indent=2) + "\n")
 
 
 def write_processor(processor: Any, folder: Path) -> None:
@@ -141,27 +162,3 @@ def _older_fields(config: dict[str, Any]) -> dict[str, Any]:
     is_plain = scaling == {"rope_type": "default"}
     fields["rope_scaling"] = None if is_plain else {**scaling, "type": scaling["rope_type"]}
     return fields
-
-
-def _rename_weights(folder: Path, rules: Names) -> None:
-    """Rename the tensors of every file; their bytes are copied and never held in memory."""
-
-    def rename(name: str) -> str:
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as source, new_file(path) as written:
-            (length,) = struct.unpack("<Q", source.read(8))
-            header = json.loads(source.read(length))
-            renamed = json.dumps({rename(k): v for k, v in header.items()}).encode()
-            renamed += b" " * (-len(renamed) % 8)
-            with written.open("wb") as target:
-                target.write(struct.pack("<Q", len(renamed)) + renamed)
-                shutil.copyfileobj(source, target, 2**24)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        values = json.loads(index.read_text())
-        values["weight_map"] = {rename(k): v for k, v in values["weight_map"].items()}
-        write_text(index, json.dumps(values, indent=2) + "\n")

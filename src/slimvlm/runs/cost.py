@@ -23,8 +23,7 @@ from slimvlm.models.cost import BYTES, free_memory, weight_bytes
 from slimvlm.models.load import computes_bfloat16, default_device, empty_model, load_config
 from slimvlm.models.losses import rows_at_once
 from slimvlm.models.parts import Parts, text_config_of
-from slimvlm.pruning.walk.distil import PASSES
-from slimvlm.pruning.walk.engine import aims_at_original
+from slimvlm.pruning.walk.engine import PASSES, aims_at_original
 from slimvlm.pruning.walk.streams import most_kept
 from slimvlm.pruning.walk.walk import WALKING, states_bytes
 from slimvlm.runs.recipes import rules

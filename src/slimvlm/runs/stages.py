@@ -33,8 +33,7 @@ from slimvlm.models.parts import context_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import lost_heads
 from slimvlm.pruning.tokens import trimmed_processor
-from slimvlm.pruning.walk.distil import steps_for
-from slimvlm.pruning.walk.engine import Steps, WalkConfig
+from slimvlm.pruning.walk.engine import Steps, WalkConfig, steps_for
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.walk import plans_for
 from slimvlm.pruning.walk.walk import walk as walk_layers

@@ -106,7 +106,7 @@ class LazyCheckpoint:
         for key in origin.keys:
             with safe_open(self.files[key], framework="pt") as file:
                 tensors.append(file.get_tensor(key).to(dtype))
-        return origin.made_of(tensors)
+        return origin.convert(tensors)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def open_checkpoint(
         keys = list(origins[name].keys)
         try:
             parts = [torch.empty(shapes[key], device="meta") for key in keys]
-            shape = list(origins[name].made_of(parts).shape)
+            shape = list(origins[name].convert(parts).shape)
         except RuntimeError as error:
             raise ConfigError(
                 f"{where} {len(keys)} tensors such as {keys[0]!r} do not fit together"

@@ -87,7 +87,7 @@ def walk_(
             answers: the result is never worse there than without repair.
         held_out: Batches that confirm and judge. For ``auto`` and ``local_steps`` without any,
             every fifth batch is set aside.
-        local_steps: Optimizer steps on each layer; see `slimvlm.pruning.walk.distil`.
+        local_steps: Optimizer steps on each layer; see `slimvlm.pruning.walk.engine`.
         token_weights: Weight of ``image``, ``prompt`` and ``answer`` tokens in choice and fit; all
             1 if None.
         ridge: See `slimvlm.pruning.repair.refit`.
