@@ -389,9 +389,10 @@ class SizeOptions(Options):
         return self.loses_tokens or self.experts > 0
 
     @property
-    def of_widths(self) -> dict[str, Any]:
-        """The options of widths, by the names that `make_plan` gives them."""
-        return {"units": self.units, "protect": self.protect, "round_to": self.round_to}
+    def of_units(self) -> dict[str, Any]:
+        """The options of units, by the names that `make_plan` gives them."""
+        names = ("units", "protect", "round_to", "experts")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -273,16 +273,9 @@ def ranked_plan(
     tokens: tuple[int, ...] | None = None,
 ) -> Plan:
     """Make the plan that scores alone give; a ``balanced`` walk begins at a ``uniform`` one."""
-    return make_plan(
-        anatomy,
-        scores,
-        ratio_of(config),
-        config.axis or "width",
-        "protect" if config.allocation == "protect" else "uniform",
-        **config.of_widths,
-        tokens=tokens,
-        experts=config.experts,
-    )
+    even = "protect" if config.allocation == "protect" else "uniform"
+    kept = {**config.of_units, "tokens": tokens}
+    return make_plan(anatomy, scores, ratio_of(config), config.axis or "width", even, **kept)
 
 
 # The tokens that stay are chosen first, from the data and further texts.

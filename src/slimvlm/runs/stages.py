@@ -244,17 +244,9 @@ def walk(
     config, shape = request.prune, read_anatomy(source.model)
     if plan is None and scored_by(config) == config.criterion:
         plan = requests.ranked_plan(config, shape, scores, request.tokens)
-    plans, chooses = plans_for(
-        shape,
-        scores,
-        config.ratio,
-        config.axis or "width",
-        config.allocation or "uniform",
-        plan=plan,
-        **config.of_widths,
-        tokens=request.tokens,
-        experts=config.experts,
-    )
+    along = (config.axis or "width", config.allocation or "uniform")
+    kept = {**config.of_units, "tokens": request.tokens}
+    plans, chooses = plans_for(shape, scores, config.ratio, *along, plan=plan, **kept)
     if not any(each.cuts_layers for each in plans):
         return Walked(plans[0])
     if config.local_steps is None:

@@ -139,7 +139,7 @@ def plan(
     make: Callable[..., Plan] = make_plan if target is None else make_plan_for_params
     size = (config.ratio or 0.0) if target is None else target
     how = {name: getattr(config, name) for name in ("axis", "allocation", "kv_heads")}
-    how |= {**config.of_widths, "experts": config.experts}
+    how |= config.of_units
     if config.loses_tokens:
         chosen = requests.vocabulary_for(model, config, ())
         say(chosen.line())
