@@ -21,7 +21,7 @@ from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import PLAN_FILE, prune_checkpoint, save
-from slimvlm.scoring.layerwise import LayerwiseModel, open_checkpoint
+from slimvlm.scoring.layerwise import LayerCalls, LayerwiseModel, open_checkpoint
 from slimvlm.scoring.score_model import score, score_checkpoint
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny, tiny_folder
@@ -123,6 +123,14 @@ def test_one_layer_is_in_memory_at_a_time(case, model, data, folder, monkeypatch
     monkeypatch.setattr(LayerwiseModel, "layer", watched)
     score_checkpoint(folder, data, **CASES[case])
     assert set(seen) == {sum(p.numel() for p in model.model.layers[0].parameters())}
+
+
+@pytest.mark.parametrize("case", ["flap", "block_influence"])
+def test_a_layer_runs_once_for_each_batch(case, data, folder, monkeypatch):
+    runs, run = [], LayerCalls.run
+    monkeypatch.setattr(LayerCalls, "run", lambda *call: runs.append(call[2]) or run(*call))
+    score_checkpoint(folder, data, **CASES[case])
+    assert len(runs) == 4 * len(data)
 
 
 @pytest.mark.parametrize("case", ["activation", "block_influence"])

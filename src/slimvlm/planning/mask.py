@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import Anatomy, channels_of, read_anatomy, unit_of
+from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, channels_of, read_anatomy, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, Projection
 from slimvlm.models.hidden import layer_input
 from slimvlm.models.load import require_undivided
@@ -27,6 +27,11 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
     minus infinity. Removed tokens are zero in the embedding, and a hook sets their logits to minus
     infinity. This is the slow and obvious meaning of a plan, against which `prune_` is tested.
     """
+
+    def pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = layer_input(args, kwargs)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
     require_match(model, plan)
     parts, kept_layers = Parts(model), set(plan.layers)
     with torch.no_grad():
@@ -34,7 +39,7 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
             if index not in kept_layers:
                 for parameter in layer.parameters():
                     parameter.zero_()
-                layer.register_forward_hook(_pass_on, with_kwargs=True)
+                layer.register_forward_hook(pass_on, with_kwargs=True)
         for index, matrix in parts.matrices():
             if matrix.projection.dim == INPUT_COLUMNS and index in kept_layers:
                 removed = _removed(matrix.width, kept_channels(plan, index, matrix.projection))
@@ -51,27 +56,20 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
             _mask_tokens(model, plan.tokens)
 
 
-class _WithoutExperts(TorchFunctionMode):
-    """Inside, products with a router's weight are minus infinity for some experts."""
-
-    def __init__(self, weight: Tensor, removed: Tensor) -> None:
-        super().__init__()
-        self._weight, self._removed = weight, removed
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        is_routing = func is F.linear and args[1] is self._weight
-        return result.masked_fill(self._removed, -torch.inf) if is_routing else result
-
-
 def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
     """Let a router score the experts that are not kept with minus infinity."""
     removed, forward = _removed(len(weight), kept).to(weight.device), router.forward
 
+    class Masked(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), given: Any = None
+        ) -> Any:
+            result = func(*args, **(given or {}))
+            is_routing = func is F.linear and args[1] is weight
+            return result.masked_fill(removed, -torch.inf) if is_routing else result
+
     def route(*args: Any, **kwargs: Any) -> Any:
-        with _WithoutExperts(weight, removed):
+        with Masked():
             return forward(*args, **kwargs)
 
     router.forward = route
@@ -88,12 +86,6 @@ def _mask_tokens(model: PreTrainedModel, tokens: Kept) -> None:
         return logits.masked_fill(removed.to(logits.device), -torch.inf)
 
     head.register_forward_hook(forbid)
-
-
-def _pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """A hook after which a layer gives its input for its output."""
-    hidden = layer_input(args, kwargs)
-    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
 def require_match(model: nn.Module, plan: Plan) -> None:
@@ -118,8 +110,7 @@ def require_match(model: nn.Module, plan: Plan) -> None:
 
 
 def _shape_line(anatomy: Anatomy) -> str:
-    groups = max(shape.num_kv_heads for shape in anatomy.layers)
-    neurons = max(shape.intermediate_size for shape in anatomy.layers)
+    groups, neurons = (max(s.units(unit) for s in anatomy.layers) for unit in WIDTH_UNITS)
     experts = "".join(f", {count} experts" for count in anatomy.expert_counts)
     return (
         f"{anatomy.model_type} with {anatomy.num_layers} layers, {groups} KV groups, "

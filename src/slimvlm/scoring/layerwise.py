@@ -62,14 +62,11 @@ class LayerCalls:
         """Copy the dictionaries in which layers pass keys and values to later ones."""
         own: dict[int, Any] = {}
 
-        def copied(value: Any) -> Any:
-            known = isinstance(value, MutableMapping)
-            return own.setdefault(id(value), copy(value)) if known else value
-
-        arguments = {
-            index: (args, {name: copied(value) for name, value in kwargs.items()})
-            for index, (args, kwargs) in self.arguments.items()
-        }
+        arguments: dict[int, Arguments] = {}
+        for index, (args, kwargs) in self.arguments.items():
+            shared = {name: v for name, v in kwargs.items() if isinstance(v, MutableMapping)}
+            copies = {name: own.setdefault(id(v), copy(v)) for name, v in shared.items()}
+            arguments[index] = args, {**kwargs, **copies}
         return replace(self, arguments=arguments)
 
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
@@ -91,7 +88,7 @@ class LayerCalls:
 
 @dataclass(frozen=True)
 class LazyCheckpoint:
-    """A native model without weights, and its files, from which they are read when asked for."""
+    """A native model without weights, and the files that they are read from when asked for."""
 
     folder: Path
     model: PreTrainedModel  # parameters have no storage, buffers that files lack are there
@@ -122,18 +119,14 @@ class LazyCheckpoint:
     def loaded(self, has: Callable[[str], bool], device: torch.device) -> Iterator[None]:
         """Give parameters of these names their values inside, mapped from the files on a CPU.
 
-        On another device also buffers of these names, and those of no layer: any layer may read
-        them.
+        On another device also buffers of these names, and those of no layer, which any may read.
         """
         put = partial(set_module_tensor_to_device, clear_cache=False)  # else it waits each time
         parameters = self.model.named_parameters(remove_duplicate=False)
         chosen = [name for name, _ in parameters if has(name)]
-        moved = [
-            name
-            for name, buffer in self.model.named_buffers(remove_duplicate=False)
-            if buffer.device.type != device.type
-            and (has(name) or not name.startswith(self._layers))
-        ]
+        buffers = self.model.named_buffers(remove_duplicate=False)
+        elsewhere = [name for name, buffer in buffers if buffer.device.type != device.type]
+        moved = [n for n in elsewhere if has(n) or not n.startswith(self._layers)]
         try:
             for name in moved:
                 put(self.model, name, device)
@@ -354,7 +347,7 @@ class LayerwiseModel:
                 where = f"the output of layer {index} for calibration sample {samples}"
                 require_finite_values(output, where)
             if not self.store.has(f"hidden-{index + 1}"):
-                self.store.write(f"hidden-{index + 1}", place, {"hidden": output})
+                self.store.write(f"hidden-{index + 1}", place, {"hidden": output}, {"ran": True})
 
         with self.source.layer(index, self.device), self._reduced([layer], run):
             yield self.model
