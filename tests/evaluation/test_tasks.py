@@ -155,8 +155,8 @@ def test_a_function_of_ones_own_scores_replies(folder):
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        ("os:system", "a function of your own"),
-        ("subprocess:getoutput", "a function of your own"),
+        ("os:system", "of a module of your own"),
+        ("subprocess:getoutput", "of a module of your own"),
         ("metrics_of_mine:theirs", "defines no function 'theirs'"),
         ("metrics_of_mine:number", "defines no function 'number'"),
         ("metrics_of_mine:missing", "defines no function 'missing'"),

@@ -156,3 +156,39 @@ def test_settings_of_generation_change_no_code(values, tmp_path, capsys):
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **values}))
     main(["chat", str(model), "Which?", "--max-new-tokens", "2"])
     assert not capsys.readouterr().err
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """The folder of a compress run that ended after its checkpoint was written, and its command."""
+    monkeypatch.setattr("slimvlm.runs.compress.finish", lambda *_: pytest.fail("stopped"))
+    data = folders.write_llava_data(tmp_path / "data", pictures=False)
+    words = ["compress", str(folders.folder("text")), "--data", str(data), "--ratio", "0.3"]
+    words += ["--out", str(tmp_path / "run"), "--criterion", "magnitude", "--axis", "width"]
+    words += ["--train", "none", "--samples", "4"]
+    with pytest.raises(pytest.fail.Exception):
+        main(words)
+    monkeypatch.undo()
+    return tmp_path / "run", words
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "config.json"])
+def test_a_run_goes_on_only_with_what_it_wrote(name, stopped, capsys):
+    run, words = stopped
+    file = run / "checkpoint" / name
+    before = file.read_bytes()
+    file.write_bytes(before[:-1] + b" ")
+    code, said = ended(capsys, *words)
+    assert code == 2
+    assert "changed after it was written" in said
+    file.write_bytes(before)
+    main(words)
+    assert (run / "summary.md").exists()
+    assert not list(run.glob("*.sha256"))
+
+
+def test_a_run_with_other_options_is_named(stopped, capsys):
+    _, words = stopped
+    code, said = ended(capsys, *words, "--seed", "3")
+    assert code == 2
+    assert "was begun with other seed. Use --force" in said

@@ -10,9 +10,11 @@ import yaml
 from slimvlm.core.errors import ConfigError, DataError, SlimError
 from slimvlm.data.read import load_samples, read_rows
 from slimvlm.data.samples import Question
-from slimvlm.evaluation.ask import AnswerLog
+from slimvlm.evaluation.ask import AnswerLog, answer, choose
+from slimvlm.evaluation.metrics import metric_named
 from slimvlm.evaluation.tasks import TaskRow, read_task
-from tests.tiny_folder import edit_json
+from slimvlm.models.load import load
+from tests.tiny_folder import edit_json, folder
 
 TASK = {"name": "own", "data": "rows.jsonl", "prompt": "{q}?", "answer": "a"}
 
@@ -154,3 +156,26 @@ def test_a_line_above_the_limit_is_a_broken_row(tmp_path, monkeypatch):
     assert [line for line in said if "line 2 has more than 300 bytes" in line]
     with pytest.raises(SlimError, match="line 2"):
         load_samples(path)
+
+
+def test_a_prompt_beyond_the_context_is_named():
+    model, words = load(folder("text"))
+    long = Question("long", "word " * 100_000, ("a",), choices=("a", "b"))
+    for ask in (answer, choose):
+        with pytest.raises(DataError, match=r"question 'long' has .* tokens, the model reads"):
+            ask(model, words, [long], 2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jinja2.utils:import_string",
+        "_pytest.config:main",
+        "os:system",
+        "slimvlm:load",
+        "torch:load",
+    ],
+)
+def test_a_metric_is_a_function_of_the_user_s_own(name):
+    with pytest.raises(ConfigError, match="of a module of your own"):
+        metric_named(name)

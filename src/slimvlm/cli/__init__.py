@@ -56,6 +56,8 @@ _CURES = {
     "bench": "smaller --batch-sizes or --prompt-tokens",
 }
 """Options that lower the memory of a stage, or else of a verb."""
+LONGEST_LINE = 2000
+"""Characters of an error that are printed."""
 _BYTES = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -95,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
             told = f"{type(error).__name__}: {one_line(error)}"[:500]
             code, told = 1, f"internal error ({told}); SLIMVLM_DEBUG=1 shows all"
         with suppress(SlimError):
-            print(f"slimvlm: {told}", file=sys.stderr, flush=True)
+            print(f"slimvlm: {told[:LONGEST_LINE]}", file=sys.stderr, flush=True)
         try:
             sys.stdout.flush()
         except SlimError:  # at its end Python would try again

@@ -27,6 +27,7 @@ from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
 from slimvlm.models.load import anatomy, digest_of_weights
+from slimvlm.models.parts import context_of
 
 Reached = Callable[[float], None]
 """Receives the share of a task's questions that are answered."""
@@ -223,6 +224,7 @@ def answer(
 ) -> list[str]:
     """Reply greedily to a batch of questions."""
     inputs = as_inputs(model, chat.encode_questions(processor, questions))
+    _require_context(model, inputs, questions[0].id)
     tokenizer, generator = chat.tokenizer_of(processor), cast(Any, model)
     names = shortened(", ".join(question.id for question in questions[:3]))
     greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
@@ -259,8 +261,16 @@ def likelihoods(
     """Return each answer turn's log-probability, and whether greedy decoding gives it."""
     samples = [chat.answered_sample(question, text) for question, text in answered]
     where = f"the likelihood of answers to question {answered[0][0].id!r}"
-    found, _ = answer_losses(model, chat.encode_samples(processor, samples), where)
+    inputs = chat.encode_samples(processor, samples)
+    _require_context(model, inputs, answered[0][0].id)
+    found, _ = answer_losses(model, inputs, where)
     return [(-loss, not misses) for loss, misses in found.sum(1).tolist()]
+
+
+def _require_context(model: PreTrainedModel, inputs: Mapping[str, Tensor], name: str) -> None:
+    tokens, most = inputs["input_ids"].shape[1], context_of(model.config)
+    if most is not None and tokens > most:
+        raise DataError(f"question {shortened(name)} has {tokens} tokens, the model reads {most}")
 
 
 class _Finite(LogitsProcessor):

@@ -6,11 +6,13 @@ import inspect
 import math
 import re
 import sys
+import sysconfig
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,14 +135,25 @@ def metric_named(name: str) -> Metric:
 
 
 def _own_metric(name: str) -> Metric:
-    """Import a plain function of two arguments, from a module that is not Python's own.
+    """Import a plain function of two arguments, from a module of the user's own.
 
-    A task file names it, and must not be able to run a program on a text.
+    A task file names it, and must not be able to call a function of an installed package.
     """
     module, _, attribute = name.partition(":")
     where = f"metric {shortened(name)}"
-    if module.partition(".")[0] in sys.stdlib_module_names:
-        raise ConfigError(f"{where}: must be a function of your own, not of Python's library")
+    top = module.partition(".")[0]
+    try:
+        spec = find_spec(top)
+    except Exception as error:
+        raise ConfigError(f"{where}: cannot be imported ({one_line(error)})") from error
+    places = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec else []
+    installed = [str(Path(sysconfig.get_path(name)).resolve()) for name in ("purelib", "platlib")]
+    parts = {"site-packages", "dist-packages", *installed}
+    if top in {*sys.stdlib_module_names, "slimvlm"} or any(
+        parts & {*Path(place).parts, *map(str, Path(place).resolve().parents)} for place in places
+    ):
+        told = "not of an installed package or of Python's library"
+        raise ConfigError(f"{where}: must be a function of a module of your own, {told}")
     try:
         found = getattr(import_module(module), attribute, None)
     except Exception as error:  # whatever runs when it is imported

@@ -24,7 +24,9 @@ from slimvlm.core.documents import (
     identity_of_files,
     is_begun_for,
     note_request,
+    noted_request,
     read_yaml,
+    require_same_request,
 )
 from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_line
 from slimvlm.core.files import discard_replacement, held, replacement, require_free, write_text
@@ -125,6 +127,10 @@ def compress(
             require_free(folder)
         about = _about(model, config)
         is_same = is_begun_for(folder / "config.json", about)
+        noted = noted_request(folder / "config.json") or {}
+        if not force and "made_from" in noted:
+            told = f"output {str(place)!r} exists: it was begun"
+            require_same_request(noted, about, told, "Use --force to replace it")
         require_free(folder, force or is_same)
         if is_same:
             say(f"going on with the unfinished run in {folder}")
@@ -170,6 +176,7 @@ def compress(
             )
             facts = replace(_card_facts(run), training=learnt)
             save(student, processor, folder / "checkpoint", plan, facts=facts)
+            write_text(folder / "checkpoint.sha256", _identity(folder / "checkpoint"))
         finish(run, plan)
         return read_results(folder)
 
@@ -185,6 +192,10 @@ def _prune(run: Run, model: PreTrainedModel, processor: Any) -> Plan:
     """Walk the model and write it, unless a later stage has been reached; return its plan."""
     folder, request = run.folder, run.request
     target = folder / ("pruned" if run.trains else "checkpoint")
+    for made in (folder / "checkpoint", folder / "pruned"):
+        noted = made.with_suffix(".sha256")
+        if noted.exists() and made.exists() and noted.read_text() != _identity(made):
+            raise ConfigError(f"{str(made)!r} changed after it was written: remove it to go on")
     if target.exists() or (folder / "checkpoint").exists():
         return Plan.load(folder / "plan.json")
     calibration = Calibration(processor, run.samples.calibration, request.hold_out)
@@ -208,8 +219,15 @@ def _prune(run: Run, model: PreTrainedModel, processor: Any) -> Plan:
     _measure(run, PRUNED, model, trimmed)
     _time(run, model, trimmed, processor)
     save(model, trimmed, target, walked.plan, facts=_card_facts(run))
+    write_text(target.with_suffix(".sha256"), _identity(target))
     shutil.rmtree(folder / "walk", ignore_errors=True)
     return walked.plan
+
+
+def _identity(made: Path) -> str:
+    """Hash a checkpoint of a run and the plan beside it."""
+    plan = made.with_name("plan.json")
+    return " ".join(identity_of_files(path.name, str(path)) for path in (made, plan))
 
 
 def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:
@@ -300,7 +318,8 @@ def finish(run: Run, plan: Plan) -> None:
     write_text(folder / "summary.md", "\n".join(lines) + "\n")
     if (logs := folder / "training" / TRACKER_FOLDER).exists():
         logs.replace(folder / TRACKER_FOLDER)
-    (folder / _PREDICTIONS).unlink(missing_ok=True)
+    for name in (_PREDICTIONS, "pruned.sha256", "checkpoint.sha256"):
+        (folder / name).unlink(missing_ok=True)
     for name in ("pruned", "training", "walk"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
