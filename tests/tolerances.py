@@ -33,12 +33,8 @@ ELIMINATION_SHARE_OF_MAXIMUM = 5e-4
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> None:
     """Equal shapes, and values within a tolerance once both have its data type."""
-    torch.testing.assert_close(
-        actual.to(tolerance.dtype),
-        expected.to(tolerance.dtype),
-        atol=tolerance.atol,
-        rtol=tolerance.rtol,
-    )
+    dtype, atol, rtol = tolerance
+    torch.testing.assert_close(actual.to(dtype), expected.to(dtype), atol=atol, rtol=rtol)
 
 
 def assert_scores_close(

@@ -48,13 +48,10 @@ def write_parquet(path, rows, image="image"):
 def write_task(folder, name, **fields):
     """A task file for lmms-eval on data.parquet."""
     common = {
-        "task": name,
-        "dataset_path": "parquet",
+        **{"task": name, "dataset_path": "parquet", "test_split": "test"},
         "dataset_kwargs": {"data_files": {"test": str(folder / "data.parquet")}},
-        "test_split": "test",
-        "doc_to_visual": "image",
         "doc_to_text": "{{question}}\nAnswer with one word.",
-        "doc_to_target": "answer",
+        **{"doc_to_visual": "image", "doc_to_target": "answer"},
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(common | fields))
 
@@ -78,21 +75,12 @@ def place(loaded, tmp_path_factory):
         rows.append({**row, "likely": likely, "image": picture(i)})
     write_parquet(folder / "data.parquet", rows)
     mean = {"aggregation": "mean", "higher_is_better": True}
-    write_task(
-        folder,
-        "colours",
-        output_type="generate_until",
-        generation_kwargs={"max_new_tokens": 6, "temperature": 0, "until": []},
-        metric_list=[{"metric": "exact_match", "ignore_case": True, **mean}],
-    )
-    write_task(
-        folder,
-        "likely",
-        output_type="multiple_choice",
-        doc_to_target="likely",
-        doc_to_choice="choices",
-        metric_list=[{"metric": "acc", **mean}],
-    )
+    how = {"generation_kwargs": {"max_new_tokens": 6, "temperature": 0, "until": []}}
+    how["metric_list"] = [{"metric": "exact_match", "ignore_case": True, **mean}]
+    write_task(folder, "colours", output_type="generate_until", **how)
+    how = {"doc_to_target": "likely", "doc_to_choice": "choices"}
+    how["metric_list"] = [{"metric": "acc", **mean}]
+    write_task(folder, "likely", output_type="multiple_choice", **how)
     return folder
 
 

@@ -14,12 +14,8 @@ from tests import tiny, tiny_folder
 from tests.tiny import QWEN_IDS
 
 SHAPE = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "num_hidden_layers": 4,
+    **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
 }
 MAX_POSITIONS = 512
 ENDS = (tiny_folder.EOS, "<|im_end|>", "<end_of_utterance>", tiny_folder.PAD)
@@ -61,11 +57,8 @@ def idefics3(kind: str) -> tuple[Any, Any]:
 
 def gemma3() -> tuple[Any, Any]:
     """A Gemma 3; its processor takes its tokens by name."""
-    named = {
-        "boi_token": "<start_of_image>",
-        "eoi_token": "<end_of_image>",
-        "image_token": "<image_soft_token>",
-    }
+    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    named["image_token"] = "<image_soft_token>"
     words = tiny_folder.tokenizer(list(named.values()), extra_special_tokens=named)
     config: Any = tiny.CONFIGS["gemma3"]()
     config.text_config.vocab_size = tiny_folder.VOCAB

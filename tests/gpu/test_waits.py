@@ -19,7 +19,7 @@ from slimvlm.training.recover import recover
 from slimvlm.training.trainer import DistillationTrainer, Supervision, num_workers
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
-from tests.handmade import plan_by_hand
+from tests.handmade import Stopped, plan_by_hand
 from tests.pretended_gpu import waits_of
 from tests.tolerances import FORWARD, LOSS, SOLVE, Tolerance, assert_close
 
@@ -151,17 +151,13 @@ def test_a_local_step_does_not_wait(card):
 SAMPLES = folders.short_samples(8)
 
 
-class StopError(Exception):
-    """The process ends here."""
-
-
 def trained(device, workers, monkeypatch, samples=SAMPLES, work=None, stop=None, dropout=0.1):
     """Losses and weights of a student, which so many processes put batches together for."""
     honest = DistillationTrainer.training_step
 
     def step(self, *args, **kwargs):
         if self.state.global_step == stop:
-            raise StopError
+            raise Stopped
         return honest(self, *args, **kwargs)
 
     monkeypatch.setattr(recovery, "num_workers", lambda device: workers)
@@ -182,7 +178,7 @@ def trained(device, workers, monkeypatch, samples=SAMPLES, work=None, stop=None,
 def test_batches_from_other_processes_are_the_same(card, monkeypatch, tmp_path):
     """Their order, too; and a training that was stopped in its second epoch goes on the same."""
     losses, weights = trained(card, 0, monkeypatch)
-    with pytest.raises(StopError):
+    with pytest.raises(Stopped):
         trained(card, 2, monkeypatch, work=tmp_path, stop=5)
     for work in (None, tmp_path):
         found = trained(card, 2, monkeypatch, work=work)

@@ -23,16 +23,10 @@ def synthetic(
         fixed_params=2 * hidden,
     )
     return Anatomy(
-        model_type="mistral",
-        text_type="mistral",
-        hidden_size=hidden,
-        vocab_size=vocab,
-        layers=(shape,) * layers,
-        embedding_params=vocab * hidden,
-        head_params=vocab * hidden,
-        final_norm_params=hidden,
-        vision_params=0,
-        projector_params=0,
+        **{"model_type": "mistral", "text_type": "mistral", "hidden_size": hidden},
+        **{"vocab_size": vocab, "layers": (shape,) * layers, "final_norm_params": hidden},
+        **{"embedding_params": vocab * hidden, "head_params": vocab * hidden},
+        **{"vision_params": 0, "projector_params": 0},
     )
 
 

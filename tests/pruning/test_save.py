@@ -321,14 +321,9 @@ def carded(tmp_path_factory):
     net.config._name_or_path = str(original)
     plan = plan_by_hand(anatomy(net), layers=(0, 2, 3))
     prune_(net, plan)
-    facts = CardFacts(
-        base=str(original),
-        name="small",
-        command="slimvlm compress x --out small",
-        results="| task | score |",
-        scores={"count": ("exact_match", 41.234)},
-        training="Then lora was trained.",
-    )
+    said = {"command": "slimvlm compress x --out small", "training": "Then lora was trained."}
+    found = {"results": "| task | score |", "scores": {"count": ("exact_match", 41.234)}}
+    facts = CardFacts(base=str(original), name="small", **said, **found)
     save(net, None, root / "small", plan, facts=facts)
     return root / "small"
 

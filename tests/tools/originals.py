@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,16 +188,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def activation(name: str) -> Any:
-    def tanh_gelu(x: Tensor) -> Tensor:
-        return F.gelu(x, approximate="tanh")
-
-    return {
-        "gelu": F.gelu,
-        "silu": F.silu,
-        "gelu_new": tanh_gelu,
-        "gelu_pytorch_tanh": tanh_gelu,
-        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    }[name]
+    tanh_gelu = partial(F.gelu, approximate="tanh")
+    known = {"gelu": F.gelu, "silu": F.silu, "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu}
+    return known.get(name) or {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}[name]
 
 
 # Random ones

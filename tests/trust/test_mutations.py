@@ -109,18 +109,18 @@ def make_study(folder):
     folders.write_llava_data(folder, count=16, pictures=False)
     grid = {"model": MODEL, "ratio": [0.2, 0.4], "axis": "depth", "prune": {"samples": 8}}
     values = {
-        "grids": [grid | {"seed": [0, 1]}],
+        **{"grids": [grid | {"seed": [0, 1]}], "data": str(folder / "data.json")},
         "recoveries": {"short": {"train": "lora", "loss": "sft", "max_steps": 3}},
-        "data": str(folder / "data.json"),
-        "tasks": "demo",
-        "limit": 4,
-        "resources": {"cpus": 1, "gpus": 0.5},
+        **{"tasks": "demo", "limit": 4, "resources": {"cpus": 1, "gpus": 0.5}},
         "reference": {"source": "a paper", "rows": [{"retention": 90.0, "ratio": 0.2}]},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(values))
 
 
-def make_task(folder):
+def make_result(folder):
+    RESULT.save(folder / "result.json")
+    groups, neurons = ([torch.rand(2), torch.rand(3)] for _ in range(2))
+    Scores("magnitude", torch.rand(2), groups, neurons).save(folder / "scores")
     (folder / "rows.jsonl").write_text('{"id": "a", "q": "Why?", "a": "so", "c": ["so", "no"]}\n')
     values = {"name": "own", "data": "rows.jsonl", "prompt": "{q} {{x}}", "answer": "a"}
     more = {"choices": "c", "by_likelihood": True, "chance": 50, "metric": "exact_match"}
@@ -136,12 +136,8 @@ def use_task(folder):
 ANSWERED = TaskResult(
     "exact_match", 50.0, 25.0, True, ("a", "b"), ("r", "s"), (1.0, 0.0), {"f1": 1.0}, 50.0
 )
+ASKED = [Question(str(i), "Why?", ("so",)) for i in range(3)]
 RESULT = Result("model", 1000, 800, {"one": ANSWERED, "two": ANSWERED}, 1.0, 2.0)
-
-
-def make_result(folder):
-    make_task(folder)
-    RESULT.save(folder / "result.json")
 
 
 def use_result(folder):
@@ -152,20 +148,11 @@ def use_result(folder):
     comparison_rows(compare(RESULT, result, {}))
 
 
-def make_scores(folder):
-    groups, neurons = ([torch.rand(2), torch.rand(3)] for _ in range(2))
-    Scores("magnitude", torch.rand(2), groups, neurons).save(folder / "scores")
-
-
-def make_history(folder):
+def make_log(folder):
+    AnswerLog(folder, "own", "key").add(ASKED, ["reply"] * 3)
     rows = ({"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0})
     history = History(steps=rows, num_samples=4, sample_ids=("a", "b"), trained_params=10)
     (folder / "history.json").write_text(json.dumps(asdict(history)))
-
-
-def make_log(folder):
-    questions = [Question(str(i), "Why?", ("so",)) for i in range(3)]
-    AnswerLog(folder, "own", "key").add(questions, ["reply"] * 3)
 
 
 class Target(NamedTuple):
@@ -189,10 +176,10 @@ TARGETS = {
     "template": Target(make_template, "chat_template.jinja", use_words, 80),
     "plan": Target(make_plan, "plan.json", use_plan, 300),
     "study": Target(make_study, "study.yaml", lambda f: expand(read_study(f / "study.yaml")), 300),
-    "task": Target(make_task, "task.yaml", use_task, 300),
+    "task": Target(make_result, "task.yaml", use_task, 300),
     "result": Target(make_result, "result.json", use_result, 250),
-    "scores": Target(make_scores, "scores.json", lambda f: Scores.load(f / "scores"), 100),
-    "history": Target(make_history, "history.json", lambda f: History.load(f / "history.json"), 60),
+    "scores": Target(make_result, "scores.json", lambda f: Scores.load(f / "scores"), 100),
+    "history": Target(make_log, "history.json", lambda f: History.load(f / "history.json"), 60),
     "log": Target(make_log, "own-key.jsonl", lambda f: AnswerLog(f, "own", "key"), 60),
 }
 
