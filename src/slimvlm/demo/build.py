@@ -152,10 +152,7 @@ def fetch_language_model() -> Path:
 
 
 def make_base() -> tuple[Any, Any]:
-    """Return the demo model in single precision and its tokenizer.
-
-    The language model has SmolLM2's weights; tower and projector are random.
-    """
+    """Return the demo model in float32, with a random tower and projector, and its tokenizer."""
     if find_spec("gguf") is None:
         raise ConfigError("demo: reading its language model needs `pip install 'slimvlm[demo]'`")
     folder = str(fetch_language_model())
@@ -212,20 +209,14 @@ def assemble(delta: Path) -> tuple[Any, Any]:
             update = state[f"{name}.lora_b"].float() @ state[f"{name}.lora_a"].float()
             module.weight.data += (SCALE * update).to(module.weight.dtype)
     for part in ("vision_tower", "multi_modal_projector"):
-        weights = {k: v.float() for k, v in state.items() if k.startswith(f"{part}.")}
-        getattr(model.model, part).load_state_dict(
-            {k.removeprefix(f"{part}."): v for k, v in weights.items()}
-        )
-    model.generation_config = GenerationConfig(
-        do_sample=False, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    pictures: dict[str, Any] = {
-        "size": {"height": SIDE, "width": SIDE},
-        "crop_size": {"height": SIDE, "width": SIDE},
-        "do_center_crop": False,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
+        own = [name for name in state if name.startswith(f"{part}.")]
+        weights = {name.removeprefix(f"{part}."): state[name].float() for name in own}
+        getattr(model.model, part).load_state_dict(weights)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model.generation_config = GenerationConfig(do_sample=False, **ids)
+    side, half = {"height": SIDE, "width": SIDE}, [0.5, 0.5, 0.5]
+    pictures: dict[str, Any] = {"size": side, "crop_size": side, "do_center_crop": False}
+    pictures |= {"image_mean": half, "image_std": half}
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(**pictures),
         tokenizer=tokenizer,

@@ -114,10 +114,9 @@ def _ask_object_letter(scene: Scene, rng: Generator) -> _Asked:
 
 
 def _ask_presence(scene: Scene, rng: Generator, group: str = "") -> _Asked:
-    """Ask whether an object is shown.
+    """Ask whether an object is shown: half of the draws are positive, unless a group is given.
 
-    ``group`` is ``"positive"``, ``"random"`` (any absent object) or ``"adversarial"`` (an absent
-    object of a category that is shown); half of the draws are positive if it is empty.
+    It is positive, random (any absent object) or adversarial (absent, of a category that is shown).
     """
     art = load_art()
     group = group or pick(rng, ("positive", "positive", "random", "adversarial"))
@@ -203,10 +202,6 @@ def _ask_shape_yesno(scene: Scene, rng: Generator) -> _Asked:
     return _Asked(f"is the {shape} {wrong}?", "no", ("yes", "no"))
 
 
-def _ask_shape(scene: Scene, rng: Generator) -> _Asked:
-    return (_ask_shape_open if rng.integers(2) else _ask_shape_yesno)(scene, rng)
-
-
 # Questions without a picture.
 
 
@@ -236,7 +231,7 @@ _TOLD_ASKERS: tuple[tuple[SceneKind, _Asker], ...] = (
     ("single", _ask_category_letter),
     ("multi", _ask_relation),
     ("count", _ask_count),
-    ("shapes", _ask_shape),
+    ("shapes", lambda s, rng: (_ask_shape_open if rng.integers(2) else _ask_shape_yesno)(s, rng)),
 )
 """Questions about scenes in words; they teach letters and sides sooner."""
 

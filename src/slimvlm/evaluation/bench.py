@@ -318,8 +318,7 @@ def bench(
     for name, one, dtype in zip(names, models, dtypes, strict=False):
         head: Any = one.get_output_embeddings()
         read = stored_bytes(Parts(one).layers, Parts(one).norm, head)
-        shape = anatomy_of(one.config)  # of the configuration: quantised weights are packed
-        sides.append(Side(name, shape, dtype, stored_bytes(one), read))
+        sides.append(Side(name, anatomy_of(one.config), dtype, stored_bytes(one), read))
 
     def batches(batch_size: int) -> list[dict[str, Tensor]]:
         """Make a batch of prompts for each model, on its device."""

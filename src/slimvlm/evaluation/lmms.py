@@ -1,7 +1,6 @@
 """Run the study's nine benchmarks through lmms-eval: model + names → the same `TaskResult`s.
 
-lmms-eval loads the data, writes the prompts and scores the replies. The model answers through our
-own chat code, so any AutoModelForImageTextToText will do. Needs ``pip install 'slimvlm[eval]'``.
+lmms-eval loads the data, writes the prompts and scores the replies; our own chat code answers.
 """
 
 from __future__ import annotations
@@ -178,8 +177,7 @@ def evaluate_with_lmms(
                 assert inner is not None
                 raise ConfigError(
                     f"task {name!r}: its data cannot be loaded. lmms-eval takes it from the "
-                    "Hugging Face hub or its cache; offline, download it first "
-                    f"({one_line(inner)})"
+                    f"Hugging Face hub or its cache; offline, download it first ({one_line(inner)})"
                 ) from error
     results: dict[str, TaskResult] = {}
     with evaluating(model):
@@ -341,10 +339,7 @@ def _asked(arguments: tuple[Any, ...], documents: Mapping[str, Any]) -> tuple[Qu
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Undo after this block the changes that lmms-eval makes to the whole process.
-
-    Inside, it logs nothing, prints to stderr, and Pillow accepts truncated pictures.
-    """
+    """Let lmms-eval log nothing and print to stderr, and Pillow accept truncated pictures."""
     from loguru import logger
 
     before = ImageFile.LOAD_TRUNCATED_IMAGES

@@ -197,8 +197,7 @@ def average(scores: Mapping[str, float]) -> float:
 def majority_score(metric: str, questions: Sequence[Question]) -> float:
     """Compute the score of the best constant answer to these questions, in percent.
 
-    Candidates are the eight most frequent accepted answers, and for `set_f1` the lists of the most
-    frequent items. For metrics that are right or wrong this is the best constant there is.
+    Candidates are the eight most frequent answers, and for `set_f1` the lists of frequent items.
     """
     accepted = Counter(a for q in questions for a in {normalise(answer) for answer in q.answers})
     frequent = accepted.most_common(8)

@@ -72,10 +72,7 @@ class TaskRow:
             )
 
     def filled_prompt(self, values: Mapping[str, Any]) -> str:
-        """Fill in the prompt for a row: every ``{column}`` becomes the text of that column.
-
-        Braces hold a name, never an expression: no attribute of a value, no index, no format.
-        """
+        """Fill in a row's columns; braces hold a name, never an attribute, an index or a format."""
 
         def text(found: re.Match[str]) -> str:
             return found[0][0] if found[1] is None else str(values[found[1]])

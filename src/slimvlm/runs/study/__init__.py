@@ -170,9 +170,8 @@ def prepared(
         raise ConfigError(f"tasks {config.tasks!r}: none counts in AVG, which a study compares")
     for model in dict.fromkeys(cell.model for cell in cells):
         ours: dict[PruneConfig, Cell] = {}  # the first cell of each pruning
-        for cell in cells:
-            if cell.model == model:
-                ours.setdefault(cell.prune, cell)
+        for cell in (cell for cell in cells if cell.model == model):
+            ours.setdefault(cell.prune, cell)
         load_config(model, next(iter(ours)).trust_remote_code)
         shape = anatomy(model)
         for prune, cell in ours.items():
@@ -217,18 +216,17 @@ class Clock:
 
     def learn(self, kind: str, seconds: float, flops: float) -> None:
         """Count a stage that was done."""
-        before = self.done[kind]
-        self.done[kind] = before[0] + seconds, before[1] + flops
+        self.done[kind] = self.done[kind][0] + seconds, self.done[kind][1] + flops
 
     def expected(self, stages: Iterable[Stage]) -> float:
         """Estimate the seconds of stages, one after another."""
         total = 0.0
         for stage in stages:
-            flops, (seconds, done) = self.flops[stage.name], self.done[stage.kind]
-            if done:
-                total += flops * seconds / done
-            else:
-                total += flops / speed_of(device_named(stage.request.prune.device), "bfloat16")[0]
+            seconds, done = self.done[stage.kind]
+            if not done:
+                device = device_named(stage.request.prune.device)
+                seconds, done = 1.0, speed_of(device, "bfloat16")[0]
+            total += self.flops[stage.name] * seconds / done
         return total
 
 
@@ -281,8 +279,7 @@ class Progress:
 
     def seconds_left(self) -> float:
         """Estimate the wall time of the rest, at as many stages at once as so far."""
-        left = [stage for stage in self.missing if stage.name not in self.ended]
-        seconds = self.clock.expected(left)
+        seconds = self.clock.expected(s for s in self.missing if s.name not in self.ended)
         elapsed = time.monotonic() - self.start
         return seconds / max(self.busy / elapsed, 1.0) if elapsed else seconds
 

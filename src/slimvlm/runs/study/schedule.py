@@ -147,8 +147,7 @@ class Cache:
     ) -> Outcome | None:
         """Do a stage whose inputs are ready, unless it is done; the outcome holds any error.
 
-        Returns None if another worker is doing it, unless ``wait``. ``is_needed``: an open stage
-        still reads a done stage's checkpoint.
+        Returns None if another worker is doing it, unless ``wait``.
         """
         failure, scratch = self._failure(stage), self._scratch(stage)
         try:
@@ -537,10 +536,9 @@ def run_ray(
     workers: int | None = None,
     address: str | None = None,
 ) -> None:
-    """Do stages as tasks of a Ray cluster, as many at once as its resources allow.
+    """Do stages as tasks of a Ray cluster, which must see the cache under the same path.
 
-    The cache must be on storage that all nodes see under the same path. Without an address (also in
-    ``RAY_ADDRESS``) Ray is started here, with so many ``workers`` if they are given.
+    Without an address (also in ``RAY_ADDRESS``) Ray is started here, with so many ``workers``.
     """
     if find_spec("ray") is None:
         raise ConfigError("engine 'ray' needs Ray: pip install 'slimvlm[ray]'")
