@@ -17,14 +17,7 @@ from jinja2 import TemplateSyntaxError
 from PIL import Image
 from torch import Tensor
 
-from slimvlm.core.errors import (
-    LONGEST,
-    ConfigError,
-    DataError,
-    SlimError,
-    one_line,
-    panics_raised,
-)
+from slimvlm.core.errors import LONGEST, ConfigError, DataError, SlimError, one_line, panics_raised
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Message, Question, Sample, open_image
 from slimvlm.data.templates import limited

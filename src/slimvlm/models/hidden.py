@@ -115,8 +115,7 @@ def hidden_states(
     modules = [*(parts.layers if layers else ()), parts.norm]
     with ExitStack() as stack:
         for index, module in enumerate(modules):
-            handle = module.register_forward_hook(partial(catch, index))
-            stack.callback(handle.remove)
+            stack.enter_context(module.register_forward_hook(partial(catch, index)))
         if isinstance(runner, DistributedDataParallel):
             runner(**inputs, use_cache=False, logits_to_keep=1)
         elif is_sharded(model):  # its own forward pass gathers the weights

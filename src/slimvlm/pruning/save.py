@@ -340,11 +340,7 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
         is_ours = is_uneven(config) and getattr(config, "auto_map", None) == auto_map_of(config)
         is_ours = is_ours and copied.is_file() and copied.read_bytes() == code.read_bytes()
         again, report = auto_class(config).from_pretrained(
-            folder,
-            dtype=model.dtype,
-            trust_remote_code=is_ours,
-            output_loading_info=True,
-            **place,
+            folder, dtype=model.dtype, trust_remote_code=is_ours, output_loading_info=True, **place
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ReloadError(f"{str(folder)!r} does not load back: {error}") from error

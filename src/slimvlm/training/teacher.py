@@ -8,7 +8,7 @@ student's weights, and the teacher never sees them. The vision tower runs once f
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -232,19 +232,15 @@ def _replayed(
     model: PreTrainedModel, source: nn.Module | None, target: nn.Module
 ) -> Iterator[None]:
     """Let ``target`` give the outputs of ``source``, call by call, or else its input."""
-    if source is None:
-        with replaced_forward(target, lambda hidden, *args, **kwargs: hidden):
-            yield
-        return
     outputs: deque[Any] = deque()
-    handles = [
-        source.register_forward_hook(lambda *call: outputs.append(call[2])),
-        # the backward pass may have run the source again, for gradient checkpointing
-        model.base_model.register_forward_pre_hook(lambda *call: outputs.clear()),
-    ]
-    try:
-        with replaced_forward(target, lambda *args, **kwargs: outputs.popleft()):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    forward: Callable[..., Any] = lambda hidden, *args, **kwargs: hidden  # noqa: E731
+    with ExitStack() as stack:
+        if source is not None:
+            forward = lambda *args, **kwargs: outputs.popleft()  # noqa: E731
+            keep = source.register_forward_hook(lambda *call: outputs.append(call[2]))
+            # the backward pass may have run the source again, for gradient checkpointing
+            clear = model.base_model.register_forward_pre_hook(lambda *call: outputs.clear())
+            stack.callback(keep.remove)
+            stack.callback(clear.remove)
+        stack.enter_context(replaced_forward(target, forward))
+        yield

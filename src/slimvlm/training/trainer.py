@@ -145,11 +145,8 @@ def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
                 embeddings = embeddings + (0.0 * parameter.sum()).to(embeddings.dtype)
         return embeddings
 
-    handle = model.get_input_embeddings().register_forward_hook(add_nothing)
-    try:
+    with model.get_input_embeddings().register_forward_hook(add_nothing):
         yield
-    finally:
-        handle.remove()
 
 
 def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:

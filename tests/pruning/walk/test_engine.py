@@ -309,7 +309,7 @@ def test_a_layer_learns_in_any_precision_and_keeps_its_own(dtype):
         lessons(layer, target, range(4)),
         lessons(layer, target, range(4, 6)),
         count=60,
-        learning_rate=1e-2,
+        rate=1e-2,
     )
     assert new < 0.3 * old
     assert {parameter.dtype for parameter in layer.parameters()} == {dtype}

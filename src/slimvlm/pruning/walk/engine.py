@@ -68,10 +68,8 @@ def rate_for(plan: Plan) -> float:
 class Lesson:
     """One batch that a layer learns from."""
 
-    run: Callable[[], Float[Tensor, "B T D"]]
-    """Runs the layer on the hidden states of the smaller layers before it."""
-    target: Callable[[], Float[Tensor, "B T D"]]
-    """Fetches the hidden states that the original's next layer reads."""
+    run: Callable[[], Float[Tensor, "B T D"]]  # the layer after the smaller layers before it
+    target: Callable[[], Float[Tensor, "B T D"]]  # what the original's next layer reads
     weights: Float[Tensor, " BT"]  # of each token
 
     def error(self) -> Float[Tensor, ""]:
@@ -99,11 +97,7 @@ def relative_error(
 
 
 def distil_(
-    layer: nn.Module,
-    lessons: Sequence[Lesson],
-    exams: Sequence[Lesson],
-    count: int,
-    learning_rate: float,
+    layer: nn.Module, lessons: Sequence[Lesson], exams: Sequence[Lesson], count: int, rate: float
 ) -> tuple[float, float]:
     """Train one layer alone; return its `relative_error` on held-out batches before and after.
 
@@ -126,9 +120,9 @@ def distil_(
         parameter.requires_grad_(True)
     kind = parameters[0].device.type  # without a cache: the weights change from step to step
     with torch.autocast(kind, torch.bfloat16, cache_enabled=False) if is_half else nullcontext():
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+        optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, learning_rate, total_steps=count + 1, cycle_momentum=False
+            optimizer, rate, total_steps=count + 1, cycle_momentum=False
         )
         draw, waiting = random.Random(0), list[Lesson]()
         for _ in range(count):
