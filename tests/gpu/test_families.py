@@ -83,8 +83,7 @@ def test_buffers_are_on_the_card_while_their_part_is_there(card, tmp_path):
 
     expected = {name: value.clone() for name, value in checkpoint.model.named_buffers()}
     assert any("position_ids" in name for name in expected)
-    first, last = checkpoint.before_layers(card), checkpoint.after_layers(card)
-    for part in (first, checkpoint.layer(1, card), last):
+    for part in (checkpoint.loaded(name, card) for name in ("before", 1, "after")):
         with part:
             assert places() == {card}
         assert places() == {torch.device("cpu")}

@@ -289,7 +289,7 @@ def _predictions(
             with runner.layer(index):
                 runner.finish(index)
             store.drop(f"hidden-{index}")
-        with source.after_layers(device):
+        with source.loaded("after", device):
             states = (
                 (places[i], parts.norm(runner.input_of(last, i)), batch["labels"])
                 for i, batch in ((batch["place"], batch) for batch in runner.batches())

@@ -116,17 +116,28 @@ class LazyCheckpoint:
         }
 
     @contextmanager
-    def loaded(self, has: Callable[[str], bool], device: torch.device) -> Iterator[None]:
-        """Give parameters of these names their values inside, mapped from the files on a CPU.
+    def loaded(self, part: int | str, device: torch.device) -> Iterator[None]:
+        """Give a part of the model its values inside, mapped from the files on a CPU.
 
-        On another device also buffers of these names, and those of no layer, which any may read.
+        It is a layer, by its number; all ``before`` the layers: towers, projector and embeddings;
+        or the norm and the head ``after`` them. On another device this holds for its buffers, too,
+        and those of no layer, which any may read.
         """
+        parts = Parts(self.model)
+        layers, head = f"{parts.family.backbone}.layers.", f"{parts.family.head}."
+        norm = f"{parts.family.backbone}.{parts.row.final_norm}."
+        known: dict[int | str, tuple[str, ...]] = {"before": (layers, head), "after": (norm, head)}
+        begin = known.get(part, (f"{layers}{part}.",))
+
+        def has(name: str) -> bool:
+            return name.startswith(begin) != (part == "before")
+
         put = partial(set_module_tensor_to_device, clear_cache=False)  # else it waits each time
         parameters = self.model.named_parameters(remove_duplicate=False)
         chosen = [name for name, _ in parameters if has(name)]
         buffers = self.model.named_buffers(remove_duplicate=False)
         elsewhere = [name for name, buffer in buffers if buffer.device.type != device.type]
-        moved = [n for n in elsewhere if has(n) or not n.startswith(self._layers)]
+        moved = [n for n in elsewhere if has(n) or not n.startswith(layers)]
         try:
             for name in moved:
                 put(self.model, name, device)
@@ -139,25 +150,6 @@ class LazyCheckpoint:
             for name in moved:
                 put(self.model, name, "cpu")
             self.model.tie_weights()
-
-    def layer(self, index: int, device: torch.device) -> AbstractContextManager[None]:
-        """Inside, a decoder layer has its weights."""
-        return self.loaded(lambda name: name.startswith(f"{self._layers}{index}."), device)
-
-    def before_layers(self, device: torch.device) -> AbstractContextManager[None]:
-        """Inside, towers, projector and embeddings (and the norm) have their weights."""
-        others = (self._layers, f"{Parts(self.model).family.head}.")
-        return self.loaded(lambda name: not name.startswith(others), device)
-
-    def after_layers(self, device: torch.device) -> AbstractContextManager[None]:
-        """Inside, the final norm and the head have their weights."""
-        parts = Parts(self.model)
-        norm = f"{parts.family.backbone}.{parts.row.final_norm}."
-        return self.loaded(lambda name: name.startswith((norm, f"{parts.family.head}.")), device)
-
-    @property
-    def _layers(self) -> str:
-        return f"{Parts(self.model).family.backbone}.layers."
 
 
 def open_checkpoint(
@@ -220,11 +212,9 @@ class Live:
 
     model: PreTrainedModel
 
-    def layer(self, *part: int | torch.device) -> AbstractContextManager[None]:
+    def loaded(self, part: int | str, device: torch.device) -> AbstractContextManager[None]:
         """As in `LazyCheckpoint`; all weights are there already."""
         return nullcontext()
-
-    before_layers = after_layers = layer
 
 
 Source = Live | LazyCheckpoint
@@ -265,7 +255,7 @@ class LayerwiseModel:
             )
         self._digests.clear()
         _ = self.devices  # before the model has one layer only
-        with self.source.before_layers(self.device):
+        with self.source.loaded("before", self.device):
             for place, batch in enumerate(batches):
                 code = digest_of_tensors(batch)
                 self._digests.append(code)
@@ -277,7 +267,7 @@ class LayerwiseModel:
                 tensors = {f"batch.{name}": moved[name] for name in _KEPT if name in moved}
                 tensors["batch.attention_mask"] = valid_tokens(moved)
                 tree = {
-                    str(index): {"object": given} if keeps_objects else packed(given, tensors)
+                    str(index): given if keeps_objects else packed(given, tensors)
                     for index, given in calls.arguments.items()
                 }
                 tensors["hidden"] = hidden
@@ -349,7 +339,7 @@ class LayerwiseModel:
             if not self.store.has(f"hidden-{index + 1}"):
                 self.store.write(f"hidden-{index + 1}", place, {"hidden": output}, {"ran": True})
 
-        with self.source.layer(index, self.device), self._reduced([layer], run):
+        with self.source.loaded(index, self.device), self._reduced([layer], run):
             yield self.model
 
     @torch.no_grad()
@@ -372,7 +362,7 @@ class LayerwiseModel:
                     layer(self.input_of(index, place))
             Parts(self.model).norm(self.input_of(len(layers), place))
 
-        with self.source.after_layers(self.device), self._reduced(layers, run):
+        with self.source.loaded("after", self.device), self._reduced(layers, run):
             yield self.model
 
     @contextmanager
@@ -392,8 +382,8 @@ class LayerwiseModel:
         stored = self.store.read("batches", place, self.device, ("batch.", "added.", "call."))
         tree = self.store.about("batches", place)["calls"]
         added = {int(name): value for name, value in _below("added.", stored).items()}
-        arguments = {int(index): unpacked(given, stored) for index, given in tree.items()}
-        return LayerCalls(arguments, added)
+        calls = {int(index): unpacked(given, stored) for index, given in tree.items()}
+        return LayerCalls({i: ((*args,), kwargs) for i, (args, kwargs) in calls.items()}, added)
 
 
 def _below(prefix: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -168,36 +168,30 @@ class Scratch:
 Store = Memory | Scratch
 
 
-def packed(value: Any, tensors: dict[str, Tensor]) -> Any:
+def packed(value: Any, tensors: dict[str, Tensor]) -> str:
     """Turn a layer's arguments into JSON with names of tensors, which go into ``tensors``."""
-    if isinstance(value, Tensor):
-        for name, known in tensors.items():
-            if known is value:
-                return {"tensor": name}
-        tensors[f"call.{len(tensors)}"] = value
-        return {"tensor": f"call.{len(tensors) - 1}"}
-    if isinstance(value, tuple | list):
-        return {"tuple": [packed(item, tensors) for item in value]}
-    if isinstance(value, Mapping):
-        return {"dict": {key: packed(item, tensors) for key, item in value.items()}}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise UnsupportedModelError(
-        f"low memory: decoder layers are called with a {type(value).__name__}, which cannot be kept"
-    )
+
+    def named(part: Any) -> dict[Any, Any]:
+        if isinstance(part, Tensor):
+            known = (name for name, tensor in tensors.items() if tensor is part)
+            name = next(known, f"call.{len(tensors)}")
+            tensors[name] = part
+            return {"tensor": name}
+        if isinstance(part, Mapping):
+            return dict(part)
+        kind = type(part).__name__
+        raise UnsupportedModelError(
+            f"low memory: decoder layers are called with a {kind}, which cannot be kept"
+        )
+
+    return json.dumps(value, default=named)
 
 
-def unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `packed`."""
-    if not isinstance(value, dict):
+def unpacked(value: Any, tensors: Tensors) -> Any:
+    """The inverse of `packed`, with lists for tuples; objects that were kept are as they are."""
+    if not isinstance(value, str):
         return value
-    if "object" in value:
-        return value["object"]
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "tuple" in value:
-        return tuple(unpacked(item, tensors) for item in value["tuple"])
-    return {key: unpacked(item, tensors) for key, item in value["dict"].items()}
+    return json.loads(value, object_hook=lambda d: tensors[d["tensor"]] if "tensor" in d else d)
 
 
 @dataclass(frozen=True)

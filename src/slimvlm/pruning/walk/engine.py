@@ -409,7 +409,7 @@ class Walk:
         if self.config.aims_at_original:
             self.streams.advance_original(begin, end)
         layer, runner = Parts(self.streams.runner.model).layers[index], self.streams.runner
-        with runner.source.layer(index, runner.device):
+        with runner.source.loaded(index, runner.device):
             before = [
                 (module, {**vars(module), "_parameters": dict(module._parameters)})
                 for module in layer.modules()
@@ -471,7 +471,7 @@ def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
     tried = sorted({losing[int(step * (place + 1))] for place in range(_TRIED)})
     costs, runner, before = [0.0] * len(plans), streams.runner, first.before
     for index in range(tried[-1] + 1):
-        with runner.source.layer(index, runner.device):
+        with runner.source.loaded(index, runner.device):
             layer, written, total = Parts(runner.model).layers[index], 0.0, [0.0] * len(plans)
             for writer in writers_of_layer(layer, index, before.backbone) if index in tried else ():
                 moments, weight = streams.moments(_TRIAL, writer, streams.fitted), writer.weight

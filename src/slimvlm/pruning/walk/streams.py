@@ -139,7 +139,7 @@ class Streams:
         """Bring the original's states from the input of one layer to that of another."""
         for i in range(index, end):
             if not self.runner.store.has(f"{ORIGINAL}-{i + 1}"):
-                with self.runner.source.layer(i, self.runner.device):
+                with self.runner.source.loaded(i, self.runner.device):
                     self.pass_on(ORIGINAL, i, i + 1, self.places)
 
     def forget(self, index: int, end: int) -> None:
@@ -249,7 +249,7 @@ class Streams:
     def answer_loss(self, stream: str, end: int) -> float:
         """Mean cross-entropy of the held-out batches' labels; the model has ``end`` layers."""
         model = self.runner.model
-        with self.runner.source.after_layers(self.runner.device):
+        with self.runner.source.loaded("after", self.runner.device):
             states = (
                 (Parts(model).norm(self.state(stream, end, batch["place"])), labels_of(batch))
                 for batch in self.runner.batches()
