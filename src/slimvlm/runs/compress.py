@@ -18,37 +18,15 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from slimvlm.core.documents import (
-    asked,
-    built,
-    identity_of_files,
-    is_begun_for,
-    note_request,
-    noted_request,
-    read_yaml,
-    require_same_request,
-)
+from slimvlm.core import documents, options
 from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_line
 from slimvlm.core.files import discard_replacement, held, replacement, require_free, write_text
-from slimvlm.core.options import (
-    TASK_BATCH_SIZE,
-    CompressConfig,
-    PruneConfig,
-    Questions,
-    RecoverConfig,
-    file_only,
-    part_of,
-)
+from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig, part_of
 from slimvlm.core.progress import Say
 from slimvlm.data.read import identity_of_data
+from slimvlm.evaluation import on_data
 from slimvlm.evaluation.bench import PairedTimes, paired_times
-from slimvlm.evaluation.on_data import (
-    DataResult,
-    Predictions,
-    evaluate_data,
-    predictions_of,
-    result_of,
-)
+from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
@@ -81,7 +59,7 @@ def request_of(model: str, config: CompressConfig) -> Request:
         recover=config.recover,
         training_samples=config.training_samples,
         report_samples=config.unseen(config.samples),
-        questions=part_of(config, Questions) if config.tasks else None,
+        questions=part_of(config, options.Questions) if config.tasks else None,
         latency=config.target_latency,
     )
 
@@ -126,11 +104,11 @@ def compress(
         if not force and (folder / "summary.md").exists():
             require_free(folder)
         about = _about(model, config)
-        is_same = is_begun_for(folder / "config.json", about)
-        noted = noted_request(folder / "config.json") or {}
+        is_same = documents.is_begun_for(folder / "config.json", about)
+        noted = documents.noted_request(folder / "config.json") or {}
         if not force and "made_from" in noted:
             told = f"output {str(place)!r} exists: it was begun"
-            require_same_request(noted, about, told, "Use --force to replace it")
+            documents.require_same_request(noted, about, told, "Use --force to replace it")
         require_free(folder, force or is_same)
         if is_same:
             say(f"going on with the unfinished run in {folder}")
@@ -151,7 +129,7 @@ def compress(
         elif not is_same:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        note_request(folder / "config.json", about)
+        documents.note_request(folder / "config.json", about)
         for name in ("scores", "results"):
             (folder / name).mkdir(exist_ok=True)
         write_text(folder / "run.yaml", config_text(model, config))
@@ -183,9 +161,9 @@ def compress(
 
 def _about(model: str, config: CompressConfig) -> dict[str, Any]:
     """Describe a run by its options and by hashes of its model and data, which are read."""
-    made_from = [identity_of_files(model, resolve(model))]
+    made_from = [documents.identity_of_files(model, resolve(model))]
     made_from += [] if config.data is None else [identity_of_data(config.data)]
-    return {"model": model, **asked(config), "made_from": made_from}
+    return {"model": model, **documents.asked(config), "made_from": made_from}
 
 
 def _prune(run: Run, model: PreTrainedModel, processor: Any) -> Plan:
@@ -227,7 +205,7 @@ def _prune(run: Run, model: PreTrainedModel, processor: Any) -> Plan:
 def _identity(made: Path) -> str:
     """Hash a checkpoint of a run and the plan beside it."""
     plan = made.with_name("plan.json")
-    return " ".join(identity_of_files(path.name, str(path)) for path in (made, plan))
+    return " ".join(documents.identity_of_files(path.name, str(path)) for path in (made, plan))
 
 
 def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:
@@ -251,12 +229,12 @@ def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> No
         run.say(f"ask the {stage} model on {len(samples)} samples that stay unseen")
         if stage == ORIGINAL:
             how = (stages.HELD_OUT_BATCH, ORIGINAL, head_weights_of(model))
-            found = predictions_of(model, processor, samples, *how)
+            found = on_data.predictions_of(model, processor, samples, *how)
             found.save(stored)
-            result_of(found, samples, model.device).save(path)
+            on_data.result_of(found, samples, model.device).save(path)
         else:
-            original = Predictions.load(stored)
-            evaluate_data(model, processor, samples, original, name=stage).save(path)
+            original = on_data.Predictions.load(stored)
+            on_data.evaluate_data(model, processor, samples, original, name=stage).save(path)
 
 
 def _time(run: Run, model: PreTrainedModel, processor: Any, whole_processor: Any) -> None:
@@ -329,7 +307,7 @@ def finish(run: Run, plan: Plan) -> None:
 
 def results_of(model: str, config: CompressConfig, out: Path) -> dict[str, Result] | None:
     """Read the results of a finished `compress` with the same arguments; None without one."""
-    is_done = (out / "summary.md").exists() and is_begun_for(
+    is_done = (out / "summary.md").exists() and documents.is_begun_for(
         out / "config.json", _about(model, config)
     )
     return read_results(out) if is_done else None
@@ -359,10 +337,10 @@ _RECIPE = ("axis", "train", "loss")  # which a recipe chooses when they are not 
 
 def compress_command(model: str, config: CompressConfig, out: str | Path) -> str:
     """Write the ``slimvlm compress`` command for a run; options at their defaults are left out."""
-    has_no_flag = file_only(CompressConfig) | file_only(RecoverConfig)
+    has_no_flag = options.file_only(CompressConfig) | options.file_only(RecoverConfig)
     if {*_unusual(config), *_unusual(config.recover or RecoverConfig())} & has_no_flag:
         return shlex.join(["slimvlm", "compress", "--config", f"{out}/run.yaml", "--out", str(out)])
-    words = ["slimvlm", "compress", model, *_flags(config, {"batch_size": TASK_BATCH_SIZE})]
+    words = ["slimvlm", "compress", model, *_flags(config, {"batch_size": options.TASK_BATCH_SIZE})]
     if config.recover is not None:
         words += _flags(config.recover, {"seed": None})
     elif config.data is not None:
@@ -381,19 +359,19 @@ def config_text(model: str, config: CompressConfig) -> str:
 
 def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any] | None]:
     """Read model, configuration and given training options from YAML or a run's ``config.json``."""
-    where, values = f"config {str(path)!r}", read_yaml(path, "config")
+    where, values = f"config {str(path)!r}", documents.read_yaml(path, "config")
     if not isinstance(values, dict) or not isinstance(values.get("model"), str):
         raise ConfigError(f"{where}: must name a model, and options")
-    options = {name: v for name, v in values.items() if name not in ("model", "made_from")}
-    for name in {"trust_remote_code", "force"} & options.keys():
-        if options[name]:
+    chosen = {name: v for name, v in values.items() if name not in ("model", "made_from")}
+    for name in {"trust_remote_code", "force"} & chosen.keys():
+        if chosen[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{where}: {name} counts on the command line only: give {flag}")
-        del options[name]
-    if options.get("recover") == _NOT_TRAINED:
-        options["recover"] = None
-    given = options.get("recover", {})
-    return values["model"], built(CompressConfig, options, where), given
+        del chosen[name]
+    if chosen.get("recover") == _NOT_TRAINED:
+        chosen["recover"] = None
+    given = chosen.get("recover", {})
+    return values["model"], documents.built(CompressConfig, chosen, where), given
 
 
 def _unusual(config: Any) -> dict[str, Any]:
