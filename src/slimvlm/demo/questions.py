@@ -132,10 +132,6 @@ def _ask_presence(scene: Scene, rng: Generator, group: str = "") -> _Asked:
     return _Asked(f"is the {name} in the picture?", answer, ("yes", "no"), group)
 
 
-def _ask_absent(scene: Scene, rng: Generator) -> _Asked:
-    return _ask_presence(scene, rng, pick(rng, ("random", "adversarial")))
-
-
 def _ask_locate(scene: Scene, rng: Generator) -> _Asked:
     item = pick(rng, scene.objects)
     return _Asked(f"what is at the {CELLS[item.cell]}?", item.name)
@@ -164,19 +160,11 @@ def _ask_relation(scene: Scene, rng: Generator) -> _Asked:
     return _Asked(prompt, side, _SIDES)
 
 
-def _ask_relation_if_any(scene: Scene, rng: Generator) -> _Asked | None:
-    return _ask_relation(scene, rng) if neighbours(scene) else None
-
-
 def _ask_count(scene: Scene, rng: Generator, name: str = "") -> _Asked:
     """Ask how often an object is shown; the most frequent one unless a name is given."""
     name = name or max(scene.names, key=scene.names.count)
     count = str(scene.names.count(name))
     return _Asked(f"how many times is the {name} shown?", count, ("1", "2", "3", "4"))
-
-
-def _ask_other_count_at_times(scene: Scene, rng: Generator) -> _Asked | None:
-    return _ask_count(scene, rng, pick(rng, scene.names)) if rng.integers(3) == 0 else None
 
 
 def _ask_digits(scene: Scene, rng: Generator) -> _Asked:
@@ -393,10 +381,15 @@ _TURNS: dict[SceneKind, tuple[Callable[[Scene, Generator], _Asked | None], ...]]
     ),
     "multi": (
         *(_ask_locate, _ask_locate, _ask_position, _ask_list),
-        *(partial(_ask_presence, group="positive"), _ask_absent),
-        *(_ask_relation_if_any, _ask_relation_if_any),
+        partial(_ask_presence, group="positive"),
+        lambda s, rng: _ask_presence(s, rng, pick(rng, ("random", "adversarial"))),
+        *(lambda s, rng: _ask_relation(s, rng) if neighbours(s) else None,) * 2,
     ),
-    "count": (_ask_count, _ask_locate, _ask_list, _ask_other_count_at_times, _ask_presence),
+    "count": (
+        *(_ask_count, _ask_locate, _ask_list),
+        lambda s, rng: None if rng.integers(3) else _ask_count(s, rng, pick(rng, s.names)),
+        _ask_presence,
+    ),
     "digits": (_ask_digits, _ask_locate),
     "shapes": (*(_ask_shape_open,) * 3, *(_ask_shape_yesno,) * 3, _ask_locate, _ask_list),
 }

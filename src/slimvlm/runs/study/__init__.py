@@ -418,16 +418,14 @@ def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
     scores = {name: task.score for name, task in result.tasks.items() if task.in_average}
     chosen = {name for name, task in result.tasks.items() if task.metric in CHOICE_METRICS}
     chosen |= {*CHOICE_BENCHMARKS}
-    groups = {
-        "avg_free": [name for name in scores if name not in chosen],
-        "avg_choice": [name for name in scores if name in chosen],
-        "avg_pictures": [name for name in scores if name in sighted],
-        "avg_text": [name for name in scores if name not in sighted],
-    }
     perplexities = [t.score for t in result.tasks.values() if t.metric == "perplexity"]
     row: dict[str, Any] = {"avg": None if math.isnan(result.average) else result.average}
-    for group, names in groups.items():
-        row[group] = average({name: scores[name] for name in names}) if names else None
+    for group, names, are_in in (
+        *(("avg_free", chosen, False), ("avg_choice", chosen, True)),
+        *(("avg_pictures", sighted, True), ("avg_text", sighted, False)),
+    ):
+        some = {name: score for name, score in scores.items() if (name in names) == are_in}
+        row[group] = average(some) if some else None
     row |= {f"score:{name}": task.score for name, task in result.tasks.items()}
     row["perplexity"] = perplexities[0] if perplexities else None
     costs = ("backbone_params", "total_params", "prefill_ms", "decode_ms")
