@@ -16,7 +16,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
@@ -49,6 +49,7 @@ class TokenizerFile:
     name: str  # the tokenizer's class, for messages
     values: Mapping[str, Any]
     special: frozenset[int] = frozenset()  # ids of special tokens
+    _last_joins: dict[str, Pair | None] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, processor: Any) -> TokenizerFile:
@@ -66,23 +67,18 @@ class TokenizerFile:
                 f"tokens: {name} is of type {model['type']!r}, and only {', '.join(_MODELS)} can "
                 "lose some"
             )
-        for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(field):
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(option):
                 raise UnsupportedModelError(
-                    f"tokens: {name} has {field} {model[field]!r}, with which none can go"
+                    f"tokens: {name} has {option} {model[option]!r}, with which none can go"
                 )
         _with_ids(values["post_processor"], int, name)  # refuses an unknown kind
         return cls(name, values, frozenset(tokenizer.all_special_ids))
 
-    @property
-    def _model(self) -> Mapping[str, Any]:
-        model: Mapping[str, Any] = self.values["model"]
-        return model
-
     @cached_property
     def _pieces(self) -> dict[str, int]:
         """The model's own tokens."""
-        vocab = self._model["vocab"]
+        vocab = self.values["model"]["vocab"]
         named = isinstance(vocab, Mapping)
         return dict(vocab) if named else {piece: i for i, (piece, _) in enumerate(vocab)}
 
@@ -104,7 +100,7 @@ class TokenizerFile:
         _with_ids(self.values["post_processor"], noted, self.name)
         if self.values["padding"] is not None:
             found.add(self.values["padding"]["pad_id"])
-        model, pieces = self._model, self._pieces
+        model, pieces = self.values["model"], self._pieces
         if isinstance(model.get("unk_token"), str) and model["unk_token"] in pieces:
             found.add(pieces[model["unk_token"]])
         found |= {i for piece, i in pieces.items() if len(piece) == 1 or _BYTE.fullmatch(piece)}
@@ -119,8 +115,8 @@ class TokenizerFile:
     @cached_property
     def by_rank(self) -> list[int]:
         """All tokens in the order of the tokenizer's own ranks, the most frequent first."""
-        if self._model["type"] == "Unigram":
-            scores = {i: -score for i, (_, score) in enumerate(self._model["vocab"])}
+        if self.values["model"]["type"] == "Unigram":
+            scores = {i: -score for i, (_, score) in enumerate(self.values["model"]["vocab"])}
             return sorted(self.texts, key=lambda i: (scores.get(i, 0.0), i))
         first = {result: min(map(self._ranks.__getitem__, p)) for result, p in self._makers.items()}
         last = len(self._ranks)
@@ -129,7 +125,10 @@ class TokenizerFile:
     @cached_property
     def _ranks(self) -> dict[Pair, int]:
         """The joins of a BPE model and their rank."""
-        return {(left, right): n for n, (left, right) in enumerate(self._model.get("merges", ()))}
+        return {
+            (left, right): n
+            for n, (left, right) in enumerate(self.values["model"].get("merges", ()))
+        }
 
     @cached_property
     def _makers(self) -> dict[str, list[Pair]]:
@@ -138,10 +137,6 @@ class TokenizerFile:
         for pair in self._ranks:
             found.setdefault("".join(pair), []).append(pair)
         return found
-
-    @cached_property
-    def _last_joins(self) -> dict[str, Pair | None]:
-        return {}
 
     def _last_join(self, piece: str) -> Pair | None:
         """Return the parts that the tokenizer joins last to make a token, if any."""
@@ -185,7 +180,7 @@ class TokenizerFile:
                 f"tokens: {named} must stay, as all special tokens, bytes and single characters"
             )
         new = {old: index for index, old in enumerate(sorted(kept))}
-        model = dict(self._model)
+        model = dict(self.values["model"])
         if model["type"] == "Unigram":
             model["vocab"] = [row for index, row in enumerate(model["vocab"]) if index in new]
             model["unk_id"] = None if model["unk_id"] is None else new[model["unk_id"]]
@@ -224,7 +219,7 @@ def _with_ids(processor: Any, new: Callable[[int], int], name: str) -> Any:
         }
         return {**processor, "special_tokens": tokens}
     if kind in _PAIRS:
-        pairs = {field: processor[field] for field in ("sep", "cls")}
+        pairs = {part: processor[part] for part in ("sep", "cls")}
         return {**processor, **{f: [text, new(index)] for f, (text, index) in pairs.items()}}
     if kind != "ByteLevel":
         raise UnsupportedModelError(f"tokens: {name} has a post-processor of type {kind!r}")

@@ -214,7 +214,7 @@ RIDGE = 1e-2
 """Ridge as a share of the mean diagonal of the Gram matrix; see ``docs/results.md``."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Writer:
     """A matrix that writes to the residual stream."""
 
@@ -222,20 +222,10 @@ class Writer:
     projection: Projection
     linear: nn.Linear
 
-    @property
-    def name(self) -> str:
-        """``<original layer>.<path>``."""
-        return f"{self.index}.{self.projection.path}"
-
-    @property
-    def unit(self) -> str:
-        """The kind of unit that owns its input channels."""
-        return unit_of(self.projection)
-
-    @property
-    def kind(self) -> str:
-        """The kind of its repair where it is not at a seam."""
-        return ATTENTION if self.unit == "kv_group" else MLP
+    def __post_init__(self) -> None:
+        self.name = f"{self.index}.{self.projection.path}"
+        self.unit = unit_of(self.projection)  # kind of unit that owns its input channels
+        self.kind = ATTENTION if self.unit == "kv_group" else MLP  # of repair, but at a seam
 
     @property
     def weight(self) -> Tensor:
