@@ -308,7 +308,7 @@ def test_help_explains_every_option(verb, run, monkeypatch):
         assert " ".join(told.split("\n")[0].split()[:4]) in words, name
 
 
-def test_help_has_groups_of_options(run):
+def test_help_has_groups_of_options_and_score_the_criterion_of_widths(run):
     groups = re.split(r"╭─ (.*?) ─+╮", run("compress", "--help").out)
     found = dict(zip(groups[1::2], groups[2::2], strict=True))
     assert list(found) == [
@@ -320,6 +320,10 @@ def test_help_has_groups_of_options(run):
     assert "(default: 64)" in found["training options"]
     assert "--seed" not in found["training options"]  # a run has one
     assert "None" not in "".join(found.values())
+    from slimvlm.scoring.criteria import DEFAULT_CRITERIA
+
+    default = inspect.signature(cli.VERBS["score"]).parameters["criterion"].default
+    assert (default,) == DEFAULT_CRITERIA["width"]
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
@@ -529,7 +533,7 @@ def test_chat_answers(run, home, llava):
     assert set(both) == {str(llava), str(folders.folder("internvl"))}
 
 
-def test_compress_prints_nothing_but_json(run, home, llava, data):
+def test_compress_prints_nothing_but_json_and_says_what_comes_next(run, home, llava, data):
     arguments = ["compress", llava, "--ratio", "0.1", "--data", data, "--samples", "2", "--json"]
     asked = ["--tasks", "presence", "--limit", "2", "--training-samples", "2", "--batch-size", "2"]
     values = stdout_json(run(*arguments, *asked, "--out", "out"))
@@ -543,6 +547,13 @@ def test_compress_prints_nothing_but_json(run, home, llava, data):
     )
     stored = json.loads((home / "out" / "config.json").read_text())
     assert stored["recover"]["train"] == "projector"  # the chart's choice up to 15 %
+    few = ("--axis", "width", "--criterion", "magnitude", "--repair", "none", "--train", "none")
+    words = ("compress", llava, "--ratio", "0.3", "--data", data, *few, "--report-samples", "0")
+    (*_, said) = run(*words, "--out", "my run").err.splitlines()
+    first, second = said.removeprefix("next: ").split("; ")
+    assert run(*shlex.split(first)[1:]).code == 0
+    answered = run(*shlex.split(second)[1:], "--max-new-tokens", "2")
+    assert (answered.code, "my run" in answered.out) == (0, True)
 
 
 OF_TRAINING = {
@@ -567,23 +578,6 @@ def test_no_training_option_of_a_file_is_dropped(name, tmp_path):
     given = cli.parsed("compress", words)
     holder = given["pruning" if name == "seed" else "training"]
     assert getattr(holder, name) == OF_TRAINING[name] != getattr(sv.RecoverConfig(), name)
-
-
-def test_compress_says_what_comes_next(run, home, llava, data):
-    few = ("--axis", "width", "--criterion", "magnitude", "--repair", "none", "--train", "none")
-    words = ("compress", llava, "--ratio", "0.3", "--data", data, *few, "--report-samples", "0")
-    (*_, said) = run(*words, "--out", "my run").err.splitlines()
-    first, second = said.removeprefix("next: ").split("; ")
-    assert run(*shlex.split(first)[1:]).code == 0
-    answered = run(*shlex.split(second)[1:], "--max-new-tokens", "2")
-    assert (answered.code, "my run" in answered.out) == (0, True)
-
-
-def test_the_criterion_of_score_is_the_one_of_widths(run):
-    from slimvlm.scoring.criteria import DEFAULT_CRITERIA
-
-    default = inspect.signature(cli.VERBS["score"]).parameters["criterion"].default
-    assert (default,) == DEFAULT_CRITERIA["width"]
 
 
 # Two real processes.

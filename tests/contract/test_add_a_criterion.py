@@ -54,16 +54,13 @@ def test_the_new_criterion_works_with_low_memory(tmp_path):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_the_new_criterion_is_checked_and_listed_like_the_others():
+def test_the_new_criterion_is_checked_and_listed_and_the_page_names_every_capture():
     model = tiny.build("llama")
     with pytest.raises(ConfigError, match="power=3 must be one of: 1, 2"):
         sv.score(model, batches(model), "energy", power=3)
     with pytest.raises(ConfigError, match=r"has no option 'colour'\. It has: power"):
         sv.score(model, batches(model), "energy", colour=1)
     assert "| `energy` | kv_group, neuron | yes | one line for tables |" in criteria_table()
-
-
-def test_the_page_names_every_capture():
     from slimvlm.scoring import criteria
 
     page = PAGE.read_text()

@@ -318,7 +318,7 @@ def llama_with(**changes):
     return model.eval()
 
 
-def test_scaled_rope_survives_retyping(tmp_path):
+def test_scaled_rope_survives_retyping_and_biases_forbid_it(tmp_path):
     scaled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope = {"rope_type": "llama3", "rope_theta": 500.0, **scaled}
     rope["original_max_position_embeddings"] = 16
@@ -333,9 +333,6 @@ def test_scaled_rope_survives_retyping(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, batch), logits(model, batch))
-
-
-def test_llama_with_biases_cannot_be_retyped():
     model = llama_with(attention_bias=True)
     anatomy = read_anatomy(model)
     assert anatomy.legal_kv_heads() == [1, 2, 4]

@@ -51,13 +51,10 @@ def old(tmp_path):
     return out
 
 
-def test_an_existing_folder_is_not_overwritten(old, tmp_path):
+def test_an_existing_folder_is_replaced_whole_and_only_with_force(old, tmp_path):
     with pytest.raises(ConfigError, match=r"out' exists.*--force"), new_folder(old):
         raise AssertionError("the block must not run")
     assert contents(tmp_path) == {"out/file": "old", "out/stage.json": OURS}
-
-
-def test_force_replaces_the_whole_folder_or_a_file(old, tmp_path):
     (tmp_path / "other").write_text("a file")
     for place, before in ((old, "old"), (tmp_path / "other", None)):
         with new_folder(place, force=True) as folder:

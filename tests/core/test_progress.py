@@ -66,6 +66,9 @@ def test_the_time_left_is_what_the_rest_takes_at_the_pace_so_far(clock):
     clock.now += 60
     stage.end()
     assert clock.lines == ["train: 7 of 10, 60 s left, loss 1", "train: 10 of 10 in 2 min"]
+    assert [duration(s) for s in (0.4, 42, 89, 90, 420, 11_100)] == [
+        *("0 s", "42 s", "89 s", "2 min", "7 min", "3 h 05 min")
+    ]
 
 
 def test_a_stage_that_is_left_early_or_empty_says_nothing(clock):
@@ -118,9 +121,3 @@ def test_a_terminal_shows_a_bar(monkeypatch, capfd):
     assert "work" in err
     assert "\x1b[" in err
     assert "of 2" not in err
-
-
-def test_durations_for_people():
-    assert [duration(s) for s in (0.4, 42, 89, 90, 420, 11_100)] == [
-        *("0 s", "42 s", "89 s", "2 min", "7 min", "3 h 05 min")
-    ]

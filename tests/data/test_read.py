@@ -123,7 +123,7 @@ def test_rows_are_read(what, name, home):
     assert sample.images == tuple(home / picture for picture in pictures)
 
 
-def test_messages_jsonl(home):
+def test_messages_jsonl_and_plain_parquet_with_bytes(home):
     parts = [{"type": "image"}, said("Which?")]
     rows = [
         chat_row("parts", parts, [said("Red.")], images=["a.png"]),
@@ -135,6 +135,17 @@ def test_messages_jsonl(home):
     for sample in samples:
         assert sample.messages == (turn("user", None, "Which?"), turn("assistant", "Red."))
         assert sample.images == (home / "a.png",)
+    # written by another tool: no `datasets` metadata, pictures as structs of bytes
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    picture(0).save(buffer, "PNG")
+    row = chat_row("x", "<image>Which?", "Red.", image={"bytes": buffer.getvalue(), "path": None})
+    pq.write_table(pa.Table.from_pylist([row]), home / "data.parquet")
+    (sample,) = load_samples(home / "data.parquet", warn=silent)
+    assert isinstance(sample.images[0], Image.Image)
+    assert sample.images[0].convert("RGB").tobytes() == picture(0).tobytes()
 
 
 def test_a_broken_line_is_named_and_blank_ones_are_no_rows(home):
@@ -162,20 +173,6 @@ def table(with_pictures=True):
     if with_pictures:
         made = made.cast_column("images", datasets.Sequence(datasets.Image()))
     return made
-
-
-def test_plain_parquet_with_bytes(home):
-    """Written by another tool: no `datasets` metadata, pictures as structs of bytes."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    buffer = io.BytesIO()
-    picture(0).save(buffer, "PNG")
-    row = chat_row("x", "<image>Which?", "Red.", image={"bytes": buffer.getvalue(), "path": None})
-    pq.write_table(pa.Table.from_pylist([row]), home / "data.parquet")
-    (sample,) = load_samples(home / "data.parquet", warn=silent)
-    assert isinstance(sample.images[0], Image.Image)
-    assert sample.images[0].convert("RGB").tobytes() == picture(0).tobytes()
 
 
 WAYS = {
@@ -530,11 +527,21 @@ def test_subsets_are_stratified_nested_and_of_the_right_size(texts, ones, severa
     assert chosen == samples
 
 
-def test_an_estimated_length_counts_text_and_pictures():
+def test_lengths_are_estimated_and_counted_where_the_lower_limit_asks(monkeypatch):
     said = (turn("user", None, "x" * 40), turn("assistant", "y" * 40), turn("user", None, "z"))
     picture_path = Path("a.png")
     assert estimated_length(Sample("a", said[:2])) == 20
     assert estimated_length(Sample("a", said, (picture_path,) * 2), image_tokens=100) == 220
+    assert Limit.of(None, None, cuts=False) is None
+    assert Limit.of(10, 20, cuts=False) == Limit(10, is_asked=True)
+    assert Limit.of(30, 20, cuts=True) == Limit(20, is_asked=False, cuts=True)
+    counted = []
+    monkeypatch.setattr("slimvlm.data.read.length_of", lambda *a: counted.append(a) or 0)
+    words, short = processor("llava"), talk(3, sees=True)
+    assert fitted(words, short, Limit(4096, is_asked=False)) is short
+    assert not counted
+    fitted(words, short, Limit(256, is_asked=False))
+    assert len(counted) == 1
 
 
 def test_pictures_in_memory_and_in_files_that_may_move_are_told_apart(home):
@@ -625,19 +632,6 @@ def test_too_long_is_named_with_its_cure_counted_and_said(tmp_path):
     assert said == [f"data {str(data)!r}: 2 samples were cut to 256 tokens"]
     with pytest.raises(DataError, match=r"'1' has .* the model reads 256"):
         load_samples(data, warn=said.append, processor=words, context=context)
-
-
-def test_the_lower_limit_counts_and_what_cannot_be_too_long_is_not_counted(monkeypatch):
-    assert Limit.of(None, None, cuts=False) is None
-    assert Limit.of(10, 20, cuts=False) == Limit(10, is_asked=True)
-    assert Limit.of(30, 20, cuts=True) == Limit(20, is_asked=False, cuts=True)
-    counted = []
-    monkeypatch.setattr("slimvlm.data.read.length_of", lambda *a: counted.append(a) or 0)
-    words, short = processor("llava"), talk(3, sees=True)
-    assert fitted(words, short, Limit(4096, is_asked=False)) is short
-    assert not counted
-    fitted(words, short, Limit(256, is_asked=False))
-    assert len(counted) == 1
 
 
 def written(path, *samples):

@@ -112,7 +112,7 @@ def test_perplexity_is_exp_of_the_mean_token_loss(llava, result):
     assert "passages" not in {n for n, t in result.tasks.items() if t.in_average}
 
 
-def test_blind_shows_other_pictures(llava, result):
+def test_blind_shows_other_pictures_and_gives_floors(llava, result):
     """Questions about the same picture may stand half a list apart; text has nothing to swap."""
     asked = questions(5)
     blind = with_other_pictures(asked)
@@ -129,9 +129,6 @@ def test_blind_shows_other_pictures(llava, result):
     assert all(b.images != q.images for b, q in zip(blind, asked, strict=True) if q.images)
     with pytest.raises(ConfigError, match=r"blind: question 'q0' finds no other pictures"):
         with_other_pictures([replace(q, images=(picture(0),)) for q in asked])
-
-
-def test_floors_are_what_a_blind_result_has(llava, result):
     asked = [task(), task("words", sees=False), PERPLEXITY]
     both = evaluate(*llava, asked, floors=True)
     blind = evaluate(*llava, asked, blind=True)

@@ -92,7 +92,7 @@ def llava():
     return load(folders.folder("llava"))
 
 
-def test_a_machine_that_slows_down_slows_both(llava, monkeypatch):
+def test_models_take_turns_and_a_machine_that_slows_down_slows_both(llava, monkeypatch):
     model, processor = llava
     other, _ = load(folders.folder("llava"))
     speeds, order = {id(model): 3.0, id(other): 4.0}, list[int]()
@@ -109,6 +109,17 @@ def test_a_machine_that_slows_down_slows_both(llava, monkeypatch):
     low, high = found.pruned.prefill_range_ms
     assert high > 5 * low  # by itself, the model seems to take anything
     assert found.decode.value == pytest.approx(1)
+    models = ("small", "large")
+    order = []
+
+    def record(model, inputs, new_tokens):
+        order.append((models.index(model), new_tokens))
+        return 1.0, 1.0
+
+    monkeypatch.setattr(module, "timed_run", record)
+    runs = timed_runs(models, [{}, {}], 7, 3)
+    assert order == [(0, 2), (1, 2), *((index, 7) for index in (0, 1, 1, 0, 0, 1))]
+    assert [len(its) for its in runs] == [3, 3]
 
 
 def test_a_run_times_every_token_and_times_lie_within_their_runs(llava):
@@ -136,20 +147,6 @@ def test_times_survive_the_disk(llava, unhurried, tmp_path):
     (tmp_path / "times.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"times '.*times\.json'"):
         PairedTimes.load(tmp_path / "times.json")
-
-
-def test_models_take_turns_forwards_and_backwards(monkeypatch):
-    models = ("small", "large")
-    order = []
-
-    def record(model, inputs, new_tokens):
-        order.append((models.index(model), new_tokens))
-        return 1.0, 1.0
-
-    monkeypatch.setattr(module, "timed_run", record)
-    runs = timed_runs(models, [{}, {}], 7, 3)
-    assert order == [(0, 2), (1, 2), *((index, 7) for index in (0, 1, 1, 0, 0, 1))]
-    assert [len(its) for its in runs] == [3, 3]
 
 
 def test_the_peak_counts_what_is_alive_and_shared_weights_once():

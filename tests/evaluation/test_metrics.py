@@ -91,7 +91,7 @@ def means_of(*models):
     return [float(np.mean([100 * np.mean(model[n]) for n in "ab"])) for model in models]
 
 
-def test_retention_is_a_ratio_of_means_in_its_interval():
+def test_retention_is_a_ratio_of_means_in_a_paired_and_seeded_interval():
     kept = metrics.retention(PRUNED, ORIGINAL, CHANCE)
     mean, base = means_of(PRUNED, ORIGINAL)
     assert kept.percent == pytest.approx(100 * mean / base)
@@ -106,10 +106,7 @@ def test_retention_is_a_ratio_of_means_in_its_interval():
     same = metrics.retention(ORIGINAL, ORIGINAL, CHANCE)
     found = (same.percent, same.low, same.high, same.above_chance)
     assert found == pytest.approx((100, 100, 100, 100))
-
-
-def test_the_bootstrap_is_paired_and_seeded():
-    """Answers that differ nowhere leave no doubt, however few they are."""
+    # answers that differ nowhere leave no doubt, however few they are
     kept = metrics.retention(PRUNED, ORIGINAL, CHANCE)
     assert kept == metrics.retention(PRUNED, ORIGINAL, CHANCE)
     half = {n: [0.5 * value for value in values] for n, values in ORIGINAL.items()}
@@ -135,7 +132,7 @@ def test_the_best_constant_answer(metric, answers, score):
     assert found == pytest.approx(score)
 
 
-def test_a_floor_for_each_question_is_drawn_with_the_answers():
+def test_floors_of_questions_are_drawn_may_not_be_reached_and_mme_has_its_scale():
     """Constants move no interval; a floor equal to the model leaves nothing, in every draw."""
     level = metrics.retention(PRUNED, ORIGINAL, CHANCE, {"a": 60.0, "b": 30.0})
     assert level.above_chance == metrics.retention(PRUNED, ORIGINAL, CHANCE).above_chance
@@ -149,19 +146,13 @@ def test_a_floor_for_each_question_is_drawn_with_the_answers():
     paired = metrics.retention(half, ORIGINAL, CHANCE, blind)
     bounds = paired.above_floor_low, paired.above_floor, paired.above_floor_high
     assert bounds == pytest.approx((50, 50, 50))
-
-
-def test_a_floor_that_the_original_may_not_reach_has_no_bounds():
     half = {"a": [1.0, 0.0]}
     kept, below = (metrics.retention(half, half, {"a": 0.0}, {"a": f}) for f in (40.0, 60.0))
     assert kept.above_floor == pytest.approx(100)
     assert np.isnan(kept.above_floor_low)
     assert np.isnan(below.above_floor)
     assert np.isfinite(metrics.retention(half, {"a": [0.0, 0.0]}, {"a": 0.0}).percent)
-
-
-def test_floors_of_mme_are_on_its_scale():
-    """Scores of MME reach 20 for each question; half of its full score is 50 %."""
+    # scores of MME reach 20 for each question; half of its full score is 50 %
     scores, base = {"mme_perception": [5.0, 15.0] * 30}, {"mme_perception": [15.0] * 60}
     kept = metrics.retention(scores, base, {"mme_perception": 37.5})
     assert kept.percent == pytest.approx(100 * 50 / 75)
@@ -171,7 +162,7 @@ def test_floors_of_mme_are_on_its_scale():
     assert each.above_floor == pytest.approx(kept.above_floor)
 
 
-def test_difference_of_averages():
+def test_differences_of_averages_are_significant_where_they_are_clear():
     found = metrics.average_difference(ORIGINAL, PRUNED)
     base, mean = means_of(ORIGINAL, PRUNED)
     assert found.points == pytest.approx(mean - base)
@@ -183,15 +174,6 @@ def test_difference_of_averages():
     assert metrics.average_difference(*one).points == pytest.approx(
         metrics.paired_difference(one[0]["a"], one[1]["a"]).points
     )
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
-def test_a_model_does_not_differ_from_itself(scores):
-    same = metrics.paired_difference(scores, scores)
-    assert (same.points, same.low, same.high, same.significant) == (0, 0, 0, False)
-
-
-def test_a_clear_difference_is_significant_and_a_small_one_is_not():
     worse = metrics.paired_difference([1.0] * 40, [1.0] * 20 + [0.0] * 20)
     assert worse.low < worse.points == -50 < worse.high < 0
     assert worse.significant
@@ -206,6 +188,12 @@ def test_a_clear_difference_is_significant_and_a_small_one_is_not():
     for one, other in (([], []), ([1.0], [1.0, 0.0])):
         with pytest.raises(ValueError, match="same questions"):
             metrics.paired_difference(one, other)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_a_model_does_not_differ_from_itself(scores):
+    same = metrics.paired_difference(scores, scores)
+    assert (same.points, same.low, same.high, same.significant) == (0, 0, 0, False)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=20))

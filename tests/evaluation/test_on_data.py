@@ -123,7 +123,7 @@ def test_of_plain_text_every_token_counts_and_vocabularies_may_differ():
     assert found.figures.loss == evaluate_data(model, words, samples).figures.loss
 
 
-def test_requests_that_are_refused(pair):
+def test_requests_that_are_refused_and_nan(pair):
     model, other, processor = pair
     samples = samples_for(processor)
     few = predictions_of(other, processor, samples[:3])
@@ -135,9 +135,6 @@ def test_requests_that_are_refused(pair):
     ):
         with pytest.raises(error, match=match):
             evaluate_data(model, processor, given, **options)
-
-
-def test_nan_stops_it(pair):
     model, other, processor = pair
     spoilt = changed_copy(model)
     with torch.no_grad():

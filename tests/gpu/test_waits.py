@@ -192,6 +192,7 @@ def test_training_on_the_card_is_training_on_the_cpu(card, monkeypatch):
     assert_close(torch.tensor(found[0]), torch.tensor(losses), LOSS)
     for name, value in found[1].items():
         assert_close(value, weights[name], ADAM)
+    assert num_workers(torch.device("cpu")) == 0
 
 
 def test_what_another_process_refuses_is_said_in_one_line(card, monkeypatch, tmp_path):
@@ -219,7 +220,3 @@ def test_batches_are_pinned_and_sent_without_waiting(workers, card, monkeypatch)
     trained(card, workers, monkeypatch)
     assert len(seen) >= 6
     assert set(seen) == {(True, True, True)}
-
-
-def test_a_cpu_puts_its_batches_together_itself():
-    assert num_workers(torch.device("cpu")) == 0

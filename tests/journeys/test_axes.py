@@ -80,7 +80,7 @@ def test_where_training_follows_each_axis_is_trained_a_little(dtype, data):
     assert all(trained[axis] != untrained[axis] for axis in trained)
 
 
-def test_only_axes_that_remove_as_much_are_tried(data):
+def test_only_axes_that_remove_as_much_are_tried_and_none_with_low_memory(data, tmp_path):
     """Of four layers no twentieth can go, and every layer keeps a group and some neurons."""
     for ratio, axes in ((RATIO, AXES), (0.05, ["width", "both"]), (0.7, ["both"])):
         request, model, _ = opened(data, ratio=ratio)
@@ -88,6 +88,10 @@ def test_only_axes_that_remove_as_much_are_tried(data):
     too_much = replace(request, prune=replace(request.prune, ratio=0.95))
     with pytest.raises(ImpossiblePlanError, match=r"ratio 0\.95"):
         requests_by_axis(too_much, read_anatomy(model))
+    config = PruneConfig(ratio=0.3, axis="auto", data=str(data), samples=4)
+    memory = MemoryOptions(low_memory=True)
+    with pytest.raises(ConfigError, match="axis 'auto'"):
+        prune(str(folders.folder("llava")), config, tmp_path / "out", memory=memory)
 
 
 @pytest.mark.parametrize("share", tiered([0.75, 0.5], lambda share: share == 0.75))
@@ -166,10 +170,3 @@ def test_the_chart_decides_without_data_and_the_data_before_training(data):
     assert request_of("demo", replace(config, axis="depth")).prune.axis == "depth"
     untrained = resolved(request_of("demo", replace(config, recover=None)))
     assert untrained.prune.axis == "width"
-
-
-def test_low_memory_tries_no_axes(data, tmp_path):
-    config = PruneConfig(ratio=0.3, axis="auto", data=str(data), samples=4)
-    memory = MemoryOptions(low_memory=True)
-    with pytest.raises(ConfigError, match="axis 'auto'"):
-        prune(str(folders.folder("llava")), config, tmp_path / "out", memory=memory)

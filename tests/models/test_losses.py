@@ -266,7 +266,7 @@ def test_a_divergence_of_hidden_states_is_that_of_their_logits(kind, reduction, 
     assert_same_gradients(loss, expected, leaves, leaves, SAME)
 
 
-def test_cross_entropy_of_hidden_states_is_that_of_their_logits(small_chunks):
+def test_cross_entropy_is_that_of_logits_and_no_label_still_a_graph(small_chunks):
     hidden, _, head, _ = heads()
     hidden.requires_grad_()
     _, labels = labelled()
@@ -274,6 +274,19 @@ def test_cross_entropy_of_hidden_states_is_that_of_their_logits(small_chunks):
     loss = losses.cross_entropy(hidden, head, labels)
     expected = ForCausalLMLoss(head(hidden), labels, vocab_size=V)
     assert_same_gradients(loss, expected, leaves, leaves, SAME)
+    # one rank of several may have no answer in its batch, and must take part in the backward
+    student, teacher, head, teacher_head = heads()
+    student.requires_grad_()
+    labels = torch.full((B, T), IGNORE)
+    nothing = torch.zeros(B, T, dtype=torch.bool)
+    for loss in (
+        losses.cross_entropy(student, head, labels),
+        losses.divergence(student, teacher, head, teacher_head, nothing),
+    ):
+        assert loss.item() == 0
+        loss.backward()
+    assert student.grad is not None
+    assert not student.grad.any()
 
 
 def test_no_more_than_one_chunk_of_logits_exists(small_chunks):
@@ -306,22 +319,6 @@ def test_no_more_than_one_chunk_of_logits_exists(small_chunks):
     lasts = {B * (T - 1) % small_chunks, B * T % small_chunks}
     of_logits = [shape for shape in kept if shape[-1:] == (V,) and shape != (D, V)]
     assert {rows for rows, _ in of_logits} == lasts == {1, 2}  # (D, V) is the head's weight
-
-
-def test_no_label_at_all_is_no_loss_but_still_a_graph(small_chunks):
-    """One rank of several may have no answer in its batch, and must take part in the backward."""
-    student, teacher, head, teacher_head = heads()
-    student.requires_grad_()
-    labels = torch.full((B, T), IGNORE)
-    nothing = torch.zeros(B, T, dtype=torch.bool)
-    for loss in (
-        losses.cross_entropy(student, head, labels),
-        losses.divergence(student, teacher, head, teacher_head, nothing),
-    ):
-        assert loss.item() == 0
-        loss.backward()
-    assert student.grad is not None
-    assert not student.grad.any()
 
 
 def test_the_teacher_s_head_does_not_learn():

@@ -355,7 +355,9 @@ def test_a_card_has_the_hub_s_metadata_and_what_people_read(carded):
     assert str(carded.parent) not in text
 
 
-def test_a_model_of_no_folder_has_no_original(tmp_path, monkeypatch):
+def test_a_card_needs_neither_an_original_nor_facts_and_names_the_first_of_a_chain(
+    tmp_path, monkeypatch, carded
+):
     """A README in the folder where the command runs is not the original's card."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / CARD_FILE).write_text(BASE)
@@ -364,9 +366,6 @@ def test_a_model_of_no_folder_has_no_original(tmp_path, monkeypatch):
     data = ModelCard.load(tmp_path / "out" / CARD_FILE).data.to_dict()
     assert not {"license", "base_model"} & set(data)
     assert "A smaller model:" in (tmp_path / "out" / CARD_FILE).read_text()
-
-
-def test_a_card_needs_no_facts_and_names_the_first_original_of_a_chain(tmp_path, carded):
     net = tiny.build("llama")
     net.config._name_or_path = ""
     save(net, None, tmp_path / "plain")

@@ -109,7 +109,7 @@ def stopped(asked, out, name="prune_", force=False):
     return out
 
 
-def test_a_run_leaves_what_repeats_and_explains_it(finished, data):
+def test_a_run_leaves_what_repeats_it_and_the_planned_model(finished, data):
     found = {path.name for path in finished.iterdir()}
     kept = ("config.json", "plan.json", "scores", "results", "history.json", "checkpoint")
     assert found >= {*kept, "summary.md"}
@@ -124,9 +124,6 @@ def test_a_run_leaves_what_repeats_and_explains_it(finished, data):
     summary = (finished / "summary.md").read_text()
     assert Plan.load(finished / "plan.json").summary() in summary
     assert "AVG" in summary
-
-
-def test_the_checkpoint_is_the_planned_model_and_learnt_from_other_samples(finished):
     plan = Plan.load(finished / "plan.json")
     assert plan.ratio == pytest.approx(0.3, abs=0.01)
     model, processor = load(finished / "checkpoint")

@@ -24,7 +24,7 @@ def test_every_ratio_has_a_recipe(ratio, has_data):
         RecoverConfig(train=recipe.train, loss=recipe.loss)
 
 
-def test_the_chart_is_the_studys():
+def test_the_chart_is_the_studys_and_subjects_are_told_by_their_shape():
     for ratio, chart in {
         0.15: ("depth", "projector", "sft"),
         0.30: ("depth", "lora", "sft+hidden"),
@@ -37,6 +37,9 @@ def test_the_chart_is_the_studys():
     for ratio in (-0.1, 1.0, 1.2, math.nan):  # the message must be ours, not an iterator's
         with pytest.raises(ConfigError, match="ratio"):
             recipe_for(ratio, True)
+    llava = {"model_type": "llava", "text_type": "llama", "hidden_size": 4096, "num_layers": 32}
+    assert subject_of(llava) == "LLaVA-1.5-7B"
+    assert subject_of({**llava, "num_layers": 20}) is None
 
 
 def test_curves_are_sound_and_about_known_models():
@@ -68,14 +71,11 @@ def test_a_row_of_another_form_is_refused(tmp_path, monkeypatch):
     assert rules().retention
 
 
-def test_a_curve_is_straight_between_and_silent_outside():
+def test_curves_are_straight_between_silent_outside_and_the_first_row_counts():
     row = Curve(model="m", axis="width", values={0.2: 80.0, 0.4: 60.0}, source="s")
     values = [row.at(ratio) for ratio in (0.1, 0.18, 0.2, 0.4, 0.42, 0.5)]
     assert values == [None, 80, 80, 60, 60, None]
     assert row.at(0.3) == pytest.approx(70)
-
-
-def test_the_first_row_counts_full_training_stands_beside_lora_and_ours_apart():
     rows = published("width", "lora", "sft+hidden", 0.6)
     found = {row.model: (value, row.source) for row, value in rows}
     assert found["LLaVA-1.5-7B"] == (78.13, "arXiv:2604.24380, Table 5")
@@ -84,9 +84,3 @@ def test_the_first_row_counts_full_training_stands_beside_lora_and_ours_apart():
     assert [value for _, value in full] == [value for _, value in lora]
     assert any(row.ours for row, _ in expected("depth", "full", "cosine", 0.3))
     assert not any(row.ours for row, _ in full)
-
-
-def test_subjects_are_told_by_their_shape():
-    llava = {"model_type": "llava", "text_type": "llama", "hidden_size": 4096, "num_layers": 32}
-    assert subject_of(llava) == "LLaVA-1.5-7B"
-    assert subject_of({**llava, "num_layers": 20}) is None

@@ -227,7 +227,7 @@ def assert_sound(html):
     return page
 
 
-def test_the_report_shows_the_numbers_of_the_files(run):
+def test_the_report_shows_the_numbers_of_the_files_and_refuses_broken_ones(run):
     plan, record = Plan.load(run / "plan.json"), read_record(run)
     kept = {entry.name: entry for entry in record.entries}
     assert kept["original"].percent == 100
@@ -252,6 +252,11 @@ def test_the_report_shows_the_numbers_of_the_files(run):
     assert float(bunny["pruned"][3]) == pytest.approx(75.58, abs=1)
     assert bunny["pruned"][4] == "arXiv:2604.24380, Table 2"
     assert float(bunny["recovered"][3]) == pytest.approx(95.6, abs=0.5)
+    with pytest.raises(ConfigError, match="neither a run folder"):
+        read_record(run.parent)
+    (run / "history.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"history\.json"):
+        read_record(run)
 
 
 @pytest.mark.parametrize("missing", ["scores", "results", "history.json", "walk.json"])
@@ -263,14 +268,6 @@ def test_an_unfinished_run_has_a_report_too(run, missing):
     assert ('id="training"' in html) is (missing != "history.json")
     told = ("50.00%", "25.00%", "40.00%", "30.00%")
     assert all(error in html for error in told) is (missing != "walk.json")
-
-
-def test_another_folder_and_a_broken_file_are_refused(run):
-    with pytest.raises(ConfigError, match="neither a run folder"):
-        read_record(run.parent)
-    (run / "history.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"history\.json"):
-        read_record(run)
 
 
 def test_words_of_models_files_and_data_are_escaped_and_nothing_is_loaded(tmp_path, shape):
@@ -295,7 +292,7 @@ def test_words_of_models_files_and_data_are_escaped_and_nothing_is_loaded(tmp_pa
         assert not re.search(r"<[^>]*onerror", each)
 
 
-def test_bars_are_as_high_as_what_is_kept_and_heatmaps_cross_what_is_gone(shape, tmp_path):
+def test_bars_are_as_high_as_what_is_kept_and_crosses_are_what_is_gone(shape, tmp_path):
     plan = make_plan(shape, random_scores(shape), ratio=0.3, axis="both", round_to=1)
     chart = allocation(plan)
     mlp, attention, wholes = (chart.of(look)[0].rows for look in ("mlp", "attention", "whole"))
@@ -323,9 +320,6 @@ def test_bars_are_as_high_as_what_is_kept_and_heatmaps_cross_what_is_gone(shape,
             opacity = chart.axes.collections[0].get_facecolor()[:, 3]
             assert ((opacity >= 0.06) & (opacity <= 1)).all()
             assert len(opacity) == sum(len(marks.texts) for marks in chart.of("heat"))
-
-
-def test_experts_have_bars_and_a_heatmap():
     shape = read_anatomy(tiny.build("llama4"))
     scores = random_scores(shape)
     plan = make_plan(shape, scores, 0.0, experts=0.5)

@@ -105,13 +105,20 @@ def test_samples_are_held_out_where_something_is_judged(changes, hold_out):
     assert decided(asked(**{"local_steps": 0, **changes}))[0].hold_out == hold_out
 
 
-def test_a_run_has_one_seed():
+def test_a_run_has_one_seed_and_only_0_leaves_the_order_of_the_file():
     config = CompressConfig(ratio=0.3, data="demo", seed=3, recover=RecoverConfig())
     found = resolved(request_of("demo", config))
     assert found.recover is not None
     assert found.recover.seed == found.prune.seed == 3
     with pytest.raises(ConfigError, match="seed 3: a run has one, and recover has 5"):
         CompressConfig(seed=3, recover=RecoverConfig(seed=5))
+    rows = samples(10)
+    first, rest = names(split(rows, asked(samples=4, recover=RecoverConfig())))
+    assert first + rest == [f"s{i}" for i in range(10)]
+    other, more = names(split(rows, asked(samples=4, seed=1, recover=RecoverConfig())))
+    assert sorted(other + more) == sorted(first + rest)
+    assert other != first
+    assert names(split(rows, asked(samples=4, seed=1)))[0] == other
 
 
 # Which samples.
@@ -125,16 +132,6 @@ def ids(samples):
 
 def names(found):
     return ids(found.calibration), ids(found.training)
-
-
-def test_seed_0_is_the_order_of_the_file_and_any_other_shuffles_it():
-    rows = samples(10)
-    first, rest = names(split(rows, asked(samples=4, recover=RecoverConfig())))
-    assert first + rest == [f"s{i}" for i in range(10)]
-    other, more = names(split(rows, asked(samples=4, seed=1, recover=RecoverConfig())))
-    assert sorted(other + more) == sorted(first + rest)
-    assert other != first
-    assert names(split(rows, asked(samples=4, seed=1)))[0] == other
 
 
 def test_few_samples_serve_both_and_training_comes_back_only_if_more_are_asked_for():

@@ -52,7 +52,7 @@ def files_named(out, name):
     return sorted((out / "cache").rglob(name))
 
 
-def test_the_table_has_a_row_for_each_cell_and_the_original(finished):
+def test_the_table_has_a_row_for_each_cell_with_published_numbers(finished, data):
     table = pd.read_parquet(finished / "results.parquet")
     assert list(zip(table["axis"], table["recovery"], strict=True)) == [
         ("original", "original"),
@@ -68,6 +68,14 @@ def test_the_table_has_a_row_for_each_cell_and_the_original(finished):
     assert table.groupby("backbone_params")["prefill_ms"].nunique().max() == 1
     assert (finished / "results.csv").read_text().count("\n") == 1 + len(table)
     assert "not measured" in (finished / "claims.md").read_text()
+    row = ReferenceRow(axis="width", ratio=0.4, recovery="none", retention=79.9)
+    config = replace(study(data), reference=Reference(source="the paper", rows=(row,)))
+    _, schedule = prepared(config, print)
+    table = results_table(config, schedule, Cache(finished))
+    given = table[table["reference"].notna()]
+    assert list(given["axis"]) == ["width"]
+    assert list(given["reference"]) == [79.9]
+    assert list(given["reference_source"]) == ["the paper"]
 
 
 def test_models_go_and_results_stay(finished, data, tmp_path):
@@ -256,14 +264,3 @@ def test_a_stopped_study_goes_on_to_the_same_table(finished, data, tmp_path, mon
     table = run_study(study(data), tmp_path / "out", console=QUIET)
     expected = pd.read_parquet(finished / "results.parquet")
     pd.testing.assert_frame_equal(stable(table), stable(expected), check_dtype=False)
-
-
-def test_published_numbers_are_added_to_the_table(finished, data):
-    row = ReferenceRow(axis="width", ratio=0.4, recovery="none", retention=79.9)
-    config = replace(study(data), reference=Reference(source="the paper", rows=(row,)))
-    _, schedule = prepared(config, print)
-    table = results_table(config, schedule, Cache(finished))
-    given = table[table["reference"].notna()]
-    assert list(given["axis"]) == ["width"]
-    assert list(given["reference"]) == [79.9]
-    assert list(given["reference_source"]) == ["the paper"]

@@ -155,7 +155,7 @@ def model_inputs(found, name):
 
 
 @torch.no_grad()
-def test_logits_and_greedy_tokens_are_the_original_ones(converted):
+def test_outputs_are_the_original_ones_also_through_our_own_loader(converted):
     names = [n.split(".")[0] for n in converted.inputs if n.endswith("input_ids")]
     assert set(names) >= set(PICTURES)
     for name in names:
@@ -168,9 +168,15 @@ def test_logits_and_greedy_tokens_are_the_original_ones(converted):
     said = converted.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     expected = converted.golden["cases"][f"{converted.case.prefix}one"]["greedy_8"][-8:]
     assert said[0, inputs["input_ids"].shape[1] :].tolist() == expected
+    model, processor = load(converted.folder, device="cpu")
+    question = Question("q", "How many?", ("2",), tuple(converted.pictures[:2]))
+    inputs = chat.encode_questions(processor, [question])
+    said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    new = set(range(converted.expected[next(iter(converted.expected))].shape[-1], 10**6))
+    assert not new & set(said[0, inputs["input_ids"].shape[1] :].tolist())
 
 
-def test_conversations_have_the_original_token_ids(converted):
+def test_conversations_and_pictures_become_the_original_inputs(converted):
     golden, tokenizer = converted.golden, converted.processor.tokenizer
     for name, turns in QUESTIONS[converted.case.family].items():
         text = converted.processor.apply_chat_template(messages(turns), add_generation_prompt=True)
@@ -184,9 +190,6 @@ def test_conversations_have_the_original_token_ids(converted):
             image_id = converted.model.config.image_token_id
             expected = [image_id if i == IMAGE else i for i in expected]
         assert tokenizer(text).input_ids == expected, name
-
-
-def test_pictures_become_the_original_pixels(converted):
     if converted.case.family == "internvl":
         found = converted.processor.image_processor(converted.pictures[:1], return_tensors="pt")
         assert torch.equal(found["pixel_values"], converted.inputs["tiled.pixel_values"])
@@ -202,17 +205,9 @@ def test_pictures_become_the_original_pixels(converted):
     assert torch.equal(found["pixel_values"], converted.inputs["pixel_values"])
 
 
-@torch.no_grad()
-def test_a_question_with_its_pictures_runs_through_our_own_loader(converted):
-    model, processor = load(converted.folder, device="cpu")
-    question = Question("q", "How many?", ("2",), tuple(converted.pictures[:2]))
-    inputs = chat.encode_questions(processor, [question])
-    said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    new = set(range(converted.expected[next(iter(converted.expected))].shape[-1], 10**6))
-    assert not new & set(said[0, inputs["input_ids"].shape[1] :].tolist())
-
-
-def test_the_files_are_those_that_transformers_writes(converted, tmp_path):
+def test_files_are_those_of_transformers_also_where_reading_goes_on(
+    converted, tmp_path, monkeypatch
+):
     model = hf.AutoModelForImageTextToText.from_pretrained(converted.folder)
     model.save_pretrained(tmp_path)
     assert_same(weights_in(converted.folder), weights_in(tmp_path))
@@ -221,9 +216,6 @@ def test_the_files_are_those_that_transformers_writes(converted, tmp_path):
         assert ours == theirs
     modes = {file.stat().st_mode for file in converted.folder.iterdir()}
     assert len(modes) == 1, "whoever may read the configuration may read the weights"
-
-
-def test_reading_goes_on_where_a_mapped_file_is_opened_again(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(source_files, "MAPPED_BYTES", 5_000)
     found = converted.case.convert(tmp_path / "out")
     assert_same(weights_in(found), weights_in(converted.folder))

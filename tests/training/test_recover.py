@@ -116,7 +116,7 @@ def test_exactly_what_learns_changes_and_nothing_where_there_is_nothing_to_learn
     assert changed(student, before) == set()
 
 
-def test_lora_takes_what_peft_takes():
+def test_lora_takes_what_peft_takes_and_an_adapter_holds_modules_alone():
     student, _, processor = models()
     before = weights(student)
     where = r"model\.language_model\.layers\.\d+\.self_attn\.[qv]_proj"
@@ -127,6 +127,8 @@ def test_lora_takes_what_peft_takes():
     options = config(loss="sft", lora={"target_modules": "dense"})
     with pytest.raises(ConfigError, match=r"lora .*'dense'.*not found"):
         recover(student, None, SAMPLES, options, processor)
+    with pytest.raises(ConfigError, match=r"hold the parameter 'model\.image_newline'"):
+        trainer.require_adapter_holds_all(tiny.build("llava_next"))
 
 
 def test_lora_leaves_nothing_behind(monkeypatch):
@@ -541,11 +543,6 @@ def test_a_kept_adapter_on_the_pruned_model_is_the_merged_one(kind, tmp_path):
     before = logits(models(kind)[0], batch)
     assert_close(logits(adapted, batch), logits(student, batch), FORWARD)
     assert float((logits(student, batch) - before).abs().max()) > 1e-2
-
-
-def test_an_adapter_holds_modules_alone():
-    with pytest.raises(ConfigError, match=r"hold the parameter 'model\.image_newline'"):
-        trainer.require_adapter_holds_all(tiny.build("llava_next"))
 
 
 def test_the_more_was_pruned_the_larger_are_the_steps(monkeypatch):
