@@ -1,0 +1,474 @@
+"""Run commands on spoiled files of every class, each in a process of its own, from a seed.
+
+``python -m tests.trust.fuzz --minutes 10 --seed 3`` prints a table by class. An input ends well if
+its command ends with code 0, or with 2 and one line on stderr; within a minute and 2 GiB; without
+control characters; and if nothing outside its folder changed and no code of it ran.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow
+import torch
+import yaml
+from PIL import Image
+from pyarrow import parquet
+
+from slimvlm import cli
+from slimvlm.data.samples import Question
+from slimvlm.evaluation.ask import AnswerLog
+from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.models.load import anatomy
+from slimvlm.planning.plan import Plan
+from slimvlm.scoring.unit_scores import Scores
+from slimvlm.training.recover import History
+from tests import tiny_folder as folders
+from tests.trust.spoiled import INDEX, NASTY, WEIGHTS, divide, mutated, spoil, torn, write_pickle
+
+MAX_SECONDS, MAX_BYTES = 60, 2 * 2**30
+
+
+def make_model(folder):
+    shutil.copytree(folders.folder("text"), folder, dirs_exist_ok=True)
+    write_pickle(folder / "marked.bin", folder.parent / "marked")
+
+
+def make_divided(folder):
+    make_model(folder)
+    divide(folder, "a.safetensors", "b.safetensors")
+
+
+def make_seeing(folder):
+    shutil.copytree(folders.folder("llava"), folder, dirs_exist_ok=True)
+
+
+def make_template(folder):
+    make_model(folder)
+    template = folder / "chat_template.jinja"
+    if not template.exists():
+        template.write_text(folders.TEXT_CHAT)
+
+
+def make_plan(folder):
+    Plan.everything(anatomy(folders.folder("text"))).save(folder / "plan.json")
+
+
+def make_study(folder):
+    folders.write_llava_data(folder, count=16, pictures=False)
+    grid = {
+        "model": str(folders.folder("text")),
+        "ratio": [0.2, 0.4],
+        "axis": "depth",
+        "prune": {"samples": 8},
+    }
+    values = {
+        "grids": [grid | {"seed": [0, 1]}],
+        "recoveries": {"short": {"train": "lora", "loss": "sft", "max_steps": 3}},
+        "data": str(folder / "data.json"),
+        "tasks": "demo",
+        "limit": 4,
+        "resources": {"cpus": 1, "gpus": 0.5},
+        "reference": {"source": "a paper", "rows": [{"retention": 90.0, "ratio": 0.2}]},
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(values))
+
+
+def make_task(folder):
+    (folder / "rows.jsonl").write_text('{"id": "a", "q": "Why?", "a": "so", "c": ["so", "no"]}\n')
+    values = {"name": "own", "data": "rows.jsonl", "prompt": "{q} {{x}}", "answer": "a"}
+    more = {"choices": "c", "by_likelihood": True, "chance": 50, "metric": "exact_match"}
+    (folder / "task.yaml").write_text(yaml.safe_dump(values | more))
+
+
+ANSWERED = TaskResult(
+    "exact_match", 50.0, 25.0, True, ("a", "b"), ("r", "s"), (1.0, 0.0), {"f1": 1.0}, 50.0
+)
+RESULT = Result("model", 1000, 800, {"one": ANSWERED, "two": ANSWERED}, 1.0, 2.0)
+
+
+def make_result(folder):
+    make_task(folder)
+    RESULT.save(folder / "result.json")
+
+
+def make_scores(folder):
+    groups, neurons = ([torch.rand(2), torch.rand(3)] for _ in range(2))
+    Scores("magnitude", torch.rand(2), groups, neurons).save(folder / "scores")
+
+
+def make_history(folder):
+    rows = ({"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0})
+    history = History(steps=rows, num_samples=4, sample_ids=("a", "b"), trained_params=10)
+    (folder / "history.json").write_text(json.dumps(asdict(history)))
+
+
+def make_log(folder):
+    questions = [Question(str(i), "Why?", ("so",)) for i in range(3)]
+    AnswerLog(folder, "own", "key").add(questions, ["reply"] * 3)
+
+
+def hostile_template(draw):
+    """A template of a few constructs that grow, repeat, compare or write out values."""
+    number = draw.choice((3, 99, 99_999, 60_000_000, 10**10))
+    atoms = ("'a'", "[1]", "messages", "7", "n.x", f"('ab' * {number})", "{'a': n.x}")
+    a, b = (draw.choice(atoms) for _ in range(2))
+    uses = (
+        *("{{ A OP B }}", "{{ A|tojson }}", "{{ A|string|length }}", "{{ [A, B]|sort }}"),
+        *("{{ A.replace('a', 'bb' * 999) }}", "{{ '%9999s' * N % A }}", "{{ A|pprint }}"),
+        *("{% for i in range(N) %}{{ A }}{% endfor %}", "{{ (A ~ B)|center(N) }}"),
+        *("{% set n.x = [n.x, n.x] %}" * 9, "{{ (7 ** N) // (3 ** N) }}", "{{ A.__class__ }}"),
+        *("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 'a'.translate({97: A}) }}"),
+        *("{{ raise_exception(A) }}", "{% generation %}{{ B }}{% endgeneration %}", "{% break %}"),
+        "{% for i in range(60) %}{% set n.x = [n.x, A] %}{% endfor %}{{ n.x == n.x }}",
+    )
+    text = "{% set n = namespace(x='ab') %}" + "".join(draw.choices(uses, k=draw.randrange(1, 4)))
+    operator = draw.choice(("+", "*", "==", "in", "<", "//", "**", "%", "~"))
+    return text.replace("A", a).replace("B", b).replace("OP", operator).replace("N", str(number))
+
+
+def hostile_tokenizer(values, draw):
+    """Normalisers, splitters and decoders that grow, loop or panic."""
+    grow = {"type": "Replace", "pattern": {"String": draw.choice("aeo ")}, "content": "a" * 99}
+    part = draw.choice(
+        (
+            {"type": "Sequence", "normalizers": [grow] * draw.randrange(1, 6)},
+            {"type": "Replace", "pattern": {"String": ""}, "content": "b"},
+            {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAD/////"},
+            {"type": "Prepend", "prepend": "x" * draw.choice((1, 2**10, 2**20))},
+            {"type": "FixedLength", "length": draw.choice((0, 1, 2**40))},
+            {"type": "Split", "pattern": {"Regex": r"((\w|\s)+)+\d{99}"}, "behavior": "Isolated"},
+            {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+        )
+    )
+    place = draw.choice(("normalizer", "pre_tokenizer", "decoder", "post_processor"))
+    return values | {place: part}
+
+
+ROW = {
+    "id": "a",
+    "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "s"}],
+}
+
+
+def make_data(folder, draw):
+    """Rows in a file or a folder, spoiled, with cards, links and pipes beside them."""
+    rows = [ROW | {"id": str(i)} for i in range(6)]
+    if draw.random() < 0.7:
+        rows = mutated(rows, draw)
+    name = draw.choice(("d.json", "d.jsonl", "d.parquet", "sub/d.jsonl", "sub/d.parquet"))
+    (folder / "sub").mkdir()
+    file = folder / name
+    if file.suffix == ".parquet":
+        with contextlib.suppress(Exception):  # mixed types
+            table = pyarrow.Table.from_pylist(rows)
+            told = {"huggingface": json.dumps(draw.choice(NASTY[:20]))}
+            parquet.write_table(table.replace_schema_metadata(told), file)
+    else:
+        lines = map(json.dumps, rows if isinstance(rows, list) else [rows])
+        file.write_text(json.dumps(rows) if file.suffix == ".json" else "\n".join(lines))
+    if file.exists() and draw.random() < 0.3:
+        file.write_bytes(torn(file.read_bytes(), draw))
+    extra = draw.randrange(6)
+    if extra == 0:
+        os.mkfifo(folder / "sub" / "data-00000-of-00001.arrow")
+    elif extra == 1:
+        (folder / "sub" / "l.jsonl").symlink_to(draw.choice(("l.jsonl", "/etc/passwd", "../../x")))
+    elif extra == 2:
+        head = draw.choice(("---\n", "\n---\n", "\ufeff---\n", "  \n---\n"))
+        outside = draw.choice(("../secret.jsonl", "/etc/passwd", str(folder.parent / "x")))
+        text = f"{head}configs:\n- config_name: default\n  data_files: {outside}\n---\n"
+        (folder / "sub" / "README.md").write_text(text)
+    return file if "/" not in name or draw.random() < 0.3 else folder / "sub"
+
+
+def make_picture(folder, draw):
+    """LLaVA's rows with pictures of odd sizes, formats and bytes."""
+    path = folders.write_llava_data(folder, count=4)
+    for picture in sorted(folder.glob("*.png")):
+        mode, form = (
+            draw.choice(("L", "RGB", "RGBA", "P", "1", "CMYK")),
+            draw.choice(("PNG", "GIF", "TIFF")),
+        )
+        size = draw.choice(((1, 1), (48, 32), (3000, 1), (1, 4000), (4000, 3000), (6000, 6000)))
+        with contextlib.suppress(Exception):  # not every format has every mode
+            Image.new(mode, size).save(picture, form)
+        if draw.random() < 0.5:
+            picture.write_bytes(torn(picture.read_bytes(), draw))
+    return path
+
+
+def run_yaml(folder, draw):
+    values = {"model": str(folders.folder("text")), "ratio": 0.3, "axis": "width", "seed": 1}
+    values |= {
+        "criterion": ["magnitude"],
+        "data": "demo",
+        "samples": 4,
+        "recover": {"train": "none"},
+    }
+    values = mutated(values, draw)
+    if draw.random() < 0.3 and isinstance(values, dict):
+        name = draw.choice(("criterion", "force", "trust_remote_code", "data", "axis", "lora"))
+        values[name] = draw.choice(
+            (["magnitude", "--force"], "--force", True, "--trust-remote-code")
+        )
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder / "run.yaml"
+
+
+def card(folder, draw):
+    make_model(folder)
+    junk = draw.choice(
+        ("license: \ud8ff", "- a", "5", "\tx: y", "{{{[", "license: 2020-13-99", "a: " + "[" * 3000)
+    )
+    text = f"---\n{draw.choice((junk, 'license: mit', 'base_model: a/b'))}\n---\n# x\n"
+    (folder / "README.md").write_bytes(torn(text.encode("utf-8", "surrogatepass"), draw))
+
+
+def own_folder(folder, draw):
+    """An output that is a user's own folder, with what might look like a mark."""
+    out = folder / "out"
+    out.mkdir(parents=True)
+    (out / "precious").write_text("x")
+    name = draw.choice(
+        ("config.json", "stage.json", "answers.json", "slimvlm_checkpoint.json", "x")
+    )
+    (out / name).write_text(
+        json.dumps(draw.choice((*NASTY[:20], {"made_from": 1}, {"request": {}})))
+    )
+
+
+CHAT = "chat {folder} Colour? --max-new-tokens 2"
+
+
+def spoiled(make, file, command):
+    """A class of inputs: a good folder with one spoiled file, and the command that reads it."""
+
+    def made(folder, draw):
+        make(folder)
+        spoil(folder / file, draw)
+        return command
+
+    return made
+
+
+def template(folder, draw):
+    make_template(folder)
+    (folder / "chat_template.jinja").write_text(hostile_template(draw))
+    return CHAT
+
+
+def tokenizer(folder, draw):
+    make_model(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(hostile_tokenizer(json.loads(file.read_text()), draw)))
+    return CHAT
+
+
+def words(folder, draw):
+    own = (
+        "x" * 300,
+        "\udcff",
+        "\x1b[2J",
+        "-1",
+        "--force",
+        "--",
+        "1e999",
+        "nan",
+        "",
+        "{a}",
+        "../..",
+        "\u202e",
+    )
+    verb = draw.choice(list(cli.VERBS))
+    flags = ("--out", "--data", "--ratio", "--images", "--samples", "--seed", "--tasks", "--plan")
+    chosen = [
+        draw.choice((*own, *flags, str(folders.folder("text")))) for _ in range(draw.randrange(5))
+    ]
+    return "\0".join((verb, *chosen))
+
+
+def of_data(make, kind):
+    command = f"compress {folders.folder(kind)} --ratio 0.3 --dry-run --out {{folder}}/out --data "
+    return lambda folder, draw: command + str(make(folder, draw)) + " --max-bad 2"
+
+
+def then(make, command):
+    """A class whose maker spoils the files itself."""
+
+    def made(folder, draw):
+        make(folder, draw)
+        return command
+
+    return made
+
+
+PRUNE = "prune {folder} --ratio 0.3 --criterion magnitude --out {folder}-out"
+MODEL = str(folders.folder("text"))
+CLASSES = {
+    "config": spoiled(make_model, "config.json", CHAT),
+    "index": spoiled(make_divided, INDEX, CHAT),
+    "weights": spoiled(make_model, WEIGHTS, PRUNE),
+    "generation": spoiled(make_model, "generation_config.json", CHAT),
+    "tokenizer file": spoiled(make_model, "tokenizer.json", CHAT),
+    "tokenizer settings": spoiled(make_model, "tokenizer_config.json", CHAT),
+    "seeing": spoiled(make_seeing, "config.json", "inspect {folder}"),
+    "processor": spoiled(make_seeing, "processor_config.json", CHAT),
+    "template file": spoiled(make_template, "chat_template.jinja", CHAT),
+    "template": template,
+    "tokenizer": tokenizer,
+    "plan": spoiled(
+        make_plan, "plan.json", f"prune {MODEL} --plan {{folder}}/plan.json --out {{folder}}/out"
+    ),
+    "study": spoiled(
+        make_study, "study.yaml", "study {folder}/study.yaml --out {folder}/out --dry-run"
+    ),
+    "task": spoiled(make_task, "task.yaml", f"evaluate {MODEL} --tasks {{folder}}/task.yaml"),
+    "result": spoiled(
+        make_result,
+        "result.json",
+        f"evaluate {MODEL} --tasks {{folder}}/task.yaml --baseline {{folder}}/result.json",
+    ),
+    "scores": spoiled(
+        make_scores,
+        "scores.json",
+        f"plan {MODEL} --scores {{folder}}/scores --ratio 0.3 --out {{folder}}/p.json",
+    ),
+    "history": spoiled(make_history, "history.json", "report {folder}"),
+    "data": of_data(make_data, "text"),
+    "pictures": of_data(make_picture, "llava"),
+    "run.yaml": lambda folder, draw: (
+        f"compress --config {run_yaml(folder, draw)} --dry-run --out {{folder}}/o"
+    ),
+    "card": then(card, PRUNE),
+    "own folder": then(
+        own_folder, f"prune {MODEL} --ratio 0.3 --criterion magnitude --out {{folder}}/out --force"
+    ),
+    "words": words,
+}
+
+
+def run(command, folder, errors):
+    """Run a command in a fork; return its exit code, seconds and the most bytes that it had."""
+    separator = "\0" if "\0" in command else " "
+    given = [word.replace("{folder}", str(folder)) for word in command.split(separator)]
+    start = time.monotonic()
+    if (child := os.fork()) == 0:
+        os.setsid()
+        with errors.open("wb") as file:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", errors="surrogateescape") for n in (1, 2))
+        warnings.simplefilter("ignore")
+        signal.alarm(MAX_SECONDS)  # its default ends the process
+        code = 0
+        try:
+            cli.main(given)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException as error:
+            print(f"escaped: {type(error).__name__}: {error}", file=sys.stderr)
+            code = 99
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    _, status, usage = os.wait4(child, 0)
+    with contextlib.suppress(OSError):
+        os.killpg(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(status), time.monotonic() - start, usage.ru_maxrss * 1024
+
+
+def outside(home, folder):
+    """What lies around a folder, with sizes and dates."""
+    return {
+        str(path): path.lstat().st_mtime_ns
+        for path in home.rglob("*")
+        if folder not in (path, *path.parents) and not path.is_dir() and "m-out" not in path.parts
+    }
+
+
+def attempt(name, seed, home):
+    """Make an input of a class and run its command; return what is wrong, and the seconds."""
+    draw, folder, errors = random.Random(f"{name} {seed}"), home / "work" / "m", home / "said"
+    shutil.rmtree(home / "work", ignore_errors=True)
+    folder.mkdir(parents=True)
+    (home / "secret.jsonl").write_text(json.dumps(ROW))
+    command = CLASSES[name](folder, draw)
+    before = outside(home, folder)
+    code, seconds, most = run(command, folder, errors)
+    said = errors.read_bytes().decode(errors="replace")
+    last = (said.splitlines() or [""])[-1]
+    wrong = []
+    if code not in (0, 2) or said.count("slimvlm: ") - last.startswith("slimvlm: ") > 0:
+        wrong.append(f"code {code}")
+    if code == 2 and not last.startswith("slimvlm: "):
+        wrong.append("no line")
+    if "Traceback" in said or re.search(
+        r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", said
+    ):
+        wrong.append("a traceback or control characters")
+    if seconds > MAX_SECONDS or most > MAX_BYTES:
+        wrong.append(f"{seconds:.0f} s, {most / 2**30:.1f} GiB")
+    errors.unlink()
+    left = {path: date for path, date in outside(home, folder).items() if ".lock" not in path}
+    if left != before or list(home.rglob("marked")):
+        wrong.append("a change outside, or code that ran")
+    if name == "own folder" and not (folder / "out" / "precious").exists():
+        wrong.append("a file lost")
+    told = said[-300:]
+    return (f"{name} {seed}: {', '.join(wrong)}: {command!r}: {told}" if wrong else ""), seconds
+
+
+def fuzz(minutes, most, seed):
+    """Run inputs of all classes in turn; return counts, the bad ones and the slowest by class."""
+    torch.set_num_threads(1)  # threads do not survive a fork
+    counts, slowest, bad = Counter(), Counter(), []
+    end = time.monotonic() + 60 * minutes
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place)
+        (home / "working").mkdir()
+        os.chdir(home / "working")
+        for number in range(most):
+            if time.monotonic() > end:
+                break
+            name = list(CLASSES)[number % len(CLASSES)]
+            wrong, seconds = attempt(name, f"{seed}/{number}", home)
+            counts[name] += 1
+            slowest[name] = max(slowest[name], seconds)
+            if wrong:
+                bad.append(wrong)
+                print(wrong, flush=True)
+        os.chdir("/")
+    return counts, bad, slowest
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--inputs", type=int, default=10**6)
+    parser.add_argument("--seed", default="0")
+    given = parser.parse_args()
+    counts, bad, slowest = fuzz(given.minutes, given.inputs, given.seed)
+    print("| class | inputs | bad | slowest (s) |", "|---|---|---|---|", sep="\n")
+    for name, count in counts.items():
+        lost = sum(each.startswith(f"{name} {given.seed}/") for each in bad)
+        print(f"| {name} | {count} | {lost} | {slowest[name]:.1f} |")
+    print(f"| **all** | {sum(counts.values())} | {len(bad)} | {max(slowest.values()):.1f} |")
+    raise SystemExit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
