@@ -105,6 +105,7 @@ def test_training(loss):
 
 def test_evaluation():
     seeing = load(folders.folder("text"))
+    seeing[0].config.max_position_embeddings = 1024
     task = Task("passages", "perplexity", 0.0, lambda limit: [QUESTION], in_average=False)
     assert most_rows(folders.VOCAB, lambda: evaluate(*seeing, [task])) == CHUNK
     answered = [(QUESTION, LONG)] * 2

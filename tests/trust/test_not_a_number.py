@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
+from slimvlm.cli import main
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.options import Workload
 from slimvlm.data.samples import Question, Task
@@ -89,3 +90,40 @@ def test_a_metric_that_gives_no_number_stops(monkeypatch):
     model, words = load(folders.folder("text"))
     with pytest.raises(NumericalError, match="exact_match"):
         evaluate(model, words, [task()])
+
+
+@pytest.mark.parametrize("value", [0.0, 1e38])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_weights_that_say_nothing_end_in_one_line(low_memory, value, tmp_path, capsys):
+    model = folders.copied("text", tmp_path / "m")
+    weights = load_file(model / "model.safetensors")
+    spoiled = {
+        name: w * 0 + value if "embed" in name or not value else w for name, w in weights.items()
+    }
+    save_file(spoiled, model / "model.safetensors", {"format": "pt"})
+    data = folders.write_llava_data(tmp_path / "data", pictures=False)
+    words = [
+        "prune",
+        str(model),
+        "--ratio",
+        "0.3",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--samples", "8", *["--low-memory"] * low_memory])
+    assert stop.value.code == 2
+    assert "its output is zero for all samples" in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("m", "data")]
+
+
+def test_a_tied_head_that_differs_is_named(tmp_path):
+    model = folders.copied("text", tmp_path / "m")
+    folders.edit_json(model / "config.json", lambda values: values.update(tie_word_embeddings=True))
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="two different matrices"):
+        load(model)

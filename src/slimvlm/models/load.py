@@ -273,6 +273,11 @@ def load(
         raise ConfigError(f"model {str(model)!r}: weights {shortened(first)}{more} {told}")
     if unused := sorted(report["unexpected_keys"]):
         to_log(f"model {str(model)!r}: {len(unused)} tensors are not read: {shortened(unused[0])}")
+    head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    is_tied = getattr(text_config_of(config), "tie_word_embeddings", False)
+    if is_tied and head is not None and head.weight is not embedding.weight and not divided:
+        told = "config.json says tie_word_embeddings, but the files hold two different matrices"
+        raise ConfigError(f"model {str(model)!r}: {told}; say false to keep both")
     set_class_(loaded)
     loaded.generation_config = plain_generation(loaded.generation_config)
     if not shard:  # shards lie where they belong

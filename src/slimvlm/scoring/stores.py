@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slimvlm.core.documents import is_begun_for, note_request
-from slimvlm.core.errors import ConfigError, SlimError, UnsupportedModelError
+from slimvlm.core.errors import ConfigError, OutputError, SlimError, UnsupportedModelError
 from slimvlm.core.files import explained, held, new_file
 from slimvlm.core.progress import Say, silent
 from slimvlm.models.cost import free_memory
@@ -248,11 +248,12 @@ def scratch_folder(scratch: str | Path | None) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         try:
             yield folder
-        except SlimError:  # with nothing done that a further try could use
-            if all(path.suffix == ".json" for path in folder.iterdir()):
-                shutil.rmtree(folder)
-                with suppress(OSError):
-                    folder.parent.rmdir()
+        except OutputError:  # a further try goes on, with more room
+            raise
+        except SlimError:  # it would end again with the same model and data
+            shutil.rmtree(folder)
+            with suppress(OSError):
+                folder.parent.rmdir()
             raise
         shutil.rmtree(folder)
     with suppress(OSError):  # not empty, or not ours to remove

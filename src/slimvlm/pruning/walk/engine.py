@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from slimvlm.core.errors import NumericalError
 from slimvlm.core.options import ABOVE_0, AT_LEAST_0, Options, Repair
 from slimvlm.core.progress import progress
 from slimvlm.models.anatomy import WIDTH_UNITS
@@ -483,6 +484,8 @@ def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
                 for place, count in enumerate(counts):
                     total[place] += float(found[:count].sum())
             if index in tried:
+                if not written > 0:
+                    raise NumericalError(f"layer {index}: its output is zero for all samples")
                 costs = [cost + more / written for cost, more in zip(costs, total, strict=True)]
             if index < tried[-1]:
                 streams.pass_on(_TRIAL, index, index + 1, streams.fitted)
