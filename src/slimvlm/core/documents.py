@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -95,14 +95,6 @@ def parse_yaml(text: str) -> Any:
     return values
 
 
-def texts_in(values: Any) -> Iterator[str]:
-    """Yield every text among the values of JSON or YAML, without keys."""
-    if isinstance(values, str):
-        yield values
-    for inner in _held(values):
-        yield from texts_in(inner)
-
-
 def _unreadable(what: str, path: str | Path, reason: object) -> ConfigError:
     told = str(getattr(reason, "strerror", None) or reason)
     return ConfigError(f"{what} {str(path)!r}: cannot be read ({told[:LONGEST]})")
@@ -111,15 +103,13 @@ def _unreadable(what: str, path: str | Path, reason: object) -> ConfigError:
 def _require_shallow(values: Any) -> None:
     level = [values]
     for _ in range(MAX_DEPTH + 1):
-        level = [inner for value in level for inner in _held(value)]
+        held = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
+        ]
+        level = [inner for several in held for inner in several]
         if not level:
             return
     raise ValueError(f"more than {MAX_DEPTH} levels inside one another")
-
-
-def _held(value: Any) -> Iterable[Any]:
-    """Return the values inside a mapping or a list."""
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def listed(value: Any) -> tuple[Any, ...]:
@@ -180,7 +170,11 @@ def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
     place, around = (": ".join(filter(None, [where, *some])) for some in (keys, keys[:-1]))
     if sort == "value_error":  # what options say of their own values
         return f"{place}: {context['error']}".removeprefix(": ")
-    owner = _kind_at(kind, keys[:-1])
+    owner: Any = kind  # the dataclass at the keys; None where the user chooses the names
+    for key in keys[:-1]:
+        hint = get_type_hints(owner).get(key) if is_dataclass(owner) else None
+        if hint is not None:
+            owner = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
     default = getattr(owner, keys[-1], None) if keys else None
     return _MISTAKES.get(sort, "{place} {value}: {words}").format(
         words=mistake["msg"],
@@ -192,15 +186,6 @@ def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
         choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),
         count=len(default) if isinstance(default, tuple) else 0,
     )
-
-
-def _kind_at(kind: Any, keys: Sequence[str]) -> Any:
-    """Return the dataclass at some keys; None where the user chooses the names."""
-    for key in keys:
-        hint = get_type_hints(kind).get(key) if is_dataclass(kind) else None
-        if hint is not None:
-            kind = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
-    return kind
 
 
 def asked(options: Any) -> dict[str, Any]:

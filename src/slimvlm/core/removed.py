@@ -15,7 +15,7 @@ _TRAINER = "it is Hugging Face's own; in YAML or Python give trainer:"
 _LORA = "it is PEFT's own; in YAML or Python give lora:"
 OPTIONS: dict[str, tuple[Any, str]] = {
     "help_all": (False, "--help shows every option"),
-    "stages": ((), "one ratio keeps more than two in turns; give --ratio"),
+    "stages": ([], "one ratio keeps more than two in turns; give --ratio"),
     "pad": (False, "plan equal widths, --allocation uniform or balanced, which load without code"),
     "bench engine": (
         "transformers",
@@ -81,7 +81,7 @@ def without_removed(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[s
     for name, value in values.items():
         if name in OPTIONS and name not in allowed:
             default, instead = OPTIONS[name]
-            if value != default and value != _as_json(default):
+            if value != default:
                 raise ConfigError(f"{name} {value!r} was removed: {instead}")
             continue
         if name == "recover" and isinstance(value, Mapping):
@@ -99,9 +99,5 @@ def same_without_removed(values: Any) -> Any:
     return {
         name: same_without_removed(value)
         for name, value in values.items()
-        if name not in OPTIONS or value != _as_json(OPTIONS[name][0])
+        if name not in OPTIONS or value != OPTIONS[name][0]
     }
-
-
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

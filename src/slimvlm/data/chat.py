@@ -26,6 +26,7 @@ TOKENS_PER_BYTE = 64
 """Tokens that a byte of text may become, beside a thousand for the whole text."""
 _MARK = "\ue000{}\ue001"
 """Placeholder of a text, between two characters of Unicode's private use area."""
+_MARKS = _MARK.format(r"(\d+)")
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -216,15 +217,27 @@ def _answers(processor: Any, sample: Sample, text: str) -> list[tuple[int, int, 
         told = parts[0]["text"] if isinstance(content, str) else parts
         marked.append({**message, "content": told})
     # two renders of the whole conversation are enough, however many turns it has
-    around, order = _split_at_marks(render(processor, marked))
+    pieces = re.split(_MARKS, render(processor, marked))
+    around, order = pieces[::2], [int(number) for number in pieces[1::2]]
     places = _places(texts, around, order, text)
     if places is None:
         raise DataError(
             f"sample {sample.id!r}: the chat template rewrites what was said, so answers cannot be "
             "located"
         )
-    prompt = _generation_prompt(processor, marked)
-    end = _end_of_answer(tokenizer_of(processor), around[-1])
+    prompt = ""  # what the template writes before the first answer begins
+    if first := next((i for i, m in enumerate(marked) if m["role"] == "assistant"), 0):
+        asked, waiting = (
+            re.split(_MARKS, render(processor, marked[:first], generate))[-1]
+            for generate in (False, True)
+        )
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(asked, waiting, strict=False))
+        prompt = waiting[len(list(same)) :] or waiting
+    # an answer ends as the conversation does, up to its first special token
+    last, added = around[-1], tokenizer_of(processor).added_tokens_decoder.values()
+    ends = [(last.find(t.content), -len(t.content)) for t in added if t.content in last]
+    at, negative_length = min(ends, default=(len(last.rstrip()), 0))
+    end = last[: at - negative_length]
     answers, images = [], 0
     for message, numbers in zip(sample.messages, texts_of_turns, strict=True):
         images += num_images(message)
@@ -238,12 +251,6 @@ def _answers(processor: Any, sample: Sample, text: str) -> list[tuple[int, int, 
         stop += len(end) if after.startswith(end) else 0
         answers.append((start, stop, images))
     return answers
-
-
-def _split_at_marks(text: str) -> tuple[list[str], list[int]]:
-    """Split a rendered conversation at its marks; return the pieces and the marks' numbers."""
-    pieces = re.split(_MARK.format(r"(\d+)"), text)
-    return pieces[::2], [int(number) for number in pieces[1::2]]
 
 
 def _places(
@@ -263,27 +270,6 @@ def _places(
         places[number] = (position, position + len(form))
         position += len(form) + len(after)
     return places if position == len(text) else None
-
-
-def _generation_prompt(processor: Any, marked: list[Message]) -> str:
-    """Return the text that the template writes before the first answer begins."""
-    first = next((i for i, m in enumerate(marked) if m["role"] == "assistant"), 0)
-    if not first:
-        return ""
-    asked, waiting = (
-        _split_at_marks(render(processor, marked[:first], generate))[0][-1]
-        for generate in (False, True)
-    )
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(asked, waiting, strict=False))
-    return waiting[len(list(same)) :] or waiting
-
-
-def _end_of_answer(tokenizer: Any, last: str) -> str:
-    """Return the end of an answer: the conversation's end up to its first special token."""
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    ends = [(last.find(token), -len(token)) for token in specials if token in last]
-    at, negative_length = min(ends, default=(len(last.rstrip()), 0))
-    return last[: at - negative_length]
 
 
 def num_images(message: Message) -> int:

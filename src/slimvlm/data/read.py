@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import compress, islice, pairwise
+from itertools import compress, count, islice, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from slimvlm.core.documents import identity_of_files, parse_json, read_object
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
@@ -106,7 +106,15 @@ def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:
         for file in files_of_folder(path):
             yield from _rows_of_file(file, outlined)
     elif str(data).count("/") == 1 and not str(data).startswith((".", "/")):
-        yield from _rows_of_hub(str(data), outlined)
+        import datasets
+
+        try:
+            table = datasets.load_dataset(str(data), split="train").with_format("arrow")
+            for part in table.iter(batch_size=BATCH):
+                yield from _plain(part, outlined)
+        except Exception as error:
+            reason = one_line(error.__cause__ or error)[:LONGEST]
+            raise ConfigError(f"data {str(data)!r}: cannot be loaded ({reason})") from error
     else:
         raise ConfigError(f"data {str(data)!r}: no such file, folder or dataset")
 
@@ -116,7 +124,19 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
         yield from _plain_rows(path, outlined)
     elif path.suffix == ".jsonl":
         with path.open("rb") as file:
-            yield from _rows_of_lines(file)
+            for number in count(1):
+                line = file.readline(MAX_LINE_BYTES + 1)
+                if not line:
+                    return
+                if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    while line and not line.endswith(b"\n"):  # it never is in memory
+                        line = file.readline(MAX_LINE_BYTES)
+                    yield DataError(f"line {number} has more than {MAX_LINE_BYTES:,} bytes")
+                elif line.strip():
+                    try:
+                        yield parse_json(line.decode("utf-8", "replace"))
+                    except ValueError as error:
+                        yield DataError(f"line {number} is not JSON ({error})")
     elif path.suffix == ".json":
         try:
             rows = parse_json(path.read_text(encoding="utf-8", errors="replace"))
@@ -129,18 +149,6 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
         raise ConfigError(
             f"data {str(path)!r}: must end in .json, .jsonl or .parquet, or be a folder"
         )
-
-
-def _rows_of_hub(name: str, outlined: bool) -> Iterator[Any]:
-    import datasets
-
-    try:
-        table = datasets.load_dataset(name, split="train").with_format("arrow")
-        for part in table.iter(batch_size=BATCH):
-            yield from _plain(part, outlined)
-    except Exception as error:
-        reason = one_line(error.__cause__ or error)[:LONGEST]
-        raise ConfigError(f"data {name!r}: cannot be loaded ({reason})") from error
 
 
 def files_of_folder(folder: Path) -> list[Path]:
@@ -217,22 +225,6 @@ def _plain(part: Any, outlined: bool) -> Any:
             joined = numbers if hasattr(column, "chunks") else numbers[0]
             part = part.set_column(index, name, joined)
     return part.to_pylist()
-
-
-def _rows_of_lines(file: BinaryIO) -> Iterator[Any]:
-    """Yield the rows of a ``.jsonl`` file; a line that is too long never is in memory."""
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-            while line and not line.endswith(b"\n"):
-                line = file.readline(MAX_LINE_BYTES)
-            yield DataError(f"line {number} has more than {MAX_LINE_BYTES:,} bytes")
-        elif line.strip():
-            try:
-                yield parse_json(line.decode("utf-8", "replace"))
-            except ValueError as error:
-                yield DataError(f"line {number} is not JSON ({error})")
 
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -452,37 +444,32 @@ def fitted(processor: Any, sample: Sample, limit: Limit) -> Sample:
             "shortens it)"
         )
     answered = [n for n, message in enumerate(sample.messages, 1) if message["role"] == "assistant"]
-    for count in reversed(answered):
-        turns = sample.messages[:count]
+    for kept in reversed(answered):
+        turns = sample.messages[:kept]
         pictures = sample.images[: sum(map(num_images, turns))]
         shorter = replace(sample, messages=turns, images=pictures)
         if length_of(processor, shorter) <= limit.tokens:
             return shorter
-    shorter = _with_short_answer(processor, shorter, limit.tokens)
-    if not shorter.messages[-1]["content"][0]["text"].strip():
-        raise DataError(
-            f"sample {sample.id!r} has {length} tokens, {which} {limit.tokens}: nothing of its "
-            "answer is left when it is cut"
-        )
-    return shorter
-
-
-def _with_short_answer(processor: Any, sample: Sample, tokens: int) -> Sample:
-    """Cut a sample's last answer at the last character that fits, found by bisection."""
-    *before, last = sample.messages
+    # cut the last answer at the last character that fits, found by bisection
+    *before, last = shorter.messages
     answer = "".join(part.get("text", "") for part in last["content"])
 
     def with_answer(characters: int) -> Sample:
         content = [{"type": "text", "text": answer[:characters]}]
-        return replace(sample, messages=(*before, {"role": "assistant", "content": content}))
+        return replace(shorter, messages=(*before, {"role": "assistant", "content": content}))
 
     fits, beyond = 0, len(answer)
     while beyond - fits > 1:  # so many characters fit, so many do not
         middle = (fits + beyond) // 2
-        if length_of(processor, with_answer(middle)) <= tokens:
+        if length_of(processor, with_answer(middle)) <= limit.tokens:
             fits = middle
         else:
             beyond = middle
+    if not answer[:fits].strip():
+        raise DataError(
+            f"sample {sample.id!r} has {length} tokens, {which} {limit.tokens}: nothing of its "
+            "answer is left when it is cut"
+        )
     return with_answer(fits)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import gc
 import re
 import sys
-from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -99,18 +98,17 @@ def slow_widths(anatomy: Anatomy) -> list[str]:
 
 def params_of_target(params: str | None, memory: str | None, dtype: str) -> int | None:
     """Return the parameters of a target: ``params`` as ``5B``, or else ``memory`` as ``8GiB``."""
-    if params is not None:
-        return _parsed("target_params", params, _COUNTS, "a number such as 5B, 90M or 1200000")
-    if memory is None:
+    text, name, units, size = params, "target_params", _COUNTS, 1
+    allowed = "a number such as 5B, 90M or 1200000"
+    if text is None:
+        text, name, units, size = memory, "target_memory", _SIZES, BYTES[dtype]
+        allowed = "a size such as 8GiB or 500MB"
+    if text is None:
         return None
-    return _parsed("target_memory", memory, _SIZES, "a size such as 8GiB or 500MB") // BYTES[dtype]
-
-
-def _parsed(name: str, text: str, units: Mapping[str, int], allowed: str) -> int:
     match = re.fullmatch(rf"(\d+\.?\d*)\s*({'|'.join(units)})", text.strip().lower())
     if match is None:
         raise ConfigError(f"{name} {text!r} must be {allowed}")
-    return round(float(match[1]) * units[match[2]])
+    return round(float(match[1]) * units[match[2]]) // size
 
 
 def free_memory(device: torch.device) -> int:

@@ -13,7 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,9 +72,6 @@ _LIMITS: tuple[tuple[str, int, int], ...] = (
 )
 """Names of numbers and their limits: far above every known model, low enough to build it. The first
 row that a name fits counts."""
-
-_PACKED, _SPARE = 16, 2**20
-"""Weights that one stored number can hold, quantised, and weights that files may lack."""
 
 
 @contextmanager
@@ -156,23 +153,6 @@ def weight_files(folder: Path) -> dict[str, Path]:
     return {key: folder / file for key, file in rows.items()}
 
 
-def require_stored(model: str | Path, described: int) -> None:
-    """Refuse a configuration of a folder that describes far more parameters than its files hold."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return
-    stored = 0
-    with unreadable(model, "weights"):
-        for path in dict.fromkeys(weight_files(folder).values()):
-            with safe_open(path, framework="pt") as file:
-                stored += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    if described > _PACKED * stored + _SPARE:
-        raise ConfigError(
-            f"model {str(model)!r}: {CONFIG_NAME} describes {described:,} weights, and its files "
-            f"hold {stored:,}"
-        )
-
-
 def _require_plausible(values: Any, where: str, name: str = "") -> None:
     """Check every number and every name of code, at any depth."""
     if isinstance(values, dict):
@@ -217,11 +197,14 @@ def origins_in_files(model: Any, keys: Iterable[str]) -> dict[str, Origin]:
     for key in sorted(keys, key=dot_natural_key):  # as they are stacked
         target, pattern = rename_source_key(key, renamings, converters, prefix, state)
         named[target][key] = pattern
-    found = {
-        target: _origin(model, target, patterns, converters)
-        for target, patterns in named.items()
-        if target in state
-    }
+    found: dict[str, Origin] = {}
+    for target, patterns in named.items():
+        keys = tuple(patterns)
+        used = [each for each in converters if patterns[keys[-1]] in each.source_patterns]
+        if target in state and used:
+            found[target] = Origin(keys, partial(_converted, model, target, patterns, used[0]))
+        elif target in state:
+            found[target] = Origin(keys[-1:], itemgetter(0))
     model._weight_conversions = [entry for entry in conversions if entry._was_used]
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         if source in found:
@@ -229,26 +212,14 @@ def origins_in_files(model: Any, keys: Iterable[str]) -> dict[str, Origin]:
     return found
 
 
-def _origin(
-    model: Any,
-    target: str,
-    patterns: Mapping[str, str | None],
-    converters: Sequence[WeightConverter],
-) -> Origin:
-    keys = tuple(patterns)
-    used = [each for each in converters if patterns[keys[-1]] in each.source_patterns]
-    if not used:
-        return Origin(keys[-1:], itemgetter(0))
-
-    def convert(tensors: Sequence[Tensor]) -> Tensor:
-        converter = copy.deepcopy(used[0])
-        for key, tensor in zip(keys, tensors, strict=True):
-            given: Any = tensor  # it takes readers of tensors, too
-            converter.add_tensor(target, key, str(patterns[key]), given)
-        (made,) = converter.convert(target, model=model, config=model.config).values()
-        return cast(Tensor, made[0] if isinstance(made, list) else made)
-
-    return Origin(keys, convert)
+def _converted(
+    model: Any, target: str, patterns: Mapping[str, Any], plain: Any, tensors: Sequence[Tensor]
+) -> Tensor:
+    converter = copy.deepcopy(plain)
+    for (key, pattern), tensor in zip(patterns.items(), tensors, strict=True):
+        converter.add_tensor(target, key, str(pattern), tensor)
+    (made,) = converter.convert(target, model=model, config=model.config).values()
+    return cast(Tensor, made[0] if isinstance(made, list) else made)
 
 
 def file_if_reachable(model: str, name: str) -> str | None:

@@ -215,38 +215,18 @@ def hold_in_(model: PreTrainedModel, dtype: torch.dtype, learning_only: bool = F
             parameter.data = parameter.data.to(dtype)
 
 
-@torch.no_grad()
-def merge_lora(trained: Any) -> PreTrainedModel:
-    """Unwrap a PEFT model with LoRA merged; each process adds to its own shards."""
-    if not is_sharded(trained.get_base_model()):
-        merged: PreTrainedModel = trained.merge_and_unload()
-        return merged
-    from peft.tuners.lora import Linear as LoraLinear
-    from torch.distributed.tensor import distribute_tensor
-
-    _reshard(trained)
-    for module in trained.modules():
-        if isinstance(module, LoraLinear):
-            weight: Any = module.get_base_layer().weight
-            for name in module.active_adapters:
-                change = module.get_delta_weight(name).to(weight.dtype)
-                shards = distribute_tensor(change, weight.device_mesh, weight.placements)
-                weight.data.add_(shards)
-    plain: PreTrainedModel = trained.unload()
-    return plain
-
-
 def gathered_weights(sharded: PreTrainedModel) -> dict[str, Tensor]:
     """Gather a sharded model's weights on the first process's CPU; all processes must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    _reshard(sharded)
+    reshard(sharded)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = get_model_state_dict(sharded, options=options)
     return weights if is_first_rank() else {}
 
 
-def _reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
+    """Free the weights that a pass has left gathered."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

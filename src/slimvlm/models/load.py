@@ -6,7 +6,8 @@ import copy
 import importlib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -27,7 +29,7 @@ from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.templates import check_tokenizer
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.files import check_folder, file_if_reachable, require_stored, unreadable
+from slimvlm.models.files import check_folder, file_if_reachable, unreadable, weight_files
 from slimvlm.models.hidden import shard_config
 from slimvlm.models.modeling_pruned import PREFIX, cut_layers_
 from slimvlm.models.parts import Parts, backbone_of, family_of, text_config_of
@@ -169,6 +171,8 @@ _GENERATION = {
 }
 """Settings of a generation configuration that are kept; others could change what is computed."""
 _SAMPLED = 64
+_PACKED, _SPARE = 16, 2**20
+"""Weights that one stored number can hold, quantised, and weights that files may lack."""
 _PROCESSOR_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("preprocessor_config.json", "processor_config.json"),
@@ -306,7 +310,18 @@ def require_buildable(name: str, config: PreTrainedConfig) -> None:
     """Refuse a model with pickled, malformed or far too few weights, before it is built."""
     with unreadable(name, "config"):
         described = sum(p.numel() for p in empty_model(config).parameters())
-    require_stored(name, described)
+    if not Path(name).is_dir():
+        return
+    stored = 0
+    with unreadable(name, "weights"):
+        for path in dict.fromkeys(weight_files(Path(name)).values()):
+            with safe_open(path, framework="pt") as file:
+                stored += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    if described > _PACKED * stored + _SPARE:
+        raise ConfigError(
+            f"model {name!r}: config.json describes {described:,} weights, and its files "
+            f"hold {stored:,}"
+        )
 
 
 def load_as(
@@ -421,12 +436,12 @@ def digest_of_weights(model: nn.Module) -> str:
 
 def digest_of_tensors(values: Mapping[str, Any]) -> str:
     """Hash the tensors among some named values, such as a batch."""
-
-    def parts() -> Iterator[bytes | memoryview]:
-        for name, value in sorted(values.items()):
-            if isinstance(value, Tensor):
-                yield f"{name} {value.dtype} {list(value.shape)}".encode()
-                flat = value.detach().cpu().contiguous().flatten()
-                yield flat.view(torch.uint8).numpy().data
-
-    return digest(parts())
+    tensors = ((name, each) for name, each in sorted(values.items()) if isinstance(each, Tensor))
+    return digest(
+        part
+        for name, each in tensors
+        for part in (
+            f"{name} {each.dtype} {list(each.shape)}".encode(),
+            each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data,
+        )
+    )

@@ -196,7 +196,8 @@ def hidden_l2(
         Huang et al. 2025, arXiv:2507.20749, Eq. 9 (its code takes the mean over channels, too).
     """
     ours, theirs = _counted(mask, reduction, student, teacher.detach())
-    return _mean((ours.float() - theirs.float()).square().mean(-1))
+    distances = (ours.float() - theirs.float()).square().mean(-1)
+    return distances.sum() / max(len(ours), 1)
 
 
 def hidden_cosine(
@@ -209,7 +210,7 @@ def hidden_cosine(
     """
     ours, theirs = _counted(mask, reduction, student, teacher.detach())
     apart = F.normalize(ours.float(), dim=-1) - F.normalize(theirs.float(), dim=-1)
-    return _mean(apart.square().sum(-1) / 2)
+    return (apart.square().sum(-1) / 2).sum() / max(len(ours), 1)
 
 
 def mean_over_layers(
@@ -278,7 +279,3 @@ def _counted(mask: Mask | None, reduction: Reduction, *values: Tensor) -> list[T
     if mask is None or reduction == "paper":
         return [value.flatten(0, 1) for value in values]
     return [value[mask.bool()] for value in values]
-
-
-def _mean(values: Float[Tensor, " N"]) -> Float[Tensor, ""]:
-    return values.sum() / max(len(values), 1)

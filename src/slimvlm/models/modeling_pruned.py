@@ -53,15 +53,12 @@ def _cut_layer_(
     layer: Any, num_attention_heads: int, num_key_value_heads: int, intermediate_size: int
 ) -> None:
     """Cut what the layer has: some have no ``self_attn`` but another mixer, which stays whole."""
-    attention = getattr(layer, "self_attn", None)
-    if attention is not None:
-        _cut_attention_(attention, num_attention_heads, num_key_value_heads)
     mlp = layer.mlp if hasattr(layer, "mlp") else layer.feed_forward
     rows = dict.fromkeys(("gate_proj", "up_proj", "fc1", "w1", "w3"), intermediate_size)
     _cut_linears_(mlp, {**rows, "gate_up_proj": 2 * intermediate_size}, intermediate_size)
-
-
-def _cut_attention_(attention: Any, num_attention_heads: int, num_key_value_heads: int) -> None:
+    attention = getattr(layer, "self_attn", None)
+    if attention is None:
+        return
     query, key_value = (n * attention.head_dim for n in (num_attention_heads, num_key_value_heads))
     rows = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), key_value)
     rows["qkv_proj"] += query + key_value
@@ -94,7 +91,12 @@ def _cut_linears_(block: nn.Module, rows: dict[str, int], columns: int) -> None:
         linear.out_features, linear.in_features = out_features, in_features
 
 
-def _pruned(base: Any) -> type[PreTrainedModel]:
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    base: Any = getattr(transformers, name.removeprefix(PREFIX), None)
+    is_model = isinstance(base, type) and issubclass(base, PreTrainedModel)
+    if not (name.startswith(PREFIX) and is_model):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         cut_layers_(self)
@@ -105,13 +107,6 @@ def _pruned(base: Any) -> type[PreTrainedModel]:
 
     bases = (base, GenerationMixin) if issubclass(base, GenerationMixin) else (base,)
     body = {"__init__": init, "save_pretrained": save_pretrained, "__module__": __name__}
-    return type(PREFIX + base.__name__, bases, body)
-
-
-def __getattr__(name: str) -> type[PreTrainedModel]:
-    base = getattr(transformers, name.removeprefix(PREFIX), None)
-    is_model = isinstance(base, type) and issubclass(base, PreTrainedModel)
-    if not (name.startswith(PREFIX) and is_model):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = globals()[name] = _pruned(base)
+    made: type[PreTrainedModel] = type(name, bases, body)
+    globals()[name] = made
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -44,6 +44,7 @@ from slimvlm.models.load import (
     require_undivided,
 )
 from slimvlm.models.losses import layer_map
+from slimvlm.models.parts import Parts, part_at
 from slimvlm.planning.plan import Plan
 from slimvlm.training.teacher import plan_fits, seeing_once, share_
 from slimvlm.training.trainer import (
@@ -56,7 +57,6 @@ from slimvlm.training.trainer import (
     old_names_allowed,
     prepare_training,
     projector_in_every_graph,
-    require_adapter_holds_all,
     save_adapter,
     training_precision,
     without_autocast,
@@ -187,19 +187,15 @@ def recover(
         stack.enter_context(training_precision(model, teacher, device, arguments.bf16))
         trained = prepare_training(model, config)
         trained_params = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-
-        def trainer_with(arguments: TrainingArguments) -> DistillationTrainer:
-            return DistillationTrainer(
-                model=trained,
-                teacher=teacher,
-                config=config,
-                layer_pairs=layer_pairs,
-                tokens=tokens,
-                args=arguments,
-                train_dataset=learnt,
-                data_collator=Collator(processor, model.config, config.positions),
-            )
-
+        given = {
+            "model": trained,
+            "teacher": teacher,
+            "config": config,
+            "layer_pairs": layer_pairs,
+            "tokens": tokens,
+            "train_dataset": learnt,
+            "data_collator": Collator(processor, model.config, config.positions),
+        }
         about_teacher = "none"
         with projector_in_every_graph(model), ExitStack() as teaching, stage("train"):
             if teacher is not None:
@@ -212,7 +208,7 @@ def recover(
                     teaching.callback(nn.Module.to, teacher, "meta")
                 teacher.to(device)  # type: ignore[arg-type]
                 teaching.enter_context(seeing_once(model, teacher, config.paper_exact))
-            trainer = _trained(trainer_with, trained, arguments, folder)
+            trainer = _trained(given, arguments, folder)
         plain = without_autocast(trainer)
         if config.keep_adapter and is_first_rank():
             save_adapter(plain, folder / ADAPTER_FOLDER, dtype)
@@ -229,18 +225,15 @@ def recover(
 
 
 def _trained(
-    trainer_with: Callable[[TrainingArguments], DistillationTrainer],
-    trained: Any,
-    arguments: TrainingArguments,
-    folder: Path,
+    given: Mapping[str, Any], arguments: TrainingArguments, folder: Path
 ) -> DistillationTrainer:
     """Train from the last checkpoint on; batches that do not fit are divided and accumulated."""
     is_alone = arguments.device.type != "cpu" and num_ranks() == 1
     before = {}
     if is_alone:
-        before = {name: p.detach().cpu() for name, p in learning_parameters(trained)}
+        before = {name: p.detach().cpu() for name, p in learning_parameters(given["model"])}
     while True:
-        trainer = trainer_with(arguments)
+        trainer = DistillationTrainer(args=arguments, **given)
         try:
             with explained(folder):
                 checkpoint = _last_checkpoint(folder)
@@ -262,7 +255,7 @@ def _trained(
         without_autocast(trainer)
         trainer.model.zero_grad()  # type: ignore[union-attr]
         with torch.no_grad():
-            for name, parameter in learning_parameters(trained):
+            for name, parameter in learning_parameters(given["model"]):
                 parameter.copy_(before[name])
         arguments = copy(arguments)
         arguments.per_device_train_batch_size //= parts
@@ -299,7 +292,9 @@ def _tokens_of_teacher(
     if teacher is None and config.needs_teacher:
         raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
     if config.keep_adapter:
-        require_adapter_holds_all(model)
+        for path in Parts(model).family.projector:
+            if isinstance(part_at(model, path), nn.Parameter):
+                raise ConfigError(f"keep_adapter: an adapter cannot hold the parameter {path!r}")
         if work is None:
             raise ConfigError("keep_adapter True needs a work folder to write to")
     if is_sharded(model):
@@ -341,11 +336,8 @@ def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) 
     # measured on a model with 576 channels (``docs/log.md``); a wider one takes less in proportion,
     # as the hidden matrices of μP do (arXiv:2203.03466, Table 3)
     width = read_anatomy(model).hidden_size
-    return RATE_OF_ALL * _removed_share(plan) * min(MEASURED_CHANNELS / width, 1.0)
-
-
-def _removed_share(plan: Plan | None) -> float:
-    return UNKNOWN_SHARE if plan is None else plan.decoder_ratio
+    gone = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
+    return RATE_OF_ALL * gone * min(MEASURED_CHANNELS / width, 1.0)
 
 
 def _training_arguments(
@@ -358,6 +350,7 @@ def _training_arguments(
 ) -> TrainingArguments:
     """Make the Trainer's arguments; bfloat16 autocast by default where the device is fast at it."""
     device = model.device
+    gone = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
     is_pinned = device.type not in ("cpu", "mps")  # MPS shares the memory of its host
     try:
         with old_names_allowed():
@@ -365,7 +358,7 @@ def _training_arguments(
                 output_dir=str(folder),
                 per_device_train_batch_size=config.batch_size,
                 gradient_accumulation_steps=config.gradient_accumulation,
-                num_train_epochs=config.passes(num_samples, _removed_share(plan)),
+                num_train_epochs=config.passes(num_samples, gone),
                 max_steps=config.max_steps,
                 learning_rate=peak_rate(config, model, plan),
                 bf16=computes_bfloat16(device) if config.bf16 is None else config.bf16,

@@ -198,7 +198,17 @@ def seeing_once(
     )
     with ExitStack() as stack:
         if family.vision is not None and are_same:
-            for source, target in _tower_pairs(model, teacher):
+            # modules of the teacher to skip, each after the student's in its place, if any; the
+            # outputs of a tower's blocks are read where a projector inside it reads them
+            whole = model.get_submodule(family.vision), teacher.get_submodule(family.vision)
+            pairs: list[tuple[Any, nn.Module]] = [whole]
+            if family.projector[0].startswith(f"{family.vision}."):
+                blocks, theirs_of = (getattr(tower, "blocks", ()) for tower in whole)
+                deep = getattr(model.config.vision_config, "deepstack_visual_indexes", ())
+                read = {len(blocks) - 1, *deep}
+                both = enumerate(zip(blocks, theirs_of, strict=True))
+                pairs = [(block if i in read else None, other) for i, (block, other) in both]
+            for source, target in pairs:
                 stack.enter_context(_replayed(model, source, target))
         for path in family.projector if through_students_projector else ():
             parent, _, name = path.rpartition(".")
@@ -206,25 +216,6 @@ def seeing_once(
             stack.callback(setattr, owner, name, getattr(owner, name, None))
             setattr(owner, name, getattr(model.get_submodule(parent), name, None))
         yield
-
-
-def _tower_pairs(
-    model: PreTrainedModel, teacher: PreTrainedModel
-) -> Iterator[tuple[nn.Module | None, nn.Module]]:
-    """List modules of the teacher to skip, each after the student's in its place, if any."""
-    # the outputs of a tower's blocks are read where a projector inside it reads them
-    family = Parts(model).family
-    assert family.vision is not None
-    ours, theirs = model.get_submodule(family.vision), teacher.get_submodule(family.vision)
-    if not family.projector[0].startswith(f"{family.vision}."):
-        yield ours, theirs
-        return
-    if not hasattr(ours, "blocks"):
-        return
-    blocks: Any = ours.get_submodule("blocks")
-    read = {len(blocks) - 1, *getattr(model.config.vision_config, "deepstack_visual_indexes", ())}
-    for index, block in enumerate(theirs.get_submodule("blocks").children()):
-        yield (blocks[index] if index in read else None), block
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from slimvlm.data.chat import encode_samples
 from slimvlm.data.roles import predicts_label, role_masks
 from slimvlm.data.samples import Sample
 from slimvlm.models import losses
-from slimvlm.models.hidden import head_of, hidden_states, hold_in_, is_sharded, merge_lora
+from slimvlm.models.hidden import head_of, hidden_states, hold_in_, is_sharded, reshard
 from slimvlm.models.parts import Parts, parameters_below, part_at, text_config_of
 from slimvlm.scoring.batches import first_spoilt_layer
 
@@ -149,19 +149,29 @@ def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Return the plain model behind a trained one: LoRA merged, in ``dtype``, nothing frozen."""
-    plain: PreTrainedModel = merge_lora(trained) if _is_peft(trained) else trained
+    plain = plain_model(trained)
+    if plain is not trained and is_sharded(plain):  # each process adds to its own shards
+        from peft.tuners.lora import Linear as LoraLinear
+        from torch.distributed.tensor import distribute_tensor
+
+        reshard(trained)
+        for module in trained.modules():
+            if isinstance(module, LoraLinear):
+                weight: Any = module.get_base_layer().weight
+                for name in module.active_adapters:
+                    change = module.get_delta_weight(name).to(weight.dtype)
+                    shards = distribute_tensor(change, weight.device_mesh, weight.placements)
+                    weight.data.add_(shards)
+        plain = trained.unload()
+    elif plain is not trained:
+        plain = trained.merge_and_unload()
     hold_in_(plain, dtype, learning_only=True)
     # torch 2.13 copies a frozen head for each sample when it runs over a slice of states
-    return plain.requires_grad_(True)
-
-
-def require_adapter_holds_all(model: PreTrainedModel) -> None:
-    """Refuse a projector with a parameter outside its modules, which no adapter can hold."""
-    for path in Parts(model).family.projector:
-        if isinstance(part_at(model, path), nn.Parameter):
-            raise ConfigError(f"keep_adapter: an adapter cannot hold the parameter {path!r}")
+    model: PreTrainedModel = plain.requires_grad_(True)
+    return model
 
 
 def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
@@ -188,14 +198,11 @@ def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
 
 def plain_model(trained: Any) -> PreTrainedModel:
     """Return the transformers model inside a trained one, LoRA still beside its weights."""
-    model: PreTrainedModel = trained.get_base_model() if _is_peft(trained) else trained
-    return model
-
-
-def _is_peft(model: Any) -> bool:
     import peft
 
-    return isinstance(model, peft.PeftModel)
+    is_peft = isinstance(trained, peft.PeftModel)
+    model: PreTrainedModel = trained.get_base_model() if is_peft else trained
+    return model
 
 
 TRAINED_FILE = "trained.safetensors"
