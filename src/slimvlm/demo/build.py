@@ -53,6 +53,7 @@ IMAGE_TOKEN_ID = 16
 """SmolLM2's vocabulary has reserved entries; `<empty_output>` (16) becomes the image token."""
 RESERVED_TOKEN = "<empty_output>"
 NUM_IMAGE_TOKENS = GRID * GRID
+IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -61,26 +62,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-def make_text_config() -> LlamaConfig:
-    """Return the configuration of SmolLM2-135M-Instruct."""
-    return LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 100000.0, "rope_type": "default"},
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
 
 
 def cache_dir() -> Path:
@@ -181,9 +162,23 @@ def make_base() -> tuple[Any, Any]:
         projection_dim=192,
         hidden_act="gelu",
     )
+    text_config = LlamaConfig(  # of SmolLM2-135M-Instruct
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 100000.0, "rope_type": "default"},
+        tie_word_embeddings=True,
+        **IDS,
+    )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=make_text_config(),
+        text_config=text_config,
         image_token_index=IMAGE_TOKEN_ID,
         image_seq_length=NUM_IMAGE_TOKENS,
         vision_feature_layer=-1,
@@ -212,8 +207,7 @@ def assemble(delta: Path) -> tuple[Any, Any]:
         own = [name for name in state if name.startswith(f"{part}.")]
         weights = {name.removeprefix(f"{part}."): state[name].float() for name in own}
         getattr(model.model, part).load_state_dict(weights)
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model.generation_config = GenerationConfig(do_sample=False, **ids)
+    model.generation_config = GenerationConfig(do_sample=False, **IDS)
     side, half = {"height": SIDE, "width": SIDE}, [0.5, 0.5, 0.5]
     pictures: dict[str, Any] = {"size": side, "crop_size": side, "do_center_crop": False}
     pictures |= {"image_mean": half, "image_std": half}

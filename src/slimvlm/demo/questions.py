@@ -12,7 +12,7 @@ import inspect
 import itertools
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -94,10 +94,6 @@ def _sample(rng: Generator, items: Sequence[str], count: int) -> list[str]:
 
 def _ask_name(scene: Scene, rng: Generator) -> _Asked:
     return _Asked("what is this?", scene.objects[0].name)
-
-
-def _ask_kind(scene: Scene, rng: Generator) -> _Asked:
-    return _Asked("what kind of thing is this?", load_art().category_of(scene.objects[0].name))
 
 
 def _ask_category_letter(scene: Scene, rng: Generator) -> _Asked:
@@ -193,27 +189,9 @@ def _ask_shape_yesno(scene: Scene, rng: Generator) -> _Asked:
 # Questions without a picture.
 
 
-def _ask_odd(rng: Generator) -> _Asked:
-    art = load_art()
-    category = pick(rng, art.categories)
-    others = [n for n, c in zip(art.names, art.categories, strict=True) if c != category]
-    wrong = _sample(rng, art.members(category), 3)
-    return _with_letters(f"which is not a {category}?", pick(rng, others), wrong, rng)
-
-
-def _ask_sort(rng: Generator) -> _Asked:
-    numbers = rng.choice(_MAX_SORTED, size=int(rng.integers(3, 5)), replace=False) + 1
-    given = " ".join(str(n) for n in numbers)
-    return _Asked(f"sort these numbers: {given}", " ".join(str(n) for n in sorted(numbers)))
-
-
-def _ask_sum(rng: Generator) -> _Asked:
-    a, b = (int(v) for v in rng.integers(1, _MAX_SUMMAND + 1, size=2))
-    return _Asked(f"what is {a} + {b}?", str(a + b))
-
-
-_TEXT_ASKERS = {"text_odd": _ask_odd, "text_sort": _ask_sort, "text_sum": _ask_sum}
-"""The text-only benchmarks."""
+_TEXT_TASKS = (("text_odd", "letter", 25.0, 4), ("text_sort", "exact_match", 10.0, 16),
+               ("text_sum", "exact_match", 1.0, 6))  # fmt: skip
+"""The text-only benchmarks: name, metric, chance, longest answer."""
 _TOLD_ASKERS: tuple[tuple[SceneKind, _Asker], ...] = (
     ("single", _ask_object_letter),
     ("single", _ask_category_letter),
@@ -226,36 +204,33 @@ _TOLD_ASKERS: tuple[tuple[SceneKind, _Asker], ...] = (
 
 def _ask_text(task: str, rng: Generator, split: Split) -> _Asked:
     """Draw text-only questions until one belongs to a split, by the checksum of its text."""
+    art = load_art()
     while True:
-        asked = _TEXT_ASKERS[task](rng)
+        if task == "text_odd":
+            kind = pick(rng, art.categories)
+            others = [n for n, c in zip(art.names, art.categories, strict=True) if c != kind]
+            wrong = _sample(rng, art.members(kind), 3)
+            asked = _with_letters(f"which is not a {kind}?", pick(rng, others), wrong, rng)
+        elif task == "text_sort":
+            numbers = rng.choice(_MAX_SORTED, size=int(rng.integers(3, 5)), replace=False) + 1
+            given, ordered = (" ".join(map(str, each)) for each in (numbers, sorted(numbers)))
+            asked = _Asked(f"sort these numbers: {given}", ordered)
+        else:
+            a, b = (int(v) for v in rng.integers(1, _MAX_SUMMAND + 1, size=2))
+            asked = _Asked(f"what is {a} + {b}?", str(a + b))
         is_test = zlib.crc32(asked.prompt.encode()) % TEST_SHARE == 0
         if is_test == (split == "test"):
             return asked
 
 
-def _ask_told(kind: SceneKind, ask: _Asker, rng: Generator) -> _Asked:
-    """Ask, without a picture, about a scene that is described in words (for training)."""
-    scene = make_scene(kind, rng, "train")
-    while ask is _ask_relation and not neighbours(scene):
-        scene = make_scene(kind, rng, "train")
-    asked = ask(scene, rng)
-    listed = ", ".join(f"{CELLS[o.cell]}: {o.name}" for o in scene.objects) + "."
-    described = f"this is a {scene.names[0]}." if kind == "single" else listed
-    return _Asked(f"{described} {asked.prompt}", asked.answer, asked.choices)
-
-
 # Benchmarks.
-
-
-def _rng(task: str, index: int) -> Generator:
-    return np.random.default_rng([_TEST_SEED, *task.encode(), index])
 
 
 def _item(
     task: str, kind: SceneKind, ask: _Asker, styles: Sequence[str], index: int
 ) -> tuple[Scene, _Asked]:
     """Make the scene and the question with this number of a picture benchmark."""
-    rng, lone = _rng(task, index), None
+    rng, lone = np.random.default_rng([_TEST_SEED, *task.encode(), index]), None
     if kind == "single":
         names = load_art().names
         order = np.random.default_rng([_TEST_SEED, index // len(names)]).permutation(len(names))
@@ -287,7 +262,8 @@ def _load_text(task: str, limit: int | None) -> Sequence[Question]:
     for index in itertools.count():
         if len(found) == len(range(NUM_QUESTIONS)[:limit]):
             break
-        asked = _ask_text(task, _rng(task, index), "test")
+        rng = np.random.default_rng([_TEST_SEED, *task.encode(), index])
+        asked = _ask_text(task, rng, "test")
         found.setdefault(asked.prompt, asked)
     return [
         Question(f"{task}-{i}", a.prompt, (a.answer,), (), a.choices)
@@ -330,10 +306,6 @@ def _picture_task(
     return Task(name, metric, chance, load, max_new_tokens, like, styles == SEEN_STYLES)
 
 
-def _text_task(name: str, metric: str, chance: float, max_new_tokens: int) -> Task:
-    return Task(name, metric, chance, partial(_load_text, name), max_new_tokens, "text only")
-
-
 _ALL = (
     _picture_task("name", "single", _ask_name, "exact_match", 0.8, "recognition"),
     _picture_task("category_letter", "single", _ask_category_letter, "letter", 25.0, "MMMU, AI2D"),
@@ -346,9 +318,8 @@ _ALL = (
     _picture_task("list_objects", "multi", _ask_list, "set_f1", 0.8, "captioning", 24),
     _picture_task("shape_open", "shapes", _ask_shape_open, "exact_match", 20.0, "VQA"),
     _picture_task("shape_yesno", "shapes", _ask_shape_yesno, "yes_no", 50.0, "GQA"),
-    _text_task("text_odd", "letter", 25.0, 4),
-    _text_task("text_sort", "exact_match", 10.0, 16),
-    _text_task("text_sum", "exact_match", 1.0, 6),
+    *(Task(name, metric, chance, partial(_load_text, name), longest, "text only")
+      for name, metric, chance, longest in _TEXT_TASKS),
     _picture_task(
         "name_unseen_style", "single", _ask_name, "exact_match", 0.8, "domain shift",
         styles=(UNSEEN_STYLE,),
@@ -376,8 +347,11 @@ class Conversation:
 
 _TURNS: dict[SceneKind, tuple[Callable[[Scene, Generator], _Asked | None], ...]] = {
     "single": (
-        *(_ask_name, _ask_kind, _ask_category_letter, _ask_category_letter),
-        *(_ask_object_letter, _ask_object_letter, _ask_presence),
+        _ask_name,
+        lambda s, rng: _Asked("what kind of thing is this?", load_art().category_of(s.names[0])),
+        *(_ask_category_letter,) * 2,
+        *(_ask_object_letter,) * 2,
+        _ask_presence,
     ),
     "multi": (
         *(_ask_locate, _ask_locate, _ask_position, _ask_list),
@@ -396,29 +370,25 @@ _TURNS: dict[SceneKind, tuple[Callable[[Scene, Generator], _Asked | None], ...]]
 """The questions about a picture of each kind; those that do not apply are left out."""
 
 
-def docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
-    """Yield the longer docstrings of a file with the names of what they document."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            text = inspect.cleandoc(ast.get_docstring(node) or "")
-            if len(text) > 150:
-                name = "" if isinstance(node, ast.Module) else f".{node.name}"
-                yield f"{module}{name}", text
-
-
 @cache
 def load_passages() -> tuple[tuple[str, str], ...]:
-    """Return (prompt, passage) pairs of English: docstrings of Python's own standard library."""
+    """Return (prompt, passage) pairs of English: longer docstrings of Python's own library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found: list[tuple[str, str]] = []
     for module in _PASSAGE_MODULES:
         path = root / f"{module}.py"
         if not path.is_file():
             continue
-        for name, text in docstrings(path, module.replace("/__init__", "").replace("/", ".")):
-            if len(text) > _PASSAGE_CHARS:
-                text = text[:_PASSAGE_CHARS].rsplit(None, 1)[0]
-            found.append((f"what does python say about {name}?", text))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            text = inspect.cleandoc(ast.get_docstring(node) or "")
+            if len(text) > 150:
+                if len(text) > _PASSAGE_CHARS:
+                    text = text[:_PASSAGE_CHARS].rsplit(None, 1)[0]
+                name = module.replace("/__init__", "").replace("/", ".")
+                name += "" if isinstance(node, ast.Module) else f".{node.name}"
+                found.append((f"what does python say about {name}?", text))
     return tuple(found)
 
 
@@ -430,9 +400,16 @@ def make_conversation(seed: int, index: int) -> Conversation:
         passages = load_passages()
         if passages and rng.random() < _PASSAGE_SHARE:
             return Conversation(None, (pick(rng, passages),))
-        asked = [_ask_text(task, rng, "train") for task in _TEXT_ASKERS]
-        asked += [_ask_told(kind, ask, rng) for kind, ask in _TOLD_ASKERS]
+        asked = [_ask_text(task, rng, "train") for task, *_ in _TEXT_TASKS]
         turns = [(a.prompt, a.answer) for a in asked]
+        for kind, ask in _TOLD_ASKERS:
+            told = make_scene(kind, rng, "train")
+            while ask is _ask_relation and not neighbours(told):
+                told = make_scene(kind, rng, "train")
+            about = ask(told, rng)
+            listed = ", ".join(f"{CELLS[o.cell]}: {o.name}" for o in told.objects) + "."
+            described = f"this is a {told.names[0]}." if kind == "single" else listed
+            turns.append((f"{described} {about.prompt}", about.answer))
     else:
         kind = SCENE_KINDS[int(rng.choice(len(SCENE_KINDS), p=_KIND_SHARES))]
         scene = make_scene(kind, rng)

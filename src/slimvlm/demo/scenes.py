@@ -141,6 +141,7 @@ def make_scene(
 ) -> Scene:
     """Draw scenes until one belongs to the split; ``names`` are the emojis, else random ones."""
     labels, pool, colors = load_digits()[1], digit_sources(split), list(COLORS)
+    known = load_art().names
     while True:
         if kind == "digits":
             if rng.integers(2):
@@ -157,36 +158,27 @@ def make_scene(
             looks = [f"{colors[int(c)]} {SHAPES[int(s)]}" for s, c in zip(*drawn, strict=True)]
             objects = list(map(Placed, looks, cells))
         else:
-            objects = _emoji_objects(kind, rng, styles, names)
+            chosen = names
+            if chosen is None and kind == "single":
+                chosen = [pick(rng, known)]
+            elif chosen is None and kind == "multi":
+                picked = rng.choice(len(known), size=int(rng.integers(2, 5)), replace=False)
+                chosen = [known[int(i)] for i in picked]
+            elif chosen is None:
+                times = int(rng.integers(1, 5))
+                others = int(rng.integers(0, 5 - times))
+                picked = rng.choice(len(known), size=1 + others, replace=False)
+                chosen = [known[int(picked[0])]] * times + [known[int(i)] for i in picked[1:]]
+            free = [-1] if kind == "single" else rng.permutation(4)[: len(chosen)].tolist()
+            objects = [
+                Placed(name, cell, known.index(name), pick(rng, styles))
+                for name, cell in zip(chosen, free, strict=True)
+            ]
+            objects.sort(key=lambda o: o.cell)
         background = int(rng.integers(len(BACKGROUNDS)))
         scene = Scene(kind, tuple(objects), background, int(rng.integers(1 << 30)))
         if (zlib.crc32(scene.key.encode()) % TEST_SHARE == 0) == (split == "test"):
             return scene
-
-
-def _emoji_objects(
-    kind: SceneKind,
-    rng: np.random.Generator,
-    styles: Sequence[str],
-    chosen: Sequence[str] | None,
-) -> list[Placed]:
-    names = load_art().names
-    if chosen is None and kind == "single":
-        chosen = [pick(rng, names)]
-    elif chosen is None and kind == "multi":
-        picked = rng.choice(len(names), size=int(rng.integers(2, 5)), replace=False)
-        chosen = [names[int(i)] for i in picked]
-    elif chosen is None:
-        times = int(rng.integers(1, 5))
-        others = int(rng.integers(0, 5 - times))
-        picked = rng.choice(len(names), size=1 + others, replace=False)
-        chosen = [names[int(picked[0])]] * times + [names[int(i)] for i in picked[1:]]
-    cells = [-1] if kind == "single" else [int(c) for c in rng.permutation(4)[: len(chosen)]]
-    placed = [
-        Placed(name, cell, names.index(name), pick(rng, styles))
-        for name, cell in zip(chosen, cells, strict=True)
-    ]
-    return sorted(placed, key=lambda o: o.cell)
 
 
 @lru_cache(maxsize=8192)

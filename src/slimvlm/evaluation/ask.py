@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -295,15 +296,9 @@ def batches_by_length(
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
     """Hash all that a task's replies depend on: weights' digest, questions, pictures, options."""
-
-    def parts() -> Iterator[Any]:
-        yield weights.encode()
-        yield [task.name, task.max_new_tokens, how]
-        for question in questions:
-            yield [question.id, question.prompt, question.answers]
-            yield from map(identifying_bytes, question.images)
-
-    return digest(parts())[:24]
+    about = ([[q.id, q.prompt, q.answers], *map(identifying_bytes, q.images)] for q in questions)
+    asked: Iterator[Any] = chain.from_iterable(about)
+    return digest(chain([weights.encode(), [task.name, task.max_new_tokens, how]], asked))[:24]
 
 
 class AnswerLog:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError
@@ -50,28 +50,16 @@ def _decode_ms(run: Run) -> float:
     return median(run[1:])
 
 
-class _Clock(BaseStreamer):
-    """Record when the prompt and each new token are done."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.seconds.append(time.perf_counter())  # tokens come on the CPU, so a GPU is done too
-
-    def end(self) -> None:
-        pass
-
-
 def timed_run(model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens: int) -> Run:
     """Generate exactly so many tokens for a batch, at least 2, and time each step."""
-    clock = _Clock()
+    seconds: list[float] = []  # when prompt and tokens come on the CPU, so that a GPU is done too
+    clock = SimpleNamespace(put=lambda _: seconds.append(time.perf_counter()), end=lambda: None)
     generator: Any = model
     lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": 0}
     with torch.inference_mode():
         generator.generate(**inputs, **lengths, **greedy, streamer=clock)
-    return tuple(1e3 * (b - a) for a, b in pairwise(clock.seconds))
+    return tuple(1e3 * (b - a) for a, b in pairwise(seconds))
 
 
 def timed_runs(
@@ -171,7 +159,8 @@ def _summary(runs: Sequence[Run]) -> Times:
 
 def stored_bytes(*modules: nn.Module) -> int:
     """Count bytes of all weights, and of the scales of quantised ones; shared ones count once."""
-    return sum({each.data_ptr(): each.nbytes() for each in _weights(modules)}.values())
+    weights = _storages(tensor for each in modules for tensor in each.state_dict().values())
+    return sum({each.data_ptr(): each.nbytes() for each in weights}.values())
 
 
 class PeakMemory(TorchDispatchMode):
@@ -185,7 +174,8 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes: int = 0
         self._alive_bytes = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet(_weights(modules))
+        weights = _storages(tensor for each in modules for tensor in each.state_dict().values())
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet(weights)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count its results."""
@@ -200,10 +190,6 @@ class PeakMemory(TorchDispatchMode):
     def _count(self, num_bytes: int) -> None:
         self._alive_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self._alive_bytes)
-
-
-def _weights(modules: Iterable[nn.Module]) -> Iterator[torch.UntypedStorage]:
-    return _storages(tensor for each in modules for tensor in each.state_dict().values())
 
 
 def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:

@@ -276,10 +276,10 @@ def retention(
     found = _averages(scores, baseline, floor_scores)
     (ours, mean), (theirs, base), (floor, floor_mean) = found
     guessed = float(np.mean([chance[name] for name in scores]))
-
-    def percent_above(level: float) -> float:
-        return 100 * (mean - level) / (base - level) if base > level else float("nan")
-
+    above_chance, above_floor = (
+        100 * (mean - level) / (base - level) if base > level else float("nan")
+        for level in (guessed, floor_mean)
+    )
     low, high = np.percentile(100 * ours / np.maximum(theirs, 1e-9), [2.5, 97.5])
     floor_low = floor_high = float("nan")
     reached = theirs > floor
@@ -290,8 +290,8 @@ def retention(
         percent=100 * mean / max(base, 1e-9),
         low=float(low),
         high=float(high),
-        above_chance=percent_above(guessed),
-        above_floor=percent_above(floor_mean),
+        above_chance=above_chance,
+        above_floor=above_floor,
         above_floor_low=float(floor_low),
         above_floor_high=float(floor_high),
     )

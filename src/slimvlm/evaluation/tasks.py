@@ -73,11 +73,9 @@ class TaskRow:
 
     def filled_prompt(self, values: Mapping[str, Any]) -> str:
         """Fill in a row's columns; braces hold a name, never an attribute, an index or a format."""
-
-        def text(found: re.Match[str]) -> str:
-            return found[0][0] if found[1] is None else str(values[found[1]])
-
-        return re.sub(_COLUMN, text, self.prompt)
+        return re.sub(
+            _COLUMN, lambda f: f[0][0] if f[1] is None else str(values[f[1]]), self.prompt
+        )
 
 
 _COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")

@@ -134,13 +134,26 @@ def quantize(
             f"device {str(target)!r}: {needed / 2**30:.2f} GiB of weights do not fit into "
             f"{free / 2**30:.2f} GiB that are free. Give cpu, or a device with more"
         )
+    settings: Any = None  # compressed-tensors quantises afterwards
+    if chosen == "torchao":
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+        packing = {"group_size": GROUP, "int4_packing_format": "tile_packed_to_4d"}
+        kind = Int8WeightOnlyConfig() if to == "int8" else Int4WeightOnlyConfig(**packing)
+        settings = TorchAoConfig(kind, modules_to_not_convert=skipped)
+    elif chosen == "bitsandbytes":
+        bits: dict[str, Any] = {"load_in_8bit": True}
+        if to == "int4":
+            bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+            bits["bnb_4bit_compute_dtype"] = dtype
+        settings = BitsAndBytesConfig(**bits, llm_int8_skip_modules=skipped)
     source = class_of(config)
     with unreadable(name, "weights"):
         small: PreTrainedModel = source.from_pretrained(
             name,
             dtype="auto",
             use_safetensors=True,
-            quantization_config=_settings(to, chosen, skipped, dtype),
+            quantization_config=settings,
             device_map={"": str(target)},
             trust_remote_code=False,
         ).eval()
@@ -185,26 +198,6 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
             "--backend bitsandbytes, or --to int8"
         )
     return backend
-
-
-def _settings(to: str, backend: str, skipped: list[str], dtype: torch.dtype) -> Any:
-    """Make the ``quantization_config``; None for compressed-tensors, which quantises afterwards."""
-    if backend == "compressed-tensors":
-        return None
-    if backend == "torchao":
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
-
-        packing = {"group_size": GROUP, "int4_packing_format": "tile_packed_to_4d"}
-        kind = Int8WeightOnlyConfig() if to == "int8" else Int4WeightOnlyConfig(**packing)
-        return TorchAoConfig(kind, modules_to_not_convert=skipped)
-    if to == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skipped,
-    )
 
 
 @contextmanager
