@@ -90,6 +90,11 @@ def test_what_goes_on_fills_the_memory_or_escapes_is_refused_in_one_line(name, m
     assert time.monotonic() - start < 20
 
 
+def test_a_text_beyond_what_was_said_is_refused():
+    with pytest.raises(SlimError, match="makes 3,000,000 characters of it"):
+        rendered("{{ 'a' * 3000000 }}")
+
+
 def test_a_template_that_was_ended_does_not_end_the_next():
     with pytest.raises(ConfigError):
         rendered(HOSTILE["held"])

@@ -15,8 +15,8 @@ import sys
 from datetime import datetime
 from typing import Any
 
-MAX_LENGTH = 2**26
-"""Characters of a rendered conversation."""
+MOST_ADDED = 2**20
+"""Characters of a rendered conversation beyond four times those of its texts."""
 
 
 def limit_memory(num_bytes: int) -> None:
@@ -102,8 +102,8 @@ def compiled(template: str) -> Any:
 def rendered(template: str, values: dict[str, Any]) -> str:
     """Render a chat template."""
     text = str(compiled(template).render(**values))
-    if len(text) > MAX_LENGTH:
-        raise MemoryError
+    if len(text) > 4 * len(json.dumps(values)) + MOST_ADDED:
+        raise ValueError(f"it makes {len(text):,} characters of it")
     return text
 
 
