@@ -30,7 +30,7 @@ from slimvlm.core.errors import (
     panics_raised,
 )
 from slimvlm.core.files import held
-from slimvlm.core.progress import current_stage, num_ranks, own_stages
+from slimvlm.core.progress import current_stage, num_ranks, stage
 from slimvlm.core.removed import refuse_removed
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
@@ -185,7 +185,7 @@ def overview() -> str:
 @contextmanager
 def memory_explained(words: Sequence[str]) -> Iterator[None]:
     """Turn an out-of-memory error, of a CPU or any accelerator, into a SlimError of one line."""
-    with own_stages():
+    with stage(""):  # those of an earlier command do not count
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -207,17 +207,17 @@ def _out_of_memory(told: str, words: Sequence[str]) -> str:
     word = "cpu" if kind is None else kind[1].lower()
     name = {"hip": "cuda", "cu": "cuda"}.get(word, word)
     where = f"{name}:{number[1]}" if number is not None else name
-    stage = current_stage() or words[0]
+    during = current_stage() or words[0]
     needed = re.search(r"tried to allocate ([\d.]+) (\w+)", told, re.IGNORECASE)
     room = re.search(r"capacity of ([\d.]+) (\w+) of which ([\d.]+) (\w+)", told)
     facts = [f"{in_bytes(*needed.groups())} more was needed"] if needed is not None else []
     if room is not None:
         facts.append(f"{in_bytes(room[3], room[4])} of {in_bytes(room[1], room[2])} was free")
-    cure = _CURES.get(stage) or _CURES.get(words[0])
+    cure = _CURES.get(during) or _CURES.get(words[0])
     if cure == _LAYER_BY_LAYER and "--low-memory" in words:
         cure = "fewer --samples"
     if cure is None:
         cure = "a smaller model" if name == "cpu" else "--device cpu uses the memory of the host"
     about = f": {', '.join(facts)}" if facts else ""
-    doing = words[0] if stage == words[0] else f"{words[0]}, stage {stage!r}"
+    doing = words[0] if during == words[0] else f"{words[0]}, stage {during!r}"
     return f"out of memory on {where} during {doing}{about}. What helps: {cure}"

@@ -190,11 +190,10 @@ def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
 
 def asked(options: Any) -> dict[str, Any]:
     """Convert a dataclass to dictionaries without empty mappings and ``device``."""
-
-    def named(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        return {key: value for key, value in pairs if key != "device" and value != {}}
-
-    return asdict(options, dict_factory=named)
+    return asdict(
+        options,
+        dict_factory=lambda pairs: {k: v for k, v in pairs if k != "device" and v != {}},
+    )
 
 
 def note_request(file: Path, request: Mapping[str, Any]) -> None:

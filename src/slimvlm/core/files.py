@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +79,12 @@ def require_free(path: str | Path, force: bool = False) -> Path:
     require_place(path)
     if path.exists() and not force:
         raise ConfigError(f"output {str(path)!r} exists. Use --force to replace it")
-    require_ours(path)
-    return path
-
-
-def require_ours(path: Path) -> None:
-    """Refuse to replace a folder that slimvlm did not write, unless it is empty."""
     if path.is_dir() and not _is_ours(path):
         raise ConfigError(
             f"output {str(path)!r} is a folder that slimvlm did not write: --force replaces "
             "only its own. Remove it, or choose another place"
         )
+    return path
 
 
 def _is_ours(folder: Path) -> bool:
@@ -119,19 +114,39 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
     if not is_first_rank():  # ranks of one distributed run count as one
         yield
         return
-    with ExitStack() as stack:
-        for parent in reversed(path.absolute().parents):
-            if not parent.exists():
-                stack.callback(_remove_if_empty, parent)
+    made = [parent for parent in path.absolute().parents if not parent.exists()]
+    try:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             place = path.resolve()  # of a link, its target is locked
             place.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(place, wait, path))
-        old = _beside(path, "old")  # a kill between two renames leaves the old output there
-        if old.exists() and _is_ours(old):
-            _remove(old) if path.exists() else old.rename(path)
-        yield
+            file = _beside(place, "lock")
+            lock = FileLock(file.absolute(), is_singleton=True)
+            try:
+                lock.acquire(timeout=wait)
+            except Timeout as error:
+                holder = "just ended"
+                with suppress(OSError, UnicodeDecodeError):
+                    holder = file.read_text(encoding="utf-8") or "not yet known which"
+                raise InUseError(
+                    f"output {str(path)!r} is in use by another run ({holder}). Wait for its "
+                    "end, or choose another place"
+                ) from error
+        try:
+            with explained(path):
+                file.write_text(f"pid {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            old = _beside(path, "old")  # a kill between two renames leaves the old output there
+            if old.exists() and _is_ours(old):
+                _remove(old) if path.exists() else old.rename(path)
+            yield
+        finally:
+            if lock.lock_counter == 1:
+                file.unlink(missing_ok=True)  # while it is held: whoever opened it looks again
+            lock.release()
+    finally:
+        for parent in made:  # the deepest one first
+            with suppress(OSError):  # unless something is in it
+                parent.rmdir()
 
 
 @contextmanager
@@ -155,9 +170,7 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
 @contextmanager
 def replacement(path: str | Path) -> Iterator[Path]:
     """As `new_folder`, but an unfinished one stays for the next start; the caller locks it."""
-    path = Path(path)
-    require_place(path)
-    require_ours(path)
+    path = require_free(path, force=True)
     partial = _beside(path, "partial")
     yield partial
     with explained(path):
@@ -244,29 +257,6 @@ def _beside(path: Path, what: str) -> Path:
     return beside
 
 
-@contextmanager
-def _locked(path: Path, wait: float, named: Path) -> Iterator[None]:
-    file = _beside(path, "lock")
-    lock = FileLock(file.absolute(), is_singleton=True)
-    try:
-        lock.acquire(timeout=wait)
-    except Timeout as error:
-        holder = "just ended"
-        with suppress(OSError, UnicodeDecodeError):
-            holder = file.read_text(encoding="utf-8") or "not yet known which"
-        raise InUseError(
-            f"output {str(named)!r} is in use by another run ({holder}). Wait for its "
-            "end, or choose another place"
-        ) from error
-    try:
-        file.write_text(f"pid {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        yield
-    finally:
-        if lock.lock_counter == 1:
-            file.unlink(missing_ok=True)  # while it is held: whoever opened it looks again
-        lock.release()
-
-
 def _replace(partial: Path, path: Path) -> None:
     """Sync the new folder and put it in place of an old one, which stays until it is there."""
     for file in (partial, *partial.rglob("*")):
@@ -292,11 +282,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def _sync(path: Path) -> None:

@@ -78,16 +78,6 @@ def stage(what: str) -> Iterator[None]:
     _STAGE.set(around)
 
 
-@contextmanager
-def own_stages() -> Iterator[None]:
-    """Limit `current_stage` to stages that begin inside the block."""
-    token = _STAGE.set("")
-    try:
-        yield
-    finally:
-        _STAGE.reset(token)
-
-
 def is_watched() -> bool:
     """Whether stderr is a terminal, where bars can move."""
     return sys.stderr.isatty()

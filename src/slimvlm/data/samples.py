@@ -136,28 +136,24 @@ def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
         if isinstance(content, bytes) and content:
             _decoded(io.BytesIO(content), glance=True)
             return Image.open(io.BytesIO(content), formats=FORMATS)
-        path = _path_below(source.get("path") if isinstance(source, dict) else source, root)
+        place = source.get("path") if isinstance(source, dict) else source
+        if not isinstance(place, str):
+            raise DataError("image must be a path or a picture")
+        shown = repr(place if len(place) < 100 else f"{place[:100]}...")
+        try:
+            path = (root / place).resolve()
+            is_file = path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"image {shown} is not a path ({error})") from error
+        if not path.is_relative_to(root.resolve()):
+            raise DataError(f"image {shown} lies outside {str(root)!r}")
+        if not is_file:
+            raise DataError(f"image {shown} not found in {str(root)!r}")
         _decoded(path, glance=True)
     except DataError as error:
         raise DataError(f"sample {name!r}: {error}") from error
     except Exception as error:
         raise DataError(f"sample {name!r}: image cannot be read ({error})") from error
-    return path
-
-
-def _path_below(source: Any, root: Path) -> Path:
-    if not isinstance(source, str):
-        raise DataError("image must be a path or a picture")
-    shown = repr(source if len(source) < 100 else f"{source[:100]}...")
-    try:
-        path = (root / source).resolve()
-        is_file = path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"image {shown} is not a path ({error})") from error
-    if not path.is_relative_to(root.resolve()):
-        raise DataError(f"image {shown} lies outside {str(root)!r}")
-    if not is_file:
-        raise DataError(f"image {shown} not found in {str(root)!r}")
     return path
 
 

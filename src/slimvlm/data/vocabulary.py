@@ -320,36 +320,28 @@ def choose_vocabulary(
 
 def read_texts(path: str | Path) -> Iterator[str]:
     """Yield the text of a file, or of a folder's UTF-8 files, some lines at a time."""
-    place = path_of(path, "vocab_text")
-    if not place.is_dir():
-        yield from _pieces(read_text(place, "vocab_text"))
-        return
-    found = False
-    for file in sorted(place.rglob("*")):
-        if not file.is_file() or file.is_symlink():
+    place, found = path_of(path, "vocab_text"), False
+    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if file is place:
+            text = read_text(place, "vocab_text")
+        elif not file.is_file() or file.is_symlink():
             continue
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        found = True
-        yield from _pieces(text)
+        else:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+        found, lines, length = True, list[str](), 0
+        for line in text.splitlines(keepends=True):
+            lines.append(line)
+            length += len(line)
+            if length >= _CHARACTERS:
+                yield "".join(lines)
+                lines, length = [], 0
+        if lines:
+            yield "".join(lines)
     if not found:
         raise ConfigError(f"vocab_text {str(path)!r}: no UTF-8 text file in this folder")
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a text into pieces of whole lines."""
-    lines: list[str] = []
-    length = 0
-    for line in text.splitlines(keepends=True):
-        lines.append(line)
-        length += len(line)
-        if length >= _CHARACTERS:
-            yield "".join(lines)
-            lines, length = [], 0
-    if lines:
-        yield "".join(lines)
 
 
 def _in_order(

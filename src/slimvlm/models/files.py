@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -247,11 +248,12 @@ def write_weights(
         model.save_pretrained(folder, max_shard_size=shard_bytes)
 
 
+@dataclass(frozen=True)
 class _FiniteWeights:
     """Return weights by name; raise on NaN or infinity in a parameter. Buffers may have bounds."""
 
-    def __init__(self, read: Callable[[str], Tensor], learned: Container[str]) -> None:
-        self.read, self.learned = read, learned
+    read: Callable[[str], Tensor]
+    learned: Container[str]
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.read(name)

@@ -98,18 +98,15 @@ def check_widths(config: PreTrainedConfig) -> None:
             raise ConfigError(f"config: {UNEVEN_FIELD}[{index}] is {row!r} but must give {limits}")
 
 
-def uneven_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class for layers of different widths: the native one with its layers cut."""
+def class_of(config: PreTrainedConfig) -> Any:
+    """Return the class whose ``from_pretrained`` reads a model; layers of their own are cut."""
     auto = auto_class(config)
+    if not is_uneven(config):
+        return auto
     name = f"{PREFIX}{auto._model_mapping[type(config)].__name__}"
     made: type[PreTrainedModel] = getattr(modeling_pruned, name)
     made.register_for_auto_class(auto.__name__)  # so that save_pretrained copies the file
     return made
-
-
-def class_of(config: PreTrainedConfig) -> Any:
-    """Return the class whose ``from_pretrained`` reads the model of a configuration."""
-    return uneven_class(config) if is_uneven(config) else auto_class(config)
 
 
 def auto_map_of(config: PreTrainedConfig) -> dict[str, str]:
@@ -135,7 +132,7 @@ def set_class_(model: PreTrainedModel) -> None:
     """Give a model its native or uneven class by its config, instead of a checkpoint's own code."""
     config: Any = model.config
     if is_uneven(config):
-        model.__class__ = uneven_class(config)
+        model.__class__ = class_of(config)
         config.auto_map = auto_map_of(config)
         cut_layers_(model)
     elif type(model).__name__.startswith(PREFIX):

@@ -52,21 +52,12 @@ class Parts:
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
-        self.model = model
         self.family, self.row = family_of(config.model_type), backbone_of(config)
         self.text_config: Any = text_config_of(config)
         self.text_model = model.get_submodule(self.family.backbone)
         self.layers = self.text_model.layers
-
-    @property
-    def norm(self) -> nn.Module:
-        """The norm after the last decoder layer."""
-        return self.text_model.get_submodule(self.row.final_norm)  # type: ignore[no-any-return]
-
-    @property
-    def head(self) -> Any:
-        """The language-model head."""
-        return self.model.get_submodule(self.family.head)
+        self.norm: nn.Module = self.text_model.get_submodule(self.row.final_norm)
+        self.head: Any = model.get_submodule(self.family.head)
 
     def token_matrices(self) -> tuple[nn.Embedding, nn.Linear]:
         """Return embedding and head, with a row for each token; tied ones share their weight."""

@@ -423,21 +423,14 @@ class Bar(ProgressCallback):
 class LoggedTraining(TrainerCallback):
     """Log lines where there is no terminal: at the beginning, now and then, and at the end."""
 
-    def __init__(self) -> None:
-        self._loss = ""
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start at the first step, or after those of a stopped run."""
         self._stage = LoggedStage("train", state.max_steps, state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Remember the loss."""
-        if logs and "loss" in logs:
-            self._loss = f", loss {float(logs['loss']):.4f}"
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log how far the training is, if that is due."""
-        self._stage.reached(state.global_step, self._loss)
+        known = [row["loss"] for row in state.log_history if "loss" in row]
+        self._stage.reached(state.global_step, f", loss {known[-1]:.4f}" if known else "")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the end."""
