@@ -145,27 +145,23 @@ def parsed(verb: str, words: list[str]) -> dict[str, Any]:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(_in_one_line(box.getvalue())) from None
+        # The parts of tyro's error box, each without its explanation. Relies on: parts end at a
+        # rule, explanations are indented twice or follow an empty line.
+        drawn = box.getvalue().splitlines()
+        lines = [line.strip("│").rstrip() for line in drawn if line[:1] not in "╭╰"]
+        parts = [
+            " ".join(line.strip() for line in takewhile(str.strip, part) if line[:8].strip())
+            for is_rule, part in groupby(lines, lambda line: "──" in line)
+            if not is_rule
+        ]
+        skipped = ("Argument helptext:", "For full helptext")
+        text = "; ".join(part for part in parts if part and not part.startswith(skipped))
+        text = text.removeprefix("Error parsing ").replace("{None}|", "").replace(", 'None'", "")
+        raise ConfigError(text) from None
     finally:
         os.environ.pop("COLUMNS", None)
         if columns is not None:
             os.environ["COLUMNS"] = columns
-
-
-def _in_one_line(box: str) -> str:
-    """Join the parts of tyro's error box, each without its explanation.
-
-    Relies on: parts end at a rule, explanations are indented twice or follow an empty line.
-    """
-    lines = [line.strip("│").rstrip() for line in box.splitlines() if line[:1] not in "╭╰"]
-    parts = [
-        " ".join(line.strip() for line in takewhile(str.strip, part) if line[:8].strip())
-        for is_rule, part in groupby(lines, lambda line: "──" in line)
-        if not is_rule
-    ]
-    skipped = ("Argument helptext:", "For full helptext")
-    text = "; ".join(part for part in parts if part and not part.startswith(skipped))
-    return text.removeprefix("Error parsing ").replace("{None}|", "").replace(", 'None'", "")
 
 
 def overview() -> str:

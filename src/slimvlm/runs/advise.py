@@ -165,6 +165,17 @@ def advise(
         )
     share, config = sizes.decoder_share(ratio), config_of(recipe)
     axis = request_of(model, replace(config, axis=None)).prune.axis or recipe.axis
+    promised = list[Expectation]()
+    # all weights were trained of the demo model only, LoRA of the study's
+    for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
+        for name, layers in known.decoder_shares.items():
+            factor, same = shape.backbone_params / known.backbone_params[name], name == subject
+            if same or 1 / known.alike_within <= factor <= known.alike_within:
+                promised += [
+                    Expectation(model=name, percent=value, source=curve.source, same=same)
+                    for curve, value in expected(recipe.axis, train, recipe.loss, share * layers)
+                    if curve.model == name and (train == recipe.train or curve.ours)
+                ]
     before, after = shape.total_params, shape.total_params - round(ratio * shape.backbone_params)
     held = weight_bytes(shape, dtype)
     return Advice(
@@ -174,7 +185,7 @@ def advise(
         token_share=min(sizes.token_share, ratio),
         decoder_ratio=share,
         recipe=recipe,
-        expected=_expectations(recipe, share, subject, shape.backbone_params),
+        expected=tuple(sorted(promised, key=lambda each: not each.same)),
         latency=_latency(recipe.axis, max(ratio - sizes.token_share, 0.0), subject),
         params=(before, after),
         weight_bytes=(held, round(held * after / before)),
@@ -251,24 +262,6 @@ def _tokens_first(
     kept = max(third, len(file.with_parts(file.needed)))
     choice = "--vocab-size auto keeps as many as the data needs, all keeps every one"
     return kept, [f"{many}, and {rule.why} ({rule.source}): {kept:,} stay; {choice}"]
-
-
-def _expectations(
-    recipe: Recipe, share: float, subject: str | None, backbone_params: int
-) -> tuple[Expectation, ...]:
-    """Collect the AVG-% measured where such a share of the layers went, this model's first."""
-    known, found = rules(), list[Expectation]()
-    # all weights were trained of the demo model only, LoRA of the study's
-    for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
-        for name, layers in known.decoder_shares.items():
-            factor, same = backbone_params / known.backbone_params[name], name == subject
-            if same or 1 / known.alike_within <= factor <= known.alike_within:
-                found += [
-                    Expectation(model=name, percent=value, source=row.source, same=same)
-                    for row, value in expected(recipe.axis, train, recipe.loss, share * layers)
-                    if row.model == name and (train == recipe.train or row.ours)
-                ]
-    return tuple(sorted(found, key=lambda row: not row.same))
 
 
 def advice_rows(advice: Advice) -> list[list[str]]:

@@ -93,43 +93,102 @@ class Cost:
 def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried: int = 0) -> Cost:
     """Estimate memory and time of a resolved request, in which ``tried`` axes are tried first."""
     constants, config, prune = rules().constants, request.recover, request.prune
+    shape, ratio = sizes.shape, ratio_of(prune)
     speed, timed = speed_of(device, dtype)
+    is_cpu, is_here = device.type == "cpu", _is_here(device)
+    room = free_memory(device) if is_here else 2.0**50  # of an absent one unlimited
+    of_logits = LOGITS_COPIES * BYTES["float32"] * shape.vocab_size  # bytes of a position
+    # the largest of the steps of pruning, up to the written model
+    held, left = weight_bytes(shape, dtype), 1 - ratio * shape.backbone_params / shape.total_params
+    smaller, free = held * left, max(room - held, 0.0)
+    largest = max(shape.layers, key=lambda layer: layer.params)
+    batch = CALIBRATION_BATCH * sizes.tokens * sizes.token_bytes.get(dtype, 0.0)
+    steps: list[float] = [held]
+    if is_cpu:
+        steps.append(2 * smaller)  # while it is read back
+    elif smaller <= free:
+        steps.append(held + smaller)  # while both are timed
     states = None  # size and place of the hidden states between layers of a walk
     if prune.data is not None and _is_walked(request):
         aims = aims_at_original(prune.repair, prune.local_steps, prune.axis != "width")
         tokens = sizes.tokens * sizes.calibration
-        needed = states_bytes(sizes.shape.hidden_size, tokens, BYTES[dtype], aims)
+        needed = states_bytes(shape.hidden_size, tokens, BYTES[dtype], aims)
         states = StatesPlace(needed, device, "device", (0, 0))
-        if _is_here(device):
-            states = StatesPlace.of(needed, device, weight_bytes(sizes.shape, dtype))
+        if is_here:
+            states = StatesPlace.of(needed, device, held)
+        are_here = states.kind == "device" or (is_cpu and states.kind == "host")
+        new = (1 - sizes.decoder_share(ratio)) * sizes.decoder_params * BYTES[dtype]
+        channels = (largest.num_heads * largest.head_dim, largest.intermediate_size)
+        is_walking = WALKING in prune.criterion
+        grams = is_walking * constants.gram_copies * BYTES["float32"] * max(channels) ** 2
+        most = most_kept(free) if are_here or is_cpu else 0.0
+        read = [tokens * count * BYTES[dtype] for count in channels]
+        inputs = sum(each for each in read if each <= most)
+        learning = 0.0
+        if prune.local_steps != 0:
+            learning = constants.learning_bytes * (1 - ratio) * largest.params
+            learning += batch / shape.num_layers
+        of_layer = max(grams + inputs, learning)
+        steps.append(held + states.needed * are_here + new * is_cpu + of_layer)
+    if any(CRITERIA[name].capture.backward for name in prune.criterion):
+        logits = rows_at_once(device, round(free)) * of_logits
+        steps.append(held + batch + largest.params * BYTES[dtype] + logits)
     brief = replace(request, prune=replace(prune, local_steps=0), report_samples=0)
     work = stage_flops("calibrate", request, sizes) + stage_flops("prune", request, sizes)
     work += tried * stage_flops("prune", brief, sizes)  # with the same scores
     about = [
-        f"memory of {device}" + ", the process among it" * (device.type == "cpu"),
+        f"memory of {device}" + ", the process among it" * is_cpu,
         f"pruning: the weights, {constants.gram_copies} Gram matrices, hidden states and inputs of "
         "a layer's matrices, what a layer learns with, activations where a criterion reads "
         f"gradients; or both models while they are compared ({constants.walk_source})",
         f"time: {timed}; {sizes.tokens:.0f} tokens a conversation; the vision tower is not counted",
     ]
     pruning = Cost(
-        calibration_bytes=_pruning_bytes(request, sizes, device, dtype, states),
+        calibration_bytes=float(constants.process_bytes * is_cpu + max(steps)),
         pruning_hours=work / (3600 * speed),
-        hidden_states=str(states or "") if _is_here(device) else "",
+        hidden_states=str(states or "") if is_here else "",
         rests_on=tuple(about),
     )
     if config is None:
         return pruning
+    # training: weights, learning parameters, activations, logits
+    is_bfloat16 = config.bf16
+    if is_bfloat16 is None:
+        is_bfloat16 = not is_here or computes_bfloat16(device)
+    held_in = dtype if is_bfloat16 else "float32"
+    # on a CPU, attention that keeps its scores makes up for activations in bfloat16
+    kept_in = "bfloat16" if is_bfloat16 and not is_cpu else held_in
+    held = weight_bytes(shape, held_in)
+    smaller = held * left
+    # a teacher shares the weights that stay frozen
+    models = held + smaller * (config.train == "full") if config.needs_teacher else smaller
+    learn = learning_params(shape, ratio, config.train, config.lora_rank)
+    if config.train == "full":
+        models -= learn * BYTES[held_in]  # they are held among those that learn
+    of_token = sizes.token_bytes.get(kept_in, 0.0)
+    if config.train == "lora":  # keeps its inputs after dropout, and where these fell
+        each = BYTES["float32" if is_cpu else kept_in] + 1.0
+        of_token += each * sum(
+            5 * shape.hidden_size + layer.num_heads * layer.head_dim + layer.intermediate_size
+            for layer in shape.layers
+        )
+    if config.gradient_checkpointing:
+        of_token /= shape.num_layers
+        of_token += shape.num_layers * shape.hidden_size * BYTES[held_in]
+    batch = min(config.batch_size, sizes.learnt(config))
+    activations = batch * sizes.tokens * of_token * (1 - sizes.decoder_share(ratio))
+    beside = constants.learning_bytes * learn + activations
+    logits = rows_at_once(device, round(room - models)) * of_logits
     about.append(
         f"training memory: the weights, {constants.learning_bytes} bytes for each weight that "
         f"learns, {sizes.token_bytes.get(dtype, 0.0) / 1000:.0f} kB kept of each token "
         f"({constants.activation_source}), batches of {config.batch_size}"
     )
-    flops = stage_flops("recover", request, sizes, 1 - ratio_of(request.prune))
+    flops = stage_flops("recover", request, sizes, 1 - ratio)
     speed, _ = speed_of(device, "float32" if config.bf16 is False else "bfloat16")
     return replace(
         pruning,
-        training_bytes=_training_bytes(request, config, sizes, device, dtype),
+        training_bytes=float(constants.process_bytes * is_cpu + models + beside + logits),
         training_hours=(1 + tried * TRIAL_SHARE) * flops / (3600 * speed),
         samples=sizes.learnt(config),
         rests_on=tuple(about),
@@ -191,92 +250,9 @@ def _is_here(device: torch.device) -> bool:
     return device.type in ("cpu", default_device().type)
 
 
-def _free(device: torch.device) -> float:
-    return free_memory(device) if _is_here(device) else 2.0**50  # of an absent one unlimited
-
-
 def _is_walked(request: Request) -> bool:
     prune = request.prune
     return WALKING in prune.criterion or prune.repair != "none" or prune.local_steps != 0
-
-
-def _pruning_bytes(
-    request: Request, sizes: Sizes, device: torch.device, dtype: str, states: StatesPlace | None
-) -> float:
-    """Estimate the peak memory of pruning: the largest of its steps, up to the written model."""
-    shape, prune, constants = sizes.shape, request.prune, rules().constants
-    ratio, is_cpu = ratio_of(prune), device.type == "cpu"
-    held = weight_bytes(shape, dtype)
-    smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
-    free = max(_free(device) - held, 0.0)
-    largest = max(shape.layers, key=lambda layer: layer.params)
-    batch = CALIBRATION_BATCH * sizes.tokens * sizes.token_bytes.get(dtype, 0.0)
-    steps: list[float] = [held]
-    if is_cpu:
-        steps.append(2 * smaller)  # while it is read back
-    elif smaller <= free:
-        steps.append(held + smaller)  # while both are timed
-    if states is not None:
-        are_here = states.kind == "device" or (is_cpu and states.kind == "host")
-        new = (1 - sizes.decoder_share(ratio)) * sizes.decoder_params * BYTES[dtype]
-        channels = (largest.num_heads * largest.head_dim, largest.intermediate_size)
-        grams = 0.0
-        if WALKING in prune.criterion:
-            grams = constants.gram_copies * BYTES["float32"] * max(channels) ** 2
-        most = most_kept(free) if are_here or is_cpu else 0.0
-        read = [sizes.tokens * sizes.calibration * count * BYTES[dtype] for count in channels]
-        inputs = sum(each for each in read if each <= most)
-        learning = 0.0
-        if prune.local_steps != 0:
-            learning = constants.learning_bytes * (1 - ratio) * largest.params
-            learning += batch / shape.num_layers
-        of_layer = max(grams + inputs, learning)
-        steps.append(held + states.needed * are_here + new * is_cpu + of_layer)
-    if any(CRITERIA[name].capture.backward for name in prune.criterion):
-        logits = _logits_bytes(shape, device, free)
-        steps.append(held + batch + largest.params * BYTES[dtype] + logits)
-    return float(constants.process_bytes * is_cpu + max(steps))
-
-
-def _training_bytes(
-    request: Request, config: RecoverConfig, sizes: Sizes, device: torch.device, dtype: str
-) -> float:
-    """Estimate the peak memory of a training: weights, learning parameters, activations, logits."""
-    shape, constants, ratio = sizes.shape, rules().constants, ratio_of(request.prune)
-    is_cpu, is_bfloat16 = device.type == "cpu", config.bf16
-    if is_bfloat16 is None:
-        is_bfloat16 = not _is_here(device) or computes_bfloat16(device)
-    dtype = dtype if is_bfloat16 else "float32"
-    # on a CPU, attention that keeps its scores makes up for activations in bfloat16
-    kept_in = "bfloat16" if is_bfloat16 and not is_cpu else dtype
-    held = weight_bytes(shape, dtype)
-    smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
-    # a teacher shares the weights that stay frozen
-    models = held + smaller * (config.train == "full") if config.needs_teacher else smaller
-    learning = learning_params(shape, ratio, config.train, config.lora_rank)
-    if config.train == "full":
-        models -= learning * BYTES[dtype]  # they are held among those that learn
-    of_token = sizes.token_bytes.get(kept_in, 0.0)
-    if config.train == "lora":  # keeps its inputs after dropout, and where these fell
-        each = BYTES["float32" if is_cpu else kept_in] + 1.0
-        of_token += each * sum(
-            5 * shape.hidden_size + layer.num_heads * layer.head_dim + layer.intermediate_size
-            for layer in shape.layers
-        )
-    if config.gradient_checkpointing:
-        of_token /= shape.num_layers
-        of_token += shape.num_layers * shape.hidden_size * BYTES[dtype]
-    batch = min(config.batch_size, sizes.learnt(config))
-    activations = batch * sizes.tokens * of_token * (1 - sizes.decoder_share(ratio))
-    beside = constants.learning_bytes * learning + activations
-    logits = _logits_bytes(shape, device, _free(device) - models)
-    return float(constants.process_bytes * is_cpu + models + beside + logits)
-
-
-def _logits_bytes(shape: Anatomy, device: torch.device, free: float) -> float:
-    """Estimate the bytes of the logits of a chunk of positions, and of a loss's copies of them."""
-    rows = rows_at_once(device, round(free))
-    return LOGITS_COPIES * BYTES["float32"] * rows * shape.vocab_size
 
 
 def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> int:

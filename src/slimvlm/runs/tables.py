@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +15,7 @@ from slimvlm.evaluation.bench import PairedTimes
 from slimvlm.evaluation.metrics import LIKELIHOODS, paired_difference
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import TIMES, Result
-from slimvlm.models.anatomy import Anatomy, LayerShape
+from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
 
 GIB = 1024**3
@@ -73,12 +72,13 @@ def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
                     row["difference"] = vars(apart)
                 row["significant"] = apart.significant
         values: dict[str, Any] = {
-            **{"model": result.model, "tasks": tasks, "average": _or_none(result.average)},
+            **{"model": result.model, "tasks": tasks},
+            "average": None if math.isnan(result.average) else result.average,
             **{name: getattr(result, name) for name in _OF_A_MODEL},
         }
         if first is not None and found and not math.isnan(first.average):
             kept, change = result.retention(first), result.difference(first)
-            values["retention"] = {key: _or_none(value) for key, value in vars(kept).items()}
+            values["retention"] = {k: None if math.isnan(v) else v for k, v in vars(kept).items()}
             values["average_difference"] = vars(change)
             values["average_significant"] = change.significant
         found[name] = values
@@ -188,20 +188,17 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     Where layers differ (attention and convolution, experts and a dense MLP), each value has its
     row, with its layers.
     """
-    by_layer = partial(_by_layer, anatomy)
-
-    def params(count: Callable[[LayerShape], int], units: str) -> Callable[[LayerShape], str]:
-        return lambda shape: f"{count(shape):,}" if getattr(shape, units) else "none"
-
-    def heads(shape: LayerShape) -> str:
-        queries = f"{shape.queries_per_group} query heads each, head_dim {shape.head_dim}"
-        return f"{shape.num_kv_heads} ({queries})" if shape.num_kv_heads else "none"
-
-    def neurons(shape: LayerShape) -> str:
-        everywhere = " in every expert" if shape.expert_neuron_params > 0 else ""
-        width = shape.intermediate_size
-        return f"{width}{everywhere}" if width else "none that can go"
-
+    shapes = anatomy.layers
+    groups_of = [
+        f"{s.num_kv_heads} ({s.queries_per_group} query heads each, head_dim {s.head_dim})"
+        if s.num_kv_heads else "none" for s in shapes
+    ]  # fmt: skip
+    neurons_of = [
+        f"{s.intermediate_size}{' in every expert' * (s.expert_neuron_params > 0)}"
+        if s.intermediate_size else "none that can go" for s in shapes
+    ]  # fmt: skip
+    group = [f"{s.kv_group_params:,}" if s.num_kv_heads else "none" for s in shapes]
+    neuron = [f"{s.neuron_params:,}" if s.intermediate_size else "none" for s in shapes]
     if anatomy.why_tokens_stay is not None:
         token = f"all stay: {anatomy.why_tokens_stay}"
     else:
@@ -212,11 +209,11 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     legal_experts: list[list[str]] = []
     if anatomy.expert_counts:
         taken, most = anatomy.experts_per_token, anatomy.expert_counts[-1]
-        weight = params(lambda shape: shape.expert_params, "num_experts")
+        expert = [f"{s.expert_params:,}" if s.num_experts else "none" for s in shapes]
         share_of_all = f"{anatomy.expert_share:.0%} of the backbone (--experts)"
-        experts = [*by_layer("    one expert", weight), ["    all experts", share_of_all]]
+        experts = [*_by_layer("    one expert", expert), ["    all experts", share_of_all]]
         legal_experts = [
-            *by_layer("experts in a layer", lambda shape: f"{shape.num_experts or 'none'}"),
+            *_by_layer("experts in a layer", [f"{s.num_experts or 'none'}" for s in shapes]),
             ["legal experts", f"{taken} to {most}: each token takes {taken}"],
         ]
     groups = anatomy.legal_kv_heads()
@@ -242,13 +239,13 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         ["  backbone", f"{anatomy.backbone_params:,}"],
         ["    embeddings and head", f"{anatomy.embedding_params + anatomy.head_params:,}"],
         ["    one token", token],
-        *by_layer("    one layer", lambda shape: f"{shape.params:,}"),
-        *by_layer("    one KV group", params(lambda s: s.kv_group_params, "num_kv_heads")),
-        *by_layer("    one neuron", params(lambda s: s.neuron_params, "intermediate_size")),
+        *_by_layer("    one layer", [f"{s.params:,}" for s in shapes]),
+        *_by_layer("    one KV group", group),
+        *_by_layer("    one neuron", neuron),
         *experts,
         ["layers", f"{anatomy.num_layers}" + (f" ({pinned} must stay)" if pinned else "")],
-        *by_layer("KV groups in a layer", heads),
-        *by_layer("neurons in a layer", neurons),
+        *_by_layer("KV groups in a layer", groups_of),
+        *_by_layer("neurons in a layer", neurons_of),
         *legal_experts,
         *legal,
         ["legal neurons", widths],
@@ -261,9 +258,8 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     return rows
 
 
-def _by_layer(anatomy: Anatomy, label: str, fact: Callable[[LayerShape], str]) -> list[list[str]]:
+def _by_layer(label: str, texts: Sequence[str]) -> list[list[str]]:
     """Make one row if all layers have the same value, else one for each value, with its layers."""
-    texts = list(map(fact, anatomy.layers))
     if len(set(texts)) == 1:
         return [[label, texts[0]]]
     rows: list[list[str]] = []
@@ -317,7 +313,3 @@ def _marked(
     """Format a number, marked if its change is significant."""
     value = values[name]
     return _number(value, digits) + MARK * (value is not None and values.get(mark, False))
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

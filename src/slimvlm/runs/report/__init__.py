@@ -23,7 +23,6 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
-from PIL import Image
 
 from slimvlm.core.documents import read_object
 from slimvlm.core.errors import LONGEST, ConfigError, one_line
@@ -137,8 +136,21 @@ def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, 
     cards: dict[str, list[dict[str, Any]]] = {name: [] for name in comparison.tasks}
     left_out = 0
     for *_, name, pair in queue:
-        pictures = [_picture(image) for image in pair.question.images] if room > 0 else []
-        size = sum(len(picture["uri"]) for picture in pictures)
+        pictures: list[dict[str, Any]] = []
+        for image in pair.question.images if room > 0 else ():  # as PNG data URIs
+            shown = open_image(image)
+            if max(shown.size) > SMALL_SHOWN:  # large ones are reduced, small ones shown larger
+                shown.thumbnail((LARGE, LARGE))
+                shown = shown.quantize(256)
+            buffer = BytesIO()
+            shown.save(buffer, "PNG", optimize=True)
+            enlarged = max(shown.size) <= SMALL
+            scale = SMALL_SHOWN / max(shown.size) if enlarged else 1
+            width, height = (max(1, round(side * scale)) for side in shown.size)
+            uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+            picture = {"uri": uri, "width": width, "height": height, "enlarged": enlarged}
+            pictures.append(picture)
+        size = sum(len(each["uri"]) for each in pictures)
         if size > room:
             pictures, room = [], 0
         room -= size
@@ -156,22 +168,6 @@ def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, 
         "kinds": CHANGES,
         "right": RIGHT,
     }
-
-
-def _picture(image: Image.Image | Path) -> dict[str, Any]:
-    """Encode a picture as a PNG data URI: large ones reduced, small ones to be shown larger."""
-    shown = open_image(image)
-    if max(shown.size) > SMALL_SHOWN:
-        shown.thumbnail((LARGE, LARGE))
-        shown = shown.quantize(256)
-    buffer = BytesIO()
-    shown.save(buffer, "PNG", optimize=True)
-    enlarged = max(shown.size) <= SMALL
-    scale = SMALL_SHOWN / max(shown.size) if enlarged else 1
-    width, height = (max(1, round(side * scale)) for side in shown.size)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    uri = f"data:image/png;base64,{encoded}"
-    return {"uri": uri, "width": width, "height": height, "enlarged": enlarged}
 
 
 # What a folder says.

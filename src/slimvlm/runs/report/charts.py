@@ -147,8 +147,16 @@ class Chart:
                     shape.tag = "a"
                     where = SubElement(shape, "path", attributes)
                 SubElement(where, "title").text = text
+        # Take colours and font of the page, round coordinates, leave out ids: a page has many.
         for element in root.iter():
-            element.attrib = _themed(element.attrib)
+            kept = {name: v for name, v in element.items() if name not in ("id", "clip-path")}
+            if "style" in kept:
+                style = re.sub(r"font-family:[^;]*; ?", "", kept["style"])
+                kept["style"] = re.sub(r"#[0-9a-f]{6}", lambda c: _VARIABLES.get(c[0], c[0]), style)
+            for name in ("d", "transform", "x", "y") & kept.keys():
+                shorter = lambda n: f"{float(n[0]):.1f}".removesuffix(".0")  # noqa: E731
+                kept[name] = re.sub(r"\d+\.\d+", shorter, " ".join(kept[name].split()))
+            element.attrib = kept
         over = f": {self.axes.get_ylabel()} over {self.axes.get_xlabel()}"
         texts = [text for marks in self.of("mark") for text in marks.texts]
         title = self.title + over * bool(self.axes.get_ylabel())
@@ -211,23 +219,20 @@ def draw(
             axes.set_xlim(*x_limits)
         if y_limits is not None:
             axes.set_ylim(*y_limits)
-        _write_names(axes, marks)
+        labels_of = [pair for each in marks for pair in zip(each.rows, each.names, strict=False)]
+        points = [(row[0], row[1]) for row, _ in labels_of]
+        placed: Any = axes.transData.transform(points) if points else ()
+        places = [(float(x), float(y)) for x, y in placed]
+        heights = labels_apart(places)
+        for (_, name), point, (left, y), lower in zip(
+            labels_of, points, places, heights, strict=True
+        ):
+            is_left = left < WIDTH / 2
+            text = "".join(each if each.isprintable() else "\ufffd" for each in name)  # for XML
+            beside, side = (9 if is_left else -9, lower - y), "left" if is_left else "right"
+            how: Any = {"textcoords": "offset points", "ha": side, "va": "center", "weight": "bold"}
+            axes.annotate(text, point, beside, **how)
     return Chart(title, caption, figure, marks)
-
-
-def _write_names(axes: Axes, marks: Sequence[Marks]) -> None:
-    named = [pair for each in marks for pair in zip(each.rows, each.names, strict=False)]
-    if not named:
-        return
-    points, names = [(row[0], row[1]) for row, _ in named], [name for _, name in named]
-    places = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
-    heights = labels_apart(places)
-    for name, point, (left, y), height in zip(names, points, places, heights, strict=True):
-        is_left = left < WIDTH / 2
-        text = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)  # for XML
-        beside, side = (9 if is_left else -9, height - y), "left" if is_left else "right"
-        how: Any = {"textcoords": "offset points", "ha": side, "va": "center", "weight": "bold"}
-        axes.annotate(text, point, beside, **how)
 
 
 def labels_apart(places: Sequence[tuple[float, float]]) -> list[float]:
@@ -238,19 +243,6 @@ def labels_apart(places: Sequence[tuple[float, float]]) -> list[float]:
         near = [h for i, h in heights.items() if abs(places[i][0] - x) < _LABEL_WIDTH]
         heights[index] = min([y, *(height - _LABEL_HEIGHT for height in near)])
     return [heights[index] for index in range(len(places))]
-
-
-def _themed(attributes: Mapping[str, str]) -> dict[str, str]:
-    """Take colours and font of the page, round coordinates, leave out ids: a page has many."""
-    themed = {name: v for name, v in attributes.items() if name not in ("id", "clip-path")}
-    if "style" in themed:
-        style = re.sub(r"font-family:[^;]*; ?", "", themed["style"])
-        themed["style"] = re.sub(r"#[0-9a-f]{6}", lambda c: _VARIABLES.get(c[0], c[0]), style)
-    for name in ("d", "transform", "x", "y") & themed.keys():
-        value = " ".join(themed[name].split())
-        shorter = lambda n: f"{float(n[0]):.1f}".removesuffix(".0")  # noqa: E731
-        themed[name] = re.sub(r"\d+\.\d+", shorter, value)
-    return themed
 
 
 def legend(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
@@ -375,7 +367,7 @@ def allocation(plan: Plan) -> Chart:
 
 def score_maps(plan: Plan, found: Sequence[Scores]) -> list[Chart]:
     """Draw a heatmap of the scores for each kind of unit; removed units are crossed."""
-    maps = []
+    maps, n = [], NEURON_ROWS
     for scores in found:
         layers = [] if scores.layer is None else [value.reshape(1) for value in scores.layer]
         stay = [[0] if layer in plan.layers else [] for layer in range(len(layers))]
@@ -389,8 +381,24 @@ def score_maps(plan: Plan, found: Sequence[Scores]) -> list[Chart]:
             title = f"{kind} by {scores.criterion}"
             if values is None or not any(map(len, values)):
                 continue
-            if kind == "Neurons":
-                maps.append(_neuron_map(title, values, kept))
+            if kind == "Neurons":  # shares of a layer's, best first, and a line at the number kept
+                bins = []  # mean logarithm of the scores in each row
+                for of in values:
+                    logs = of.clamp(min=1e-30).log10().sort(descending=True).values
+                    bins.append(torch.stack([part.mean() for part in logs.tensor_split(n)]))
+                shares = [len(s) / max(len(of), 1) for s, of in zip(kept, values, strict=True)]
+                cells = {
+                    (layer, row): f"layer {layer}, best {row / n:.0%} to {(row + 1) / n:.0%}: "
+                    f"about {10**value:.3g}; {shares[layer]:.0%} kept"
+                    for layer, column in enumerate(bins)
+                    for row, value in enumerate(column.tolist())
+                }
+                rows = [(i, n * share, i + 1, n * share) for i, share in enumerate(shares)]
+                texts = [f"layer {layer}: {share:.0%} kept" for layer, share in enumerate(shares)]
+                style = {"colors": COLOURS["lost"], "linewidths": 2.5}
+                cuts = Marks("spans", rows, "cut", texts, style=style)
+                caption = "Each layer's neurons, best on top. Line: so many were kept."
+                maps.append(_heatmap(title, cells, bins, [cuts], _CELL / 2, caption))
                 continue
             cells = {
                 (layer, unit): f"layer {layer}{name.format(unit)}: {value:.3g}, "
@@ -401,27 +409,6 @@ def score_maps(plan: Plan, found: Sequence[Scores]) -> list[Chart]:
             crosses = _crosses([(x + 0.5, y + 0.5) for x, y in cells if y not in kept[x]])
             maps.append(_heatmap(title, cells, values, crosses, _CELL, "Crossed: removed."))
     return maps
-
-
-def _neuron_map(title: str, values: Sequence[Tensor], kept: Sequence[Sequence[int]]) -> Chart:
-    """Draw shares of each layer's neurons, best first, and a line at the number kept."""
-    bins = []  # mean logarithm of the scores in each row
-    for of in values:
-        ordered = of.clamp(min=1e-30).log10().sort(descending=True).values
-        bins.append(torch.stack([part.mean() for part in ordered.tensor_split(NEURON_ROWS)]))
-    shares = [len(stay) / max(len(of), 1) for stay, of in zip(kept, values, strict=True)]
-    cells = {
-        (layer, row): f"layer {layer}, best {row / NEURON_ROWS:.0%} to "
-        f"{(row + 1) / NEURON_ROWS:.0%}: about {10**value:.3g}; {shares[layer]:.0%} kept"
-        for layer, column in enumerate(bins)
-        for row, value in enumerate(column.tolist())
-    }
-    rows = [(i, NEURON_ROWS * share, i + 1, NEURON_ROWS * share) for i, share in enumerate(shares)]
-    texts = [f"layer {layer}: {share:.0%} kept" for layer, share in enumerate(shares)]
-    style = {"colors": COLOURS["lost"], "linewidths": 2.5}
-    cuts = Marks("spans", rows, "cut", texts, style=style)
-    caption = "Each layer's neurons, best on top. Line: so many were kept."
-    return _heatmap(title, cells, bins, [cuts], _CELL / 2, caption)
 
 
 def _heatmap(
@@ -459,7 +446,8 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 def _line(
     points: Sequence[tuple[float, float]], look: str, name: str, colour: str, **style: Any
 ) -> Marks:
-    return Marks("line", points, f"line {look}", [name], style={"color": _colour(colour), **style})
+    style = {"color": COLOURS.get(colour, COLOURS["soft"]), **style}
+    return Marks("line", points, f"line {look}", [name], style=style)
 
 
 def _dots(entries: Sequence[Entry], xs: Sequence[float], are_named: bool = False) -> list[Marks]:
@@ -467,7 +455,7 @@ def _dots(entries: Sequence[Entry], xs: Sequence[float], are_named: bool = False
     marks = []
     for entry, x in zip(entries, xs, strict=True):
         assert entry.percent is not None
-        colour = _colour(entry.axis)
+        colour = COLOURS.get(entry.axis or "ink", COLOURS["soft"])
         if entry.low is not None and entry.high is not None:
             bar = {"colors": colour, "linewidths": 1.5, "alpha": 0.65}
             marks.append(Marks("spans", [(x, entry.low, x, entry.high)], style=bar))
@@ -489,7 +477,3 @@ def _crosses(places: Sequence[tuple[float, float]]) -> list[Marks]:
     style = {"s": 60, "color": COLOURS["lost"], "marker": "x", "zorder": 3}
     removed = ["removed"] * len(places)
     return [Marks("points", places, "gone", removed, style=style)] if places else []
-
-
-def _colour(name: str) -> str:
-    return COLOURS.get(name or "ink", COLOURS["soft"])

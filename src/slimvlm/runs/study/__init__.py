@@ -41,7 +41,6 @@ from slimvlm.runs.study.schedule import (
     SCORES,
     STAGE_KINDS,
     Cache,
-    CellStages,
     Outcome,
     Schedule,
     Stage,
@@ -329,22 +328,55 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     latency, paths of the files behind it, seconds by stage, status (done, failed, open) and the
     error. Models of one shape take equally long: each gets the median of their times.
     """
-    sighted = _tasks_with_pictures(study.tasks)
-    originals = {cell.original.name: cell for cell in schedule.cells}.values()
+
+    def place(stage: Stage, name: str) -> str:
+        """Return a file's path relative to the study's folder."""
+        return str(cache.path(stage, name).relative_to(cache.root))
+
+    sighted, cells = _tasks_with_pictures(study.tasks), schedule.cells
+    originals = {cell.original.name: (cell, [cell.original]) for cell in cells}.values()
     rows = []
-    for cell in originals:
-        row = {
-            **dict.fromkeys(cell.cell.values(), None),
-            **{"model": cell.cell.model, "axis": ORIGINAL, "recovery": ORIGINAL},
-            **{"ratio": 0.0, "achieved_ratio": 0.0, "fraction": 1.0, "seed": 0},
-            **_state([cell.original], cache),
-        }
-        if row["status"] == DONE:
-            result = cache.path(cell.original, RESULT)
-            row |= {"avg_percent": 100.0, **_scores(result, sighted)}
-            row["result"] = str(result.relative_to(cache.root))
-        rows.append(row | _seconds([cell.original], cache))
-    rows += [_row(study, cell, cache, sighted) for cell in schedule.cells]
+    for cell, stages in [*originals, *((cell, cell.all()) for cell in cells)]:
+        options, is_original = cell.cell.values(), len(stages) == 1
+        is_done = cache.is_done(stages[0]) and cache.is_done(stages[-1])
+        # the first error in the order of the work
+        errors = [f"{s.kind}: {e}" for s in stages if not is_done and (e := cache.error_of(s))]
+        state: dict[str, Any] = {"status": DONE if is_done else FAILED if errors else OPEN}
+        state["failed"] = errors[0] if errors else None
+        spent = dict.fromkeys((f"seconds_{kind}" for kind in STAGE_KINDS), 0.0)
+        for stage in stages if is_original else stages[1:]:  # shared ones count in each cell
+            for record in cache.records(stage.kind, stage.name):
+                spent[f"seconds_{stage.kind}"] += record.seconds
+        result, original = (cache.path(s, RESULT) for s in (stages[-1], cell.original))
+        if is_original:
+            row = {
+                **dict.fromkeys(options),
+                **{"model": cell.cell.model, "axis": ORIGINAL, "recovery": ORIGINAL},
+                **{"ratio": 0.0, "achieved_ratio": 0.0, "fraction": 1.0, "seed": 0, **state},
+            }
+            if is_done:
+                row |= {"avg_percent": 100.0, **_scores(result, sighted)}
+                row["result"] = place(cell.original, RESULT)
+            rows.append(row | spent)
+            continue
+        row = {**options, "achieved_ratio": None, "steps": 0, **state}
+        if cache.is_done(cell.prune):
+            row["achieved_ratio"] = _ratio(cache.path(cell.prune, PLAN))
+        if cell.recover and cache.is_done(cell.recover):
+            row["steps"] = History.load(cache.path(cell.recover, HISTORY)).steps[-1]["step"]
+        if is_done:
+            made = (*cell.calibrations, cell.prune)
+            scored = [stage for stage in made if cache.path(stage, f"{SCORES}.json").exists()]
+            row |= {**_retention(result, original), **_scores(result, sighted)}
+            row |= {"result": place(cell.evaluate, RESULT), "plan": place(cell.prune, PLAN)}
+            row["scores"] = " ".join(place(stage, SCORES) for stage in scored)
+            row["history"] = None if cell.recover is None else place(cell.recover, HISTORY)
+        if study.reference is not None:
+            found = study.reference.row_for(options)
+            sources = (study.reference.source, found.source) if found else ()
+            row["reference"] = found.retention if found else None
+            row["reference_source"] = ", ".join(filter(None, sources)) or None
+        rows.append(row | spent)
     table = pd.DataFrame(rows)
     table = table.assign(**{name: None for name in _MEASURED if name not in table})
     shape, times = ["model", "total_params", "backbone_params"], ["prefill_ms", "decode_ms"]
@@ -352,55 +384,9 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     return table.assign(**shared.transform("median"))
 
 
-def _row(
-    study: StudyConfig, cell: CellStages, cache: Cache, sighted: frozenset[str]
-) -> dict[str, Any]:
-    def place(stage: Stage, name: str) -> str:
-        """Return a file's path relative to the study's folder."""
-        return str(cache.path(stage, name).relative_to(cache.root))
-
-    stages, options = cell.all(), cell.cell.values()
-    row = {**options, "achieved_ratio": None, "steps": 0, **_state(stages, cache)}
-    if cache.is_done(cell.prune):
-        row["achieved_ratio"] = _ratio(cache.path(cell.prune, PLAN))
-    if cell.recover and cache.is_done(cell.recover):
-        row["steps"] = History.load(cache.path(cell.recover, HISTORY)).steps[-1]["step"]
-    if row["status"] == DONE:
-        result, original = (cache.path(s, RESULT) for s in (cell.evaluate, cell.original))
-        made = (*cell.calibrations, cell.prune)
-        scored = [stage for stage in made if cache.path(stage, f"{SCORES}.json").exists()]
-        row |= {**_retention(result, original), **_scores(result, sighted)}
-        row |= {"result": place(cell.evaluate, RESULT), "plan": place(cell.prune, PLAN)}
-        row["scores"] = " ".join(place(stage, SCORES) for stage in scored)
-        row["history"] = None if cell.recover is None else place(cell.recover, HISTORY)
-    if study.reference is not None:
-        found = study.reference.row_for(options)
-        sources = (study.reference.source, found.source) if found else ()
-        row["reference"] = found.retention if found else None
-        row["reference_source"] = ", ".join(filter(None, sources)) or None
-    return row | _seconds(stages[1:], cache)
-
-
 @lru_cache(maxsize=4096)
 def _ratio(plan: Path) -> float:
     return Plan.load(plan).ratio
-
-
-def _state(stages: list[Stage], cache: Cache) -> dict[str, Any]:
-    """Return the status, and the first error in the order of the work."""
-    if cache.is_done(stages[0]) and cache.is_done(stages[-1]):
-        return {"status": DONE, "failed": None}
-    errors = [f"{s.kind}: {e}" for s in stages if (e := cache.error_of(s))]
-    return {"status": FAILED if errors else OPEN, "failed": errors[0] if errors else None}
-
-
-def _seconds(stages: list[Stage], cache: Cache) -> dict[str, float]:
-    """Sum seconds by kind of stage; shared stages count in each of their cells."""
-    spent = dict.fromkeys((f"seconds_{kind}" for kind in STAGE_KINDS), 0.0)
-    for stage in stages:
-        for record in cache.records(stage.kind, stage.name):
-            spent[f"seconds_{stage.kind}"] += record.seconds
-    return spent
 
 
 @lru_cache(maxsize=4096)

@@ -55,6 +55,9 @@ RECORD = "stage.json"
 """Written last into an outcome: request, seconds, estimated work."""
 CHECKPOINT = "checkpoint"
 """Output of the stages that make a model; the only output that may be removed later."""
+_OUTPUTS = {"prune": CHECKPOINT, "recover": CHECKPOINT}
+_OUTPUTS |= {"calibrate": f"{SCORES}.json", "evaluate": RESULT}
+"""What a stage leaves for later ones."""
 _LONGEST_ERROR = 300
 
 
@@ -70,7 +73,7 @@ class Stage:
     @property
     def output(self) -> str:
         """The file or folder that later stages read."""
-        return _WORK[self.kind][0]
+        return _OUTPUTS[self.kind]
 
     @cached_property
     def name(self) -> str:
@@ -103,7 +106,7 @@ def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> N
     """Do a stage without progress bars, then release the memory of its models."""
     try:
         with without_bars():
-            _WORK[stage.kind][1](stage, inputs, folder, scratch)
+            _fill(stage, inputs, folder, scratch)
     finally:
         release_memory()
 
@@ -181,15 +184,6 @@ class Cache:
         write_text(path, json.dumps({"label": stage.label, "error": line}) + "\n")
         return Outcome(stage.name, seconds, line)
 
-    def drop_checkpoint(self, stage: Stage) -> None:
-        """Remove a stage's model and keep the rest of its outcome, unless another worker did."""
-        path = self.path(stage, CHECKPOINT)
-        gone = path.with_name(f".{CHECKPOINT}.gone.{uuid4().hex}")
-        with suppress(FileNotFoundError):
-            path.rename(gone)
-        for left in path.parent.glob(f".{CHECKPOINT}.gone.*"):  # also by a worker that was killed
-            shutil.rmtree(left, ignore_errors=True)
-
     def sweep(self, stages: Iterable[Stage]) -> None:
         """Remove resume files of done stages, which killed workers left."""
         for stage in stages:
@@ -256,30 +250,28 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     )
     whole = resolved(whole, shape=_shape_of(cell.model))
     base = replace(whole, recover=None, training_samples=None)
-    scored = tuple(_calibration(base, criterion) for criterion in scored_by(base.prune))
-    shape = f"{name} {config.axis} {config.ratio:.0%}"
-    prune = Stage("prune", base, scored, shape)
+    scored = []  # ratio, allocation and repair change no scores
+    for criterion in scored_by(base.prune):
+        label = f"{name} {criterion}"
+        known = {
+            each: getattr(base.prune, each) for each in criterion_options(base.prune, criterion)
+        }
+        if CRITERIA[criterion].needs_data:
+            wanted = replace(_reading(base.prune), criterion=(criterion,), **known)
+            request, label = replace(base, prune=wanted), f"{label} seed {config.seed}"
+        else:
+            loading = vars(part_of(base.prune, LoadConfig))
+            wanted = PruneConfig(criterion=(criterion,), **known, **loading)
+            request = replace(base, prune=wanted, hold_out=False, made_from=base.made_from[:1])
+        scored.append(Stage("calibrate", request, (), label))
+    prune = Stage("prune", base, tuple(scored), f"{name} {config.axis} {config.ratio:.0%}")
     recover = None
     if whole.recover is not None:
         request = replace(whole, prune=_reading(base.prune), hold_out=False)
         recover = Stage("recover", request, (prune,), cell.label)
     original = _evaluation(study, cell, None, f"{name} original")
     evaluate = _evaluation(study, cell, recover or prune, cell.label)
-    return CellStages(cell, original, scored, prune, recover, evaluate)
-
-
-def _calibration(base: Request, criterion: str) -> Stage:
-    """Make a stage of scores by one criterion, which ratio, allocation and repair do not change."""
-    config, label = base.prune, f"{short_name(base.model)} {criterion}"
-    known = {name: getattr(config, name) for name in criterion_options(config, criterion)}
-    if CRITERIA[criterion].needs_data:
-        wanted = replace(_reading(config), criterion=(criterion,), **known)
-        request, label = replace(base, prune=wanted), f"{label} seed {config.seed}"
-    else:
-        loading = vars(part_of(config, LoadConfig))
-        wanted = PruneConfig(criterion=(criterion,), **known, **loading)
-        request = replace(base, prune=wanted, hold_out=False, made_from=base.made_from[:1])
-    return Stage("calibrate", request, (), label)
+    return CellStages(cell, original, tuple(scored), prune, recover, evaluate)
 
 
 def _reading(config: PruneConfig) -> PruneConfig:
@@ -320,58 +312,34 @@ def _samples(
     return samples_for(model, source, None, notes.append), notes
 
 
-# The work of the stages: folders of inputs, the folder to fill, one that a restart finds again.
-
-
-def _calibrate(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
-    (scores,) = stages.calibrate(stage.request, *_original(stage.request)).values()
-    scores.save(folder / SCORES)
-
-
-def _original(request: Request) -> tuple[Any, Calibration]:
-    """Load the unpruned model and its calibration data."""
-    model, processor = stages.load_original(request)
-    shown = split(samples_of(request)[0], request).calibration
-    return model, Calibration(processor, shown, request.hold_out)
-
-
-def _prune(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
-    model, calibration = _original(stage.request)
-    given = [Scores.load(path / SCORES) for path in inputs]
-    walked = stages.prune_(stage.request, model, calibration, given, scratch=scratch / "walk")
-    if walked.scores is not None:
-        walked.scores.save(folder / SCORES)
-    write_text(folder / WALK, json.dumps(asdict(walked.report), indent=1) + "\n")
-    save(model, calibration.processor, folder / CHECKPOINT, walked.plan)
-    walked.plan.save(folder / PLAN)
-
-
-def _recover(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
-    request, plan = stage.request, Plan.load(inputs[0] / PLAN)
-    model, processor = load(inputs[0] / CHECKPOINT, request.prune.dtype, request.prune.device)
-    training = split(samples_of(request)[0], request).training
-    history = stages.recover_(request, model, processor, plan, training, scratch)
-    history.save(folder / HISTORY)
-    save(model, processor, folder / CHECKPOINT, plan)
-    plan.save(folder / PLAN)
-
-
-def _evaluate(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
+def _fill(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
+    """Do a stage: folders of inputs, the folder to fill, one that a restart finds again."""
     request = stage.request
-    if inputs:
+    if inputs and stage.kind in ("recover", "evaluate"):
         model, processor = load(inputs[0] / CHECKPOINT, request.prune.dtype, request.prune.device)
     else:
         model, processor = stages.load_original(request)
-    stages.evaluate(request, model, processor, stage.label, scratch).save(folder / RESULT)
-
-
-_WORK: Mapping[str, tuple[str, Callable[[Stage, Sequence[Path], Path, Path], None]]] = {
-    "calibrate": (f"{SCORES}.json", _calibrate),
-    "prune": (CHECKPOINT, _prune),
-    "recover": (CHECKPOINT, _recover),
-    "evaluate": (RESULT, _evaluate),
-}
-"""What a stage leaves for later ones, and what it does."""
+    found = split(samples_of(request)[0], request)
+    calibration = Calibration(processor, found.calibration, request.hold_out)
+    if stage.kind == "calibrate":
+        (scores,) = stages.calibrate(request, model, calibration).values()
+        scores.save(folder / SCORES)
+    elif stage.kind == "prune":
+        given = [Scores.load(path / SCORES) for path in inputs]
+        walked = stages.prune_(request, model, calibration, given, scratch=scratch / "walk")
+        if walked.scores is not None:
+            walked.scores.save(folder / SCORES)
+        write_text(folder / WALK, json.dumps(asdict(walked.report), indent=1) + "\n")
+        save(model, processor, folder / CHECKPOINT, walked.plan)
+        walked.plan.save(folder / PLAN)
+    elif stage.kind == "recover":
+        plan = Plan.load(inputs[0] / PLAN)
+        history = stages.recover_(request, model, processor, plan, found.training, scratch)
+        history.save(folder / HISTORY)
+        save(model, processor, folder / CHECKPOINT, plan)
+        plan.save(folder / PLAN)
+    else:
+        stages.evaluate(request, model, processor, stage.label, scratch).save(folder / RESULT)
 
 
 # Their order.
@@ -427,12 +395,13 @@ class Schedule:
             after = (stage for stage in (cell.recover, cell.evaluate) if stage is not None)
             own[cell.evaluate.name] = sum(self.flops[stage.name] for stage in after)
             of_plan[cell.prune.name] += own[cell.evaluate.name]
-
-        def place(cell: CellStages) -> tuple[int, float, str, float, str]:
-            plan, name = cell.prune.name, cell.evaluate.name
-            return models.index(cell.cell.model), of_plan[plan], plan, own[name], name
-
-        return sorted(self.cells, key=place)
+        return sorted(
+            self.cells,
+            key=lambda c: (
+                *(models.index(c.cell.model), of_plan[c.prune.name], c.prune.name),
+                *(own[c.evaluate.name], c.evaluate.name),
+            ),
+        )
 
     def missing(self, cache: Cache) -> list[Stage]:
         """List the open stages in order: those that lead to a missing evaluation."""
@@ -468,7 +437,11 @@ class Schedule:
         """Remove the models that a finished stage has read, where no open stage needs them."""
         for source in () if self.keeps_checkpoints else stage.inputs:
             if source.output == CHECKPOINT and not self.is_needed(source, cache):
-                cache.drop_checkpoint(source)
+                path = cache.path(source, CHECKPOINT)
+                with suppress(FileNotFoundError):  # unless another worker was faster
+                    path.rename(path.with_name(f".{CHECKPOINT}.gone.{uuid4().hex}"))
+                for left in path.parent.glob(f".{CHECKPOINT}.gone.*"):  # also of a killed worker
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 # The engines. ``started`` and ``finished`` are told when stages begin and end.
