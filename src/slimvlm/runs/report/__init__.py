@@ -297,30 +297,7 @@ def _read_run(folder: Path) -> Record:
             " ratios lie on a straight line; full training is compared with the study's LoRA."
         )
         tables.append(Table("Published numbers", header, there, note))
-    command = ""
-    with suppress(ConfigError):  # options of another version
-        model, options, _ = read_config(folder / "config.json")
-        command = compress_command(model, options, folder)
-    comparison = None
-    if ORIGINAL in results and len(results) > 1:
-        comparison = _compared(results[ORIGINAL], list(results.values())[-1], config)
-    scores = [Scores.load(path) for path in sorted((folder / "scores").glob("*.safetensors"))]
-    learns = f"{recover.get('train')} from {recover.get('loss')}"
-    return Record(
-        title=f"{Path(config['model']).name} at {plan.ratio:.0%}",
-        lead=f"This run {plan.summary()}.",
-        cards=_run_cards(folder, plan, entries),
-        command=command,
-        config=config,
-        entries=entries,
-        prunings=[("", plan, scores)],
-        trainings=_training(folder / "history.json", learns),
-        tables=tables,
-        comparison=comparison,
-    )
-
-
-def _run_cards(folder: Path, plan: Plan, entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
+    # figures to read first
     cards, times = [], read_times(folder)
     compared = len(entries) > 1 and entries[0].is_original
     first, last = (entries[0], entries[-1]) if compared else (None, None)
@@ -339,12 +316,31 @@ def _run_cards(folder: Path, plan: Plan, entries: Sequence[Entry]) -> list[tuple
         cards.append(("Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"))
         words = f"a token, of {first.decode_ms:.1f} ms"
         cards.append(("Decode", f"{last.decode_ms:.1f} ms", words))
-    on_data = [*read_held_out(folder).values()]
-    same = on_data[-1].figures.agreement if on_data else None
+    same = list(on_data.values())[-1].figures.agreement if on_data else None
     if same is not None and same.low is not None and same.high is not None:
         interval = f"on unseen samples, 95 % interval {same.low:.1f} to {same.high:.1f}"
         cards.append(("Same next token", f"{same.value:.1f} %", interval))
-    return cards
+    command = ""
+    with suppress(ConfigError):  # options of another version
+        model, options, _ = read_config(folder / "config.json")
+        command = compress_command(model, options, folder)
+    comparison = None
+    if ORIGINAL in results and len(results) > 1:
+        comparison = _compared(results[ORIGINAL], list(results.values())[-1], config)
+    scores = [Scores.load(path) for path in sorted((folder / "scores").glob("*.safetensors"))]
+    learns = f"{recover.get('train')} from {recover.get('loss')}"
+    return Record(
+        title=f"{Path(config['model']).name} at {plan.ratio:.0%}",
+        lead=f"This run {plan.summary()}.",
+        cards=cards,
+        command=command,
+        config=config,
+        entries=entries,
+        prunings=[("", plan, scores)],
+        trainings=_training(folder / "history.json", learns),
+        tables=tables,
+        comparison=comparison,
+    )
 
 
 def _walk_tables(folder: Path) -> Iterator[Table]:
@@ -369,6 +365,8 @@ def _walk_tables(folder: Path) -> Iterator[Table]:
 
 
 def _read_study(folder: Path) -> Record:
+    from slimvlm_tools.claims import claims_of
+
     config = read_object(folder / "study.json", "report:")
     try:
         table = pd.read_parquet(folder / TABLE)
@@ -382,7 +380,7 @@ def _read_study(folder: Path) -> Record:
         index: _entry(row, _name(row, varied), varied, f"cell-{index}")
         for index, row in done.iterrows()
     }
-    prunings = []
+    measured, prunings = list(entries.values()), []
     for _, row in [] if cells.empty else cells.drop_duplicates("plan").iterrows():
         scores = [Scores.load(folder / name) for name in str(row["scores"]).split()]
         title = f"{Path(row['model']).name} {row['axis']} {row['ratio']:.0%}, {row['criterion']}"
@@ -400,48 +398,17 @@ def _read_study(folder: Path) -> Record:
         cards.append((f"Best at {ratio:.0%} (AVG-%)", f"{entry.percent:.1f}", how))
     comparison, notes = None, []
     if not cells.empty:
-        nearest = min(cells["ratio"].unique(), key=lambda measured: abs(measured - SHOWN_RATIO))
+        nearest = min(cells["ratio"].unique(), key=lambda each: abs(each - SHOWN_RATIO))
         best = cells[cells["ratio"] == nearest]["avg_percent"].idxmax()
         shown, notes = cells.loc[best], [f"Answers are those of: {entries[best].name}."]
         originals = table[(table["axis"] == ORIGINAL) & (table["model"] == shown["model"])]
         original = Result.load(folder / originals.iloc[0]["result"])
         comparison = _compared(original, Result.load(folder / shown["result"]), config)
-    models = ", ".join(Path(model).name for model in table["model"].unique())
-    axes = " and ".join(wanted["axis"].unique())
-    return Record(
-        title=f"Study of {models}",
-        lead=f"{len(cells)} of {len(wanted)} cells measured, along {axes}.",
-        cards=cards,
-        command=shlex.join(["slimvlm", "study", str(folder / STUDY), "--out", str(folder)]),
-        config=config,
-        entries=list(entries.values()),
-        prunings=prunings,
-        trainings=trainings,
-        tables=_study_tables(table, done, list(entries.values())),
-        comparison=comparison,
-        notes=notes,
-    )
-
-
-def _name(row: pd.Series, varied: Sequence[str] = ()) -> str:
-    """Name a cell by its options."""
-    short = Path(str(row["model"])).name
-    if row["axis"] == ORIGINAL:
-        return f"{short} original"
-    trained = "untrained" if row["train"] == "none" else str(row["recovery"])
-    options = [f"{name} {row[name]}" for name in varied if row[name] != ""]
-    return ", ".join([f"{short} {row['axis']} {row['ratio']:.0%}", trained, *options])
-
-
-def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Entry]) -> list[Table]:
-    """Make tables of all cells, claims, scores by task and failures."""
-    from slimvlm_tools.claims import claims_of
-
-    extra = list(dict.fromkeys(name for entry in entries for name in entry.columns))
+    extra = list(dict.fromkeys(name for entry in measured for name in entry.columns))
     header = ["model", "removed", "AVG", "AVG-% [95 % interval]", *extra]
     header += ["the study", "parameters", "prefill ms", "decode ms"]
     rows = []
-    for entry in entries:
+    for entry in measured:
         there = []
         if not entry.is_original and entry.fraction == 1:
             there = published(entry.axis, entry.train, entry.loss, entry.ratio)
@@ -458,7 +425,7 @@ def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Ent
         "(arXiv:2604.24380), with all of its data, LoRA next to full training; other models and "
         "tasks, so read the trend."
     )
-    tables = [Table("All cells", header, rows, note, ids=[entry.link for entry in entries])]
+    tables = [Table("All cells", header, rows, note, ids=[entry.link for entry in measured])]
     claims = [claim for claim in claims_of(table) if claim.verdict != "not measured"]
     if claims:
         title, header = "What this says on the study's claims", ["claim", "says", "here"]
@@ -469,16 +436,40 @@ def _study_tables(table: pd.DataFrame, done: pd.DataFrame, entries: Sequence[Ent
     names = [name for name in done.columns if name.startswith("score:")]
     rows = [
         [entry.name, *("" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in names)]
-        for entry, (_, row) in zip(entries, done.iterrows(), strict=True)
+        for entry, (_, row) in zip(measured, done.iterrows(), strict=True)
     ]
     header = ["model", *(name.removeprefix("score:") for name in names)]
     note = "In percent; perplexity as it is."
     tables.append(Table("Scores by task", header, rows, note, folded=True))
-    failed = table[table["status"] == FAILED]
-    if len(failed):
-        rows = [[_name(row), str(row["failed"])] for _, row in failed.iterrows()]
+    broken = table[table["status"] == FAILED]
+    if len(broken):
+        rows = [[_name(row), str(row["failed"])] for _, row in broken.iterrows()]
         tables.append(Table("Failed cells", ["cell", "error"], rows, wraps=True))
-    return tables
+    models = ", ".join(Path(model).name for model in table["model"].unique())
+    axes = " and ".join(wanted["axis"].unique())
+    return Record(
+        title=f"Study of {models}",
+        lead=f"{len(cells)} of {len(wanted)} cells measured, along {axes}.",
+        cards=cards,
+        command=shlex.join(["slimvlm", "study", str(folder / STUDY), "--out", str(folder)]),
+        config=config,
+        entries=measured,
+        prunings=prunings,
+        trainings=trainings,
+        tables=tables,
+        comparison=comparison,
+        notes=notes,
+    )
+
+
+def _name(row: pd.Series, varied: Sequence[str] = ()) -> str:
+    """Name a cell by its options."""
+    short = Path(str(row["model"])).name
+    if row["axis"] == ORIGINAL:
+        return f"{short} original"
+    trained = "untrained" if row["train"] == "none" else str(row["recovery"])
+    options = [f"{name} {row[name]}" for name in varied if row[name] != ""]
+    return ", ".join([f"{short} {row['axis']} {row['ratio']:.0%}", trained, *options])
 
 
 def _entry(
