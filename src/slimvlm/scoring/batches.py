@@ -84,10 +84,6 @@ class Pass:
             self.num_tokens += int((self.weights > 0).sum())
             self.weight += float(self.weights.sum(1).sum())
 
-    def row_weights(self, x: Tensor) -> Tensor:
-        """Return the weight of each row of ``x``, flattened to tokens, as ``[B * T, 1]``."""
-        return self.weights.flatten()[:, None].to(x.device)
-
     @property
     def totals(self) -> dict[str, Any]:
         """The fields of statistics that every pass fills."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -152,16 +152,6 @@ def score_angular(statistics: Statistics, anatomy: Anatomy, last_layer: str = "p
     return {"layer": runs[0].clone(), "layer_runs": runs}
 
 
-class Inputs(NamedTuple):
-    """The inputs of a matrix that writes to the residual stream, in one batch."""
-
-    layer: int
-    projection: Projection
-    x: Float[Tensor, "T C"]
-    weights: Float[Tensor, "T 1"]
-    expert: int | None  # whose inputs they are
-
-
 def linear_matrices(model: nn.Module) -> list[tuple[int, Projection, nn.Linear]]:
     """List the linear modules that units own parts of, by layer; refuse experts."""
     found = []
@@ -184,10 +174,13 @@ def on_inputs(
     model: nn.Module,
     batches: Iterable[Batch],
     token_weights: TokenWeights | None,
-    call: Callable[[Inputs], None],
+    call: Callable[[int, Projection, Tensor, Tensor, int | None], None],
     layers: Collection[int] | None = None,
 ) -> Pass:
-    """Run a model, and call a function for the `Inputs` of its matrices (of some layers)."""
+    """Run a model, and call a function for the inputs of its matrices (of some layers).
+
+    As ``call(layer, matrix, x [T, C], weights [T, 1], the expert whose inputs they are or None)``.
+    """
     seen = Pass()
 
     def before(index: int, matrix: Matrix, module: nn.Module, args: Any) -> None:
@@ -197,7 +190,8 @@ def on_inputs(
             found = inputs_of_experts(module, projection.transposed, args)
         for expert, tokens, x in found:
             require_finite_values(x, f"the input of layer {index} {projection.path}")
-            call(Inputs(index, projection, x, seen.row_weights(x)[tokens], expert))
+            weights = seen.weights.flatten()[:, None].to(x.device)[tokens]
+            call(index, projection, x, weights, expert)
 
     with ExitStack() as stack:
         for index, matrix in writing_matrices(model):
@@ -239,12 +233,12 @@ def capture_activations(
     """Average over tokens, by weight, ``|a|`` of neurons and the L2 norm of KV groups' heads."""
     anatomy, sums = read_anatomy(model), dict[Place, Tensor]()
 
-    def add(given: Inputs) -> None:
-        place, sizes = (given.layer, unit_of(given.projection)), given.x.float().abs()
+    def add(layer: int, matrix: Projection, x: Tensor, weights: Tensor, expert: int | None) -> None:
+        place, sizes = (layer, unit_of(matrix)), x.float().abs()
         if place[1] == "kv_group":
-            groups = anatomy.layers[given.layer].num_kv_heads
+            groups = anatomy.layers[layer].num_kv_heads
             sizes = sizes.square().view(len(sizes), groups, -1).sum(-1).sqrt()
-        total = with_float64(sizes * given.weights).sum(0, dtype=torch.float64).cpu()
+        total = with_float64(sizes * weights).sum(0, dtype=torch.float64).cpu()
         sums[place] = sums.get(place, 0) + total
 
     seen = on_inputs(model, batches, token_weights, add)
@@ -267,9 +261,9 @@ def capture_moments(
         sums = {"sum": torch.zeros_like(l1), "square": torch.zeros_like(l1)}
         parts[index, each.projection.path] = {**sums, "column_l1": l1, "column_square": square}
 
-    def add(given: Inputs) -> None:
-        x, rows = given.x.float(), ... if given.expert is None else given.expert
-        part, weighted = parts[given.layer, given.projection.path], x * given.weights
+    def add(layer: int, matrix: Projection, x: Tensor, weights: Tensor, expert: int | None) -> None:
+        x, rows = x.float(), ... if expert is None else expert
+        part, weighted = parts[layer, matrix.path], x * weights
         for name, values in (("sum", weighted), ("square", weighted * x)):
             total = with_float64(values).sum(0, dtype=torch.float64).cpu()
             part[name][rows] += total
@@ -297,9 +291,9 @@ def capture_grams(
             device = with_float64(weight[:0]).device
             parts[index, projection.path] = Moments.zero(weight.shape[1], None, kind, device)
 
-    def add(given: Inputs) -> None:
-        part = parts[given.layer, given.projection.path]
-        part.add(given.x.to(part.pairs.device), given.weights[:, 0].to(part.pairs.device))
+    def add(layer: int, matrix: Projection, x: Tensor, weights: Tensor, expert: int | None) -> None:
+        part = parts[layer, matrix.path]
+        part.add(x.to(part.pairs.device), weights[:, 0].to(part.pairs.device))
 
     seen = on_inputs(model, batches, token_weights, add, layers)
     return Grams(parts=parts, matrices=weights, **seen.totals)
@@ -334,7 +328,7 @@ def capture_routing(
             matrix = last[expert].float()
             added = x @ (matrix if experts.transposed else matrix.T)
             require_finite_values(added, f"the experts of layer {index}")
-            weights = with_float64(seen.row_weights(added)[tokens, 0]).double()
+            weights = with_float64(seen.weights.flatten().to(added.device)[tokens]).double()
             sizes = with_float64(added.norm(dim=-1)).double()
             sums = torch.stack([weights.sum(), (weights * sizes).sum()])
             parts[index, "expert"][:, expert] += sums.cpu()

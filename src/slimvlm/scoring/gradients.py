@@ -139,12 +139,10 @@ def on_products(
 
     def after(place: Place, dim: int, module: nn.Linear, args: Any, output: Tensor) -> None:
         inputs[place] = args[0].detach()
-
-        def on_gradient(dy: Tensor) -> None:
-            call(place, dim, weight_of(module), inputs.pop(place), dy)
-
         if output.requires_grad:
-            output.register_hook(on_gradient)
+            output.register_hook(
+                lambda dy: call(place, dim, weight_of(module), inputs.pop(place), dy)
+            )
 
     with ExitStack() as stack:
         stack.enter_context(frozen(model))

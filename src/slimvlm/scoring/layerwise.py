@@ -244,7 +244,8 @@ class LayerwiseModel:
     def embed(self, batches: Iterable[Batch]) -> str:
         """Run everything before the decoder layers for every batch that is not stored yet.
 
-        Returns a digest of the batches.
+        Layers only record their arguments and return zeros; the input of one after the first is
+        then the tensor that the model adds between the two. Returns a digest of the batches.
         """
         config = self.model.config
         keeps_objects = self.store.keeps_objects
@@ -253,9 +254,17 @@ class LayerwiseModel:
                 f"model_type {config.model_type!r} cannot be run with low memory: its last layers "
                 "read keys and values of earlier ones"
             )
+        noted: list[tuple[int, Tensor, Arguments]] = []
+
+        def note(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            noted.append((index, hidden_states, (args, kwargs)))
+            return torch.zeros_like(hidden_states)
+
         self._digests.clear()
         _ = self.devices  # before the model has one layer only
-        with self.source.loaded("before", self.device):
+        with self.source.loaded("before", self.device), ExitStack() as stack:
+            for index, layer in enumerate(Parts(self.model).layers):
+                stack.enter_context(replaced_forward(layer, partial(note, index)))
             for place, batch in enumerate(batches):
                 code = digest_of_tensors(batch)
                 self._digests.append(code)
@@ -263,41 +272,22 @@ class LayerwiseModel:
                 if stored is not None and stored["digest"] == code:
                     continue
                 moved = on_device(self.model, batch)
-                hidden, calls = self._calls_of(moved)
+                noted.clear()
+                forward_backbone(self.model, moved)
+                (_, hidden, _), *later = noted
                 tensors = {f"batch.{name}": moved[name] for name in _KEPT if name in moved}
                 tensors["batch.attention_mask"] = valid_tokens(moved)
                 tree = {
                     str(index): given if keeps_objects else packed(given, tensors)
-                    for index, given in calls.arguments.items()
+                    for index, _, given in noted
                 }
                 tensors["hidden"] = hidden
-                tensors |= {f"added.{index}": value for index, value in calls.added.items()}
+                tensors |= {f"added.{i}": entering for i, entering, _ in later if entering.any()}
                 self.store.write("batches", place, tensors, {"digest": code, "calls": tree})
         if not self._digests:
             raise DataError("no calibration batch was given")
         self.store.finish("batches")
         return digest(self._digests)
-
-    def _calls_of(self, batch: Batch) -> tuple[Tensor, LayerCalls]:
-        """Run a batch with layers that only record their arguments and return zeros.
-
-        The input of a layer after the first is then the tensor that the model adds between the two.
-        Returns the first layer's input and the calls.
-        """
-        noted: list[tuple[int, Tensor, Arguments]] = []
-
-        def note(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            noted.append((index, hidden_states, (args, kwargs)))
-            return torch.zeros_like(hidden_states)
-
-        with ExitStack() as stack:
-            for index, layer in enumerate(Parts(self.model).layers):
-                stack.enter_context(replaced_forward(layer, partial(note, index)))
-            forward_backbone(self.model, batch)
-        (_, hidden, _), *later = noted
-        arguments = {index: given for index, _, given in noted}
-        added = {index: entering for index, entering, _ in later if bool(entering.any())}
-        return hidden, LayerCalls(arguments, added)
 
     def input_of(self, index: int, place: int) -> Tensor:
         """Read the input of a layer; after the last one, of the final norm."""

@@ -45,14 +45,12 @@ class Moments:
         device: torch.device | str = "cpu",
     ) -> Moments:
         """Start the sums of a matrix, over pairs in ``dtype``; with ``outputs`` of residuals."""
-
-        def zeros(*shape: int, of: torch.dtype = torch.float64) -> Tensor:
-            return torch.zeros(shape, dtype=of, device=device)
-
-        moments = cls(zeros(channels, channels, of=dtype), zeros(channels), zeros())
+        count = torch.zeros((), dtype=torch.float64, device=device)
+        pairs = count.new_zeros(channels, channels, dtype=dtype)
+        moments = cls(pairs, count.new_zeros(channels), count)
         if outputs is not None:
-            moments.cross = zeros(outputs, channels, of=dtype)
-            moments.missing, moments.missing_square = zeros(outputs), zeros()
+            moments.cross = pairs.new_zeros(outputs, channels)
+            moments.missing, moments.missing_square = count.new_zeros(outputs), count.clone()
         return moments
 
     def add(
@@ -196,7 +194,17 @@ def invert_(matrix: Float[Tensor, "C C"]) -> bool:
     torch.linalg.cholesky_ex(factor, out=(factor, info))
     if int(info) != 0:
         return False
-    root = _triangular_inverse(factor)
+    # L⁻¹, block row by block row: [L⁻¹]_B: = -L_BB⁻¹ L_B: L⁻¹ left of the corner
+    root, block = torch.zeros_like(factor), SYMMETRIC_BLOCK // 2
+    for start in range(0, len(factor), block):
+        rows = slice(start, start + block)
+        corner = factor[rows, rows]
+        one = torch.eye(len(corner), dtype=factor.dtype, device=factor.device)
+        root[rows, rows] = torch.linalg.solve_triangular(corner, one, upper=False)
+        reads = -root[rows, rows] @ factor[rows, :start]
+        for across in range(0, start, block):
+            columns = slice(across, across + block)
+            root[rows, columns] = reads[:, across:] @ root[across:start, columns]
     for start in range(0, len(matrix), SYMMETRIC_BLOCK):
         for across in range(start, len(matrix), SYMMETRIC_BLOCK):
             rows = slice(start, start + SYMMETRIC_BLOCK)
@@ -204,18 +212,3 @@ def invert_(matrix: Float[Tensor, "C C"]) -> bool:
             matrix[rows, columns] = root[across:, rows].mT @ root[across:, columns]
     mirror_(matrix)
     return True
-
-
-def _triangular_inverse(factor: Float[Tensor, "C C"]) -> Float[Tensor, "C C"]:
-    """``L⁻¹``, block row by block row: ``[L⁻¹]_B: = -L_BB⁻¹ L_B: L⁻¹`` left of the corner."""
-    inverse, block = torch.zeros_like(factor), SYMMETRIC_BLOCK // 2
-    for start in range(0, len(factor), block):
-        rows = slice(start, start + block)
-        corner = factor[rows, rows]
-        one = torch.eye(len(corner), dtype=factor.dtype, device=factor.device)
-        inverse[rows, rows] = torch.linalg.solve_triangular(corner, one, upper=False)
-        reads = -inverse[rows, rows] @ factor[rows, :start]
-        for across in range(0, start, block):
-            columns = slice(across, across + block)
-            inverse[rows, columns] = reads[:, across:] @ inverse[across:start, columns]
-    return inverse

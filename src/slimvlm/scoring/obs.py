@@ -135,9 +135,12 @@ class _State:
 
     def remove_(self, stop: int) -> Elimination | None:
         """Remove the cheapest unit ``stop`` times; None if there are too few digits for that."""
-        self._reserve_(stop)
-        order, costs = [self.left[:0]], [self.inverse.new_empty(0)]
+        order, costs, size = [self.left[:0]], [self.inverse.new_empty(0)], 0
         while stop:
+            if size != len(self.inverse):  # room for removals until they are applied below
+                size = len(self.inverse)
+                most = min(stop * self.width, size // 2) + max(BLOCK, self.width)
+                self.u, self.count = self.inverse.new_empty(most, size), 0
             units, prices = self._remove_some_(stop)
             stop -= len(units)
             order.append(self.left[units])
@@ -150,7 +153,18 @@ class _State:
             )
             self.weights.addmm_(y, u, alpha=-1)
             self.count += len(channels)
-            self._shrink_(stop)
+            if self.count * 8 < size or stop * self.width * 3 < size:
+                continue
+            # enough removals follow to pay for applying u and dropping removed units
+            u, stays = self.u[: self.count], self._remaining_places()
+            add_product_(self.inverse, u, u, -1)
+            mirror_(self.inverse)
+            channels = self._channels(stays)
+            self.inverse = self.inverse[channels[:, None], channels]
+            self.weights = self.weights[:, channels]
+            self.inverse_blocks = self.inverse_blocks[stays]
+            self.product_blocks = self.product_blocks[stays]
+            self.left, self.gone = self.left[stays], self.gone[stays]
         stays = self._remaining_places()
         costs.append(self._prices()[stays])
         if self.has_failed or not torch.cat(costs).isfinite().all():
@@ -221,28 +235,6 @@ class _State:
         count = int(went.sum()) if len(went) > 1 else 1  # the cheapest always goes
         self.remaining -= count
         return units[:count], costs[:count]
-
-    def _shrink_(self, stop: int) -> None:
-        """Apply ``u`` and drop removed units, if enough removals follow to pay for it."""
-        size = len(self.inverse)
-        if self.count * 8 < size or stop * self.width * 3 < size:
-            return
-        u, stays = self.u[: self.count], self._remaining_places()
-        add_product_(self.inverse, u, u, -1)
-        mirror_(self.inverse)
-        channels = self._channels(stays)
-        self.inverse = self.inverse[channels[:, None], channels]
-        self.weights = self.weights[:, channels]
-        self.inverse_blocks = self.inverse_blocks[stays]
-        self.product_blocks = self.product_blocks[stays]
-        self.left, self.gone = self.left[stays], self.gone[stays]
-        self._reserve_(stop)
-
-    def _reserve_(self, stop: int) -> None:
-        """Make room for the removals until `_shrink_` applies them: at most half of all."""
-        size = len(self.inverse)
-        most = min(stop * self.width, size // 2) + max(BLOCK, self.width)
-        self.u, self.count = self.inverse.new_empty(most, size), 0
 
     def _remaining_places(self) -> Int64[Tensor, " N"]:
         """Find the remaining units; their known number avoids a read of the device."""

@@ -215,31 +215,6 @@ def score_by_layer(
     by_layer = [name for name, capture in captures.items() if capture.sees == "layer"]
     model, depth = checkpoint.model, len(Parts(checkpoint.model).layers)
 
-    def score_layer(view: nn.Module, name: str, index: int) -> None:
-        """Score one layer as if the model had no other, unless a stopped run has done so."""
-        data = (runner.batches(), name, token_weights) if captures[name].passes else ((), name)
-        file = folder / f"scores-{name}-{index}"
-        if file.exists():
-            return
-        try:
-            found = score(view, *data, **criteria[name])
-        except NumericalError as error:
-            raise NumericalError(f"decoder layer {index}, called 0 here: {error}") from error
-        with new_folder(file) as partial:
-            found.save(partial / "scores")
-
-    def joined(name: str) -> Scores:
-        """Join the scores of single layers."""
-        parts = [Scores.load(folder / f"scores-{name}-{i}" / "scores") for i in range(depth)]
-        rows: dict[str, Any] = {
-            unit: [values for part in parts for values in part.of(unit)]
-            for unit in LAYER_UNITS
-            if parts[0].of(unit) is not None
-        }
-        if parts[0].layer is not None:
-            rows["layer"] = torch.cat([part.of("layer") for part in parts])
-        return Scores(name, options=parts[0].options, **rows)
-
     with scratch_folder(scratch) as folder:
         store = Scratch(folder)
         runner = LayerwiseModel(checkpoint, store, device_named(device))
@@ -259,22 +234,42 @@ def score_by_layer(
         last = depth if by_layer or needs_data else 0
         for index in progress(range(done, last), "layers forward"):
             with runner.layer(index) as view:
-                for name in by_layer:
-                    score_layer(view, name, index)
+                for name in by_layer:  # as if the model had no other layer
+                    file = folder / f"scores-{name}-{index}"
+                    if file.exists():  # of a run that was stopped
+                        continue
+                    data = (runner.batches(), name, token_weights)
+                    given = data if captures[name].passes else ((), name)
+                    try:
+                        found = score(view, *given, **criteria[name])
+                    except NumericalError as error:
+                        where = f"decoder layer {index}, called 0 here"
+                        raise NumericalError(f"{where}: {error}") from error
+                    with new_folder(file) as partial:
+                        found.save(partial / "scores")
                 if needs_data:
                     runner.finish(index)
             if not keeps_hidden:
                 store.drop(f"hidden-{index}")
         scores: list[Scores] = []
-        for name, given in criteria.items():
+        for name, options in criteria.items():
             if captures[name].sees == "nothing":
-                scores.append(score(model, (), name, **given))
+                scores.append(score(model, (), name, **options))
             elif captures[name].sees == "hidden_states":
                 with runner.replayed() as view:
-                    statistics = collect(view, runner.batches(), name, token_weights, **given)
-                scores.append(scores_from([statistics], model, name, token_weights, **given))
+                    statistics = collect(view, runner.batches(), name, token_weights, **options)
+                scores.append(scores_from([statistics], model, name, token_weights, **options))
             else:
-                scores.append(joined(name))
+                files = (folder / f"scores-{name}-{index}" / "scores" for index in range(depth))
+                parts = [Scores.load(file) for file in files]
+                rows: dict[str, Any] = {
+                    unit: [values for part in parts for values in part.of(unit)]
+                    for unit in LAYER_UNITS
+                    if parts[0].of(unit) is not None
+                }
+                if parts[0].layer is not None:
+                    rows["layer"] = torch.cat([part.of("layer") for part in parts])
+                scores.append(Scores(name, options=parts[0].options, **rows))
         return scores
 
 
