@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, NumericalError
-from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy
+from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy
 from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
 from slimvlm.models.hidden import all_finite
 from slimvlm.planning.plan import AXES, Kept, Plan
@@ -114,12 +114,6 @@ class Budget:
     def is_open(self, layer: int) -> bool:
         """Whether a layer may lose units."""
         return self.protected[0] <= layer < self.anatomy.num_layers - self.protected[1]
-
-    @property
-    def removable_layers(self) -> list[int]:
-        """Layers that may go."""
-        layers = filter(self.is_open, range(self.anatomy.num_layers))
-        return [index for index in layers if index not in self.anatomy.pinned_layers]
 
 
 def make_plan(
@@ -299,7 +293,9 @@ def width_candidates(
 
 def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     """Drop the layers with the lowest scores, or the run of layers that costs least."""
-    candidates, shapes = budget.removable_layers, plan.shapes
+    anatomy, shapes = budget.anatomy, plan.shapes
+    open_layers = filter(budget.is_open, range(anatomy.num_layers))
+    candidates = [index for index in open_layers if index not in anatomy.pinned_layers]
     if budget.counting == "per_layer":
         count = channels_to_remove(len(candidates), budget.ratio)
     else:
@@ -321,8 +317,13 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
         assert scores.layer is not None
         order = torch.argsort(scores.layer[candidates], stable=True)[:count]
         removed = {candidates[int(i)] for i in order}
+    rows: dict[str, Any] = {
+        f"{unit}s": tuple(() if i in removed else k for i, k in enumerate(plan.kept(unit)))
+        for unit in LAYER_UNITS
+    }
+    layers = tuple(index for index in plan.layers if index not in removed)
     criteria = {**plan.criteria, "layer": scores.criterion}
-    return replace(plan.without_layers(removed), criteria=criteria)
+    return replace(plan, layers=layers, criteria=criteria, **rows)
 
 
 def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
@@ -356,7 +357,10 @@ def best_units(values: Tensor, count: int) -> Kept:
 
 
 def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
-    """Keep the best units of each open layer, equally many; kinds without scores stay whole."""
+    """Keep the best units of each open layer, equally many; kinds without scores stay whole.
+
+    Both kinds give the same share as far as whole groups allow; neurons make up the difference.
+    """
     can_shrink = {"kv_group": True, "neuron": len(budget.anatomy.legal_neurons()) > 1}
     scored = {
         unit: scores_for(unit, given, budget)
@@ -373,7 +377,41 @@ def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan
         raise ConfigError(
             f"allocation {budget.allocation!r} needs a model whose layers are equally wide"
         )
-    counts = _widths(equal, plan, scored, budget)
+    widest = max(equal.layers, key=lambda shape: shape.num_kv_heads)
+    all_groups = widest.num_kv_heads
+    all_neurons = max(shape.intermediate_size for shape in equal.layers)
+    if budget.counting == "per_layer":
+        channels = all_groups * widest.head_dim
+        gone = channels_to_remove(channels, budget.ratio) // max(widest.head_dim, 1)
+        neurons = max(all_neurons - channels_to_remove(all_neurons, budget.ratio), 1)
+        counts = {"kv_group": max(all_groups - gone, 1), "neuron": neurons}
+    else:
+        # A unit weighs as much as its like weigh in all open layers together.
+        group_params = sum(shape.kv_group_params for shape in equal.layers)
+        neuron_params = sum(shape.neuron_params for shape in equal.layers)
+        legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else []
+        if budget.kv_heads is not None and legal:
+            legal = [budget.kv_heads]
+        legal = legal or [all_groups]
+        params, multiple = budget.left(plan), budget.multiple if "neuron" in scored else 0
+        attention = all_groups * group_params if len(legal) > 1 else 0
+        mlp = all_neurons * neuron_params if multiple else 0
+        share = min(params / (attention + mlp), 1.0) if attention + mlp else 0.0
+        # parameters off the budget beyond one step of neurons, groups off the share; widths
+        misses: list[tuple[float, float, int, int]] = []
+        for groups in legal:
+            rest = params - (all_groups - groups) * group_params
+            neurons = all_neurons
+            if multiple:  # the nearest multiple, or the full width if that is nearer
+                wanted = all_neurons - rest / neuron_params
+                nearest = min(max(round(wanted / multiple), 1) * multiple, all_neurons)
+                is_nearer = abs(nearest - wanted) <= abs(all_neurons - wanted)
+                neurons = nearest if is_nearer else all_neurons
+            removed = (all_neurons - neurons) * neuron_params
+            off_budget = max(abs(rest - removed) - multiple * neuron_params, 0.0)
+            misses.append((off_budget, abs(groups - all_groups * (1 - share)), groups, neurons))
+        *_, groups, neurons = min(misses)
+        counts = {"kv_group": groups, "neuron": neurons}
     kept = {unit: list(plan.kept(unit)) for unit in scored}
     for unit, scores in scored.items():
         for index, shape in shapes.items():
@@ -401,48 +439,3 @@ def default_multiple(anatomy: Anatomy) -> int:
     while multiple > 1 and multiple * step > 0.005:
         multiple //= 2
     return multiple
-
-
-def _widths(
-    open_part: Anatomy, plan: Plan, scored: Mapping[str, Scores], budget: Budget
-) -> dict[str, int]:
-    """Find the KV groups and neurons that every open layer keeps.
-
-    Both kinds give the same share as far as whole groups allow; neurons make up the difference.
-    """
-    widest = max(open_part.layers, key=lambda shape: shape.num_kv_heads)
-    all_groups = widest.num_kv_heads
-    all_neurons = max(shape.intermediate_size for shape in open_part.layers)
-    if budget.counting == "per_layer":
-        channels = all_groups * widest.head_dim
-        groups = channels_to_remove(channels, budget.ratio) // max(widest.head_dim, 1)
-        neurons = channels_to_remove(all_neurons, budget.ratio)
-        return {"kv_group": max(all_groups - groups, 1), "neuron": max(all_neurons - neurons, 1)}
-
-    # A unit weighs as much as its like weigh in all open layers together.
-    group_params = sum(shape.kv_group_params for shape in open_part.layers)
-    neuron_params = sum(shape.neuron_params for shape in open_part.layers)
-    legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else []
-    if budget.kv_heads is not None and legal:
-        legal = [budget.kv_heads]
-    legal = legal or [all_groups]
-    params, multiple = budget.left(plan), budget.multiple if "neuron" in scored else 0
-    attention = all_groups * group_params if len(legal) > 1 else 0
-    mlp = all_neurons * neuron_params if multiple else 0
-    share = min(params / (attention + mlp), 1.0) if attention + mlp else 0.0
-
-    def misses(groups: int) -> tuple[float, float, int, int]:
-        """Parameters off the budget beyond one step of neurons, groups off the share; widths."""
-        rest = params - (all_groups - groups) * group_params
-        neurons = all_neurons
-        if multiple:  # the nearest multiple, or the full width if that is nearer
-            wanted = all_neurons - rest / neuron_params
-            nearest = max(round(wanted / multiple), 1) * multiple
-            choices = (min(nearest, all_neurons), all_neurons)
-            neurons = min(choices, key=lambda choice: abs(choice - wanted))
-        removed = (all_neurons - neurons) * neuron_params
-        off_budget = max(abs(rest - removed) - multiple * neuron_params, 0.0)
-        return off_budget, abs(groups - all_groups * (1 - share)), groups, neurons
-
-    *_, groups, neurons = min(map(misses, legal))
-    return {"kv_group": groups, "neuron": neurons}

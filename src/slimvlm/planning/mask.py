@@ -53,7 +53,13 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
                     path, _, _ = matrix.projection.path.rpartition(".")
                     _route_without(layer.get_submodule(path), matrix.weight, plan.experts[index])
         if plan.tokens is not None:
-            _mask_tokens(model, plan.tokens)
+            embedding, head = parts.token_matrices()
+            gone = _removed(len(embedding.weight), plan.tokens)
+            for holder in (embedding, *(holder for stack, holder in parts.stacks() if stack.rows)):
+                holder.weight[gone.to(holder.weight.device)] = 0
+            head.register_forward_hook(
+                lambda module, args, logits: logits.masked_fill(gone.to(logits.device), -torch.inf)
+            )
 
 
 def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
@@ -73,19 +79,6 @@ def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
             return forward(*args, **kwargs)
 
     router.forward = route
-
-
-def _mask_tokens(model: PreTrainedModel, tokens: Kept) -> None:
-    parts = Parts(model)
-    embedding, head = parts.token_matrices()
-    removed = _removed(len(embedding.weight), tokens)
-    for holder in (embedding, *(holder for stack, holder in parts.stacks() if stack.rows)):
-        holder.weight[removed.to(holder.weight.device)] = 0
-
-    def forbid(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
-        return logits.masked_fill(removed.to(logits.device), -torch.inf)
-
-    head.register_forward_hook(forbid)
 
 
 def require_match(model: nn.Module, plan: Plan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,7 +81,16 @@ class Plan:
                     f"plan: experts[{index}] keeps {len(experts)}, but each token takes {taken}"
                 )
         if self.tokens is not None:
-            _check_tokens(self.tokens, before)
+            if before.why_tokens_stay is not None:
+                raise ImpossiblePlanError(
+                    f"plan: tokens of {before.model_type!r} cannot go, since "
+                    f"{before.why_tokens_stay}"
+                )
+            if not self.tokens or not _are_indices(self.tokens, before.vocab_size):
+                raise ConfigError(
+                    "plan: tokens must be at least one, sorted, unique and below "
+                    f"{before.vocab_size}"
+                )
         missing = sorted(set(before.pinned_layers) - set(self.layers))
         if missing:
             raise ImpossiblePlanError(
@@ -105,14 +114,6 @@ class Plan:
             row = self.kept(unit)
             rows[f"{unit}s"] = (*row[:index], units, *row[index + 1 :])
         return replace(self, **rows)
-
-    def without_layers(self, removed: Collection[int]) -> Plan:
-        """The same plan with fewer layers, and none of their units."""
-        rows: dict[str, Any] = {
-            f"{unit}s": tuple(() if i in removed else k for i, k in enumerate(self.kept(unit)))
-            for unit in LAYER_UNITS
-        }
-        return replace(self, layers=tuple(i for i in self.layers if i not in removed), **rows)
 
     def kept(self, unit: str) -> tuple[Kept, ...]:
         """For each original layer its kept units of a kind."""
@@ -277,17 +278,6 @@ class PlanFile:
     before: Anatomy
     tokens: Kept | None = None
     experts: tuple[Kept, ...] = ()
-
-
-def _check_tokens(tokens: Kept, before: Anatomy) -> None:
-    if before.why_tokens_stay is not None:
-        raise ImpossiblePlanError(
-            f"plan: tokens of {before.model_type!r} cannot go, since {before.why_tokens_stay}"
-        )
-    if not tokens or not _are_indices(tokens, before.vocab_size):
-        raise ConfigError(
-            f"plan: tokens must be at least one, sorted, unique and below {before.vocab_size}"
-        )
 
 
 def _are_indices(kept: Sequence[Any], count: int) -> bool:

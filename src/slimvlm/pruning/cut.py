@@ -134,15 +134,6 @@ def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
     return changed
 
 
-def _refusal(plan: Plan, why: str) -> str:
-    legal = plan.before.legal_kv_heads()
-    counts = [shape[0] for shape in plan.after.attention_shapes] or [0]
-    return (
-        f"plan: {plan.before.text_type!r} cannot be configured with {counts[0]} KV groups "
-        f"({why}). KV groups that it can have: {', '.join(map(str, legal))}, or {_FROM_PYTHON}"
-    )
-
-
 _COUNTS = {
     "neuron": ("intermediate_dim", "intermediate_size", "expert_dim"),
     "expert": ("num_experts",),
@@ -239,18 +230,24 @@ def require_expressible(
             f"plan: layers of {plan.before.text_type!r} must stay equally wide, since "
             "modeling_pruned.py cannot cut them one by one. Plan with allocation 'uniform'"
         )
+    cause: Exception | None = None
     try:
         checked = type(text_config).from_dict(text_config.to_dict())
         whole = with_renumbered(copy.deepcopy(config), checked, plan)
         found = read_anatomy(empty_model(whole))
     except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        first_line = str(error).strip().splitlines()[-1]
-        raise ImpossiblePlanError(_refusal(plan, first_line)) from error
-    if (found.layers, found.backbone_params) != (plan.after.layers, plan.after.backbone_params):
-        raise ImpossiblePlanError(
-            _refusal(plan, "a model built from the new configuration has other shapes")
-        )
-    return text_config
+        cause, why = error, str(error).strip().splitlines()[-1]
+    else:
+        shapes = plan.after.layers, plan.after.backbone_params
+        if (found.layers, found.backbone_params) == shapes:
+            return text_config
+        why = "a model built from the new configuration has other shapes"
+    counts = [shape[0] for shape in plan.after.attention_shapes] or [0]
+    legal_heads = ", ".join(map(str, plan.before.legal_kv_heads()))
+    raise ImpossiblePlanError(
+        f"plan: {plan.before.text_type!r} cannot be configured with {counts[0]} KV groups "
+        f"({why}). KV groups that it can have: {legal_heads}, or {_FROM_PYTHON}"
+    ) from cause
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,22 @@ def lay_out(folder: Path, config: Any) -> None:
         return
     path = folder / "config.json"
     values = json.loads(path.read_text())
-    for part in _parts(values):
-        part |= _older_fields(part)
+    for part in list(_parts(values)):
+        if "dtype" in part:
+            part["torch_dtype"] = part["dtype"]
+        rope = part.get("rope_parameters") or {}
+        if "sliding_attention" in rope:
+            local = rope["sliding_attention"]
+            part["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
+            rope = rope.get("full_attention", local)
+        if "rope_type" not in rope:
+            continue
+        scaling = dict(rope)
+        part["rope_theta"] = scaling.pop("rope_theta", 10000.0)
+        if "partial_rotary_factor" in scaling:
+            part["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+        is_plain = scaling == {"rope_type": "default"}
+        part["rope_scaling"] = None if is_plain else {**scaling, "type": scaling["rope_type"]}
     values |= {old: values[new] for old, new in layout.fields if new in values}
     write_text(path, json.dumps(values, indent=2) + "\n")
     if not layout.names:
@@ -143,22 +157,3 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for value in config.values():
         if isinstance(value, dict) and "model_type" in value:
             yield from _parts(value)
-
-
-def _older_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Names and values of a configuration's fields in older versions."""
-    fields = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
-    rope: dict[str, Any] = config.get("rope_parameters") or {}
-    if "sliding_attention" in rope:
-        local = rope["sliding_attention"]
-        fields["rope_local_base_freq"] = local.get("rope_theta", 10000.0)
-        rope = rope.get("full_attention", local)
-    if "rope_type" not in rope:
-        return fields
-    scaling = dict(rope)
-    fields["rope_theta"] = scaling.pop("rope_theta", 10000.0)
-    if "partial_rotary_factor" in scaling:
-        fields["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
-    is_plain = scaling == {"rope_type": "default"}
-    fields["rope_scaling"] = None if is_plain else {**scaling, "type": scaling["rope_type"]}
-    return fields

@@ -124,14 +124,13 @@ def base_card(model: str) -> dict[str, Any]:
         values = parse_yaml(head.removeprefix("---")) if head.startswith("---") else {}
     except (ConfigError, ValueError):
         return {}
-    named = {name: values.get(name) for name in _INHERITED} if isinstance(values, dict) else {}
-    return {name: value for name, value in named.items() if _is_short(value)}
-
-
-def _is_short(value: Any) -> bool:
-    """Whether a value of a card is a short text, or a list of some."""
-    texts = value if isinstance(value, list) and len(value) < 100 else [value]
-    return all(isinstance(text, str) and 0 < len(text) < 200 for text in texts)
+    found: dict[str, Any] = {}
+    for name in _INHERITED if isinstance(values, dict) else ():
+        value = values.get(name)  # a short text, or a list of some
+        texts = value if isinstance(value, list) and len(value) < 100 else [value]
+        if all(isinstance(text, str) and 0 < len(text) < 200 for text in texts):
+            found[name] = value
+    return found
 
 
 def is_hub_id(model: str) -> bool:

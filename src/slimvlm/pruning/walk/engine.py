@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
@@ -51,18 +51,13 @@ from slimvlm.scoring.stores import Store
 from slimvlm.scoring.unit_scores import Scores
 
 PASSES, RATE = 10.0, 4e-3
-"""Passes over the data and peak rate if all of the decoder went: both grow with the share that
-goes. Measured in ``docs/results.md``."""
+"""Passes over the data and peak rate of Adam if all of the decoder went: both grow with the share
+that goes. The rate rises for a third of the steps, then falls. Measured in ``docs/results.md``."""
 
 
 def steps_for(plan: Plan, batches: int) -> int:
     """Return as many steps as a plan needs."""
     return math.ceil(PASSES * plan.decoder_ratio * batches)
-
-
-def rate_for(plan: Plan) -> float:
-    """Return the peak rate of Adam for a plan; it rises for a third of the steps, then falls."""
-    return RATE * plan.decoder_ratio
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,6 @@ def distil_(
         for name, parameter in module.named_parameters(recurse=False):
             copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
             setattr(module, name, copied)
-    old = _mean_error(judges)
     flags = {name: (p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
     parameters = list(layer.parameters())
     for parameter in parameters:  # half precision learns in float32, and multiplies in bfloat16
@@ -139,21 +133,16 @@ def distil_(
         parameter.requires_grad_(flag)
         parameter.data = parameter.data.to(dtype)
     after = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    errors = {0.0: old}
-    for share in (1.0, 0.5) if exams else (1.0,):
+    errors: dict[float, float] = {}
+    for share in (0.0, 1.0, 0.5) if exams else (0.0, 1.0):
         _blend_(layer, before, after, share)
-        errors[share] = _mean_error(judges)
+        with torch.no_grad():
+            totals = torch.stack([lesson.weights.sum() for lesson in judges]).tolist()
+            found = torch.stack([lesson.error() for lesson in judges]).tolist()
+        errors[share] = sum(e * n for e, n in zip(found, totals, strict=True)) / sum(totals)
     best = min((share for share in errors if math.isfinite(errors[share])), key=errors.__getitem__)
     _blend_(layer, before, after, best)
-    return old, errors[best]
-
-
-@torch.no_grad()
-def _mean_error(lessons: Sequence[Lesson]) -> float:
-    totals = torch.stack([lesson.weights.sum() for lesson in lessons]).tolist()
-    errors = torch.stack([lesson.error() for lesson in lessons]).tolist()
-    mean: float = sum(e * n for e, n in zip(errors, totals, strict=True)) / sum(totals)
-    return mean
+    return errors[0.0], errors[best]
 
 
 @torch.no_grad()
@@ -176,7 +165,7 @@ class Steps(Options):
     count: Annotated[int, AT_LEAST_0] = 0
     """Optimizer steps on each layer alone; see `slimvlm.pruning.walk.engine`."""
     learning_rate: Annotated[float | None, ABOVE_0] = None
-    """Peak rate of these; by default `rate_for` the plan."""
+    """Peak rate of these; by default `RATE` times the share that goes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,8 +199,7 @@ class LayerOutcome(NamedTuple):
     """The stored result of walking one layer; its new weights stay in the store."""
 
     report: LayerReport
-    kept: Mapping[str, Kept]  # the units that stay, by kind, where the walk chose them
-    scores: Mapping[str, Tensor]  # that they were chosen by
+    scores: Mapping[str, Tensor]  # that units were chosen by, where the walk chose
     notes: Sequence[str]
 
 
@@ -225,12 +213,10 @@ class LayerWalk:
     index: int  # the layer's original number
     end: int  # the layer whose input is to be made; more than one further at a seam
     judged: bool  # whether held-out states also pass through plain slices, for comparison
-
-    def __post_init__(self) -> None:
-        self._kept: dict[str, Kept] = {}
-        self._scores: dict[str, Tensor] = {}
-        self._refits: dict[str, MatrixReport] = {}
-        self._sliced: list[tuple[nn.Linear, dict[str, nn.Parameter | None]]] = []
+    _kept: dict[str, Kept] = field(default_factory=dict, init=False)
+    _scores: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _refits: dict[str, MatrixReport] = field(default_factory=dict, init=False)
+    _sliced: list[tuple[nn.Linear, dict[str, Any]]] = field(default_factory=list, init=False)
 
     def go(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Choose, cut, refit, distil, and pass the states on; return what is stored of it."""
@@ -258,10 +244,16 @@ class LayerWalk:
         distilled = None
         if steps.count:
             streams.kept.clear()
-            lessons, exams = (list(self._lessons(p)) for p in (streams.fitted, streams.held_out))
-            if lessons:
-                rate = steps.learning_rate or rate_for(self.plan)
-                distilled = distil_(layer, lessons, exams, steps.count, rate)
+            lessons: dict[bool, list[Lesson]] = {False: [], True: []}  # True: held out
+            for place in streams.places:
+                of_tokens = streams.weights[place].to(streams.runner.devices[index])
+                if index in streams.runner.layers_of(place) and of_tokens.any():
+                    run = partial(streams.output, PREFIX, index, place)
+                    target = partial(streams.state, ORIGINAL, end, place)
+                    lessons[place in streams.held_out].append(Lesson(run, target, of_tokens))
+            if lessons[False]:
+                rate = steps.learning_rate or RATE * self.plan.decoder_ratio
+                distilled = distil_(layer, lessons[False], lessons[True], steps.count, rate)
         streams.pass_on(PREFIX, index, end, streams.places)
         refitted = tuple(f"{path}." for path, row in self._refits.items() if row.share)
         weights = {  # that are no plain slices
@@ -314,22 +306,11 @@ class LayerWalk:
         cut_layer_(streams.runner.model, self.plan, self.index, [unit])
         for inputs in streams.kept:
             if inputs.linear is writer.linear:
-                inputs.cut_(keep)
+                for place, x in inputs.values.items():
+                    inputs.values[place] = inputs.held(x.to(keep.device)[..., keep])
         self._sliced.append((writer.linear, dict(writer.linear._parameters)))
         if fitted is not None:
             writer.assign_(*fitted)
-
-    def _lessons(self, places: Sequence[int]) -> Iterator[Lesson]:
-        """Make lessons of batches that run the layer and have a token that counts."""
-        streams = self.streams
-        for place in places:
-            weights = streams.weights[place].to(streams.runner.devices[self.index])
-            if self.index in streams.runner.layers_of(place) and weights.any():
-                yield Lesson(
-                    partial(streams.output, PREFIX, self.index, place),
-                    partial(streams.state, ORIGINAL, self.end, place),
-                    weights,
-                )
 
 
 _TRIAL_PLAN = "trial-plan"
@@ -372,8 +353,15 @@ class Walk:
                     how = (self.config, plan, index, end, self._is_judged)
                     results.write(entry_of(index), 0, *LayerWalk(self.streams, *how).go())
                     results.finish(entry_of(index))
-            outcomes.append(self._recall(index))
-            plan = plan.with_units(index, outcomes[-1].kept)
+            about = results.about(entry_of(index), 0)
+            stored = results.read(entry_of(index), 0, torch.device("cpu"), "scores.")
+            pair, rows = about["report"]["distilled"], about["report"]["refits"].items()
+            refits = {path: MatrixReport(**row) for path, row in rows}
+            kept = {unit: tuple(units) for unit, units in about["kept"].items()}
+            of_units = {name.removeprefix("scores."): values for name, values in stored.items()}
+            layer_report = LayerReport(index, refits, None if pair is None else tuple(pair))
+            outcomes.append(LayerOutcome(layer_report, of_units, about["notes"]))
+            plan = plan.with_units(index, kept)
         notes = []
         if idle := sorted(set(plan.layers) - self.streams.layers_run):
             numbers = ", ".join(map(str, idle))
@@ -407,9 +395,11 @@ class Walk:
         place = plan.layers.index(index)
         begin = index if place else 0  # the original runs the layers that go before it, too
         end = (*plan.layers, self._depth)[place + 1]
-        if self.config.aims_at_original:
-            self.streams.advance_original(begin, end)
         layer, runner = Parts(self.streams.runner.model).layers[index], self.streams.runner
+        for i in range(begin, end) if self.config.aims_at_original else ():
+            if not runner.store.has(f"{ORIGINAL}-{i + 1}"):
+                with runner.source.loaded(i, runner.device):
+                    self.streams.pass_on(ORIGINAL, i, i + 1, self.streams.places)
         with runner.source.loaded(index, runner.device):
             before = [
                 (module, {**vars(module), "_parameters": dict(module._parameters)})
@@ -421,7 +411,10 @@ class Walk:
                 for module, attributes in before:
                     vars(module).clear()
                     vars(module).update(attributes)
-        self.streams.forget(begin, end)
+        self.streams.kept.clear()
+        for i in range(begin, end):  # states that nothing will read again
+            for stream in (PREFIX, ORIGINAL, SLICED):
+                runner.store.drop(f"{stream}-{i}")
 
     def _replay(self, plan: Plan, outcomes: Sequence[LayerOutcome]) -> None:
         """Compute the hidden states after the walked layers, if a stopped walk has left none."""
@@ -439,18 +432,6 @@ class Walk:
                     if place == index:
                         assign_(layer, path, weights[place, path])
                 self.streams.pass_on(PREFIX, index, end, self.streams.places)
-
-    def _recall(self, index: int) -> LayerOutcome:
-        about = self.results.about(entry_of(index), 0)
-        stored = self.results.read(entry_of(index), 0, torch.device("cpu"))
-        report, distilled = about["report"], about["report"]["distilled"]
-        refits = {path: MatrixReport(**row) for path, row in report["refits"].items()}
-        return LayerOutcome(
-            LayerReport(index, refits, None if distilled is None else tuple(distilled)),
-            {name: tuple(units) for name, units in about["kept"].items()},
-            {unit: stored[f"scores.{unit}"] for unit in WIDTH_UNITS if f"scores.{unit}" in stored},
-            about["notes"],
-        )
 
 
 def aims_at_original(repair: str, local_steps: int | None, removes_layers: bool) -> bool:

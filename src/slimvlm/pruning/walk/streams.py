@@ -6,13 +6,13 @@ B batch, T token, C input channel of a matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from slimvlm.core.errors import NumericalError
@@ -51,21 +51,10 @@ class KeptInputs:
     values: dict[int, Float[Tensor, "... C"]]  # inputs of the matrix, by batch
     held: Callable[[Tensor], Tensor]  # puts a tensor where the values are kept
 
-    @contextmanager
-    def replayed(self, place: int) -> Iterator[None]:
-        """Let the block compute only its last matrix, for one batch."""
-
-        def answer(*args: Any, **kwargs: Any) -> Any:
-            output = self.linear(self.values[place].to(self.linear.weight.device))
-            return (output, *[None] * self.extra) if self.extra else output
-
-        with replaced_forward(self.block, answer):
-            yield
-
-    def cut_(self, keep: Int[Tensor, " K"]) -> None:
-        """Keep some channels only."""
-        for place, value in self.values.items():
-            self.values[place] = self.held(value.to(keep.device)[..., keep])
+    def answer(self, place: int, *args: Any, **kwargs: Any) -> Any:
+        """Compute only the last matrix of the block, for one batch."""
+        output = self.linear(self.values[place].to(self.linear.weight.device))
+        return (output, *[None] * self.extra) if self.extra else output
 
 
 class _ReachedError(Exception):
@@ -122,7 +111,8 @@ class Streams:
         layer, hidden = Parts(self.runner.model).layers[index], self.state(stream, index, place)
         with ExitStack() as stack:
             for inputs in self.kept if stream == PREFIX else ():
-                stack.enter_context(inputs.replayed(place))
+                answer = partial(inputs.answer, place)
+                stack.enter_context(replaced_forward(inputs.block, answer))
             return self.calls(stream, place).through(layer, index, hidden)
 
     def pass_on(self, stream: str, index: int, end: int, places: Sequence[int]) -> None:
@@ -134,20 +124,6 @@ class Streams:
             store.write(name, place, {"hidden": output})
         if places and not store.has(name):
             store.finish(name)
-
-    def advance_original(self, index: int, end: int) -> None:
-        """Bring the original's states from the input of one layer to that of another."""
-        for i in range(index, end):
-            if not self.runner.store.has(f"{ORIGINAL}-{i + 1}"):
-                with self.runner.source.loaded(i, self.runner.device):
-                    self.pass_on(ORIGINAL, i, i + 1, self.places)
-
-    def forget(self, index: int, end: int) -> None:
-        """Drop the states that layers from one up to another have read."""
-        self.kept.clear()
-        for i in range(index, end):
-            for stream in (PREFIX, ORIGINAL, SLICED):
-                self.runner.store.drop(f"{stream}-{i}")
 
     def inputs(
         self, stream: str, writer: Writer, places: Sequence[int]
