@@ -49,7 +49,7 @@ _HOME = {
     "inspect": "models.load:anatomy",
     "make_plan": "planning.make",
     "make_plan_for_params": "planning.make",
-    "mask_": "planning.mask",
+    "mask_": "pruning.cut",
     "prune_": "pruning.cut",
     "walk_": "pruning.walk.walk",
     "walk_checkpoint": "pruning.walk.walk",

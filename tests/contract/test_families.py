@@ -21,9 +21,8 @@ from slimvlm.models.families import FAMILIES as ROWS
 from slimvlm.models.load import auto_class
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.make import make_plan
-from slimvlm.planning.mask import mask_
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.cut import mask_, prune_
 from slimvlm.runs.tables import as_markdown
 from tests import tiny
 from tests.handmade import (

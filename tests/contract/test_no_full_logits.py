@@ -18,8 +18,8 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import head_of, hidden_states
 from slimvlm.models.load import load
 from slimvlm.models.losses import CHUNK
-from slimvlm.planning.mask import mask_
 from slimvlm.pruning import save
+from slimvlm.pruning.cut import mask_
 from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.score_model import score

@@ -15,9 +15,8 @@ from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import anatomy, auto_class, load
 from slimvlm.models.parts import backbone_of, text_config_of
-from slimvlm.planning.mask import mask_
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.cut import mask_, prune_
 from slimvlm.pruning.save import check_reload, save
 from tests import tiny
 from tests.contract.test_families import TEXT_TOKENS, generated, with_masked_logits

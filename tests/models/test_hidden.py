@@ -9,8 +9,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import as_inputs, head_of, hidden_states
 from slimvlm.models.losses import token_cross_entropy
-from slimvlm.planning.mask import mask_
-from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.cut import mask_, prune_
 from slimvlm.scoring.score_model import score
 from tests import tiny
 from tests.handmade import plan_by_hand

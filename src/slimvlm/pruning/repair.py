@@ -22,8 +22,8 @@ from slimvlm.models.families import INPUT_COLUMNS, Backbone, Projection
 from slimvlm.models.hidden import all_finite
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, layer_matrices
-from slimvlm.planning.mask import kept_channels
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import kept_channels
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport, WalkReport
 from slimvlm.scoring.moments import BLOCK, Moments
 from slimvlm.scoring.unit_scores import Grams, Statistics

@@ -112,12 +112,8 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
 
 def base_card(model: str) -> dict[str, Any]:
     """Metadata of a model's own card; empty if it has none or cannot be reached."""
-    if not model:
-        return {}
-    path: str | Path | None = Path(model) / CARD_FILE
-    if is_hub_id(model):
-        path = file_if_reachable(model, CARD_FILE)
-    if path is None or not Path(path).is_file():
+    path = file_if_reachable(model, CARD_FILE) if is_hub_id(model) else Path(model) / CARD_FILE
+    if not model or path is None or not Path(path).is_file():
         return {}
     try:
         head = read_text(path, "card", 2**22).lstrip("\ufeff \n").split("\n---", 1)[0]
@@ -218,16 +214,11 @@ def prune_checkpoint(
     as `slimvlm.save` writes, in more files. It is read back before it takes its name: every
     name and shape is compared with the configuration, some tensors bit by bit.
 
-    Args:
-        model: Folder, hub id or ``demo``; weights as safetensors.
-        plan: Made for this model's anatomy.
-        out: The new folder.
-        dtype: Data type to write; ``auto`` as stored.
-        force: Whether an existing folder may be replaced.
-        allow_uneven: As for `slimvlm.prune_`.
-        trust_remote_code: Run code that lies in the checkpoint.
-        weights: Parameters that are no slices of the original's, as a walk gives them.
-        describe: Looks at the written files, and returns what the model card says was kept.
+    ``model`` is a folder, a hub id or ``demo``, with weights as safetensors; ``dtype`` is the data
+    type to write (``auto``: as stored). ``plan`` and ``allow_uneven`` are as for `slimvlm.prune_`,
+    ``out`` and ``force`` as for `slimvlm.save`. With ``trust_remote_code``, code in the checkpoint
+    runs. ``weights`` are parameters that are no slices of the original's, as a walk gives them;
+    ``describe`` looks at the written files and returns what the model card says was kept.
 
     Raises:
         ConfigError: If the folder exists, the plan is for another model, or files cannot be read.

@@ -168,20 +168,12 @@ def score_checkpoint(
     A run that was killed resumes after the last whole layer when it is started again with the same
     ``scratch``. The folder is removed when all is done.
 
-    Args:
-        model: Folder, hub id or ``demo``; weights as safetensors.
-        batches: Model inputs, as for `slimvlm.score`. Read once, in order.
-        criterion: As for `slimvlm.score`.
-        token_weights: As for `slimvlm.score`.
-        dtype: Data type of the weights; statistics are float32 or better.
-        scratch: Folder for activations; by default a temporary one, which cannot be resumed.
-        say: Receives the size of the scratch folder before layers begin.
-        trust_remote_code: Run code that lies in the checkpoint.
-        device: Where layers run; by default the accelerator if there is one, else the CPU.
-        **options: The criterion's options.
-
-    Returns:
-        The scores that `slimvlm.score` gives.
+    ``model`` is a folder, a hub id or ``demo``, with weights as safetensors, and ``dtype`` the data
+    type of the weights; statistics are float32 or better. ``scratch`` is the folder for activations
+    (by default a temporary one, which cannot be resumed), whose size ``say`` receives, and
+    ``device`` where layers run (by default the accelerator if there is one, else the CPU). With
+    ``trust_remote_code``, code in the checkpoint runs. All other arguments and the scores are those
+    of `slimvlm.score`.
 
     Raises:
         ConfigError: If the criterion needs the whole model, something cannot be read, or the

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
@@ -195,14 +195,6 @@ class WalkConfig:
         return aims_at_original(self.steps.repair, self.steps.count, removes_layers)
 
 
-class LayerOutcome(NamedTuple):
-    """The stored result of walking one layer; its new weights stay in the store."""
-
-    report: LayerReport
-    scores: Mapping[str, Tensor]  # that units were chosen by, where the walk chose
-    notes: Sequence[str]
-
-
 @dataclass
 class LayerWalk:
     """Make one layer smaller, whose weights are loaded."""
@@ -328,60 +320,59 @@ class Walk:
     results: Store
     config: WalkConfig
 
-    def __post_init__(self) -> None:
-        streams, is_auto = self.streams, self.config.steps.repair == "auto"
+    @torch.no_grad()
+    def run(self) -> Walked:
+        """Walk all layers that are not walked yet."""
+        streams, results = self.streams, self.results
         self._depth = len(Parts(streams.runner.model).layers)
         # Held-out answers decide between the new weights and plain slices, unless hidden states
         # hold several residual streams, which only the model merges.
         can_judge = len(streams.held_out) > 0 and streams.runner.input_of(0, 0).ndim < 4
-        self._is_judged = is_auto and can_judge
-
-    @torch.no_grad()
-    def run(self) -> Walked:
-        """Walk all layers that are not walked yet."""
-        results = self.results
+        self._is_judged = self.config.steps.repair == "auto" and can_judge
         if not results.has(_TRIAL_PLAN):
-            chosen = cheapest_plan(self.streams, self.config.plans)
+            chosen = cheapest_plan(streams, self.config.plans)
             results.write(_TRIAL_PLAN, 0, {}, chosen.to_dict())
             results.finish(_TRIAL_PLAN)
         plan = Plan.from_dict(results.about(_TRIAL_PLAN, 0))
-        outcomes: list[LayerOutcome] = []
+        reports: list[LayerReport] = []
+        of_layers: list[str] = []  # notes
+        scored: dict[str, dict[int, Tensor]] = {}  # where the walk chose, by kind of unit
         for index in progress(plan.layers, "walk"):
             if not results.has(entry_of(index)):
-                self._replay(plan, outcomes)
+                self._replay(plan, len(reports))
                 with self._layer(plan, index) as (_, end):
                     how = (self.config, plan, index, end, self._is_judged)
-                    results.write(entry_of(index), 0, *LayerWalk(self.streams, *how).go())
+                    results.write(entry_of(index), 0, *LayerWalk(streams, *how).go())
                     results.finish(entry_of(index))
             about = results.about(entry_of(index), 0)
             stored = results.read(entry_of(index), 0, torch.device("cpu"), "scores.")
             pair, rows = about["report"]["distilled"], about["report"]["refits"].items()
             refits = {path: MatrixReport(**row) for path, row in rows}
+            reports.append(LayerReport(index, refits, None if pair is None else tuple(pair)))
+            of_layers += about["notes"]
+            for name, values in stored.items():
+                scored.setdefault(name.removeprefix("scores."), {})[index] = values
             kept = {unit: tuple(units) for unit, units in about["kept"].items()}
-            of_units = {name.removeprefix("scores."): values for name, values in stored.items()}
-            layer_report = LayerReport(index, refits, None if pair is None else tuple(pair))
-            outcomes.append(LayerOutcome(layer_report, of_units, about["notes"]))
             plan = plan.with_units(index, kept)
         notes = []
-        if idle := sorted(set(plan.layers) - self.streams.layers_run):
+        if idle := sorted(set(plan.layers) - streams.layers_run):
             numbers = ", ".join(map(str, idle))
             notes.append(f"no calibration batch runs layer {numbers}: it stays as it is")
         if SEAM in self.config.steps.kinds and plan.layers[0] > 0:
             notes.append("the first layers are gone: no layer before them could be repaired")
-        notes += [note for outcome in outcomes for note in outcome.notes]
-        report = WalkReport([outcome.report for outcome in outcomes], notes=notes)
+        notes += of_layers
+        report = WalkReport(reports, notes=notes)
         scores: dict[str, Any] = {}  # layers without a choice have zeros
         for unit in WIDTH_UNITS:
-            if values := {o.report.index: o.scores[unit] for o in outcomes if unit in o.scores}:
-                shapes = enumerate(plan.before.layers)
-                none = ((index, torch.zeros(shape.units(unit))) for index, shape in shapes)
-                scores[unit] = [values.get(index, zeros) for index, zeros in none]
+            if found := scored.get(unit):
+                none = [torch.zeros(shape.units(unit)) for shape in plan.before.layers]
+                scores[unit] = [found.get(index, zeros) for index, zeros in enumerate(none)]
         weights = StoredWeights(results, plan.layers)
         walked = Walked(plan, report, weights, Scores("obs", **scores) if scores else None)
         if not self._is_judged:
             return walked
-        self._replay(plan, outcomes)
-        sliced, loss = (self.streams.answer_loss(s, self._depth) for s in (SLICED, PREFIX))
+        self._replay(plan, len(reports))
+        sliced, loss = (streams.answer_loss(s, self._depth) for s in (SLICED, PREFIX))
         report = replace(report, loss_sliced=sliced, loss=min(sliced, loss))
         if loss <= sliced:
             return replace(walked, report=report)
@@ -416,10 +407,9 @@ class Walk:
             for stream in (PREFIX, ORIGINAL, SLICED):
                 runner.store.drop(f"{stream}-{i}")
 
-    def _replay(self, plan: Plan, outcomes: Sequence[LayerOutcome]) -> None:
+    def _replay(self, plan: Plan, count: int) -> None:
         """Compute the hidden states after the walked layers, if a stopped walk has left none."""
-        layers = [outcome.report.index for outcome in outcomes]
-        after = (*plan.layers, self._depth)[len(layers)]
+        layers, after = plan.layers[:count], (*plan.layers, self._depth)[count]
         if not layers or self.streams.runner.store.has(f"{PREFIX}-{after}"):
             return
         weights = StoredWeights(self.results, layers)

@@ -24,9 +24,8 @@ from slimvlm.models.load import (
 )
 from slimvlm.models.parts import shares_keys, text_config_of
 from slimvlm.planning.make import make_plan, width_candidates
-from slimvlm.planning.mask import require_match
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.cut import require_expressible
+from slimvlm.pruning.cut import require_expressible, require_match
 from slimvlm.pruning.repair import RIDGE
 from slimvlm.pruning.save import prune_checkpoint
 from slimvlm.pruning.walk.engine import Steps, Walk, WalkConfig
@@ -106,14 +105,12 @@ def walk_(
     require_full_precision(model.config, "pruned")
     require_undivided(model, "pruned")
 
-    def score_layers() -> list[Scores]:
-        return [score(model, fitted, DEFAULT_CRITERIA["depth"][0], token_weights)]
-
     if plan is not None:
         require_match(model, plan)
     given = [scores] if isinstance(scores, Scores) else scores
-    asked = (given, ratio, axis, allocation, score_layers)
-    plans, chooses = plans_for(read_anatomy(model), *asked, plan=plan, **options)
+    by = DEFAULT_CRITERIA["depth"][0]
+    asked = (ratio, axis, allocation, lambda: [score(model, fitted, by, token_weights)])
+    plans, chooses = plans_for(read_anatomy(model), given, *asked, plan=plan, **options)
     config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
     walked = walk(Live(model), config, device_of(model), Memory(torch.device("cpu")))
     walked.apply_(model)
@@ -180,18 +177,14 @@ def walk_checkpoint(
             },
         }
         Scratch(folder).keep_if_same("request.json", request)
-
-        def score_layers() -> list[Scores]:
-            by: dict[str, Any] = {DEFAULT_CRITERIA["depth"][0]: {}}
-            at = folder / "scoring"
-            return score_by_layer(opened, fitted, by, token_weights, at, say, device)
-
-        asked = (given, ratio, axis, allocation, score_layers)
+        by: dict[str, Any] = {DEFAULT_CRITERIA["depth"][0]: {}}
+        how = (fitted, by, token_weights, folder / "scoring", say, device)
+        asked = (given, ratio, axis, allocation, lambda: score_by_layer(opened, *how))
         plans, chooses = plans_for(read_anatomy(opened.model), *asked, plan=plan, **options)
         config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
         walked = walk(opened, config, place, Scratch(folder / "walk"), say=say)
-        how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "weights": walked.weights}
-        prune_checkpoint(model, walked.plan, out, dtype, force, **how)
+        weights = walked.weights
+        prune_checkpoint(model, walked.plan, out, dtype, force, False, trust_remote_code, weights)
     return walked
 
 
