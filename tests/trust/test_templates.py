@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import jinja2
 import pytest
 
 from slimvlm.core.errors import ConfigError, SlimError
@@ -71,8 +72,8 @@ ESCAPES = {
 }
 
 
-def rendered(template):
-    words = copy.copy(folders.processor("text"))
+def rendered(template, kind="text"):
+    words = copy.copy(folders.processor(kind))
     words.chat_template = template
     return render(words, MESSAGES)
 
@@ -93,6 +94,16 @@ def test_what_goes_on_fills_the_memory_or_escapes_is_refused_in_one_line(name, m
 def test_a_text_beyond_what_was_said_is_refused():
     with pytest.raises(SlimError, match="makes 3,000,000 characters of it"):
         rendered("{{ 'a' * 3000000 }}")
+
+
+@pytest.mark.parametrize("name", ["power", "repeated", "centred", "unclosed"])
+def test_a_template_of_a_processor_is_parsed_in_the_child_alone(name, monkeypatch):
+    """To list a template's variables, Jinja computes what is constant in it."""
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
+    with pytest.raises(SlimError, match="chat template"):
+        rendered({**HOSTILE, **ESCAPES}[name], "llava")
+    monkeypatch.setattr(jinja2.Environment, "parse", None)  # of this process
+    assert templates.rendered("{% set a = 1 %}{{ a + b }}") == "b"
 
 
 def test_a_template_that_was_ended_does_not_end_the_next():

@@ -53,3 +53,17 @@ def test_a_hostile_tokenizer_is_refused_in_one_line(why, tmp_path, capfd):
         use(folder)
     assert "\n" not in str(caught.value)
     assert not capfd.readouterr().err
+
+
+def test_a_word_of_the_template_alone_sets_a_tokenizer_off(tmp_path, capfd):
+    folder = folders.copied("text", tmp_path / "m")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    chain = [("\u1234", "\u1235"), ("\u1235", "\u1236"), ("\u1236", "\u1237")]
+    steps = [many(old, new * 1000, 1)["normalizers"][0] for old, new in chain]
+    values["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    (folder / "chat_template.jinja").write_text("\u1234{{ messages[1].content }}")
+    words = load_processor(str(folder), load_config(folder))
+    with pytest.raises(SlimError, match="tokenizer needs more than"):
+        encode_samples(words, folders.short_samples(2, sees=False))
+    assert not capfd.readouterr().err

@@ -20,7 +20,7 @@ from torch import Tensor
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, SlimError, one_line, panics_raised
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Message, Question, Sample, open_image
-from slimvlm.data.templates import limited
+from slimvlm.data.templates import check_texts, limited
 
 TOKENS_PER_BYTE = 64
 """Tokens that a byte of text may become, beside a thousand for the whole text."""
@@ -150,6 +150,7 @@ def process(
     how = {"return_tensors": "pt", "padding": True, "padding_side": padding_side}
     adds = adds_special_tokens(tokenizer, texts[0])
     try:
+        check_texts(tokenizer.name_or_path, texts)
         with panics_raised():
             if any(images):
                 given = {"text": texts, "images": images, "add_special_tokens": adds}

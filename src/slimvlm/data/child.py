@@ -15,7 +15,7 @@ import sys
 from datetime import datetime
 from typing import Any
 
-MOST_ADDED = 2**20
+MOST_ADDED = 2**17
 """Characters of a rendered conversation beyond four times those of its texts."""
 
 
@@ -99,19 +99,29 @@ def compiled(template: str) -> Any:
     return environment.from_string(template)
 
 
-def rendered(template: str, values: dict[str, Any]) -> str:
-    """Render a chat template."""
+def rendered(template: str, values: dict[str, Any] | None = None) -> str:
+    """Render a chat template, or without values list the variables that it reads."""
+    from jinja2.meta import find_undeclared_variables
+
+    if values is None:
+        return " ".join(find_undeclared_variables(compiled(template).environment.parse(template)))
     text = str(compiled(template).render(**values))
     if len(text) > 4 * len(json.dumps(values)) + MOST_ADDED:
         raise ValueError(f"it makes {len(text):,} characters of it")
     return text
 
 
-def probed(tokenizer: str, texts: list[str]) -> str:
-    """Load a ``tokenizer.json``, encode texts and decode their tokens."""
+@functools.cache
+def loaded_tokenizer(file: str) -> Any:
+    """Load a ``tokenizer.json``."""
     from tokenizers import Tokenizer
 
-    loaded = Tokenizer.from_file(tokenizer)
+    return Tokenizer.from_file(file)
+
+
+def probed(tokenizer: str, texts: list[str]) -> str:
+    """Encode texts with a ``tokenizer.json`` and decode their tokens."""
+    loaded = loaded_tokenizer(tokenizer)
     for text in texts:
         tokens = loaded.encode(text).ids
         loaded.decode(tokens[:10_000])

@@ -18,7 +18,6 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +112,15 @@ def limited() -> Iterator[None]:
         """What transformers asks of a compiled template."""
 
         def __init__(self, template: str) -> None:
-            self.template = template
-            self.environment = _environment(plain)
+            self.template, self.environment = template, self
 
         def render(self, **values: Any) -> str:
-            return rendered(self.template, values)
+            return rendered(self.template, values=values)
+
+        def parse(self, template: str) -> Any:
+            """Return a tree of a template's variables alone: to parse others computes them."""
+            names = rendered(template).split()
+            return jinja2.Environment().parse("".join(f"{{{{ {name} }}}}" for name in names))
 
     module._compile_jinja_template = InChild
     try:
@@ -126,18 +129,15 @@ def limited() -> Iterator[None]:
         module._compile_jinja_template = plain
 
 
-@lru_cache(1)
-def _environment(compile_plain: Any) -> Any:
-    """Return transformers' environment, which parses templates to find their variables."""
-    return compile_plain("").environment
+def rendered(template: str, **values: Any) -> str:
+    """Render a template, or without ``values`` list the variables that it reads.
 
-
-def rendered(template: str, values: dict[str, Any]) -> str:
-    """Render a template; raise ConfigError past a limit, DataError if it refuses the values."""
+    Raise ConfigError past a limit, DataError if it refuses the values.
+    """
     if not _children or not _children[-1].is_ours():
         _children[:] = [Child(TEMPLATE_BYTES)]
     try:
-        return _children[0].ask(MAX_SECONDS, template=template, values=values)
+        return _children[0].ask(MAX_SECONDS, template=template, **values)
     except TimeoutError as error:
         told = f"takes more than {MAX_SECONDS:g} seconds of computing"
         raise ConfigError(f"model: its chat template {told}") from error
@@ -150,21 +150,43 @@ def rendered(template: str, values: dict[str, Any]) -> str:
         raise DataError(f"the chat template refuses the conversation ({error})") from error
 
 
-def check_tokenizer(file: Path) -> None:
-    """Raise ValueError for a ``tokenizer.json`` that cannot encode ordinary text under limits."""
+def check_tokenizer(file: Path, name: str = "") -> None:
+    """Raise ValueError for a ``tokenizer.json`` that cannot encode ordinary text under limits.
+
+    Later `check_texts` tries the texts of the tokenizer of this name with it.
+    """
     stat = file.stat()
-    _probe(str(file.resolve()), stat.st_mtime_ns, stat.st_size)
+    version = str(file.resolve()), stat.st_mtime_ns, stat.st_size
+    if version not in _encoders:
+        _encode(version, _PROBES)
+    _files[name] = version
 
 
-@lru_cache(64)
-def _probe(file: str, *version: int) -> None:
-    child = Child(TOKENIZER_BYTES)
+def check_texts(name: str, texts: list[str]) -> None:
+    """Raise ValueError for texts that a tokenizer cannot encode under limits.
+
+    A template can write what no probe has: a tokenizer may grow or end its process by that alone.
+    """
+    if name in _files and Path(_files[name][0]).exists():
+        _encode(_files[name], texts)
+
+
+Version = tuple[str, int, int]
+"""A tokenizer's file, its date and its size."""
+_files: dict[str, Version] = {}
+_encoders: dict[Version, Child] = {}
+"""Of the last few tokenizers."""
+
+
+def _encode(version: Version, texts: list[str]) -> None:
+    if version not in _encoders or not _encoders[version].is_ours():
+        for old in list(_encoders)[:-3]:
+            del _encoders[old]
+        _encoders[version] = Child(TOKENIZER_BYTES)
     try:
-        child.ask(6 * MAX_SECONDS, tokenizer=file, texts=_PROBES)
+        _encoders[version].ask(6 * MAX_SECONDS, tokenizer=version[0], texts=texts)
     except TimeoutError as error:
-        raise ValueError("it takes minutes to encode a line") from error
+        raise ValueError("its tokenizer takes minutes to encode a text") from error
     except MemoryError as error:
-        told = f"it needs more than {TOKENIZER_BYTES // 2**30} GiB of memory, or ends its process"
-        raise ValueError(told) from error
-    finally:
-        child.close()
+        told = f"needs more than {TOKENIZER_BYTES // 2**30} GiB of memory, or ends its process"
+        raise ValueError(f"its tokenizer {told}") from error

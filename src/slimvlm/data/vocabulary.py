@@ -27,6 +27,7 @@ from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, s
 from slimvlm.core.files import path_of
 from slimvlm.data.chat import render, tokenizer_of
 from slimvlm.data.samples import Sample
+from slimvlm.data.templates import check_texts
 
 HELD_OUT_EVERY = 4
 """Every fourth text is counted separately, to estimate what unseen texts need."""
@@ -291,6 +292,7 @@ def choose_vocabulary(
     remaining, numbers = chain(written, chain.from_iterable(further)), count(1)
     while some := list(islice(remaining, _AT_ONCE)):
         try:
+            check_texts(tokenizer_of(processor).name_or_path, some)
             rows = tokenizer_of(processor)(some, add_special_tokens=False)["input_ids"]
         except Exception as error:  # settings of tokenizers fail in many ways
             raise DataError(f"vocabulary: the tokenizer refuses a text ({error})") from error

@@ -381,7 +381,7 @@ def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
         local = str(Path(name) / "tokenizer.json") if Path(name).is_dir() else None
         file = local or file_if_reachable(name, "tokenizer.json")
         if file is not None and Path(file).is_file():
-            check_tokenizer(Path(file))
+            check_tokenizer(Path(file), name)
     with unreadable(name, "processor" if sees else "tokenizer"):
         processor = auto.from_pretrained(name, trust_remote_code=trust_remote_code)
         tokenizer_of(processor)("a")  # some settings fail at the first word
