@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import UnionType
@@ -45,16 +45,24 @@ FILE_ONLY = "file only"
 """In an option's type: it has no flag on the command line."""
 
 
+_hints = cache(partial(get_type_hints, include_extras=True))
+
+
 class Options:
     """A group of options whose values are checked against their types."""
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
-        for name, (choices, ranges) in _allowed(kind).items():
-            value = getattr(self, name)
-            if choices and value not in choices and not (ranges and isinstance(value, int)):
-                names = ", ".join(choice for choice in choices if choice is not None)
-                raise ConfigError(f"{name} {value!r} must be one of: {names}")
+        for name, declared in _hints(kind).items():
+            value, extras = getattr(self, name), getattr(declared, "__metadata__", ())
+            ranges = [extra for extra in extras if isinstance(extra, Range)]
+            hint = declared.__origin__ if get_origin(declared) is Annotated else declared
+            parts = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+            choices = [one for p in parts if get_origin(p) is Literal for one in get_args(p)]
+            is_free = value is None and type(None) in parts
+            is_free |= bool(ranges) and isinstance(value, int)
+            if choices and value not in choices and not is_free:
+                raise ConfigError(f"{name} {value!r} must be one of: {', '.join(choices)}")
             for row in ranges:
                 if not isinstance(value, str | None) and not row.holds(value):
                     raise ConfigError(f"{name} {value} must be {row.meaning}")
@@ -62,27 +70,8 @@ class Options:
 
 def file_only(kind: Any) -> set[str]:
     """List the options of a class that have no flag on the command line."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {n for n, hint in hints.items() if FILE_ONLY in getattr(hint, "__metadata__", ())}
-
-
-@cache
-def _allowed(kind: Any) -> Mapping[str, tuple[tuple[str | None, ...], tuple[Range, ...]]]:
-    """Collect the choices and the number ranges of each option that has them."""
-    hints = get_type_hints(kind, include_extras=True)
-    found = {}
-    for row in fields(kind):
-        hint, ranges = hints[row.name], tuple[Range, ...]()
-        if get_origin(hint) is Annotated:
-            ranges = tuple(extra for extra in hint.__metadata__ if isinstance(extra, Range))
-            hint = hint.__origin__
-        parts = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
-        choices = [name for p in parts if get_origin(p) is Literal for name in get_args(p)]
-        if choices and type(None) in parts:
-            choices.append(None)
-        if choices or ranges:
-            found[row.name] = (tuple(choices), ranges)
-    return found
+    hints = _hints(kind).items()
+    return {name for name, hint in hints if FILE_ONLY in getattr(hint, "__metadata__", ())}
 
 
 def part_of(config: Any, kind: type[T]) -> T:

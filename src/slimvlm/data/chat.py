@@ -89,11 +89,32 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
     texts = [rendered(processor, sample) for sample in samples]
     images = [[open_image(image) for image in sample.images] for sample in samples]
     inputs = _processed(processor, samples, texts, images)
-    labels = torch.full_like(inputs["input_ids"], IGNORE)
-    for row, sample in enumerate(samples):
+    labels, tokenizer = torch.full_like(inputs["input_ids"], IGNORE), tokenizer_of(processor)
+    for row, (sample, text, pictures) in enumerate(zip(samples, texts, images, strict=True)):
         length = int(inputs["attention_mask"][row].sum())
         ids = inputs["input_ids"][row, :length].tolist()
-        for start, stop in _answer_spans(processor, sample, texts[row], images[row], ids):
+        adds = adds_special_tokens(tokenizer, text)
+        plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adds)
+        left, right = torch.tensor(plain["offset_mapping"]).reshape(-1, 2).T
+        added = {0: 0, len(pictures): len(ids) - len(left)}  # tokens that so many pictures add
+        behind, stop = 0, 0  # where the last answer ends: among the plain tokens, and among all
+        for first, last, shown in _answers(processor, sample, text):
+            hits = ((left < last) & (right > first)).nonzero().flatten().tolist()
+            if not hits:
+                continue
+            if shown not in added:
+                before = text[:first]
+                with_pictures = process(processor, [before], [pictures[:shown]], "right")
+                alone = tokenizer(before, add_special_tokens=adds)
+                added[shown] = with_pictures["input_ids"].shape[1] - len(alone["input_ids"])
+            answer = plain["input_ids"][hits[0] : hits[-1] + 1]
+            start = hits[0] + added[shown]
+            if ids[start : start + len(answer)] != answer:
+                starts = range(hits[0] - behind + stop, len(ids) - len(answer) + 1)
+                start = next((at for at in starts if ids[at : at + len(answer)] == answer), -1)
+            if start < 0:
+                raise DataError(f"sample {sample.id!r}: an answer cannot be found among its tokens")
+            behind, stop = hits[-1] + 1, start + len(answer)
             labels[row, start:stop] = inputs["input_ids"][row, start:stop]
         if not (labels[row] != IGNORE).any():
             raise DataError(f"sample {sample.id!r} has no assistant turn to learn from")
@@ -168,39 +189,6 @@ def process(
 def adds_special_tokens(tokenizer: Any, text: str) -> bool:
     """Return whether the tokenizer must add its first token, which the template did not write."""
     return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
-
-
-def _answer_spans(
-    processor: Any, sample: Sample, text: str, images: list[Image.Image], ids: list[int]
-) -> list[tuple[int, int]]:
-    """Locate the assistant turns among the processed tokens."""
-    tokenizer = tokenizer_of(processor)
-    adds = adds_special_tokens(tokenizer, text)
-    plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adds)
-    left, right = torch.tensor(plain["offset_mapping"]).reshape(-1, 2).T
-    added = {0: 0, len(images): len(ids) - len(left)}  # tokens that so many pictures add
-    spans: list[tuple[int, int]] = []
-    behind = 0  # where the last answer ends among the plain tokens
-    for first, last, shown in _answers(processor, sample, text):
-        hits = ((left < last) & (right > first)).nonzero().flatten().tolist()
-        if not hits:
-            continue
-        if shown not in added:
-            before = text[:first]
-            inputs = process(processor, [before], [images[:shown]], "right")
-            alone = tokenizer(before, add_special_tokens=adds)
-            added[shown] = inputs["input_ids"].shape[1] - len(alone["input_ids"])
-        answer = plain["input_ids"][hits[0] : hits[-1] + 1]
-        start = hits[0] + added[shown]
-        if ids[start : start + len(answer)] != answer:
-            earliest = hits[0] - behind + (spans[-1][1] if spans else 0)
-            starts = range(earliest, len(ids) - len(answer) + 1)
-            start = next((at for at in starts if ids[at : at + len(answer)] == answer), -1)
-        if start < 0:
-            raise DataError(f"sample {sample.id!r}: an answer cannot be found among its tokens")
-        spans.append((start, start + len(answer)))
-        behind = hits[-1] + 1
-    return spans
 
 
 def _answers(processor: Any, sample: Sample, text: str) -> list[tuple[int, int, int]]:

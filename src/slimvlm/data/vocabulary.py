@@ -139,24 +139,6 @@ class TokenizerFile:
             found.setdefault("".join(pair), []).append(pair)
         return found
 
-    def _last_join(self, piece: str) -> Pair | None:
-        """Return the parts that the tokenizer joins last to make a token, if any."""
-        if piece in self._last_joins:
-            return self._last_joins[piece]
-        makers = self._makers.get(piece, [])
-        pair = makers[0] if len(makers) == 1 else None
-        parts = list(piece) if len(makers) > 1 else []
-        while len(parts) > 1:
-            pairs = list(pairwise(parts))
-            ranks = [self._ranks.get(each, len(self._ranks)) for each in pairs]
-            at = min(range(len(pairs)), key=ranks.__getitem__)
-            pair = pairs[at] if pairs[at] in self._ranks else None
-            if pair is None:
-                break
-            parts[at : at + 2] = ["".join(pair)]
-        self._last_joins[piece] = pair
-        return pair
-
     def with_parts(self, tokens: Iterable[int]) -> set[int]:
         """Return tokens with all tokens that they are made of, step by step."""
         found: set[int] = set()
@@ -166,7 +148,21 @@ class TokenizerFile:
             if token in found:
                 continue
             found.add(token)
-            pair = self._last_join(self.texts[token]) if self._ranks else None
+            piece = self.texts[token]
+            if piece not in self._last_joins:  # the parts that are joined last to make it, if any
+                makers = self._makers.get(piece, [])
+                pair = makers[0] if len(makers) == 1 else None
+                parts = list(piece) if len(makers) > 1 else []
+                while len(parts) > 1:
+                    pairs = list(pairwise(parts))
+                    ranks = [self._ranks.get(each, len(self._ranks)) for each in pairs]
+                    at = min(range(len(pairs)), key=ranks.__getitem__)
+                    pair = pairs[at] if pairs[at] in self._ranks else None
+                    if pair is None:
+                        break
+                    parts[at : at + 2] = ["".join(pair)]
+                self._last_joins[piece] = pair
+            pair = self._last_joins[piece]
             waiting += [self._pieces[part] for part in pair or () if part in self._pieces]
         return found
 
