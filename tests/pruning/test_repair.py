@@ -72,7 +72,7 @@ def test_one_shot_refuses_what_does_not_fit():
     odd = replace(statistics, matrices={**statistics.matrices, place: another})
     for wrong, told in (
         (Statistics(), "only those of criterion 'obs' can"),
-        (replace(statistics, parts={}, matrices={}), "o_proj"),
+        (replace(statistics, parts={}), "o_proj"),
         (odd, r"'0.mlp.down_proj' is of another model"),
         (gates, "cannot repair"),
     ):

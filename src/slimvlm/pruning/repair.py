@@ -26,7 +26,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import kept_channels
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport, WalkReport
 from slimvlm.scoring.moments import BLOCK, Moments
-from slimvlm.scoring.unit_scores import Grams, Statistics
+from slimvlm.scoring.unit_scores import Statistics
 
 _MOST_TRIES = 20
 
@@ -294,7 +294,7 @@ def repair_(
         NumericalError: If a new weight is not finite.
     """
     require_ridge(ridge)
-    if not isinstance(statistics, Grams):
+    if not statistics.matrices:
         raise ConfigError("statistics cannot repair: only those of criterion 'obs' can")
     if read_anatomy(model).layers != plan.after.layers:
         raise ConfigError("model: does not have the shape that the plan leaves; prune it first")

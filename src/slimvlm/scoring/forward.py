@@ -25,7 +25,7 @@ from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Matrix, Parts, backbone_of
 from slimvlm.scoring.batches import Batch, Pass, TokenWeights, weight_of
 from slimvlm.scoring.moments import Moments
-from slimvlm.scoring.unit_scores import Grams, Place, Statistics, Values, per_unit
+from slimvlm.scoring.unit_scores import Place, Statistics, Values, per_unit
 
 
 def block_influence(
@@ -277,7 +277,7 @@ def capture_grams(
     batches: Iterable[Batch],
     token_weights: TokenWeights | None = None,
     layers: Collection[int] | None = None,
-) -> Grams:
+) -> Statistics:
     """Sum `Moments` of the inputs of ``o_proj`` and ``down_proj`` (of some layers).
 
     Memory: ``C²`` float32 numbers of each matrix on the model's device (11,008 neurons: 485 MB).
@@ -296,7 +296,7 @@ def capture_grams(
         part.add(x.to(part.pairs.device), weights[:, 0].to(part.pairs.device))
 
     seen = on_inputs(model, batches, token_weights, add, layers)
-    return Grams(parts=parts, matrices=weights, **seen.totals)
+    return Statistics(parts=parts, matrices=weights, **seen.totals)
 
 
 def gram_bytes(shape: LayerShape) -> int:

@@ -16,7 +16,7 @@ from slimvlm.core.errors import NumericalError
 from slimvlm.models.anatomy import Anatomy, unit_of
 from slimvlm.models.load import with_float64
 from slimvlm.scoring.moments import add_product_, invert_, mirror_
-from slimvlm.scoring.unit_scores import Grams, Values, strictly_increasing, with_shapes
+from slimvlm.scoring.unit_scores import Statistics, Values, strictly_increasing, with_shapes
 
 DAMPING = 0.01
 
@@ -30,7 +30,7 @@ TIE = 1e-5
 """Prices that differ by less than this share are equal, and the first unit goes."""
 
 
-def score_obs(statistics: Grams, anatomy: Anatomy) -> Values:
+def score_obs(statistics: Statistics, anatomy: Anatomy) -> Values:
     """Price each unit when it goes, least first, with the others refitted after each step.
 
     ``tr(W_B ([G⁻¹]_BB)⁻¹ W_Bᵀ)``, where ``W_B`` are the columns of ``o_proj`` or ``down_proj`` that

@@ -40,6 +40,8 @@ class Statistics:
         num_samples: Samples seen.
         num_tokens: Valid tokens seen; of losses, the predictions that count.
         weight: Sum of the weights of these tokens.
+        matrices: Weights that read the inputs of which `Moments` are collected, for a refit; no
+            copies, since pruning makes new parameters.
 
     Raises:
         NumericalError: If a number is not finite.
@@ -49,22 +51,15 @@ class Statistics:
     num_samples: int = 0
     num_tokens: int = 0
     weight: Float64[Tensor, ""] = field(default_factory=lambda: torch.zeros(()).double())
+    matrices: Mapping[Place, Float[Tensor, "_ _"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        fields = [value for value in vars(self).values() if isinstance(value, Mapping)]
-        for name, tensor in _named("", *fields, {"weight": self.weight}):
+        for name, tensor in _named("", self.parts, self.matrices, {"weight": self.weight}):
             if not all_finite(tensor):
                 raise NumericalError(
                     f"calibration: NaN or infinity at {name!r}. Use --dtype float32, or look at "
                     "the calibration data"
                 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grams(Statistics):
-    """`Moments` of the inputs of ``o_proj`` and ``down_proj``: all that a refit needs."""
-
-    matrices: Mapping[Place, Float[Tensor, "_ _"]]  # no copies: pruning makes new parameters
 
 
 def _named(name: str, *parts: Any) -> Iterator[tuple[str, Tensor]]:
