@@ -187,33 +187,36 @@ def memory_explained(words: Sequence[str]) -> Iterator[None]:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise SlimError(_out_of_memory(one_line(error), words)) from error
+            from slimvlm.runs.tables import size
 
+            def in_bytes(number: str, unit: str) -> str:
+                return size(float(number) * _BYTES.get(unit.lower(), 1))
 
-def _out_of_memory(told: str, words: Sequence[str]) -> str:
-    """Format an out-of-memory error for a user."""
-    from slimvlm.runs.tables import size
-
-    def in_bytes(number: str, unit: str) -> str:
-        return size(float(number) * _BYTES.get(unit.lower(), 1))
-
-    kind = re.search(r"(\w+)(?: backend| error:)? out of memory", told)
-    kind = kind or re.search(r"(CU)\w+_ALLOC_FAILED", told)
-    number = re.search(r"GPU (\d+)", told)
-    word = "cpu" if kind is None else kind[1].lower()
-    name = {"hip": "cuda", "cu": "cuda"}.get(word, word)
-    where = f"{name}:{number[1]}" if number is not None else name
-    during = current_stage() or words[0]
-    needed = re.search(r"tried to allocate ([\d.]+) (\w+)", told, re.IGNORECASE)
-    room = re.search(r"capacity of ([\d.]+) (\w+) of which ([\d.]+) (\w+)", told)
-    facts = [f"{in_bytes(*needed.groups())} more was needed"] if needed is not None else []
-    if room is not None:
-        facts.append(f"{in_bytes(room[3], room[4])} of {in_bytes(room[1], room[2])} was free")
-    cure = _CURES.get(during) or _CURES.get(words[0])
-    if cure == _LAYER_BY_LAYER and "--low-memory" in words:
-        cure = "fewer --samples"
-    if cure is None:
-        cure = "a smaller model" if name == "cpu" else "--device cpu uses the memory of the host"
-    about = f": {', '.join(facts)}" if facts else ""
-    doing = words[0] if during == words[0] else f"{words[0]}, stage {during!r}"
-    return f"out of memory on {where} during {doing}{about}. What helps: {cure}"
+            told = one_line(error)
+            kind = re.search(r"(\w+)(?: backend| error:)? out of memory", told)
+            kind = kind or re.search(r"(CU)\w+_ALLOC_FAILED", told)
+            number = re.search(r"GPU (\d+)", told)
+            word = "cpu" if kind is None else kind[1].lower()
+            name = {"hip": "cuda", "cu": "cuda"}.get(word, word)
+            where = f"{name}:{number[1]}" if number is not None else name
+            during = current_stage() or words[0]
+            needed = re.search(r"tried to allocate ([\d.]+) (\w+)", told, re.IGNORECASE)
+            room = re.search(r"capacity of ([\d.]+) (\w+) of which ([\d.]+) (\w+)", told)
+            facts = [f"{in_bytes(*needed.groups())} more was needed"] if needed is not None else []
+            if room is not None:
+                facts.append(
+                    f"{in_bytes(room[3], room[4])} of {in_bytes(room[1], room[2])} was free"
+                )
+            cure = _CURES.get(during) or _CURES.get(words[0])
+            if cure == _LAYER_BY_LAYER and "--low-memory" in words:
+                cure = "fewer --samples"
+            if cure is None:
+                cure = (
+                    "a smaller model"
+                    if name == "cpu"
+                    else "--device cpu uses the memory of the host"
+                )
+            about = f": {', '.join(facts)}" if facts else ""
+            doing = words[0] if during == words[0] else f"{words[0]}, stage {during!r}"
+            line = f"out of memory on {where} during {doing}{about}. What helps: {cure}"
+            raise SlimError(line) from error

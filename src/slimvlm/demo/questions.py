@@ -292,42 +292,31 @@ def make_task_scene(task: Task, index: int) -> Scene | None:
     return _item(name, kind, ask, styles, index)[0]
 
 
-def _picture_task(
-    name: str,
-    kind: SceneKind,
-    ask: _Asker,
-    metric: str,
-    chance: float,
-    like: str,
-    max_new_tokens: int = 8,
-    styles: Sequence[str] = SEEN_STYLES,
-) -> Task:
-    load = partial(_load_scenes, name, kind, ask, styles)
-    return Task(name, metric, chance, load, max_new_tokens, like, styles == SEEN_STYLES)
-
-
+_PICTURE_TASKS: tuple[tuple[str, SceneKind, _Asker, str, float, str, int], ...] = (
+    ("name", "single", _ask_name, "exact_match", 0.8, "recognition", 8),
+    ("category_letter", "single", _ask_category_letter, "letter", 25.0, "MMMU, AI2D", 8),
+    ("object_letter", "single", _ask_object_letter, "letter", 25.0, "ScienceQA", 8),
+    ("presence", "multi", _ask_presence, "yes_no", 50.0, "POPE", 8),
+    ("locate", "multi", _ask_locate, "exact_match", 0.8, "GQA", 8),
+    ("relation", "multi", _ask_relation, "exact_match", 25.0, "GQA", 8),
+    ("count", "count", _ask_count, "exact_match", 25.0, "MME (count)", 8),
+    ("read_digits", "digits", _ask_digits, "exact_match", 0.5, "DocVQA, OCR", 8),
+    ("list_objects", "multi", _ask_list, "set_f1", 0.8, "captioning", 24),
+    ("shape_open", "shapes", _ask_shape_open, "exact_match", 20.0, "VQA", 8),
+    ("shape_yesno", "shapes", _ask_shape_yesno, "yes_no", 50.0, "GQA", 8),
+)
+"""The benchmarks with pictures: name, scene, question, metric, chance, like, longest answer."""
 _ALL = (
-    _picture_task("name", "single", _ask_name, "exact_match", 0.8, "recognition"),
-    _picture_task("category_letter", "single", _ask_category_letter, "letter", 25.0, "MMMU, AI2D"),
-    _picture_task("object_letter", "single", _ask_object_letter, "letter", 25.0, "ScienceQA"),
-    _picture_task("presence", "multi", _ask_presence, "yes_no", 50.0, "POPE"),
-    _picture_task("locate", "multi", _ask_locate, "exact_match", 0.8, "GQA"),
-    _picture_task("relation", "multi", _ask_relation, "exact_match", 25.0, "GQA"),
-    _picture_task("count", "count", _ask_count, "exact_match", 25.0, "MME (count)"),
-    _picture_task("read_digits", "digits", _ask_digits, "exact_match", 0.5, "DocVQA, OCR"),
-    _picture_task("list_objects", "multi", _ask_list, "set_f1", 0.8, "captioning", 24),
-    _picture_task("shape_open", "shapes", _ask_shape_open, "exact_match", 20.0, "VQA"),
-    _picture_task("shape_yesno", "shapes", _ask_shape_yesno, "yes_no", 50.0, "GQA"),
+    *(Task(name, metric, chance, partial(_load_scenes, name, kind, ask, SEEN_STYLES), longest, like)
+      for name, kind, ask, metric, chance, like, longest in _PICTURE_TASKS),
     *(Task(name, metric, chance, partial(_load_text, name), longest, "text only")
       for name, metric, chance, longest in _TEXT_TASKS),
-    _picture_task(
-        "name_unseen_style", "single", _ask_name, "exact_match", 0.8, "domain shift",
-        styles=(UNSEEN_STYLE,),
-    ),
-    _picture_task(
-        "object_letter_unseen_style", "single", _ask_object_letter, "letter", 25.0, "domain shift",
-        styles=(UNSEEN_STYLE,),
-    ),
+    *(Task(name, metric, chance, partial(_load_scenes, name, "single", ask, (UNSEEN_STYLE,)), 8,
+           "domain shift", in_average=False)
+      for name, ask, metric, chance in (
+          ("name_unseen_style", _ask_name, "exact_match", 0.8),
+          ("object_letter_unseen_style", _ask_object_letter, "letter", 25.0),
+      )),
     Task("text_ppl", "perplexity", 0.0, _load_passages, 0, "WikiText", in_average=False),
 )  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

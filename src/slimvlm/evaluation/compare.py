@@ -18,7 +18,7 @@ from slimvlm.evaluation.metrics import (
     paired_difference,
     signed,
 )
-from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.results import Result
 
 Change = Literal["lost", "gained", "both wrong", "both right"]
 CHANGES: tuple[Change, ...] = ("lost", "gained", "both wrong", "both right")
@@ -114,7 +114,23 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
             scores = f"{ours.metric} {ours.score:.2f} of A, {theirs.score:.2f} of B"
             left_out[name] = f"{scores} (lower is better)"
             continue
-        questions, why = _questions(tasks.get(name), ours, blind=a.blind and b.blind)
+        # the questions by id, with the pictures shown; or none, and why
+        questions, why, task = dict[str, Question](), "the task is not known here", tasks.get(name)
+        if task is not None:
+            loaded = list(task.load(len(ours.ids)))
+            shown = with_other_pictures(loaded) if a.blind and b.blind else loaded
+            known = {question.id: question for question in shown}
+            try:
+                score = metric_named(ours.metric)
+            except ConfigError:
+                why = f"metric {ours.metric!r} is not available"
+            else:
+                why = "the task has changed since it was answered"
+                if all(
+                    key in known and abs(score(reply, known[key]) - stored) < 1e-6
+                    for key, reply, stored in zip(ours.ids, ours.replies, ours.scores, strict=True)
+                ):
+                    questions, why = known, ""
         asked = [questions.get(key, Question(key, "", ())) for key in ours.ids]
         answers = (asked, ours.replies, theirs.replies, ours.scores, theirs.scores)
         found[name] = TaskComparison(
@@ -124,7 +140,7 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
             score_b=theirs.score,
             difference=paired_difference(ours.scores, theirs.scores),
             pairs=tuple(map(Pair, *answers)),
-            note=why,
+            note=why and f"questions and pictures are not shown: {why}",
         )
     if not found:
         raise ConfigError(f"results of {a.model!r} and {b.model!r}: no task has answers of both")
@@ -149,27 +165,6 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         left_out=left_out,
         note=note,
     )
-
-
-def _questions(
-    task: Task | None, result: TaskResult, blind: bool
-) -> tuple[dict[str, Question], str]:
-    """Load the questions behind a result by id, with the pictures shown; or none, and why."""
-    missing = "questions and pictures are not shown: "
-    if task is None:
-        return {}, missing + "the task is not known here"
-    asked = list(task.load(len(result.ids)))
-    questions = {q.id: q for q in (with_other_pictures(asked) if blind else asked)}
-    try:
-        score = metric_named(result.metric)
-    except ConfigError:
-        return {}, f"{missing}metric {result.metric!r} is not available"
-    same = all(
-        key in questions and abs(score(reply, questions[key]) - stored) < 1e-6
-        for key, reply, stored in zip(result.ids, result.replies, result.scores, strict=True)
-    )
-    changed = missing + "the task has changed since it was answered"
-    return (questions, "") if same else ({}, changed)
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:

@@ -279,10 +279,6 @@ def adapter(
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 
-    def batches(requests: Sequence[Any]) -> Iterator[list[int]]:
-        prompts, task = [request.args[0] for request in requests], requests[0].args[4]
-        return batches_by_length(prompts, batch_size, str(task))
-
     class Adapter(lmms):  # type: ignore[misc]
         accelerator = None  # else the runner makes one, and with it global state
 
@@ -292,7 +288,8 @@ def adapter(
             stops = options.get("until") or ()
             stops = [stops] if isinstance(stops, str) else stops
             texts = [""] * len(requests)
-            for batch in batches(requests):
+            prompts, task = [request.args[0] for request in requests], requests[0].args[4]
+            for batch in batches_by_length(prompts, batch_size, str(task)):
                 asked = [_asked(requests[i].args, self.task_dict)[0] for i in batch]
                 found = answer(model, processor, asked, longest)
                 for index, text in zip(batch, found, strict=True):
@@ -304,7 +301,8 @@ def adapter(
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
             found = [(0.0, False)] * len(requests)
-            for batch in batches(requests):
+            prompts, task = [request.args[0] for request in requests], requests[0].args[4]
+            for batch in batches_by_length(prompts, batch_size, str(task)):
                 asked = [_asked(requests[i].args, self.task_dict) for i in batch]
                 # The chat template sets its own space before the answer.
                 pairs = [(question, str(text).strip()) for question, text in asked]

@@ -57,11 +57,6 @@ class Sizes:
         return 2 * (self.shape.backbone_params - looked_up) * self.tokens
 
     @property
-    def decoder_params(self) -> int:
-        """Parameters of all decoder layers."""
-        return sum(layer.params for layer in self.shape.layers)
-
-    @property
     def token_share(self) -> float:
         """Share of the backbone that goes with its tokens."""
         gone = self.shape.vocab_size - (self.vocabulary or self.shape.vocab_size)
@@ -70,7 +65,7 @@ class Sizes:
     def decoder_share(self, ratio: float) -> float:
         """Share of the decoder layers that goes with a share of the backbone."""
         rest = max(ratio - self.token_share, 0.0) * self.shape.backbone_params
-        return min(rest / self.decoder_params, 1.0)
+        return min(rest / sum(layer.params for layer in self.shape.layers), 1.0)
 
     def learnt(self, config: RecoverConfig) -> int:
         """Count the conversations that a training reads, of those that there are."""
@@ -117,7 +112,8 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         if is_here:
             states = StatesPlace.of(needed, device, held)
         are_here = states.kind == "device" or (is_cpu and states.kind == "host")
-        new = (1 - sizes.decoder_share(ratio)) * sizes.decoder_params * BYTES[dtype]
+        layers = sum(layer.params for layer in shape.layers)
+        new = (1 - sizes.decoder_share(ratio)) * layers * BYTES[dtype]
         channels = (largest.num_heads * largest.head_dim, largest.intermediate_size)
         is_walking = WALKING in prune.criterion
         grams = is_walking * constants.gram_copies * BYTES["float32"] * max(channels) ** 2

@@ -275,7 +275,7 @@ def _by_layer(label: str, texts: Sequence[str]) -> list[list[str]]:
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
     """Make a table for the terminal, plain without a header; markup in the text has no effect."""
-    caption = LEGEND if _is_marked(rows) else None
+    caption = LEGEND if any(cell.endswith(MARK) for row in rows for cell in row) else None
     table = Table(title=Text(printable(title)) if title else None, caption=caption)
     if not header:
         table = Table.grid(padding=(0, 2))
@@ -290,13 +290,9 @@ def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a table as Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
-    if _is_marked(rows):
+    if any(cell.endswith(MARK) for row in rows for cell in row):
         lines += ["", LEGEND.replace("*", r"\*", 1)]
     return "\n".join(lines) + "\n"
-
-
-def _is_marked(rows: Sequence[Sequence[str]]) -> bool:
-    return any(cell.endswith(MARK) for row in rows for cell in row)
 
 
 def _bounds(ends: Sequence[float] | None, digits: int = 1) -> str:

@@ -82,16 +82,12 @@ def score(
         folder = memory.scratch_beside(stem)
         (scores,) = _scores_from_files(request, opened, calibration, folder, say)
     else:
-        (scores,) = _scores(request, samples)
+        loaded, processor = stages.load_original(request)
+        calibration = Calibration(processor, samples, hold_out=False)
+        (scores,) = stages.calibrate(request, loaded, calibration).values()
     scores.save(stem)
     say(f"{criterion} scores of {', '.join(CRITERIA[criterion].units)} written to {stem}.json")
     return scores
-
-
-def _scores(request: Request, samples: Sequence[Sample]) -> list[Scores]:
-    loaded, processor = stages.load_original(request)
-    calibration = Calibration(processor, samples, hold_out=False)
-    return list(stages.calibrate(request, loaded, calibration).values())
 
 
 def _opened(request: Request) -> tuple[LazyCheckpoint, Any]:
@@ -154,7 +150,10 @@ def plan(
         if make(shape, dry, size, **how).cuts_layers or not config.loses_tokens:
             say(f"no --scores: using {' and '.join(criteria)} on the demo's conversations")
             request = Request(model=model, prune=replace(shown, criterion=criteria))
-            given = _scores(request, stages.read_split(request, say).calibration)
+            samples = stages.read_split(request, say).calibration
+            loaded, processor = stages.load_original(request)
+            calibration = Calibration(processor, samples, hold_out=False)
+            given = list(stages.calibrate(request, loaded, calibration).values())
     made = make(shape, given, size, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
