@@ -204,18 +204,14 @@ def memory_explained(words: Sequence[str]) -> Iterator[None]:
             room = re.search(r"capacity of ([\d.]+) (\w+) of which ([\d.]+) (\w+)", told)
             facts = [f"{in_bytes(*needed.groups())} more was needed"] if needed is not None else []
             if room is not None:
-                facts.append(
-                    f"{in_bytes(room[3], room[4])} of {in_bytes(room[1], room[2])} was free"
-                )
+                free, whole = in_bytes(room[3], room[4]), in_bytes(room[1], room[2])
+                facts.append(f"{free} of {whole} was free")
             cure = _CURES.get(during) or _CURES.get(words[0])
             if cure == _LAYER_BY_LAYER and "--low-memory" in words:
                 cure = "fewer --samples"
             if cure is None:
-                cure = (
-                    "a smaller model"
-                    if name == "cpu"
-                    else "--device cpu uses the memory of the host"
-                )
+                on_host = "--device cpu uses the memory of the host"
+                cure = "a smaller model" if name == "cpu" else on_host
             about = f": {', '.join(facts)}" if facts else ""
             doing = words[0] if during == words[0] else f"{words[0]}, stage {during!r}"
             line = f"out of memory on {where} during {doing}{about}. What helps: {cure}"

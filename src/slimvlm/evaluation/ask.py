@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from slimvlm.core.documents import digest, parse_json, read_text
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
@@ -229,11 +229,16 @@ def answer(
     tokenizer, generator = chat.tokenizer_of(processor), cast(Any, model)
     names = shortened(", ".join(question.id for question in questions[:3]))
     greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
-    finite = [_Finite(f"the logits of question {names}")]
+
+    def finite(_: Tensor, scores: Tensor) -> Tensor:
+        """Raise if logits are NaN: argmax would return a token regardless."""
+        require_finite_values(scores.amax(-1), f"the logits of question {names}")
+        return scores
+
     try:
         with torch.no_grad():
             output = generator.generate(
-                **inputs, **greedy, max_new_tokens=max_new_tokens, logits_processor=finite
+                **inputs, **greedy, max_new_tokens=max_new_tokens, logits_processor=[finite]
             )
     except (ValueError, TypeError, LookupError) as error:
         raise ConfigError(
@@ -272,17 +277,6 @@ def _require_context(model: PreTrainedModel, inputs: Mapping[str, Tensor], name:
     tokens, most = inputs["input_ids"].shape[1], context_of(model.config)
     if most is not None and tokens > most:
         raise DataError(f"question {shortened(name)} has {tokens} tokens, the model reads {most}")
-
-
-class _Finite(LogitsProcessor):
-    """Raise if logits are NaN: argmax would return a token regardless."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        require_finite_values(scores.amax(-1), self.where)
-        return scores
 
 
 def batches_by_length(

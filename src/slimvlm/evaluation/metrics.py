@@ -44,12 +44,8 @@ def letter(reply: str, question: Question) -> float:
 
 def yes_no(reply: str, question: Question) -> float:
     """1 if the first word is the right one of yes and no."""
-    return float(_first_word(reply) == normalise(question.answers[0]))
-
-
-def _first_word(reply: str) -> str:
-    match = re.match(r"[a-z]+", normalise(reply))
-    return match[0] if match else ""
+    first = re.split("[^a-z]", normalise(reply), maxsplit=1)[0]
+    return float(first == normalise(question.answers[0]))
 
 
 def set_f1(reply: str, question: Question) -> float:
@@ -182,7 +178,7 @@ def _own_metric(name: str) -> Metric:
 
 def yes_no_details(replies: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
     """Compute F1 of "yes" and the share of yes replies, in percent, as POPE reports them."""
-    found = [_first_word(reply) == "yes" for reply in replies]
+    found = [re.split("[^a-z]", normalise(reply), maxsplit=1)[0] == "yes" for reply in replies]
     true = [normalise(question.answers[0]) == "yes" for question in questions]
     hits = sum(s and t for s, t in zip(found, true, strict=True))
     f1 = 2 * hits / (sum(found) + sum(true)) if hits else 0.0
