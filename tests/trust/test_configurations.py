@@ -158,6 +158,17 @@ def test_settings_of_generation_change_no_code(values, tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_settings_of_generation_without_effect_are_kept(low_memory, tmp_path):
+    """As LLaVA-1.5 and Vicuna were published, and tokens that the model cannot pad with."""
+    model, out = folders.copied("text", tmp_path / "m"), tmp_path / "out"
+    published = {"eos_token_id": 1, "pad_token_id": -1, "temperature": 0.9, "top_p": 0.6}
+    (model / "generation_config.json").write_text(json.dumps(published))
+    words = ["prune", str(model), "--ratio", "0.3", "--criterion", "magnitude", "--out", str(out)]
+    main(words + ["--low-memory"] * low_memory)
+    assert published.items() <= json.loads((out / "generation_config.json").read_text()).items()
+
+
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
     """The folder of a compress run that ended after its checkpoint was written, and its command."""

@@ -119,3 +119,30 @@ def test_a_picture_beyond_every_processor_is_reduced():
     Image.new("L", (9000, 4500), 40).save(buffer, "PNG")
     found = open_image(Image.open(io.BytesIO(buffer.getvalue())))
     assert found.size == (LARGE_SIZE[0], LARGE_SIZE[1] // 2)
+
+
+def test_rows_that_repeat_a_long_text_are_converted_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("slimvlm.data.read.BATCH_BYTES", 2**20)
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), ["x" * 2**20])
+    table = pa.table({"messages": [TURNS] * 64, "junk": long})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pa.ipc.new_stream(tmp_path / "x.arrow", table.schema) as file:
+        file.write_table(table)
+    converted = []
+    monkeypatch.setattr(
+        "slimvlm.data.read._plain", lambda part, _: converted.append(len(part)) or []
+    )
+    for name in ("x.parquet", "x.arrow"):
+        assert not list(read_rows(tmp_path / name))
+    assert converted == [1] * 128
+
+
+def test_a_table_of_more_rows_than_bytes_is_refused(tmp_path):
+    rows = pa.RunEndEncodedArray.from_arrays(pa.array([2**31 - 2], pa.int32()), ["s"])
+    table = pa.table({"messages": rows})
+    with pa.ipc.new_stream(tmp_path / "x.arrow", table.schema) as file:
+        file.write_table(table)
+    parquet.write_table(pa.table({"messages": pa.nulls(10**6)}), tmp_path / "x.parquet")
+    for name in ("x.parquet", "x.arrow"):
+        with pytest.raises(DataError, match="rows, more than bytes"):
+            list(read_rows(tmp_path / name))

@@ -115,3 +115,16 @@ def test_a_stream_obeys_bars_alone(is_terminal, tmp_path):
         said = file.buffer.read().decode()
     kept = "\x1b[31md\x1b[0m" if is_terminal else r"\x1b[31md\x1b[0m"
     assert said == r"a\x1b[2Jb\x1b]0;t\x07\u202e" + "\rc" + kept + "\n"
+
+
+@pytest.mark.parametrize("name", ["model_type", "rope_scaling"])
+def test_no_word_of_a_model_moves_the_cursor_of_a_terminal(name, tmp_path, monkeypatch, capfd):
+    """A terminal gets bars and colours, but in errors and logs of libraries not those of files."""
+    model, word = folders.copied("text", tmp_path / "m"), "x\x1b[5A\x1b[2Ky"
+    values = {"model_type": word, "rope_scaling": {"rope_type": word}}
+    folders.edit_json(model / "config.json", lambda v: v.update({name: values[name]}))
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True)
+    code, said = run(["inspect", str(model)], capfd)
+    assert code == 2
+    assert "\x1b" not in said
+    assert r"x\x1b[5A\x1b[2Ky" in said

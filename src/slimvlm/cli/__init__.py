@@ -28,6 +28,7 @@ from slimvlm.core.errors import (
     is_out_of_memory,
     one_line,
     panics_raised,
+    printable,
 )
 from slimvlm.core.files import held
 from slimvlm.core.progress import current_stage, num_ranks, stage
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, before their import
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they miss a GPU, or kernels
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.setLogRecordFactory(_printable_record)
     words = sys.argv[1:] if arguments is None else arguments
     verb = next(iter(words), "")
     streams: list[Any] = [PrintableStream(out), PrintableStream(err)]
@@ -97,12 +99,20 @@ def main(arguments: list[str] | None = None) -> None:
             told = f"{type(error).__name__}: {one_line(error)}"[:500]
             code, told = 1, f"internal error ({told}); SLIMVLM_DEBUG=1 shows all"
         with suppress(SlimError):
-            print(f"slimvlm: {told[:LONGEST_LINE]}", file=sys.stderr, flush=True)
+            print(f"slimvlm: {printable(told)[:LONGEST_LINE]}", file=sys.stderr, flush=True)
         try:
             sys.stdout.flush()
         except SlimError:  # at its end Python would try again
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(code) from None
+
+
+def _printable_record(*values: Any, **named: Any) -> logging.LogRecord:
+    """Make a record of a library's log, which may quote a model's files."""
+    record = logging.LogRecord(*values, **named)
+    with suppress(TypeError, ValueError):  # words that do not fit their format
+        record.msg, record.args = printable(record.getMessage()), ()
+    return record
 
 
 def _run(verb: str, words: list[str]) -> None:

@@ -22,8 +22,8 @@ from slimvlm.data.samples import Message, Sample, find_image
 
 MAX_LINE_BYTES = 64 * 2**20
 """Longest line of a ``.jsonl`` file."""
-BATCH = 64
-"""Rows of a parquet or Arrow file that are in memory at once."""
+BATCH, BATCH_BYTES = 64, 2**28
+"""Rows of a parquet or Arrow file in memory at once, and their bytes unless one row has more."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Names of JSON files beside the data."""
 KEPT_BYTES = 2**29
@@ -202,17 +202,28 @@ def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
     try:
         if path.suffix == ".parquet":
             with parquet.ParquetFile(path) as file:
-                for part in file.iter_batches(BATCH):
+                about = file.metadata
+                groups = (about.row_group(n).total_byte_size for n in range(about.num_row_groups))
+                at_once = _at_once(path, about.num_rows, max(groups, default=0))
+                for part in file.iter_batches(at_once):
                     yield from _plain(part, outlined)
             return
         with pyarrow.memory_map(str(path)) as source:
             for batch in pyarrow.ipc.open_stream(source):
-                for start in range(0, len(batch), BATCH):
-                    yield from _plain(batch.slice(start, BATCH), outlined)
+                at_once = _at_once(path, len(batch), batch.nbytes)
+                for start in range(0, len(batch), at_once):
+                    yield from _plain(batch.slice(start, at_once), outlined)
     except Exception as error:  # broken files make pyarrow raise almost anything
         kind = path.suffix.removeprefix(".")
         reason = one_line(error)[:LONGEST]
         raise DataError(f"data {str(path)!r}: is not a {kind} file ({reason})") from error
+
+
+def _at_once(path: Path, num_rows: int, num_bytes: int) -> int:
+    """Return how many rows to convert at once: each may repeat all bytes, from a dictionary."""
+    if num_rows > path.stat().st_size:
+        raise ValueError(f"it has {num_rows:,} rows, more than bytes")
+    return min(max(BATCH_BYTES // max(num_bytes, 1), 1), BATCH)
 
 
 def _plain(part: Any, outlined: bool) -> Any:
@@ -234,6 +245,7 @@ LARGE_PICTURE = 2048
 """Upper estimate of a picture's tokens."""
 
 _AT_ONCE = 256
+_FIELDS = {"id", "messages", "conversations", "image", "images"}
 _MISSING = object()
 
 
@@ -323,7 +335,10 @@ def _samples(
         except DataError as error:
             return error
 
-    rows = rows_in_step(data, warn)
+    rows = (  # others' columns may be large
+        (n, {k: row[k] for k in _FIELDS & row.keys()} if isinstance(row, dict) else row)
+        for n, row in rows_in_step(data, warn)
+    )
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # decodes pictures
         while chunk := list(islice(rows, min(limit or _AT_ONCE, _AT_ONCE))):
             yield from pool.map(attempt, chunk)

@@ -286,10 +286,17 @@ def load(
     return loaded.eval(), load_processor(name, config, trust_remote_code)
 
 
+class _Published(GenerationConfig):
+    """Settings as others published them, which are saved although some have no effect together."""
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        super().validate(user_set_attributes=user_set_attributes)
+
+
 def plain_generation(config: GenerationConfig | None) -> GenerationConfig:
     """Keep the known settings of a generation configuration, which may come with a model."""
     values = {} if config is None else config.to_dict()
-    return GenerationConfig.from_dict({k: v for k, v in values.items() if k in _GENERATION})
+    return _Published.from_dict({k: v for k, v in values.items() if k in _GENERATION})
 
 
 def generation_of(folder: str | Path) -> GenerationConfig | None:
