@@ -183,12 +183,14 @@ def stopped(tmp_path, monkeypatch):
     return tmp_path / "run", words
 
 
-@pytest.mark.parametrize("name", ["chat_template.jinja", "model.safetensors", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "model.safetensors", "../checkpoint.sha256"]
+)
 def test_a_run_goes_on_only_with_what_it_wrote(name, stopped, capsys):
     run, words = stopped
     file = run / "checkpoint" / name
     before = file.read_bytes()
-    file.write_bytes(before[:-1] + b" ")
+    file.write_bytes(before[:-1] + b"\xff")
     code, said = ended(capsys, *words)
     assert code == 2
     assert "changed after it was written" in said

@@ -58,6 +58,8 @@ _SETTINGS = (
     "chat_template.json",
 )
 """Files that must hold names and values if they are there."""
+_ONLY = ["tokenizer.json"]
+"""The tokenizer that is checked before it is read, and thus no other."""
 _MOST_SETTINGS, _MOST_TEMPLATE = 64 * 2**20, 2**20
 """Bytes of a file of settings, and of a chat template."""
 
@@ -120,6 +122,8 @@ def check_folder(model: str | Path) -> None:
         if (folder / name).exists() or name == CONFIG_NAME:
             values = read_object(folder / name, "model", _MOST_SETTINGS)
             _require_plausible(values, f"{where}: {name}:")
+            if values.get("fast_tokenizer_files", _ONLY) != _ONLY:
+                raise ConfigError(f"{where}: {name}: fast_tokenizer_files must be {_ONLY}")
     if (folder / _TEMPLATE).exists():
         read_text(folder / _TEMPLATE, "model", _MOST_TEMPLATE)
     if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():

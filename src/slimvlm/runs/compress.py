@@ -172,7 +172,7 @@ def _prune(run: Run, model: PreTrainedModel, processor: Any) -> Plan:
     target = folder / ("pruned" if run.trains else "checkpoint")
     for made in (folder / "checkpoint", folder / "pruned"):
         noted = made.with_suffix(".sha256")
-        if noted.exists() and made.exists() and noted.read_text() != _identity(made):
+        if noted.is_file() and made.exists() and noted.read_bytes() != _identity(made).encode():
             raise ConfigError(f"{str(made)!r} changed after it was written: remove it to go on")
     if target.exists() or (folder / "checkpoint").exists():
         return Plan.load(folder / "plan.json")
