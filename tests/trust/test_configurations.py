@@ -158,6 +158,19 @@ def test_settings_of_generation_change_no_code(values, tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"min_pixels": 2**27}, {"size": {"shortest_edge": 2**26, "longest_edge": 2**27}}],
+    ids=["min_pixels", "size"],
+)
+def test_no_processor_enlarges_pictures_to_gigabytes(values, tmp_path, capsys):
+    model = folders.copied("qwen2_5_vl", tmp_path / "m")
+    (model / "preprocessor_config.json").write_text(json.dumps(values))
+    code, said = ended(capsys, "inspect", str(model))
+    assert code == 2
+    assert "must be 1 to 4,194,304" in said
+
+
 @pytest.mark.parametrize("low_memory", [True, False])
 def test_settings_of_generation_without_effect_are_kept(low_memory, tmp_path):
     """As LLaVA-1.5 and Vicuna were published, and tokens that the model cannot pad with."""

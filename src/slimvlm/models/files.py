@@ -68,6 +68,8 @@ _LIMITS: tuple[tuple[str, int, int], ...] = (
     (r"hidden_size|head_dim|num_(attention|key_value)_heads|patch_size|n_heads?", 1, 2**20),
     (r"intermediate_size|\w+_intermediate_size|num_\w*experts\w*|\w+_dim|\w+_heads", 0, 2**20),
     (r"image_size|height|width|crop_size|(shortest|longest)_edge|\w+_channels|depths", 0, 2**12),
+    (r"shortest_edge area|min_pixels", 1, 2**22),  # smaller pictures are enlarged to these
+    (r"min_(patches|\w*tiles)", 0, 2**4),
     (r"(shortest|longest)_edge area|\w+_pixels", 1, 2**27),
     (r"image_seq_len\w*|num_\w*_tokens|(min|max)_(patches|\w*tiles)", 0, 2**14),
     (r"\w*_token_(id|ids|index)", -1, 2**31),
