@@ -146,3 +146,9 @@ def test_a_table_of_more_rows_than_bytes_is_refused(tmp_path):
     for name in ("x.parquet", "x.arrow"):
         with pytest.raises(DataError, match="rows, more than bytes"):
             list(read_rows(tmp_path / name))
+
+
+def test_a_row_of_very_many_pictures_is_broken(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": TURNS, "images": ["a.png"] * 2000}))
+    with pytest.raises(DataError, match="has 2000 images; at most 1024"):
+        load_samples(tmp_path / "x.jsonl")

@@ -241,6 +241,8 @@ def _plain(part: Any, outlined: bool) -> Any:
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 IMAGE_WORD = "<image>"
 """Placeholder of a picture in plain text."""
+MOST_PICTURES = 1024
+"""Pictures of a sample."""
 LARGE_PICTURE = 2048
 """Upper estimate of a picture's tokens."""
 
@@ -359,6 +361,10 @@ def _sample(index: int, row: Any, root: Path) -> Sample:
     listed = iter([] if stated is None else stated if isinstance(stated, list) else [stated])
     shown = [next(listed, _MISSING) if source is None else source for source in sources]
     named = [image for image in (*shown, *listed) if image is not _MISSING]
+    if len(named) > MOST_PICTURES:
+        raise DataError(
+            f"sample {name!r} has {len(named)} images; at most {MOST_PICTURES} are read"
+        )
     pictures = tuple(find_image(image, name, root) for image in named)
     if sources and len(sources) != len(pictures):
         raise DataError(
