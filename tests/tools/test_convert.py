@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -274,6 +274,7 @@ def splitters(request, tmp_path_factory):
 @given(text=st.text(min_size=1) | st.text("ab \n▁tesl.'", min_size=1))
 @settings(max_examples=50, deadline=None)
 def test_any_text_is_split_as_sentencepiece_splits_it(splitters, text):
+    assume(not any(token in text for token in ("<s>", "</s>", "<unk>")))  # are one token natively
     native, own = splitters
     assert native(text, add_special_tokens=False).input_ids == own.encode(text)
 

@@ -250,7 +250,7 @@ def load(
     divided: dict[str, Any] = {"distributed_config": shard_config(config)} if shard else {}
     if is_quantized(config):  # some quantisers take the current card by default
         divided["device_map"] = {"": str(place)}
-    require_buildable(name, config)
+    skeleton = require_buildable(name, config)
     reporter = logging.getLogger("transformers.modeling_utils")
     level = reporter.level
     reporter.setLevel(logging.CRITICAL)  # its report has names out of the files
@@ -274,9 +274,7 @@ def load(
         raise ConfigError(f"model {str(model)!r}: weights {shortened(first)}{more} {told}")
     if unused := sorted(report["unexpected_keys"]):
         to_log(f"model {str(model)!r}: {len(unused)} tensors are not read: {shortened(unused[0])}")
-    head, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
-    is_tied = getattr(text_config_of(config), "tie_word_embeddings", False)
-    if is_tied and head is not None and head.weight is not embedding.weight and not divided:
+    if _ties_head(skeleton) and not _ties_head(loaded) and not divided:
         told = "config.json says tie_word_embeddings, but the files hold two different matrices"
         raise ConfigError(f"model {str(model)!r}: {told}; say false to keep both")
     set_class_(loaded)
@@ -310,12 +308,19 @@ def generation_of(folder: str | Path) -> GenerationConfig | None:
         return plain_generation(GenerationConfig.from_dict(read_object(path, "model")))
 
 
-def require_buildable(name: str, config: PreTrainedConfig) -> None:
-    """Refuse a model with pickled, malformed or far too few weights, before it is built."""
+def _ties_head(model: PreTrainedModel) -> bool:
+    head: Any = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def require_buildable(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """Refuse a model with pickled, malformed or far too few weights; return it without storage."""
     with unreadable(name, "config"):
-        described = sum(p.numel() for p in empty_model(config).parameters())
+        skeleton = empty_model(config)
+        skeleton.tie_weights()
+    described = sum(p.numel() for p in skeleton.parameters())
     if not Path(name).is_dir():
-        return
+        return skeleton
     stored = 0
     with unreadable(name, "weights"):
         for path in dict.fromkeys(weight_files(Path(name)).values()):
@@ -326,6 +331,7 @@ def require_buildable(name: str, config: PreTrainedConfig) -> None:
             f"model {name!r}: config.json describes {described:,} weights, and its files "
             f"hold {stored:,}"
         )
+    return skeleton
 
 
 def load_as(
