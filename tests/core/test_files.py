@@ -444,6 +444,13 @@ def test_a_user_s_own_hidden_folders_stay(is_there, what, old, tmp_path):
     assert (old / "file").read_text() == ("old" if is_there else "new") if old.exists() else True
 
 
+def test_a_user_s_own_lock_file_stays(tmp_path):
+    (tmp_path / ".out.lock").write_text("precious")
+    with pytest.raises(ConfigError, match="in the way"), new_folder(tmp_path / "out"):
+        raise AssertionError("the block must not run")
+    assert (tmp_path / ".out.lock").read_text() == "precious"
+
+
 def test_a_link_and_its_target_are_one_place(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
