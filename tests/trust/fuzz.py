@@ -18,7 +18,6 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow
@@ -34,8 +33,8 @@ from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.load import anatomy
 from slimvlm.planning.plan import Plan
 from slimvlm.scoring.unit_scores import Scores
-from slimvlm.training.recover import History
 from tests import tiny_folder as folders
+from tests.runs.test_report import write_run
 from tests.trust.spoiled import INDEX, NASTY, WEIGHTS, divide, mutated, spoil, torn, write_pickle
 
 MAX_SECONDS, MAX_BYTES = 60, 2 * 2**30
@@ -107,12 +106,6 @@ def make_result(folder):
 def make_scores(folder):
     groups, neurons = ([torch.rand(2), torch.rand(3)] for _ in range(2))
     Scores("magnitude", torch.rand(2), groups, neurons).save(folder / "scores")
-
-
-def make_history(folder):
-    rows = ({"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0})
-    history = History(steps=rows, num_samples=4, sample_ids=("a", "b"), trained_params=10)
-    (folder / "history.json").write_text(json.dumps(asdict(history)))
 
 
 def make_log(folder):
@@ -208,6 +201,14 @@ def make_picture(folder, draw):
         if draw.random() < 0.5:
             picture.write_bytes(torn(picture.read_bytes(), draw))
     return path
+
+
+def run_folder(folder, draw):
+    """What a run leaves behind, with one file spoiled."""
+    shutil.rmtree(folder)
+    write_run(folder, anatomy(folders.folder("text")))
+    spoil(draw.choice(sorted(folder.rglob("*.json"))), draw)
+    return "report {folder}"
 
 
 def run_yaml(folder, draw):
@@ -346,7 +347,7 @@ CLASSES = {
         "scores.json",
         f"plan {MODEL} --scores {{folder}}/scores --ratio 0.3 --out {{folder}}/p.json",
     ),
-    "history": spoiled(make_history, "history.json", "report {folder}"),
+    "run folder": run_folder,
     "data": of_data(make_data, "text"),
     "pictures": of_data(make_picture, "llava"),
     "run.yaml": lambda folder, draw: (

@@ -17,6 +17,7 @@ from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.load import anatomy, load
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import prune_checkpoint
+from slimvlm.training.recover import History
 from tests import tiny_folder as folders
 
 QUESTION = Question("q1", "Which colour?", ("red",), choices=("red", "blue"))
@@ -127,3 +128,13 @@ def test_a_tied_head_that_differs_is_named(tmp_path):
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match="two different matrices"):
         load(model)
+
+
+@pytest.mark.parametrize(
+    "row", ["{}", '{"loss": 1}', '{"step": 1, "loss": NaN}', '{"step": 1e308}']
+)
+def test_a_history_without_steps_is_named(row, tmp_path):
+    values = '"num_samples": 1, "sample_ids": ["a"], "trained_params": 1'
+    (tmp_path / "history.json").write_text(f'{{"steps": [{row}], {values}}}')
+    with pytest.raises(ConfigError, match="steps must be rows of finite numbers"):
+        History.load(tmp_path / "history.json")

@@ -100,7 +100,12 @@ class History:
         values = read_object(path, "history")
         for name in ("evaluations", "held_out_ids"):  # of earlier versions
             values.pop(name, None)
-        return built(cls, values, f"history {str(path)!r}")
+        history = built(cls, values, where := f"history {str(path)!r}")
+        numbers = [value for row in history.steps for value in row.values()]
+        whole = history.steps and all("step" in row for row in history.steps)
+        if not whole or not all(abs(number) < 1e30 for number in numbers):
+            raise ConfigError(f"{where}: steps must be rows of finite numbers with a step")
+        return history
 
     def save(self, path: Path) -> None:
         """Write the history as JSON."""

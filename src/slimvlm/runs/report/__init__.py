@@ -25,7 +25,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 
 from slimvlm.core.documents import read_object
-from slimvlm.core.errors import LONGEST, ConfigError, one_line
+from slimvlm.core.errors import LONGEST, ConfigError, one_line, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
 from slimvlm.data.samples import open_image
@@ -486,6 +486,8 @@ def _entry(
         columns["reference"] = f"{reference:.1f} ({row['reference_source']})"
     options = [f"{each} {row[each]}" for each in varied if each != "seed" and row[each] != ""]
     train = None if original or row["train"] == "none" else str(row["train"])
+    if train not in (None, "projector", "lora", "full"):
+        raise ConfigError(f"train {shortened(train)} must be one of: none, projector, lora, full")
     return Entry(
         name=name,
         axis="" if original else str(row["axis"]),
