@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 
 class SlimError(Exception):
@@ -91,7 +91,7 @@ class PrintableStream:
     Sequences that colour a text or draw a progress bar pass if the stream is a terminal.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._kept = re.compile(_OF_BARS if stream.isatty() else r"([\r])")
 
