@@ -130,7 +130,7 @@ def test_rows_that_repeat_a_long_text_are_converted_one_by_one(tmp_path, monkeyp
         file.write_table(table)
     converted = []
     monkeypatch.setattr(
-        "slimvlm.data.read._plain", lambda part, _: converted.append(len(part)) or []
+        "slimvlm.data.read.plain_rows", lambda part, _: converted.append(len(part)) or []
     )
     for name in ("x.parquet", "x.arrow"):
         assert not list(read_rows(tmp_path / name))

@@ -111,7 +111,7 @@ def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:
         try:
             table = datasets.load_dataset(str(data), split="train").with_format("arrow")
             for part in table.iter(batch_size=BATCH):
-                yield from _plain(part, outlined)
+                yield from plain_rows(part, outlined)
         except Exception as error:
             reason = one_line(error.__cause__ or error)[:LONGEST]
             raise ConfigError(f"data {str(data)!r}: cannot be loaded ({reason})") from error
@@ -206,13 +206,13 @@ def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
                 groups = (about.row_group(n).total_byte_size for n in range(about.num_row_groups))
                 at_once = _at_once(path, about.num_rows, max(groups, default=0))
                 for part in file.iter_batches(at_once):
-                    yield from _plain(part, outlined)
+                    yield from plain_rows(part, outlined)
             return
         with pyarrow.memory_map(str(path)) as source:
             for batch in pyarrow.ipc.open_stream(source):
                 at_once = _at_once(path, len(batch), batch.nbytes)
                 for start in range(0, len(batch), at_once):
-                    yield from _plain(batch.slice(start, at_once), outlined)
+                    yield from plain_rows(batch.slice(start, at_once), outlined)
     except Exception as error:  # broken files make pyarrow raise almost anything
         kind = path.suffix.removeprefix(".")
         reason = one_line(error)[:LONGEST]
@@ -226,7 +226,7 @@ def _at_once(path: Path, num_rows: int, num_bytes: int) -> int:
     return min(max(BATCH_BYTES // max(num_bytes, 1), 1), BATCH)
 
 
-def _plain(part: Any, outlined: bool) -> Any:
+def plain_rows(part: Any, outlined: bool) -> Any:
     """Convert a batch to rows, with pictures as stored, so that no path in them is opened."""
     for index, name in enumerate(part.schema.names if outlined else ()):
         if name in ("image", "images"):
