@@ -218,3 +218,8 @@ def test_a_run_with_other_options_is_named(stopped, capsys):
     code, said = ended(capsys, *words, "--seed", "3")
     assert code == 2
     assert "was begun with other seed. Use --force" in said
+
+
+def test_a_model_is_read_in_silence(capfd):
+    load(folders.folder("llava"))
+    assert "[transformers]" not in capfd.readouterr().err

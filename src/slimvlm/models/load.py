@@ -252,8 +252,7 @@ def load(
         divided["device_map"] = {"": str(place)}
     skeleton = require_buildable(name, config)
     reporter = logging.getLogger("transformers.modeling_utils")
-    level = reporter.level
-    reporter.setLevel(logging.CRITICAL)  # its report has names out of the files
+    was_disabled, reporter.disabled = reporter.disabled, True  # it would print names in the files
     try:
         with unreadable(model, "weights"):
             loaded, report = source.from_pretrained(
@@ -266,7 +265,7 @@ def load(
                 **divided,
             )
     finally:
-        reporter.setLevel(level)
+        reporter.disabled = was_disabled
     problems = [(key, "are missing") for key in sorted(report["missing_keys"])]
     problems += [(key[0], "have another shape") for key in sorted(report["mismatched_keys"])]
     if problems:
