@@ -230,7 +230,9 @@ def _converted(
 
 
 def file_if_reachable(model: str, name: str) -> str | None:
-    """Find a file of a hub repository in the cache or on the hub; None if neither has it."""
+    """Find a file of a model's folder, or of a hub id in the cache or on the hub; None without."""
+    if (folder := Path(model)).is_dir():
+        return str(folder / name) if (folder / name).is_file() else None
     errors = ("gated_repo", "missing_entries", "connection_errors")
     quiet: dict[str, Any] = {f"_raise_exceptions_for_{error}": False for error in errors}
     path: str | None = cached_file(model, name, **quiet)

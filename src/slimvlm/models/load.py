@@ -298,10 +298,8 @@ def plain_generation(config: GenerationConfig | None) -> GenerationConfig:
 
 def generation_of(folder: str | Path) -> GenerationConfig | None:
     """Read the generation configuration of a model's folder or hub id; None without one."""
-    path: str | Path | None = Path(folder) / GENERATION_CONFIG_NAME
-    if not Path(folder).is_dir():
-        path = file_if_reachable(str(folder), GENERATION_CONFIG_NAME)
-    if path is None or not Path(path).is_file():
+    path = file_if_reachable(str(folder), GENERATION_CONFIG_NAME)
+    if path is None:
         return None
     with unreadable(folder, GENERATION_CONFIG_NAME):
         return plain_generation(GenerationConfig.from_dict(read_object(path, "model")))
@@ -390,9 +388,7 @@ def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
     if not name or not here & _PROCESSOR_FILES:
         return None
     with unreadable(name, "tokenizer"):
-        local = str(Path(name) / "tokenizer.json") if Path(name).is_dir() else None
-        file = local or file_if_reachable(name, "tokenizer.json")
-        if file is not None and Path(file).is_file():
+        if (file := file_if_reachable(name, "tokenizer.json")) is not None:
             check_tokenizer(Path(file), name)
     with unreadable(name, "processor" if sees else "tokenizer"):
         processor = auto.from_pretrained(name, trust_remote_code=trust_remote_code)
