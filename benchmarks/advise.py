@@ -11,8 +11,7 @@ accelerator what tensors held there. Trainings take three steps: longer ones tak
 With ``--pretend`` that is the card that tests pretend, whose times mean nothing.
 
 Times are of the processor, of all threads together, which a busy machine hardly changes: with
-OMP_NUM_THREADS=1 they are those of a clock. What is said is work over the speed of a matrix
-product, which is timed in the same way.
+OMP_NUM_THREADS=1 they are those of a clock. What is said is of one core, times the cores.
 """
 
 from __future__ import annotations
@@ -25,14 +24,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 import slimvlm as sv
 from own_process import card_peak, measured
 from slimvlm.core.options import CompressConfig, RecoverConfig
-from slimvlm.models.load import computes_bfloat16
+from slimvlm.models.cost import usable_cores
 from slimvlm.runs.advise import dry_run
-from slimvlm.runs.cost import device_flops
 from slimvlm.runs.tables import as_markdown
 from walk import CONVERSATIONS, RATIO, SHAPES, write, write_data
 
@@ -52,31 +48,12 @@ def config_of(recipe: str, data: Path, conversations: int) -> CompressConfig:
     return CompressConfig(**options, report_samples=conversations // 8, **RECIPES[recipe])
 
 
-def speed_of_processor(kind: torch.dtype) -> float:
-    """FLOP a second of processor time, in a matrix product."""
-    matrix = torch.ones(1024, 1024, dtype=kind)
-    matrix @ matrix
-    start = time.process_time()
-    for _ in range(20):
-        matrix @ matrix
-    return 20 * 2 * 1024**3 / (time.process_time() - start)
-
-
-def of_processor(hours: float, kind: torch.dtype) -> float:
-    """Hours by a clock as seconds of the processor."""
-    cpu = torch.device("cpu")
-    if not computes_bfloat16(cpu):
-        kind = torch.float32
-    return 3600 * hours * device_flops(cpu, kind) / speed_of_processor(kind)
-
-
 def said(model: Path, config: CompressConfig) -> tuple[float, float]:
     """What the estimate is, in GiB and seconds."""
     found = dry_run(str(model), config, say=lambda line: None)
-    cost, kind = found.cost, getattr(torch, found.dtype)
+    cost = found.cost
     peak = max(cost.calibration_bytes, cost.training_bytes) / 2**30
-    pruning = of_processor(cost.pruning_hours, kind)
-    return peak, pruning + of_processor(cost.training_hours, torch.bfloat16)
+    return peak, 3600 * (cost.pruning_hours + cost.training_hours) * usable_cores()
 
 
 def run(shape: str, recipe: str, folder: Path, conversations: int) -> list[tuple[float, float]]:

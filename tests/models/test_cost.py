@@ -1,11 +1,15 @@
-"""Counted FLOPs are those that torch counts, for every kind of backbone and after pruning."""
+"""Counted FLOPs are those that torch counts, for every kind of backbone and after pruning.
+
+Cores are those that a container has.
+"""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import decode_flops, prefill_flops
+from slimvlm.models import cost as module
+from slimvlm.models.cost import decode_flops, prefill_flops, usable_cores
 from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.handmade import plan_by_hand
@@ -46,3 +50,11 @@ def test_flops_of_a_pruned_model_are_what_torch_counts():
     expected = prefill_flops(after, TOKENS, 2), decode_flops(after, TOKENS + 1, 2)
     assert counted(model, 2) == expected
     assert expected[0] < prefill_flops(before, TOKENS, 2)
+
+
+@pytest.mark.parametrize(("limit", "most"), [("50000 100000", 0.5), ("max 100000", 10_000.0)])
+def test_a_container_limits_the_cores(limit, most, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CPU_LIMIT", tmp_path / "cpu.max")
+    assert usable_cores() == torch.get_num_threads()
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert usable_cores() == min(torch.get_num_threads(), most)

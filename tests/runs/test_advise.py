@@ -4,11 +4,14 @@ A dry run says what a compression would do, and refuses what it would refuse.
 """
 
 import json
+import re
 import shlex
 from dataclasses import fields, replace
 from itertools import product
 
+import psutil
 import pytest
+import torch
 
 import slimvlm as sv
 from slimvlm import cli
@@ -18,8 +21,9 @@ from slimvlm.core.progress import silent
 from slimvlm.models.load import anatomy, load_config, load_processor
 from slimvlm.runs import advise as module
 from slimvlm.runs import cost
-from slimvlm.runs.advise import Advice, advise, dry_run, dry_run_rows
+from slimvlm.runs.advise import Advice, advice_rows, advise, dry_run, dry_run_rows
 from slimvlm.runs.recipes import recipe_for, rules
+from slimvlm.runs.tables import anatomy_rows
 from tests import tiny
 from tests import tiny_folder as folders
 from tests.handmade import refused
@@ -249,6 +253,49 @@ def test_a_dry_run_says_what_memory_has_no_room_for(data, monkeypatch):
     little = rows()
     for name, cure in (("pruning", "prune --low-memory"), ("training", "a smaller --batch-size")):
         assert f", more than the 1.0 MiB free on cpu: {cure}" in little[f"memory of {name}"]
+
+
+def test_a_busy_machine_changes_no_estimate_and_is_told_beside_it(model, data, monkeypatch):
+    def found(load):
+        monkeypatch.setattr(psutil, "getloadavg", lambda: (load, 0.0, 0.0))
+        ways = advise(model, ratio=0.3, gpu=False), dry_run(FOLDER, config_for(data), silent)
+        hours = [(way.cost.pruning_hours, way.cost.training_hours) for way in ways]
+        return hours, [*advice_rows(ways[0]), *dry_run_rows(ways[1])]
+
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 2 * torch.get_num_threads())
+    cores = 2 * torch.get_num_threads()
+    (idle, quiet), (busy, loud) = found(0.0), found(1.5 * cores)
+    assert busy == idle
+    assert not any("busy" in " ".join(row) for row in quiet)
+    line = f"this machine is busy: load {1.5 * cores:.1f} on {cores} cores; "
+    assert loud.count(["load", f"{line}expect at least 2.0 times as long"]) == 2
+    assert advise(model, ratio=0.3, gpu=True).cost.load == ""
+
+
+FLAG = re.compile(r"(?:\b([a-z]+) )?(--[a-z][a-z-]+)")
+
+
+def test_every_option_that_is_suggested_is_one_of_its_verb(tmp_path, data, monkeypatch, capsys):
+    """Without a verb before it, it is an option of the command that said so."""
+    tiny.build("qwen3_moe").save_pretrained(tmp_path / "mixture")
+    names, said = [FOLDER, str(folders.folder("text")), str(tmp_path / "mixture")], []
+    for name, has_data in product(names, (True, False)):
+        for asked in ({"ratio": 0.3}, {"ratio": 0.6}, {"target_latency": 0.8}):
+            found = advise(name, data=has_data, gpu=True, **asked)
+            verb, *words = shlex.split(found.command)[1:]
+            assert cli.parsed(verb, words)["model"] == name
+            said += [("advise", " ".join(row)) for row in advice_rows(found)]
+    monkeypatch.setattr(module, "free_memory", lambda device: 2**20)
+    config = config_for(data, vocab_size=300)
+    said += [("compress", " ".join(r)) for r in dry_run_rows(dry_run(FOLDER, config, silent))]
+    said += [("inspect", " ".join(row)) for name in names for row in anatomy_rows(anatomy(name))]
+    found = {(by, word, flag) for by, text in said for word, flag in FLAG.findall(text)}
+    named = {(word if word in cli.VERBS else by, flag) for by, word, flag in found}
+    assert {("compress", "--experts"), ("prune", "--low-memory")} < named
+    for verb, flag in named:
+        with pytest.raises(SystemExit):
+            cli.main([verb, "--help"])
+        assert f"{flag} " in capsys.readouterr().out, (verb, flag)
 
 
 def test_a_dry_run_chooses_tokens_and_refuses_what_the_run_would_refuse(data):

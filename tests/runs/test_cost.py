@@ -1,15 +1,26 @@
 """Estimates grow with what they rest on, and count what really learns and is kept."""
 
+import time
 from dataclasses import replace
+from functools import partial
+from itertools import count
 
 import pytest
 import torch
 
 from slimvlm.core.options import CompressConfig, RecoverConfig
+from slimvlm.models.cost import usable_cores
 from slimvlm.models.load import anatomy
 from slimvlm.runs import cost as module
 from slimvlm.runs.compress import request_of
-from slimvlm.runs.cost import Sizes, cost, kept_bytes, learning_params, stage_flops
+from slimvlm.runs.cost import (
+    Sizes,
+    cost,
+    device_flops,
+    kept_bytes,
+    learning_params,
+    stage_flops,
+)
 from slimvlm.runs.request import resolved
 from slimvlm.training.trainer import prepare_training
 from tests import tiny
@@ -28,6 +39,23 @@ def cost_of(recover=None, dtype="float32", vocabulary=None):
 @pytest.fixture(autouse=True)
 def speed(monkeypatch):
     monkeypatch.setattr(module, "device_flops", lambda device, dtype: SPEEDS[dtype])
+
+
+def test_other_work_on_the_machine_does_not_change_the_speed(monkeypatch):
+    """While a core does other work, a clock goes on and the processor time of the probe does not."""
+    threads = torch.get_num_threads()
+
+    def flops(of_the_clock):
+        readings = {"thread_time": 0.02, "perf_counter": of_the_clock}
+        for name, step in readings.items():
+            monkeypatch.setattr(time, name, partial(next, count(0, step)))
+        device_flops.cache_clear()
+        return device_flops(torch.device("cpu"), torch.float32)
+
+    idle, busy = flops(0.02 / threads), flops(60.0)
+    device_flops.cache_clear()
+    assert busy == idle == pytest.approx(usable_cores() * 2 * 1024**3 / 0.02)
+    assert torch.get_num_threads() == threads
 
 
 def test_weights_of_another_type_take_another_time_and_fewer_tokens_less():

@@ -36,6 +36,10 @@ CONTAINER_LIMITS = [
     )
 ]
 """Files of a container's memory limit and use, on Linux."""
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+"""File of the processor time that a container may take in a period, in microseconds."""
+BUSY = 1.2
+"""Times as long as on an idle machine from which on it is worth a line."""
 
 ROW_MULTIPLE = 8
 """Weights of a 16-byte row in bfloat16; kernels without it fall back or fail."""
@@ -128,6 +132,28 @@ def free_memory(device: torch.device) -> int:
         if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
             free = min(free, int(most) - int(used.read_text()))
     return free
+
+
+def usable_cores() -> float:
+    """Count the cores that torch computes on, within a container's limit."""
+    cores = float(torch.get_num_threads())
+    if CPU_LIMIT.is_file() and (words := CPU_LIMIT.read_text().split())[0].isdecimal():
+        cores = min(cores, int(words[0]) / int(words[1]))
+    return cores
+
+
+def load_of_others() -> str:
+    """Say how much longer work on the CPU takes beside other work; empty if hardly longer.
+
+    The cores are shared fairly, as far as the load of the last minute lasts. Threads that wait for
+    one another lose more.
+    """
+    load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
+    longer = (load + torch.get_num_threads()) / cores
+    if longer < BUSY:
+        return ""
+    busy = f"this machine is busy: load {load:.1f} on {cores} cores"
+    return f"{busy}; expect at least {longer:.1f} times as long"
 
 
 def release_memory() -> None:

@@ -161,7 +161,8 @@ def advise(
     if shape.expert_counts and shape.expert_counts[0] > shape.experts_per_token:
         notes.append(
             f"{shape.expert_share:.0%} of the backbone are experts, of which a token takes "
-            f"{shape.experts_per_token} a layer; some can go whole: --experts 0.25 takes a quarter"
+            f"{shape.experts_per_token} a layer; some can go whole: compress --experts 0.25 "
+            "takes a quarter"
         )
     share, config = sizes.decoder_share(ratio), config_of(recipe)
     axis = request_of(model, replace(config, axis=None)).prune.axis or recipe.axis
@@ -258,9 +259,9 @@ def _tokens_first(
     except SlimError as error:
         return None, [f"{alone}; no token can go: {error}"]
     if not is_open:
-        return None, [f"{alone}; fewer tokens make it smaller: --vocab-size auto"]
+        return None, [f"{alone}; fewer tokens make it smaller: compress --vocab-size auto"]
     kept = max(third, len(file.with_parts(file.needed)))
-    choice = "--vocab-size auto keeps as many as the data needs, all keeps every one"
+    choice = "compress --vocab-size auto keeps as many as the data needs, all keeps every one"
     return kept, [f"{many}, and {rule.why} ({rule.source}): {kept:,} stay; {choice}"]
 
 
@@ -298,7 +299,13 @@ def advice_rows(advice: Advice) -> list[list[str]]:
             ["memory of training", f"about {size(spent.training_bytes)}"],
             ["time of training", f"about {duration(3600 * spent.training_hours)}"],
         ]
-    return [*rows, *_under("why", advice.notes), *_under("estimates rest on", spent.rests_on)]
+    return [*rows, *_under("why", advice.notes), *_basis(spent)]
+
+
+def _basis(spent: Cost) -> list[list[str]]:
+    """Make the rows of what an estimate leaves out and rests on."""
+    load = [["load", spent.load]] if spent.load else []
+    return [*load, *_under("estimates rest on", spent.rests_on)]
 
 
 def _under(name: str, lines: Sequence[str]) -> list[list[str]]:
@@ -403,4 +410,4 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
             ["memory of training", memory(spent.training_bytes, LESS_TO_TRAIN)],
             ["time of training", f"about {duration(3600 * spent.training_hours)}"],
         ]
-    return [*rows, *_under("estimates rest on", spent.rests_on)]
+    return [*rows, *_basis(found.cost)]

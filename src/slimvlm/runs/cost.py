@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from slimvlm.core.options import CalibrationConfig, RecoverConfig, Train
 from slimvlm.evaluation.tasks import builtin_tasks
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.cost import BYTES, free_memory, weight_bytes
+from slimvlm.models.cost import BYTES, free_memory, load_of_others, usable_cores, weight_bytes
 from slimvlm.models.load import computes_bfloat16, default_device, empty_model, load_config
 from slimvlm.models.losses import rows_at_once
 from slimvlm.models.parts import Parts, text_config_of
@@ -74,7 +74,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Estimated memory and time of a request."""
+    """Estimated memory and time of a request; on a CPU the time is that of an idle one."""
 
     calibration_bytes: float  # peak of choosing, cutting, repairing and writing, on the device
     pruning_hours: float = 0.0
@@ -82,6 +82,7 @@ class Cost:
     training_hours: float = 0.0
     samples: int = 0  # conversations to train on
     hidden_states: str = ""  # size and place in a walk; empty where the device is absent
+    load: str = ""  # how much longer it takes beside other work; empty if hardly longer
     rests_on: tuple[str, ...] = ()  # assumptions and their sources
 
 
@@ -143,6 +144,7 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         calibration_bytes=float(constants.process_bytes * is_cpu + max(steps)),
         pruning_hours=work / (3600 * speed),
         hidden_states=str(states or "") if is_here else "",
+        load=load_of_others() if is_cpu else "",
         rests_on=tuple(about),
     )
     if config is None:
@@ -306,7 +308,8 @@ def speed_of(device: torch.device, dtype: str) -> tuple[float, str]:
     share = shares.get(device.type, shares["cuda"])
     if _is_here(device):
         flops = device_flops(device, getattr(torch, dtype))
-        about = f"this {device.type} at {flops / 1e9:,.0f} GFLOP/s in {dtype}, timed just now"
+        clock = "its processor time" if device.type == "cpu" else "a clock"
+        about = f"this {device.type} at {flops / 1e9:,.0f} GFLOP/s in {dtype}, by {clock} just now"
     else:
         share, flops = shares["cuda"], constants.gpu_flops
         about = f"{constants.gpu} ({constants.gpu_source})"
@@ -315,15 +318,26 @@ def speed_of(device: torch.device, dtype: str) -> tuple[float, str]:
 
 @lru_cache(maxsize=4)
 def device_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a matrix product: the best of 12, as other work slows some."""
+    """Measure the FLOP/s of a matrix product: the best of 12, as other work slows some.
+
+    On a CPU it is that of one core in seconds of its own work, times the cores. So a busy machine
+    counts as an idle one, and no thread counts that waits for another one.
+    """
     if dtype != torch.float32 and not computes_bfloat16(device):
         dtype = torch.float32
+    is_cpu, threads = device.type == "cpu", torch.get_num_threads()
+    clock, cores = (time.thread_time, usable_cores()) if is_cpu else (time.perf_counter, 1.0)
+    enough = 1e-2 if is_cpu else 1e-3  # seconds, so that a launch or an interrupt counts little
     size, seconds = 512, 0.0
-    while seconds < 1e-3 and size < 8192:  # a millisecond, so that the launch does not count
-        size *= 2
-        matrix, seconds = torch.ones(size, size, device=device, dtype=dtype), math.inf
-        for _ in range(12):
-            start = time.perf_counter()
-            float((matrix @ matrix)[0, 0])  # reading a value waits for the device
-            seconds = min(seconds, time.perf_counter() - start)
-    return 2 * size**3 / seconds
+    try:
+        torch.set_num_threads(1 if is_cpu else threads)
+        while seconds < enough and size < 8192:
+            size *= 2
+            matrix, seconds = torch.ones(size, size, device=device, dtype=dtype), math.inf
+            for _ in range(12):
+                start = clock()
+                float((matrix @ matrix)[0, 0])  # reading a value waits for the device
+                seconds = min(seconds, clock() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return cores * 2 * size**3 / seconds

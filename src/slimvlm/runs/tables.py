@@ -204,13 +204,13 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     else:
         share = anatomy.vocab_size * anatomy.token_params / anatomy.backbone_params
         these = f"all {anatomy.vocab_size:,} are {share:.0%} of the backbone"
-        token = f"{anatomy.token_params:,}; {these} (--vocab-size)"
+        token = f"{anatomy.token_params:,}; {these} (compress --vocab-size)"
     experts: list[list[str]] = []
     legal_experts: list[list[str]] = []
     if anatomy.expert_counts:
         taken, most = anatomy.experts_per_token, anatomy.expert_counts[-1]
         expert = [f"{s.expert_params:,}" if s.num_experts else "none" for s in shapes]
-        share_of_all = f"{anatomy.expert_share:.0%} of the backbone (--experts)"
+        share_of_all = f"{anatomy.expert_share:.0%} of the backbone (compress --experts)"
         experts = [*_by_layer("    one expert", expert), ["    all experts", share_of_all]]
         legal_experts = [
             *_by_layer("experts in a layer", [f"{s.num_experts or 'none'}" for s in shapes]),
