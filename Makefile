@@ -26,7 +26,7 @@ test-slow: $(VENV)/.engines
 	$(PYTEST_GPU)
 
 # engines that serve checkpoints, each in an environment of its own (5 GB); writes the table in
-# docs/serving.md
+# docs/engines.md
 test-engines: $(VENV)/.engines
 	SLIMVLM_WRITE_ENGINE_TABLE=1 $(BIN)/python -m pytest tests/journeys/test_engines.py
 

@@ -10,9 +10,10 @@ import os
 import re
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -22,17 +23,22 @@ PAGES = {
 }
 
 SECTIONS = {
-    "Start": ("index", "quickstart", "how-pruning-works", "demo-model", "faq"),
-    "Use": ("families", "convert", "tokens", "experts", "recovery", "report", "studies", "serving"),
-    "Large models": ("low-memory", "gpu", "scale-out"),
-    "Reference": ("cli", "python", "security"),
-    "Measured": ("results", "log", "changelog"),
+    "Start": ("index", "quickstart"),
+    "How-to": (
+        *("compress", "tokens", "experts", "recovery", "resume", "low-memory", "gpu", "scale-out"),
+        *("studies", "tasks", "serving", "convert", "report", "add-a-criterion", "add-a-family"),
+    ),
+    "Reference": (
+        *("cli", "python", "files", "criteria", "losses", "families", "engines", "demo-model"),
+    ),
+    "Why": ("how-pruning-works", "results", "limits", "faq", "security", "log"),
     "Take part": (
-        *("contributing", "add-a-criterion", "add-a-family"),
+        *("contributing", "changelog"),
         *("journey-compress", "journey-batch-to-slice", "journey-sample-to-loss"),
     ),
 }
 MADE = {"index", "cli", "contributing", "changelog"}
+_written: dict[str, str] = {}
 
 
 def on_config(config: Any) -> Any:
@@ -49,6 +55,8 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that lie outside the docs folder, and the command line's."""
+    from mkdocs.structure.files import File
+
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=_linked(text, "docs/")))
@@ -56,9 +64,16 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn links that leave the docs folder into links between pages."""
-    return _linked(markdown, "")
+    _written[page.file.src_uri] = _linked(markdown, "")
+    return _written[page.file.src_uri]
+
+
+def on_post_build(config: Any) -> None:
+    """Put the Markdown of each page into the site, too: llms.txt links to it."""
+    for name, text in _written.items():
+        (Path(config.site_dir) / name).write_text(text, encoding="utf-8")
 
 
 def command_line_page() -> str:

@@ -1,6 +1,7 @@
 """Every command in the documents is one that the command line takes; tables match the code."""
 
 import functools
+import importlib.util
 import os
 import pkgutil
 import re
@@ -8,18 +9,25 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import slimvlm as sv
 from slimvlm import cli
+from slimvlm.evaluation.metrics import LIKELIHOODS, METRICS
+from slimvlm.evaluation.tasks import TaskRow
 from slimvlm.models.families import BACKBONES, FAMILIES
+from slimvlm.planning.plan import PlanFile
 from slimvlm.scoring.criteria import CRITERIA, criteria_table
 from tests.handmade import refused
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+TITLE = re.compile("^#+ (.+)$", re.MULTILINE)
 
 
 def _blocks(pattern):
@@ -67,12 +75,57 @@ def test_command_is_accepted(page, command, monkeypatch, tmp_path):
     assert called == [words[0]]
 
 
-def test_the_readme_has_the_table_of_criteria_and_a_page_names_every_family():
-    assert criteria_table() in (ROOT / "README.md").read_text()
+def test_pages_have_the_table_of_criteria_and_every_family():
+    assert criteria_table() in (ROOT / "docs" / "criteria.md").read_text()
     assert all(row.paper and row.about for row in CRITERIA.values())
     text = (ROOT / "docs" / "families.md").read_text()
     assert [name for name in FAMILIES if f"`{name}`" not in text and name not in BACKBONES] == []
     assert [name for name in BACKBONES if name not in text] == []
+
+
+def first_cells(section):
+    """The names in the first column of the table in a section of docs/files.md."""
+    text = (ROOT / "docs" / "files.md").read_text().split(f"\n## {section}\n")[1]
+    rows = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
+    return {name for row in rows[2:] for name in re.findall("`([^`]+)`", row.split("|")[1])}
+
+
+def test_the_page_on_files_names_the_keys_of_tasks_and_plans():
+    assert first_cells("Task") == {row.name for row in fields(TaskRow)}
+    assert first_cells("plan.json") == {row.name for row in fields(PlanFile)}
+    named = (ROOT / "docs" / "files.md").read_text().split("\n## Task\n")[1]
+    assert [name for name in (*METRICS, *LIKELIHOODS) if f"`{name}`" not in named] == []
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    """What builds the site; it needs mkdocs only while it builds."""
+    found = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "_hooks.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_every_page_is_in_one_section_of_the_site(hooks):
+    placed = [page for pages in hooks.SECTIONS.values() for page in pages]
+    written = {page.stem for page in (ROOT / "docs").glob("*.md")} | hooks.MADE
+    assert sorted(placed) == sorted(written)
+
+
+def test_llms_txt_lists_every_page_in_its_section_and_links_to_what_is_there(hooks):
+    head, *sections = (ROOT / "docs" / "llms.txt").read_text().split("\n## ")
+    assert re.fullmatch(r"# slimvlm\n\n> [^\n]+(\n> [^\n]+)*\n(\n[^#>].*)?", head, re.DOTALL)
+    listed = {}
+    for section in sections:
+        name, _, body = section.partition("\n\n")
+        rows = [
+            re.fullmatch(r"- \[[^]]+\]\(([\w./-]+)\): .+", row) for row in body.splitlines() if row
+        ]
+        assert None not in rows, name
+        listed[name] = [row[1] for row in rows]
+    schemas = listed.pop("Schemas")
+    assert {n: [f"{page}.md" for page in pages] for n, pages in hooks.SECTIONS.items()} == listed
+    assert sorted(ROOT.glob("docs/schemas/*")) == sorted(ROOT / "docs" / name for name in schemas)
 
 
 @pytest.mark.parametrize(("page", "block"), PYTHON)
@@ -94,6 +147,14 @@ def test_the_site_has_every_verb_and_no_warning(tmp_path):
     page = (tmp_path / "cli.html").read_text()
     assert [verb for verb in cli.VERBS if f'<h2 id="{verb}">' not in page] == []
     assert "--token-weights" in page
+    linked = re.findall(r"\]\(([^)]+)\)", (tmp_path / "llms.txt").read_text())
+    assert [name for name in linked if not (tmp_path / name).is_file()] == []
+
+
+def slugs(text):
+    """The anchors of a page's titles, as mkdocs makes them."""
+    found = [re.sub(r"[^\w\s-]", "", title).strip().lower() for title in TITLE.findall(text)]
+    return {re.sub(r"[-\s]+", "-", title) for title in found}
 
 
 def test_links_files_and_names_that_pages_give_are_there():
@@ -120,5 +181,13 @@ def test_links_files_and_names_that_pages_give_are_there():
         except (ImportError, AttributeError):
             pytest.fail(f"{page}: {name}")
     folders = {page.name: page.parent for page in PAGES}
+    titles = {page.resolve(): slugs(page.read_text()) for page in PAGES}
+    anchors = [
+        (page, target, anchor)
+        for page, link in _blocks(r"\]\(([^):]*#[^)]+)\)")
+        for target, _, anchor in [link.partition("#")]
+        if anchor not in titles[(folders[page] / (target or page)).resolve()]
+    ]
+    assert anchors == []
     links = [link for link in _blocks(r"\]\(([^)#]+)\)") if not link[1].startswith("http")]
     assert [link for link in links if not (folders[link[0]] / link[1]).exists()] == []

@@ -1,7 +1,8 @@
 """Every command in the documents runs: in a folder where the names in them exist, small.
 
-Pages are run from top to bottom, the README first; what its commands write is there for the other
-pages. `tests.contract.test_docs` checks that commands are spelled right, this one that they work.
+Pages are run from top to bottom, the README and docs/compress.md first; what their commands write
+is there for the other pages. `tests.contract.test_docs` checks that commands are spelled right,
+this one that they work.
 """
 
 import shlex
@@ -50,17 +51,17 @@ MIXTURE = [
 ELSEWHERE = {
     "slimvlm demo run --short --out runs/demo": "a minute or more; .ci/run runs it",
     "slimvlm study studies/demo.yaml --out runs/demo-study": "an hour",
-    "slimvlm export recovered --out recovered.gguf": "llama.cpp does not know a tiny tokenizer",
     TRIMMED: "a tiny model has 336 tokens; see test_tokens",
     "slimvlm plan MODEL --vocab-size 16384 --vocab-text texts/ --out plan.json": "likewise",
-    "slimvlm export fewer --original MODEL --out fewer.gguf": "likewise; see test_gguf",
-    "slimvlm export recovered --out recovered.gguf --outtype f16": "likewise; see test_gguf_export",
+    "slimvlm export fewer --original MODEL --out fewer.gguf": "llama.cpp knows no tiny tokenizer",
+    "slimvlm export recovered --out recovered.gguf --outtype f16": "see test_gguf",
     "slimvlm study studies/llava-1.5-7b.yaml --out runs/llava --engine ray": "days",
     **dict.fromkeys(MIXTURE, "MODEL is no mixture of experts; see journeys/test_experts.py"),
 }
 CAN_QUANTIZE = find_spec("torchao") is not None
 """Whether the extra is installed."""
-PAGES = sorted({page for page, _ in COMMANDS} - {"README.md"})
+FIRST = ("README.md", "compress.md")
+PAGES = sorted({page for page, _ in COMMANDS} - set(FIRST))
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +84,10 @@ def workshop(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def after_readme(workshop):
+def after_first_pages(workshop):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workshop)
-        for command in commands_of("README.md"):
+        for command in [command for page in FIRST for command in commands_of(page)]:
             run(command, patch)
     shutil.copytree(workshop / "run", workshop / "runs" / "demo" / "width")
     return workshop
@@ -116,15 +117,14 @@ def _remove(path):
     path.unlink(missing_ok=True)
 
 
-def test_the_readme_runs_from_top_to_bottom(after_readme):
-    written = ["run/summary.md", "pruned", "recovered", "lost.html", "report.html"]
-    written += ["recovered-int8"] if CAN_QUANTIZE else []
-    assert [name for name in written if not (after_readme / name).exists()] == []
+def test_the_readme_and_the_main_page_run_from_top_to_bottom(after_first_pages):
+    written = ["run/summary.md", "scores/obs.json", "plan.json", "pruned", "recovered", "lost.html"]
+    assert [name for name in written if not (after_first_pages / name).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_runs_from_top_to_bottom(page, after_readme, monkeypatch):
-    monkeypatch.chdir(after_readme)
+def test_a_page_runs_from_top_to_bottom(page, after_first_pages, monkeypatch):
+    monkeypatch.chdir(after_first_pages)
     for command in commands_of(page):
         run(command, monkeypatch)
 

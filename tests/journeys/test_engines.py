@@ -35,7 +35,7 @@ from tests.export.engines import (
 )
 from tests.handmade import plan_by_hand, random_scores
 
-PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 AXES = ("as it is", "depth", "width", "both", "tokens")
 SAME = "same"
 WRITES = "SLIMVLM_WRITE_ENGINE_TABLE"
@@ -286,7 +286,7 @@ def test_the_page_says_what_was_run(target):
 
 
 def test_the_table_takes_what_an_engine_said(tmp_path, monkeypatch):
-    page = tmp_path / "serving.md"
+    page = tmp_path / "engines.md"
     page.write_text(PAGE.read_text())
     said = Compared("out", "vllm", "9.9", ("a",), ("b",), ("b",))
     monkeypatch.delenv(WRITES, raising=False)

@@ -40,6 +40,7 @@ from slimvlm.runs.compress import (
 from slimvlm.runs.report import read_record, report_html
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
+from tests.contract.test_docs import first_cells
 from tests.handmade import Stopped, contents, stops
 from tests.tiers import tiered
 
@@ -114,6 +115,7 @@ def test_a_run_leaves_what_repeats_it_and_the_planned_model(finished, data):
     kept = ("config.json", "plan.json", "scores", "results", "history.json", "checkpoint")
     assert found >= {*kept, "summary.md"}
     assert not found & {"pruned", "training"}
+    assert found <= {name.rstrip("/") for name in first_cells("The folder of a run")}
     stored = json.loads((finished / "config.json").read_text())
     assert (stored["ratio"], stored["data"]) == (0.3, str(data))
     assert stored["recover"]["lora_rank"] == 4
