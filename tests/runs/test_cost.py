@@ -42,7 +42,7 @@ def speed(monkeypatch):
 
 
 def test_other_work_on_the_machine_does_not_change_the_speed(monkeypatch):
-    """While a core does other work, a clock goes on and the processor time of the probe does not."""
+    """While a core does other work, a clock goes on and the probe's processor time does not."""
     threads = torch.get_num_threads()
 
     def flops(of_the_clock):

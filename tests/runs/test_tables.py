@@ -66,7 +66,9 @@ EXPECTED = {
     "llama4": lambda shape: {
         "neurons in a layer": ["layers 0, 2: none that can go", "layers 1, 3: 32 in every expert"],
         "one expert": ["layers 0, 2: none", f"layers 1, 3: {EXPERT:,}"],
-        "all experts": [f"{8 * EXPERT / shape.backbone_params:.0%} of the backbone (compress --experts)"],
+        "all experts": [
+            f"{8 * EXPERT / shape.backbone_params:.0%} of the backbone (compress --experts)"
+        ],
         "experts in a layer": ["layers 0, 2: none", "layers 1, 3: 4"],
         "legal experts": ["1 to 4: each token takes 1"],
     },
