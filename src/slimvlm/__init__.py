@@ -2,9 +2,7 @@
 
     import slimvlm as sv
 
-    model, processor = sv.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
-    walked = sv.walk_(model, batches, ratio=0.3)
-    sv.save(model, processor, "out", walked.plan)
+    model, processor, run = sv.compress("demo", ratio=0.3, data="demo", out="run")
 
 Names are loaded when first used, so that the command line starts quickly.
 """

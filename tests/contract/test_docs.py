@@ -53,6 +53,12 @@ def test_the_reference_lists_every_public_name():
         assert path in listed or module in listed, path
 
 
+def test_the_page_on_python_has_an_example_of_every_public_name():
+    """`tests.journeys.test_docs_run` runs them."""
+    code = "".join(text for page, text in PYTHON if page == "python.md")
+    assert [name for name in sv._HOME if not re.search(rf"\bsv\.{name}\b", code)] == []
+
+
 def test_documents_show_commands_and_a_wrong_option_would_be_noticed():
     assert len(COMMANDS) >= 8
     assert refused("inspect", "demo", "--no-such-option")

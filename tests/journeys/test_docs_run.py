@@ -1,4 +1,4 @@
-"""Every command in the documents runs: in a folder where the names in them exist, small.
+"""Every command in the documents runs, as the page on Python does: with the names in them, small.
 
 Pages are run from top to bottom, the README and docs/compress.md first; what their commands write
 is there for the other pages. `tests.contract.test_docs` checks that commands are spelled right,
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import slimvlm as sv
 from slimvlm import cli
 from tests import tiny_folder
-from tests.contract.test_docs import COMMANDS
+from tests.contract.test_docs import COMMANDS, PYTHON
 from tests.journeys.test_first_hour import write_rows
 
 pytestmark = pytest.mark.slow
@@ -62,12 +63,23 @@ CAN_QUANTIZE = find_spec("torchao") is not None
 """Whether the extra is installed."""
 FIRST = ("README.md", "compress.md")
 PAGES = sorted({page for page, _ in COMMANDS} - set(FIRST))
+STUDY = """
+data: mix.json
+images: coco
+tasks: presence
+limit: 4
+prune: {samples: 4}
+grids: [{model: MODEL, axis: depth, ratio: 0.3}]
+"""
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
     """A folder with the model, data and pictures that documents name."""
-    root = tmp_path_factory.mktemp("workshop")
+    return furnished(tmp_path_factory.mktemp("workshop"))
+
+
+def furnished(root):
     tiny_folder.copied("llava", root / "MODEL")
     model = dict.fromkeys(("path/or/id", "llava-hf/llava-1.5-7b-hf"), root / "MODEL")
     for name, folder in {**model, **NAMED_IN_DOCUMENTS}.items():
@@ -79,6 +91,7 @@ def workshop(tmp_path_factory):
     write_rows(root / "mine.jsonl", 30)
     write_rows(root / "unseen.jsonl", 6, first=30)
     tiny_folder.picture().save(root / "cat.png")
+    (root / "study.yaml").write_text(STUDY)
     (root / "studies").symlink_to(Path(__file__).parents[2] / "studies")
     return root
 
@@ -127,6 +140,18 @@ def test_a_page_runs_from_top_to_bottom(page, after_first_pages, monkeypatch):
     monkeypatch.chdir(after_first_pages)
     for command in commands_of(page):
         run(command, monkeypatch)
+
+
+def test_the_page_on_python_runs_from_top_to_bottom(tmp_path, monkeypatch, unhurried):
+    """Its examples are one program."""
+    monkeypatch.chdir(furnished(tmp_path))
+    names = {}
+    for number, code in enumerate(code for page, code in PYTHON if page == "python.md"):
+        if "sv.quantize(" not in code or CAN_QUANTIZE:
+            exec(compile(code, f"example {number} of python.md", "exec"), names)
+    for folder in ("run/checkpoint", "run-depth/checkpoint", "recovered", "refitted", "cut"):
+        assert sv.anatomy(tmp_path / folder).total_params < names["before"].total_params
+    assert names["table"]["avg"].notna().all()
 
 
 def test_commands_that_are_run_elsewhere_are_still_in_the_documents():

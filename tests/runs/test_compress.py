@@ -6,6 +6,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jaxtyping
 import pytest
@@ -29,8 +30,10 @@ from slimvlm.runs import stages
 from slimvlm.runs.compress import (
     STAGES,
     TIMES_FILE,
+    Compressed,
     compress,
     compress_command,
+    config_from,
     config_text,
     read_config,
     read_held_out,
@@ -88,7 +91,7 @@ def finished(data, unhurried, tmp_path_factory):
     """A run that nobody interrupted. Tests must not change it."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     said = []
-    assert list(compress(*request_for(data), out, say=said.append)) == list(STAGES)
+    assert list(compress(*request_for(data), out, say=said.append).results) == list(STAGES)
     assert any("layers" in line for line in said)
     return out
 
@@ -240,7 +243,7 @@ def test_a_stopped_run_repeats_no_finished_stage(data, tmp_path, monkeypatch):
         monkeypatch.setattr(stages, name, stops)
     path = out / "results" / "pruned.json"
     replace(Result.load(path), prefill_ms=123.0).save(path)
-    results = compress(*request_for(data), out, say=silent)
+    results = compress(*request_for(data), out, say=silent).results
     # training changes no shape
     assert [results[stage].prefill_ms for stage in results] == [2.25, 123.0, 123.0]
 
@@ -339,7 +342,7 @@ def test_a_text_model_goes_the_same_way_and_few_samples_serve_both(tmp_path):
     data = folders.write_llava_data(tmp_path / "data", count=3, pictures=False)
     model = str(folders.folder("text"))
     config = request_for(data, model=model, tasks="text_sum")
-    assert list(compress(*config, tmp_path / "run", say=silent)) == list(STAGES)
+    assert list(compress(*config, tmp_path / "run", say=silent).results) == list(STAGES)
     assert load(tmp_path / "run" / "checkpoint")[1] is not None
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history["sample_ids"] == ["s0", "s1", "s2"]
@@ -356,18 +359,78 @@ def test_a_baseline_saves_asking_again(finished, data, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "evaluate", counts)
     baseline = finished / "results" / "original.json"
     config = request_for(data, recover=None, baseline=str(baseline))
-    results = compress(*config, tmp_path / "run", say=silent)
+    run = compress(*config, tmp_path / "run", say=silent)
     assert asked == ["pruned"]
-    assert results["original"] == Result.load(baseline)
+    assert run["original"] == Result.load(baseline)
 
-
-# A configuration as a command and as a file: both give it back.
 
 LORA = RecoverConfig(train="lora", fraction=0.05, trainer={"weight_decay": 0.1})
 FULL = CompressConfig(
     **{"ratio": 0.25, "axis": "both", "criterion": ("block_influence", "taylor"), "limit": 3},
     **{"data": "my data.json", "protect": (2, 1), "tasks": "name", "recover": LORA},
 )
+
+
+# As Python is typed.
+
+
+def test_a_run_of_options_alone_gives_the_model_the_processor_and_itself(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    model = str(folders.folder("llava"))
+    given = {"ratio": 0.3, "axis": "depth", "data": data, "samples": 4, "recover": "none"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Compressed, "load", stops)  # the model is read only on demand
+        run = compress(model, out="run", say=silent, **given)
+    assert read_config("run/run.yaml")[1] == run.config
+    found, processor, same = run
+    assert same is run
+    assert read_anatomy(found) == run.plan.after
+    assert processor.tokenizer.get_vocab() == load(model)[1].tokenizer.get_vocab()
+    assert (run.folder, run.results) == (Path("run"), {})
+    assert (run.held_out, run.times) == (read_held_out(run.folder), read_times(run.folder))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": 0.3},
+        {"ratio": 0.1, "data": "d.json", "criterion": "obs", "protect": [1, 1], "seed": 3},
+        {"ratio": 0.3, "data": "d.json", "recover": "none"},
+        {"ratio": 0.3, "data": "d.json", "recover": {"max_steps": 3, "loss": "kl"}},
+        {"target_latency": 0.7, "data": "d.json", "recover": {"train": "full"}},
+    ],
+)
+def test_options_mean_the_same_in_python_and_in_a_file(options, tmp_path, compressed):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", **options}))
+    cli.main(["compress", "--config", str(path), "--out", "out"])
+    assert config_from(options) == compressed[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"ratio": 0.3}, "needs out"), ({"out": "run", "ratoi": 0.3}, "'ratoi' is unknown")),
+        ({"out": "run", "ratio": 0.3, "config": FULL}, "either config or options"),
+        ({"out": "run", "ratio": 0.3, "data": "d", "recover": "half"}, "recover: train 'half'"),
+        ({"out": "run", "ratio": 0.3, "recover": "lora"}, "train 'lora' needs --data"),
+        ({"out": "run", "ratio": "much"}, "ratio 'much' must be a number"),
+    ],
+)
+def test_a_call_that_cannot_be_meant_is_refused_in_one_line(
+    options, message, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message) as failure:
+        compress("demo", say=silent, **options)
+    assert "\n" not in str(failure.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# A configuration as a command and as a file: both give it back.
+
 CONFIGS = [
     FULL,
     replace(FULL, recover=None),
@@ -388,7 +451,7 @@ def compressed(monkeypatch):
 
     def record(model, config, out, *rest):
         seen[:] = model, config, out
-        return {}
+        return SimpleNamespace(results={}, held_out={}, times=None)
 
     monkeypatch.setattr("slimvlm.runs.compress.compress", record)
     return seen

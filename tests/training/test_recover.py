@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from torch.nn import functional as F
@@ -20,13 +21,16 @@ from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.options import RecoverConfig
 from slimvlm.data import chat
 from slimvlm.data.read import subset
+from slimvlm.data.vocabulary import choose_tokens
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import hold_in_
 from slimvlm.models.load import load
 from slimvlm.models.parts import Parts
+from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.runs.cost import optimizer_steps
+from slimvlm.scoring.score_model import score
 from slimvlm.training import recover as recovery
 from slimvlm.training import trainer
 from slimvlm.training.recover import recover
@@ -290,6 +294,21 @@ def test_without_a_work_folder_nothing_is_written_and_the_history_names_the_samp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_defaults_train_a_pruned_model_with_the_processor_it_was_read_with(trimmed):
+    (student, processor), samples = load(folders.folder("text")), short_samples(4, sees=False)
+    teacher = copy.deepcopy(student)
+    tokens = choose_tokens(processor, samples) if trimmed else None
+    plan = make_plan(read_anatomy(student), score(student, (), "random"), 0.4, tokens=tokens)
+    prune_(student, plan)
+    if trimmed:
+        with pytest.raises(ConfigError, match=r"pass processor= or plan=.*tokens"):
+            recover(student, teacher, samples)
+    history = recover(student, teacher, samples, plan=plan)
+    assert history.num_samples == 4
+    assert history.teacher.startswith("the teacher shares")
+
+
 # Refusals.
 @pytest.mark.parametrize(
     ("kind", "asked", "told"),
@@ -307,6 +326,26 @@ def test_what_is_not_possible_is_refused_and_changes_nothing(kind, asked, told):
     with pytest.raises(ConfigError, match=re.escape(told)):
         recover(student, None, SAMPLES, config(**asked), processor)
     assert changed(student, before) == set()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "place", "told"),
+    [
+        ("demo", "", "dataset: must hold samples"),
+        ([], "", "dataset: must hold samples"),
+        (SAMPLES, "", "pass processor= or plan=: '' has none"),
+        (SAMPLES, "/nowhere", "pass processor= or plan=: model '/nowhere'"),
+    ],
+)
+def test_data_of_another_kind_and_a_model_from_nowhere_are_refused(
+    dataset, place, told, monkeypatch
+):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
+    student, teacher, _ = models()
+    student.config._name_or_path = place
+    with pytest.raises(ConfigError, match=re.escape(told)) as failure:
+        recover(student, teacher, dataset)
+    assert "\n" not in str(failure.value)
 
 
 def test_a_teacher_of_another_width_is_refused():

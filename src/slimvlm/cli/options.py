@@ -158,6 +158,5 @@ def defaults_from(file: str, verb: str) -> dict[str, Any]:
     if config.recover is not None:
         names = {row.name for row in fields(TrainingFlags)} & set(learning or {}) - {"seed"}
         given = {name: getattr(config.recover, name) for name in names}
-    groups: dict[str, Any] = {"pruning": core.PruneConfig, "evaluation": RunFlags}
-    parts = {name: part_of(config, kind) for name, kind in groups.items()}
+    parts = {"pruning": part_of(config, core.PruneConfig), "evaluation": part_of(config, RunFlags)}
     return {"model": model, "training": TrainingFlags(**given), **parts}

@@ -186,21 +186,10 @@ def compress(
     from slimvlm.runs.advise import dry_run as look
     from slimvlm.runs.advise import dry_run_rows
     from slimvlm.runs.compress import compress as run
-    from slimvlm.runs.compress import read_held_out, read_times
-    from slimvlm.runs.recipes import recipe_for
-    from slimvlm.runs.request import ratio_of
+    from slimvlm.runs.compress import config_from
     from slimvlm.runs.tables import held_out_json, result_json
 
-    has_data, latency, recover = pruning.data is not None, evaluation.target_latency, None
-    if not has_data and training.train not in (None, "none"):
-        raise ConfigError(f"train {training.train!r} needs --data")
-    ratio = ratio_of(pruning) if latency is None else 1 - latency
-    chart = recipe_for(ratio, has_data and training.train != "none")
-    learns = training.train or chart.train or "none"
-    if learns != "none":
-        how = {**vars(part_of(training, options.TrainingConfig)), "seed": pruning.seed}
-        recover = options.RecoverConfig(train=learns, loss=training.loss or chart.loss, **how)
-    whole = options.CompressConfig(**vars(pruning), **vars(evaluation), recover=recover)
+    whole = config_from({**vars(pruning), **vars(evaluation), "recover": vars(training)})
     if config is not None:
         note(f"options of {config}, and those of the command line")
     if dry_run:
@@ -212,13 +201,13 @@ def compress(
         plan = {"ratio": needs.plan.ratio, "total_params": needs.plan.after.total_params}
         print_json({**values, **plan, "cost": asdict(needs.cost)})
         return
-    results = run(model, whole, out, force, note)
-    held_out, times = read_held_out(out), read_times(out)
+    done = run(model, whole, out, force, note)
+    held_out, times = done.held_out, done.times
     if json:
         figures = {"held_out": held_out_json(held_out), "times": times and asdict(times)}
-        print_json({**result_json(results), **figures})
+        print_json({**result_json(done.results), **figures})
     else:
-        print_results(results, False, str(out))
+        print_results(done.results, False, str(out))
         print_held_out(held_out)
         if times is not None:
             print(f"the smaller model {times}")

@@ -61,7 +61,7 @@ def run_demo(
         say(f"--- {axis} ---")
         found = results_of(model, config, out / axis)
         if found is None:
-            found = compress(model, config, out / axis, force, say)
+            found = compress(model, config, out / axis, force, say).results
         else:
             say("done already")
         for stage, result in found.items():

@@ -31,7 +31,7 @@ from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
 from slimvlm.models.hidden import head_weights_of
-from slimvlm.models.load import anatomy, load, resolve
+from slimvlm.models.load import anatomy, load, load_as, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import CardFacts, save
 from slimvlm.pruning.tokens import trimmed_processor
@@ -46,6 +46,7 @@ STAGES = (ORIGINAL, PRUNED, RECOVERED)
 TIMES_FILE = "times.json"
 """Times of the smaller model beside the original's, among a run's results."""
 _PREDICTIONS = "said.safetensors"  # of the original, on held-out samples
+_NOT_TRAINED = "none"
 
 
 def request_of(model: str, config: CompressConfig) -> Request:
@@ -77,9 +78,36 @@ class Run:
     say: Say
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """A finished run; ``model, processor, run = compress(...)`` also reads its model."""
+
+    folder: Path
+    config: CompressConfig
+    plan: Plan
+    results: dict[str, Result]  # by stage (original, pruned, recovered), if tasks were given
+    held_out: dict[str, DataResult]  # by stage, if there was data
+    times: PairedTimes | None  # beside the original's, if they were measured
+
+    def load(self) -> tuple[PreTrainedModel, Any]:
+        """Read the smaller model and its processor."""
+        return load_as(self.config, self.folder)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((*self.load(), self))
+
+    def __getitem__(self, stage: str) -> Result:
+        return self.results[stage]
+
+
 def compress(
-    model: str, config: CompressConfig, out: str | Path, force: bool = False, say: Say = print
-) -> dict[str, Result]:
+    model: str,
+    config: CompressConfig | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    say: Say = print,
+    **options: Any,
+) -> Compressed:
     """Make a smaller model in one run folder.
 
     The folder holds ``config.json``, ``run.yaml`` (which ``--config`` takes), ``plan.json``,
@@ -87,17 +115,22 @@ def compress(
 
     Args:
         model: Folder, hub id or ``demo``.
-        config: What to do.
+        config: What to do; or leave it out and give ``options``.
         out: The run folder.
         force: Whether a folder of another run may be replaced; it stays until the new one is whole.
         say: Receives one line for each stage.
+        **options: What a file of ``--config`` may hold. As there, the study's decision chart says
+            how to train unless ``recover`` does: ``"none"``, a `RecoverConfig`, or some options.
 
     Returns:
-        Results by stage (``original``, ``pruned``, ``recovered``), if tasks were given.
+        The finished run. Its model is read only when it is unpacked, or by its ``load``.
 
     Raises:
         SlimError: For anything that the user can mend; checked before weights are read.
     """
+    if out is None or (config is not None and options):
+        raise ConfigError("compress needs out, and either config or options by name")
+    config = config_from(options) if config is None else config
     place = Path(out)
     with held(place), replacement(place) if force else nullcontext(place) as folder:
         # whether the folder is free, or holds the same run unfinished
@@ -149,14 +182,32 @@ def compress(
             history = stages.recover_(request, student, processor, plan, *where)
             history.save(folder / "history.json")
             _measure(run, RECOVERED, student, processor)
-            learnt = (
-                f"Then {learns} was trained from {loss} on {history.num_samples} conversations."
-            )
-            facts = replace(_card_facts(run), training=learnt)
+            told = f"Then {learns} was trained from {loss} on {history.num_samples} conversations."
+            facts = replace(_card_facts(run), training=told)
             save(student, processor, folder / "checkpoint", plan, facts=facts)
             write_text(folder / "checkpoint.sha256", _identity(folder / "checkpoint"))
         finish(run, plan)
-        return read_results(folder)
+        done = (plan, read_results(folder), read_held_out(folder), read_times(folder))
+    return Compressed(place, config, *done)
+
+
+def config_from(given: Mapping[str, Any]) -> CompressConfig:
+    """Build a configuration from options; the study's decision chart fills in how to train."""
+    recover = given.get("recover", {})
+    config = documents.built(CompressConfig, {k: given[k] for k in given if k != "recover"})
+    if recover is None or isinstance(recover, RecoverConfig):
+        return replace(config, recover=recover)
+    how = {"train": recover} if isinstance(recover, str) else dict(recover)
+    train, has_data = how.get("train"), config.data is not None
+    if not has_data and train not in (None, _NOT_TRAINED):
+        raise ConfigError(f"train {train!r} needs --data")
+    ratio = ratio_of(config) if config.target_latency is None else 1 - config.target_latency
+    chart = recipe_for(ratio, has_data and train != _NOT_TRAINED)
+    how["train"] = train or chart.train or _NOT_TRAINED
+    if how["train"] == _NOT_TRAINED:
+        return config
+    how |= {"loss": how.get("loss") or chart.loss, "seed": how.get("seed") or config.seed}
+    return replace(config, recover=documents.built(RecoverConfig, how, "recover"))
 
 
 def _about(model: str, config: CompressConfig) -> dict[str, Any]:
@@ -331,7 +382,6 @@ def read_times(folder: Path) -> PairedTimes | None:
     return PairedTimes.load(path) if path.exists() else None
 
 
-_NOT_TRAINED = "none"
 _RECIPE = ("axis", "train", "loss")  # which a recipe chooses when they are not given
 
 
@@ -389,8 +439,7 @@ def _unusual(config: Any) -> dict[str, Any]:
 def _flags(config: Any, names: Mapping[str, str | None]) -> Iterator[str]:
     """Yield these options as words; ``names`` renames some, or leaves them out by None."""
     for option, value in _unusual(config).items():
-        name = names.get(option, option)
-        if name is not None:
+        if (name := names.get(option, option)) is not None:
             yield f"--{name.replace('_', '-')}"
             if value is not True:
                 yield from map(str, value if isinstance(value, list) else (value,))

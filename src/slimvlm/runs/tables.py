@@ -224,9 +224,7 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
             legal.append([f"  as {anatomy.backbone.retype}", ", ".join(map(str, retyped))])
     neuron_counts, step = anatomy.legal_neurons(), anatomy.backbone.neuron_multiple
     widths = ", ".join(map(str, neuron_counts)) or "none"
-    if (
-        len(neuron_counts) > 3
-    ):  # at equal steps; the last one, the current width, may be no multiple
+    if len(neuron_counts) > 3:  # at equal steps; the last, the current width, may be no multiple
         regular = [width for width in neuron_counts if width % step == 0]
         widths = f"{regular[0]} to {regular[-1]}" + (f" in steps of {step}" if step > 1 else "")
         widths += "" if regular[-1] == neuron_counts[-1] else f", and {neuron_counts[-1]}"

@@ -31,6 +31,7 @@ from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_li
 from slimvlm.core.files import explained, write_text
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
 from slimvlm.core.progress import is_first_rank, num_ranks, stage, to_log
+from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import read_anatomy
@@ -46,6 +47,7 @@ from slimvlm.models.load import (
 from slimvlm.models.losses import layer_map
 from slimvlm.models.parts import Parts, part_at
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.training.teacher import plan_fits, seeing_once, share_
 from slimvlm.training.trainer import (
     TRAINED_FILE,
@@ -116,7 +118,7 @@ def recover(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
     dataset: Sequence[Sample],
-    config: RecoverConfig,
+    config: RecoverConfig | None = None,
     processor: Any = None,
     work: str | Path | None = None,
     plan: Plan | None = None,
@@ -133,9 +135,10 @@ def recover(
         model: The pruned model.
         teacher: The original model; not needed if the loss is ``sft`` alone. It may lie on the CPU
             while the model is on a GPU.
-        dataset: Conversations to learn from.
+        dataset: Conversations to learn from, such as `load_samples` gives.
         config: What learns, from which loss, on which share of the data.
-        processor: The model's processor or tokenizer; by default the one in its folder.
+        processor: The model's processor or tokenizer; by default the one of the folder or hub id
+            that the model was read from, without the tokens that the plan removes.
         work: Folder for resumable checkpoints. If it holds some, training goes on from the last
             one, and the result equals an uninterrupted run's. With ``keep_adapter`` its folder
             ``adapter`` holds the adapter afterwards, and ``runs`` what TensorBoard wrote.
@@ -144,16 +147,17 @@ def recover(
         share: Let the teacher read the model's weights; False leaves it as it was.
 
     Raises:
-        ConfigError: If the loss needs a teacher and there is none, or the teacher does not fit.
+        ConfigError: If a teacher or processor is needed and missing, or the teacher does not fit.
         NumericalError: If the loss becomes NaN or infinite; the message names the step, its samples
             and the first layer that is not finite.
     """
     require_full_precision(model.config, "trained")
     require_undivided(model, "trained", on_one_device=True)
     require_undivided(teacher, "a teacher", on_one_device=True, field="teacher")
-    processor = processor or load_processor(model.config._name_or_path, model.config)
-    if processor is None:
-        raise ConfigError("recover needs the model's processor or tokenizer")
+    config = config or RecoverConfig()
+    if not dataset or not all(isinstance(each, Sample) for each in dataset):
+        raise ConfigError("dataset: must hold samples, such as load_samples gives")
+    processor = _processor_of(model, plan) if processor is None else processor
     teacher = teacher if config.needs_teacher else None
     tokens = _tokens_of_teacher(model, teacher, dataset, config, work, plan)
     learnt = subset(list(dataset), config.fraction, config.seed)
@@ -169,7 +173,7 @@ def recover(
     with TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(work) if work is not None else Path(temporary)
         # only an equal request may resume in the folder; no process holds a sharded model whole
-        both = ((name, each) for name, each in (("model", model), ("teacher", teacher)))
+        both = (("model", model), ("teacher", teacher))
         request = {
             "config": asked(config),
             "processes": num_ranks(),
@@ -227,6 +231,19 @@ def recover(
         trained_params=trained_params,
         teacher=about_teacher,
     )
+
+
+def _processor_of(model: PreTrainedModel, plan: Plan | None) -> Any:
+    """Read the processor from where a model was read, or say that one is needed."""
+    name = str(model.config._name_or_path)
+    rows = sum(len(each) for each in model.get_input_embeddings().parameters())
+    try:
+        found = trimmed_processor(load_processor(name, model.config), plan)
+        if found is None or len(tokenizer_of(found)) > rows:
+            raise ConfigError(f"{name!r} has none for the model's {rows} tokens")
+    except SlimError as error:
+        raise ConfigError(f"processor: pass processor= or plan=: {error}") from error
+    return found
 
 
 def _trained(
