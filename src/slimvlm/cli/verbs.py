@@ -343,18 +343,22 @@ def demo(
     model: str = "demo",
     delta: Path | None = None,
     short: bool = False,
+    axis: options.Axis = "width",
+    limit: int | None = None,
     place: options.DeviceOptions = options.DeviceOptions(),
     force: bool = False,
 ) -> None:
     """Build the demo model, or take it through the whole pipeline at 30 %.
 
     Args:
-        what: build writes the model into the cache; run compresses it along depth and width.
+        what: build writes the model into the cache; run compresses it and shows what was kept.
         out: Folder for the runs, or for the model of a delta.
         model: For run: another model that knows the demo's tasks, such as another training seed.
         delta: For build: what slimvlm_tools.demo_training.train exported, instead of the delta in
             the package.
         short: Fewer questions and training samples: a check that everything works.
+        axis: For run: what goes beside tokens. Width keeps more than depth here.
+        limit: For run: questions of each task, 20 if not given.
     """
     from slimvlm.demo.build import build_demo, build_from_delta
     from slimvlm.demo.run import run_demo
@@ -362,8 +366,10 @@ def demo(
     if what == "build":
         print(build_demo() if delta is None else build_from_delta(delta, out, force))
         return
-    print_results(run_demo(out, short, force, note, model, place.device), False, "demo at 30 %")
-    note(f"checkpoints: {out}/depth/checkpoint and {out}/width/checkpoint")
+    made = run_demo(out, short, force, note, model, place.device, axis, limit)
+    print_table(made.header, made.rows, title="the demo model, 30 % smaller")
+    for line in made.lines:
+        print(printable(line))
 
 
 # Verbs of one model or two.

@@ -1,21 +1,25 @@
-"""Run the demo: remove 30 %, first tokens, then layers or widths; recover and evaluate."""
+"""Run the demo: remove 30 % of the model, tokens first, then widths; recover; show the result."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 from slimvlm.core.files import write_text
 from slimvlm.core.options import Axis, CompressConfig, Dtype, RecoverConfig
 from slimvlm.core.progress import Say
-from slimvlm.evaluation.results import Result
+from slimvlm.demo.questions import TASKS
 from slimvlm.models.load import computes_bfloat16, device_named
-from slimvlm.runs.compress import compress, read_times, results_of
-from slimvlm.runs.tables import as_markdown, result_rows
+from slimvlm.runs import compress, tables
 
 RATIO = 0.3
 TOKENS = 8192
 """Tokens that stay. The others are three fifths of what is removed; the data has none of them."""
-AXES: tuple[Axis, ...] = ("depth", "width")
+ASKED = ("name", "object_letter", "presence", "locate", "read_digits", "list_objects")
+SHOWN = ("name", "locate", "list_objects")
+"""Tasks whose first question is shown with the answers of both models."""
 RECOVERY = RecoverConfig(
     train="full",
     loss="cosine",
@@ -28,46 +32,87 @@ RECOVERY = RecoverConfig(
 larger steps lose what the walk kept (``docs/log.md``)."""
 
 
-def run_demo(
-    out: Path, short: bool, force: bool, say: Say, model: str = "demo", device: str | None = None
-) -> dict[str, Result]:
-    """Prune, recover and evaluate the demo model along both axes.
+@dataclass(frozen=True)
+class Demo:
+    """What the demo shows at its end."""
 
-    Writes a run folder for each axis and ``summary.md`` to ``out``; a stopped demo resumes.
-    ``short`` takes only a few questions and training samples.
+    header: list[str]
+    rows: list[list[str]]
+    lines: list[str]  # questions with both answers, and commands to go on with
+
+
+def run_demo(
+    out: Path,
+    short: bool,
+    force: bool,
+    say: Say,
+    model: str = "demo",
+    device: str | None = None,
+    axis: Axis = "width",
+    limit: int | None = None,
+) -> Demo:
+    """Prune, recover and evaluate the demo model, and set both models side by side.
+
+    Writes the run folder ``out/axis``, the pictures shown and ``out/summary.md``; a stopped demo
+    resumes. ``short`` takes fewer samples and questions; ``limit`` is the number of questions of
+    each task.
     """
-    results: dict[str, Result] = {}
-    speeds: list[str] = []
-    if force and (out / "summary.md").exists():
-        for folder in (out, *(out / axis for axis in AXES)):
-            (folder / "summary.md").unlink(missing_ok=True)
+    folder = out / axis
+    if force:
+        (folder / "summary.md").unlink(missing_ok=True)
     dtype: Dtype = "bfloat16" if computes_bfloat16(device_named(device)) else "float32"
-    for axis in AXES:
-        original = out / AXES[0] / "results" / "original.json"
-        config = CompressConfig(
-            ratio=RATIO,
-            axis=axis,
-            vocab_size=TOKENS,
-            data="demo",
-            dtype=dtype,
-            device=device,
-            samples=16 if short else 128,
-            training_samples=32 if short else 96,
-            recover=RECOVERY,
-            tasks="demo",
-            limit=4 if short else 20,
-            baseline=None if axis == AXES[0] else str(original),
-        )
-        say(f"--- {axis} ---")
-        found = results_of(model, config, out / axis)
-        if found is None:
-            found = compress(model, config, out / axis, force, say).results
-        else:
-            say("done already")
-        for stage, result in found.items():
-            results[stage if stage == "original" else f"{axis} {stage}"] = result
-        if (times := read_times(out / axis)) is not None:
-            speeds.append(f"{axis}: the smaller model {times}")
-            say(speeds[-1])
-    write_text(out / "summary.md", "\n".join([as_markdown(*result_rows(results)), *speeds, ""]))
-    return results
+    config = CompressConfig(
+        ratio=RATIO,
+        axis=axis,
+        vocab_size=TOKENS,
+        data="demo",
+        dtype=dtype,
+        device=device,
+        samples=16 if short else 64,
+        training_samples=16 if short else 64,
+        report_samples=8 if short else 32,
+        recover=RECOVERY,
+        tasks=",".join(ASKED),
+        limit=limit or (4 if short else 20),
+    )
+    found = compress.results_of(model, config, folder)
+    if found is None:
+        found = compress.compress(model, config, folder, force, say).results
+    original, small = found["original"], found["recovered"]
+    header = ["", "original", "small"]
+    rows = [[name, *(f"{each.tasks[name].score:.1f}" for each in (original, small))] for name in
+            small.tasks]  # fmt: skip
+    kept = small.retention(original)
+    rows += [
+        ["kept of all scores, %", "100", f"{kept.percent:.1f} [{kept.low:.1f}, {kept.high:.1f}]"],
+        ["parameters", *(tables.millions(each.total_params) for each in (original, small))],
+        ["weights", *(tables.size(each.weight_bytes or 0) for each in (original, small))],
+    ]
+    for label, name in (("read a question, ms", "prefill_ms"), ("write a token, ms", "decode_ms")):
+        rows.append([label, *(f"{getattr(each, name):.1f}" for each in (original, small))])
+    same = compress.read_held_out(folder)["recovered"].figures.agreement
+    if same is not None:
+        rows.append(["same next token, unseen samples, %", "100", f"{same.value:.1f}"])
+
+    lines = ["The first question of three tasks:", ""]
+    for name in SHOWN:
+        (question,) = TASKS[name].load(1)
+        picture = out / "pictures" / f"{name}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        (image,) = question.images
+        assert isinstance(image, Image.Image)  # the demo draws its pictures
+        image.save(picture)
+        lines += [f"{question.prompt}  (picture: {picture})", f"  expected: {question.answers[0]}"]
+        for label, each in (("original", original), ("small", small)):
+            reply = each.tasks[name].replies[each.tasks[name].ids.index(question.id)]
+            lines.append(f"  {label}: {reply}")
+        lines.append("")
+    lines += [
+        "Next: ask both models, open a report, and compress a model of yours.",
+        f"  slimvlm chat {folder} --image {out}/pictures/name.png 'What is this?' --other {model}",
+        f"  slimvlm report {folder}",
+        "  slimvlm compress MODEL --ratio 0.3 --data CONVERSATIONS.jsonl --out small",
+    ]
+    text = "\n".join([tables.as_markdown(header, rows), "```text", *lines, "```", ""])
+    write_text(out / "summary.md", text)
+    return Demo(header, rows, lines)
