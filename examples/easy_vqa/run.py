@@ -129,6 +129,7 @@ def table(out: Path, seeds: int) -> str:
 
 
 def main() -> None:
+    """Read the options, then make, ask and compare the models that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/easy_vqa"))
     parser.add_argument("--seeds", type=int, default=3)
