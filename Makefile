@@ -20,10 +20,10 @@ test: $(VENV)/.ready
 	$(PYTEST) -m "not slow and not gpu"
 	$(PYTEST_GPU) -m "not slow"
 
-# every test, with the shapes and types of every call checked on the CPU
+# the slow tests, with the shapes and types of every call checked on the CPU
 test-slow: $(VENV)/.engines
-	$(PYTEST) -m "not gpu" --jaxtyping-packages=slimvlm,tests.typecheck
-	$(PYTEST_GPU)
+	$(PYTEST) -m "slow and not gpu and not engine" --jaxtyping-packages=slimvlm,tests.typecheck
+	$(PYTEST_GPU) -m slow
 
 # engines that serve checkpoints, each in an environment of its own (5 GB); writes the table in
 # docs/engines.md

@@ -112,7 +112,12 @@ def environment(name, config):
     return programs
 
 
-@pytest.fixture(params=["vllm", "openvino", "onnx", "gguf"])
+def engines(*names):
+    """Parameters; llama.cpp is in this environment, others are for ``make test-engines`` alone."""
+    return [pytest.param(n, marks=[] if n == "gguf" else pytest.mark.engine) for n in names]
+
+
+@pytest.fixture(params=engines("vllm", "openvino", "onnx", "gguf"))
 def engine(request, pytestconfig, monkeypatch):
     """An engine in an environment of its own, on PATH; llama.cpp is in this one.
 
@@ -131,7 +136,7 @@ def engine(request, pytestconfig, monkeypatch):
 
 
 def on(*names):
-    return pytest.mark.parametrize("engine", names, indirect=True)
+    return pytest.mark.parametrize("engine", engines(*names), indirect=True)
 
 
 def pruned(kind, out):
