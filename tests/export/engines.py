@@ -29,11 +29,11 @@ from slimvlm.data.samples import Question, open_image
 from slimvlm.evaluation.ask import answer
 from slimvlm.evaluation.bench import Bench, Run, Side, in_turn, random_prompts, summarised
 from slimvlm.export.gguf import export_gguf, write_backbone
-from slimvlm.export.serving import GGUF_PICTURES
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
 from slimvlm.models.load import empty_model, is_quantized, load, load_config, resolve
 from slimvlm.models.parts import context_of, family_of
+from slimvlm.models.serving import GGUF_PICTURES
 
 MAX_LENGTH = 2048
 """Tokens of a prompt and its reply that an engine makes room for, if the model can take as many."""
@@ -72,7 +72,7 @@ ENGINES = {
         reads="backbone",
     ),
 }
-"""Engines by the target's name in `slimvlm.export.serving`."""
+"""Engines by the target's name in `slimvlm.models.serving`."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from slimvlm.core.options import Workload
 from slimvlm.evaluation.bench import bench
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.export.quantize import quantize
-from slimvlm.export.serving import GGUF_PICTURES, OPENVINO_REFUSES, RAN, check
 from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.serving import GGUF_PICTURES, OPENVINO_REFUSES, RAN, check
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import save

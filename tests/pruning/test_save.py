@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +20,7 @@ from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.pruning.save import CARD_FILE, PLAN_FILE, CardFacts, is_hub_id, save
+from slimvlm.pruning.save import CARD_FILE, PLAN_FILE, CardFacts, is_hub_id, save, write_card
 from tests import tiny
 from tests import tiny_folder as folders
 from tests.handmade import in_python, logits, plan_by_hand, random_scores
@@ -304,10 +306,28 @@ def test_an_anatomy_needs_no_weights(tmp_path):
     assert anatomy(tmp_path) == anatomy(config) == anatomy(model) == read_anatomy(model)
 
 
-# Model cards: what the hub reads, and what people read.
+# Model cards: metadata that the hub reads, and what people read first.
 
 
-BASE = "---\nlicense: llama2\nbase_model: some/original\ntags: [x]\n---\n# Original\n"
+BASE = "---\nlicense: llama2\nbase_model: some/original\ndatasets: [its/own]\n---\n# Original\n"
+
+
+def metadata(folder):
+    """What the hub's own library reads from a folder's card."""
+    data = ModelCard.load(folder / CARD_FILE).data
+    assert yaml.safe_load(data.to_yaml()) == data.to_dict()
+    return data.to_dict()
+
+
+def written(folder, family="llava-llama", base=None, plan=None, **facts):
+    """Metadata and text of the card for a tiny model, whose original has the card ``base``."""
+    original = folder / "original"
+    original.mkdir(exist_ok=True)
+    if base is not None:
+        (original / CARD_FILE).write_text(base, encoding="utf-8")
+    known = {"base": str(original), "name": "small", **facts}
+    write_card(folder, tiny.build(family), plan, CardFacts(**known))
+    return metadata(folder), (folder / CARD_FILE).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -321,38 +341,53 @@ def carded(tmp_path_factory):
     net.config._name_or_path = str(original)
     plan = plan_by_hand(anatomy(net), layers=(0, 2, 3))
     prune_(net, plan)
-    said = {"command": "slimvlm compress x --out small", "training": "Then lora was trained."}
+    said = {"command": f"slimvlm compress {original} --data some/set --tasks {root},b --out small"}
+    said |= {"training": ("lora", "sft+hidden", 1234), "data": "some/set"}
     found = {"results": "| task | score |", "scores": {"count": ("exact_match", 41.234)}}
+    found |= {"held_out": "| 4 samples |", "share": {"percent": 92.34, "low": 90.0, "high": 94.5}}
     facts = CardFacts(base=str(original), name="small", **said, **found)
     save(net, None, root / "small", plan, facts=facts)
     return root / "small"
 
 
 def test_a_card_has_the_hub_s_metadata_and_what_people_read(carded):
-    data = ModelCard.load(carded / CARD_FILE).data.to_dict()
-    assert data["base_model"] == "some/original"
+    data = metadata(carded)
+    assert (data["base_model"], data["base_model_relation"]) == ("some/original", "finetune")
     assert data["license"] == "llama2"
+    assert data["datasets"] == ["some/set"]
     assert data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "image-text-to-text"
-    assert {"slimvlm", "pruned"} <= set(data["tags"])
+    assert data["tags"] == ["slimvlm", "pruned", "compressed", "llava"]
     (entry,) = data["model-index"]
     assert entry["name"] == "small"
     (found,) = entry["results"]
     assert found["dataset"]["name"] == "count"
     assert found["metrics"] == [{"type": "exact_match", "value": 41.23}]
-    ModelCard.load(carded / CARD_FILE).data.to_yaml()
     text = (carded / CARD_FILE).read_text()
     plan = Plan.load(carded / "slimvlm_plan.json")
     for needed in (
         plan.summary(),
         f"{plan.after.total_params:,}",
-        "slimvlm compress x --out small",
+        f"slimvlm compress original --data some/set --tasks {carded.parent.name},b --out small",
         "| task | score |",
-        "Then lora was trained.",
+        "| layers | 4 | 3 |",
+        "92.3 % [90.0, 94.5] of the original's",
+        "trained on 1,234 conversations (`lora`, loss `sft+hidden`)",
         "AutoModelForImageTextToText.from_pretrained(folder)",
     ):
         assert needed in text
     assert str(carded.parent) not in text
+    assert not re.search(r"\n{3}| \n|\|\n\n\||\{\{|None", text)
+
+
+def test_the_first_screen_says_what_went_what_stayed_how_to_load_and_how_to_serve(carded):
+    text = (carded / CARD_FILE).read_text()
+    heads = ["What was removed", "What was kept", "How to load it", "How to serve it"]
+    heads += ["Results", "How it was made"]
+    assert re.findall("^## (.*)", text, re.MULTILINE) == heads
+    kept = text.split("## What was kept")[1].split("\n## ")[0]
+    assert "| 4 samples |" in kept
+    assert "92.3 %" in kept
 
 
 def test_a_card_needs_neither_an_original_nor_facts_and_names_the_first_of_a_chain(
@@ -363,21 +398,126 @@ def test_a_card_needs_neither_an_original_nor_facts_and_names_the_first_of_a_cha
     (tmp_path / CARD_FILE).write_text(BASE)
     net = tiny.build("llama")
     save(net, None, tmp_path / "out", Plan.everything(anatomy(net)))
-    data = ModelCard.load(tmp_path / "out" / CARD_FILE).data.to_dict()
-    assert not {"license", "base_model"} & set(data)
-    assert "A smaller model:" in (tmp_path / "out" / CARD_FILE).read_text()
+    data = metadata(tmp_path / "out")
+    assert not {"license", "base_model", "base_model_relation", "datasets"} & set(data)
+    text = (tmp_path / "out" / CARD_FILE).read_text()
+    assert "A smaller model:" in text
+    assert "This was not measured." in text
     net = tiny.build("llama")
     net.config._name_or_path = ""
     save(net, None, tmp_path / "plain")
-    data = ModelCard.load(tmp_path / "plain" / CARD_FILE).data.to_dict()
+    data = metadata(tmp_path / "plain")
     assert data["pipeline_tag"] == "text-generation"
     assert "base_model" not in data
     assert "model-index" not in data
+    assert "pruned" not in data["tags"]
     net = tiny.build("llava-llama")
     net.config._name_or_path = str(carded)
     save(net, None, tmp_path / "again")
-    data = ModelCard.load(tmp_path / "again" / CARD_FILE).data.to_dict()
+    data = metadata(tmp_path / "again")
     assert (data["base_model"], data["license"]) == ("some/original", "llama2")
+    assert data["datasets"] == ["some/set"], "what slimvlm learnt from goes on, other data do not"
+
+
+LICENSE = {
+    "license": "other",
+    "license_name": "llama 3.2 community",
+    "license_link": "https://example.org/a_b/LICENSE?x=1",
+}
+
+
+def test_a_license_goes_on_with_its_name_and_link(tmp_path):
+    data, _ = written(tmp_path, base=f"---\n{yaml.safe_dump(LICENSE)}\n---\n")
+    assert {name: data[name] for name in LICENSE} == LICENSE
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "[click](https://evil.example)",
+        "<script>alert(1)</script>",
+        "{{ facts.base }}",
+        "a/b\n\n# Evil",
+        "../../evil",
+        "evil/a/b",
+        "evil--x",
+        "evil\u202e",
+    ],
+)
+def test_words_of_an_original_s_card_are_names_or_nothing(hostile, tmp_path):
+    fields = ("license_link", "base_model", "datasets", "tags", "language", "thumbnail")
+    values = dict.fromkeys(fields, hostile) | {"license": "mit"}
+    values |= {"tags": ["slimvlm", hostile], "datasets": ["good/data", hostile]}
+    data, text = written(tmp_path, base=f"---\n{yaml.safe_dump(values)}\n---\n")
+    assert data["license"] == "mit"
+    assert not set(fields) - {"tags"} & set(data)
+    assert "vil" not in text
+    assert "alert" not in text
+
+
+def test_only_hub_ids_are_data_sets_of_a_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "mix").touch()
+    local = ("demo", "mix.json", "/secret/mix.json", "secret/mix", "./secret/mix", "~/secret/mix")
+    for name in (*local, "a/b/c", "a/b c", None):
+        data, text = written(tmp_path, data=name)
+        assert "datasets" not in data
+        assert "secret" not in text
+    assert written(tmp_path, data="owner/mix-1.0")[0]["datasets"] == ["owner/mix-1.0"]
+
+
+def test_the_table_of_what_was_removed_is_one_table(tmp_path):
+    model = tiny.build("qwen3_vl_moe")
+    shape = read_anatomy(model)
+    plan = plan_by_hand(shape, layers=range(shape.num_layers))
+    experts = tuple(tuple(range(shape.experts_per_token)) for _ in plan.layers)
+    plan = replace(plan, experts=experts, tokens=tuple(range(shape.vocab_size - 5)))
+    _, text = written(tmp_path, "qwen3_vl_moe", plan=plan)
+    table = text.split("## What was removed")[1].split("## ")[0].strip().splitlines()
+    names = ["", "---", "all parameters", "backbone parameters", "layers", "KV heads of a layer"]
+    names += ["neurons of a layer", "experts of a layer", "tokens"]
+    assert [line.split("|")[1].strip() for line in table] == names
+    assert table[-1] == f"| tokens | {shape.vocab_size} | {shape.vocab_size - 5} |"
+
+
+def test_criteria_of_a_plan_are_known_names(tmp_path):
+    plan = plan_by_hand(read_anatomy(tiny.build("llava-llama")), layers=(0, 1, 3))
+    plan = replace(plan, criteria={"layer": "obs", "neuron": "[evil](x)"})
+    _, text = written(tmp_path, plan=plan)
+    assert "scored by obs." in text
+    assert "evil" not in text
+
+
+@pytest.mark.parametrize(
+    ("family", "facts", "levels"),
+    [
+        ("llava-llama", {}, {"vLLM": "yes", "SGLang": "unknown", "llama.cpp": "yes"}),
+        ("gemma4", {}, {"vLLM": "unknown", "SGLang": "unknown", "llama.cpp": "no"}),
+        ("llama", {"format": ("int8", "torchao")}, {"vLLM": "unknown", "llama.cpp": "no"}),
+        ("llama", {"format": ("q8_0",), "files": ("a.gguf",)}, {"llama.cpp": "yes"}),
+    ],
+)
+def test_a_command_to_serve_is_given_only_where_such_a_model_ran(family, facts, levels, tmp_path):
+    _, text = written(tmp_path, family, **facts)
+    part = text.split("## How to serve it")[1].split("\n## ")[0]
+    found = dict(re.findall(r"^- \*\*([\w.]+): (\w+)", part, re.MULTILINE))
+    assert found.items() >= levels.items()
+    assert ("vllm serve" in part) == (found.get("vLLM") == "yes")
+    assert ("llama-server" in part) == (found["llama.cpp"] == "yes")
+    assert "sglang.launch" not in part
+
+
+@pytest.mark.parametrize("files", [("a.gguf",), ("a.gguf", "mmproj-a.gguf")])
+def test_a_card_of_gguf_files_says_what_they_hold(files, tmp_path):
+    data, text = written(tmp_path, base=BASE, format=("q4_k_m",), files=files)
+    sees = len(files) == 2
+    assert data["pipeline_tag"] == ("image-text-to-text" if sees else "text-generation")
+    assert (data["library_name"], data["base_model_relation"]) == ("gguf", "quantized")
+    assert {"gguf", "q4_k_m"} <= set(data["tags"])
+    assert ("--mmproj mmproj-a.gguf" in text) == sees
+    assert ("it sees no pictures" in text) != sees
+    assert "from_pretrained" not in text
 
 
 @pytest.mark.parametrize(

@@ -525,8 +525,10 @@ def export(
         print(f"language backbone: {exported.text}")
         if exported.pictures is not None:
             print(f"vision tower: {exported.pictures}")
+        if exported.has_card:
+            print(f"model card: {out.with_name('README.md')}")
         return
-    from slimvlm.export import serving
+    from slimvlm.models import serving
     from slimvlm.models.anatomy import read_anatomy
     from slimvlm.models.load import empty_model, is_quantized, load_config
 

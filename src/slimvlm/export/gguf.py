@@ -19,12 +19,12 @@ from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_file, require_free
 from slimvlm.core.options import OutType
 from slimvlm.export import llama_cpp
-from slimvlm.export.serving import GGUF_PICTURES, check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import empty_model, folder_of, is_quantized, load, load_config, resolve
 from slimvlm.models.parts import Parts, family_of, text_config_of
+from slimvlm.models.serving import GGUF_PICTURES, check
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.save import PLAN_FILE
+from slimvlm.pruning.save import CARD_FILE, PLAN_FILE, CardFacts, base_card, write_card
 
 CONVERTER = "convert_hf_to_gguf"
 QUANTIZE_PROGRAM = "llama-quantize"
@@ -39,6 +39,7 @@ class Exported:
     text: Path
     pictures: Path | None
     losses: tuple[str, ...]
+    has_card: bool  # whether a model card was written beside them
 
 
 def export_gguf(
@@ -48,7 +49,10 @@ def export_gguf(
     force: bool = False,
     original: str | Path | None = None,
 ) -> Exported:
-    """Write the backbone as one GGUF file, and a tower that llama.cpp knows as ``mmproj-...``."""
+    """Write the backbone as one GGUF file, and a tower that llama.cpp knows as ``mmproj-...``.
+
+    A model card goes beside them, unless one is there; ``force`` replaces that of an earlier export.
+    """
     out = require_free(out, force)
     quantizer = shutil.which(QUANTIZE_PROGRAM)
     if outtype in K_FORMATS and quantizer is None and find_spec(llama_cpp.QUANTIZER) is None:
@@ -57,7 +61,7 @@ def export_gguf(
             f"put {QUANTIZE_PROGRAM} on PATH"
         )
     config = load_config(model)
-    shape = read_anatomy(empty_model(config))
+    shape = read_anatomy(empty := empty_model(config))
     pictures = None
     if shape.vision_params and shape.model_type in GGUF_PICTURES:
         pictures = require_free(out.with_name(f"mmproj-{out.name}"), force)
@@ -67,8 +71,9 @@ def export_gguf(
             raise ConfigError(f"gguf: {finding.rule}: {finding.what}. {finding.advice}")
     if find_spec(CONVERTER) is None:
         raise ConfigError("gguf: the converter is not installed: pip install 'slimvlm[gguf]'")
-    plan = Path(resolve(model)) / PLAN_FILE
-    if original is None and plan.is_file() and Plan.load(plan).tokens is not None:
+    name = resolve(model)
+    plan = Plan.load(path) if (path := Path(name) / PLAN_FILE).is_file() else None
+    if original is None and plan is not None and plan.tokens is not None:
         raise ConfigError(
             f"gguf: {str(model)!r} has fewer tokens than its original, which tells llama.cpp how "
             "to divide a text: give --original MODEL"
@@ -98,8 +103,13 @@ def export_gguf(
             own = [sys.executable, "-m", llama_cpp.__name__, "quantize"]
             program = own if quantizer is None else [quantizer]
             _run("quantiser", [*program, str(whole), str(partial), outtype], partial)
+    is_ours = {"slimvlm", "gguf"} <= {*base_card(str(out.parent)).get("tags", ())}
+    if has_card := (is_ours and force) or not out.with_name(CARD_FILE).exists():
+        files = (out.name,) if pictures is None else (out.name, pictures.name)
+        facts = CardFacts(base=name, name=out.stem, format=(outtype,), files=files)
+        write_card(out.parent, empty, plan, facts)
     losses = tuple(f"{f.what}: {f.advice}" for f in findings if f.level == "warn")
-    return Exported(out, pictures, losses)
+    return Exported(out, pictures, losses, has_card)
 
 
 def write_backbone(model: str | Path, folder: Path) -> None:

@@ -7,7 +7,6 @@ stay as they are. Quantise last: the result cannot be pruned or trained.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,8 +35,9 @@ from slimvlm.models.load import (
     resolve,
 )
 from slimvlm.models.parts import Parts
+from slimvlm.planning.plan import Plan
 from slimvlm.pruning.layout import write_processor
-from slimvlm.pruning.save import PLAN_FILE, check_reload
+from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, write_card
 
 Bits = Literal["int8", "int4", "fp8"]
 Backend = Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"]
@@ -108,6 +108,7 @@ def quantize(
     chosen = _backend_for(to, backend, target)
     if is_quantized(config):
         raise ConfigError("model: its weights are quantised already; quantise the original")
+    plan = Plan.load(path) if (path := Path(name) / PLAN_FILE).is_file() else None
     multiple = METHODS[to, chosen][1]
     empty = empty_model(config)
     for _, projection, linear in Parts(empty).projections():
@@ -162,19 +163,21 @@ def quantize(
     with new_folder(out, force) as folder:
         with compressed(small, to, skipped) if is_ours else nullcontext():
             owned = {id(linear) for _, _, linear in Parts(small).projections()}
-            for name, module in small.named_modules():
+            for place, module in small.named_modules():
                 if isinstance(module, nn.Linear):
                     weight = getattr(module, "weight", None)  # packed ones have another name
                     changed = type(weight) is not nn.Parameter or weight.dtype.itemsize == 1
                     if changed != (id(module) in owned):
                         what = "was not quantised" if id(module) in owned else "was quantised"
-                        raise ReloadError(f"{name!r} {what}")
+                        raise ReloadError(f"{place!r} {what}")
             small.save_pretrained(folder)
             after = stored_bytes(small)
         if processor is not None:
             write_processor(processor, folder)
-        if (Path(name) / PLAN_FILE).exists():
-            shutil.copy(Path(name) / PLAN_FILE, folder / PLAN_FILE)
+        if plan is not None:
+            plan.save(folder / PLAN_FILE)
+        facts = CardFacts(base=name, name=Path(out).name, format=(to, chosen))
+        write_card(folder, empty, plan, facts)
         check_reload(small, processor, folder)
         mark_checkpoint(folder)
     before = sum(p.numel() for p in empty.parameters()) * dtype.itemsize

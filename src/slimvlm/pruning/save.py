@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,8 +15,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,7 +22,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from slimvlm.core.documents import parse_yaml, read_text
 from slimvlm.core.errors import ConfigError, ReloadError
-from slimvlm.core.files import mark_checkpoint, new_folder, require_free
+from slimvlm.core.files import mark_checkpoint, new_folder, require_free, write_text
 from slimvlm.data import chat
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.samples import Message, Sample
@@ -44,76 +43,101 @@ from slimvlm.models.load import (
 )
 from slimvlm.models.losses import CHUNK
 from slimvlm.models.parts import Parts, text_config_of
+from slimvlm.models.serving import check as check_serving
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import MULTI_TOKEN_FIELDS, Cut, cuts_of, prune_
 from slimvlm.pruning.layout import lay_out, layout_of, write_processor
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Weights
+from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.layerwise import open_checkpoint
 
 CARD_FILE = "README.md"
-TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-_INHERITED = ("license", "license_name", "license_link", "base_model")
-_TAGS = ["slimvlm", "pruned", "model-compression"]
+_ID = r"(?!.*(--|\.\.))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?"
+_INHERITED = {
+    "license": r"[\w.+-]{1,99}",
+    "license_name": r"[\w.+ -]{1,99}",
+    "license_link": r"https?://[\w./%#?=&~+-]{1,199}",
+    "base_model": _ID,
+    "datasets": _ID,
+    "tags": r"[\w.:+-]{1,99}",
+}
+"""Fields of another model's card that are read, and the pattern of each of their values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
     """Facts for a model card that the checkpoint itself does not hold."""
 
-    base: str  # the original: a hub id or a folder
+    base: str  # what the model was made from: a hub id or a folder
     name: str
     command: str = ""
-    results: str = ""  # a Markdown table
-    # Metric and score in percent of each task, for the ``model-index``.
-    scores: Mapping[str, tuple[str, float]] = field(default_factory=dict)
-    training: str = ""  # a sentence on the recovery
+    share: Mapping[str, float | None] | None = None  # AVG-%: percent, low, high
     held_out: str = ""  # a Markdown table of results on held-out samples
+    results: str = ""  # a Markdown table
+    scores: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # metric, percent
+    training: tuple[str, str, int] | None = None  # what learned, loss, number of conversations
+    data: str | None = None  # as the user named it; only a hub id is written
+    format: tuple[str, ...] = ()  # type of rounded weights, and the library that reads them
+    files: tuple[str, ...] = ()  # GGUF files: the language model, and the vision tower if written
 
 
 def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts) -> None:
-    """Write a checkpoint's card; license and first original come from the original's own card."""
-    base = base_card(facts.base)
-    sees = Parts(model).family.vision is not None
+    """Write a model's card; original, license and data go on from the card of its base."""
+    config, shape, handed_on = model.config, read_anatomy(model), base_card(facts.base)
+    data = handed_on.pop("datasets", [])
+    if "slimvlm" not in handed_on.pop("tags", ()):
+        data = []  # of the original's own training
+    if facts.data is not None and "/" in facts.data and is_hub_id(facts.data):
+        data = [*dict.fromkeys([*data, facts.data])]
+    if is_hub_id(facts.base):
+        handed_on["base_model"] = facts.base
+    if "base_model" in handed_on:
+        handed_on["base_model_relation"] = "quantized" if facts.format else "finetune"
+    is_rounded = bool(facts.format) and not facts.files
+    sees = Parts(model).family.vision is not None and len(facts.files) != 1
     task = "image-text-to-text" if sees else "text-generation"
-    original = facts.base if is_hub_id(facts.base) else base.get("base_model")
-    text_config = text_config_of(model.config)
-    heads = [n for n in MULTI_TOKEN_FIELDS if plan is not None and hasattr(text_config, n)]
+    tags = ["slimvlm", *["pruned"] * (plan is not None), "compressed", config.model_type]
     results = [  # name and type of the data are the same
         EvalResult(task, name, name, metric, round(value, 2))
         for name, (metric, value) in facts.scores.items()
     ]
-    data = ModelCardData(
-        base_model=original,
-        library_name="transformers",
-        license=base.get("license"),
-        pipeline_tag=task,
-        tags=_TAGS,
-        model_name=facts.name if facts.scores else None,
-        eval_results=results or None,
-    )
+    words = [  # a card may be published: paths are shortened to their last part
+        ",".join(w if is_hub_id(w) else Path(w).name or w for w in word.split(","))
+        for word in shlex.split(facts.command)
+    ]
     card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        name=facts.name,
-        base=data.base_model or Path(facts.base).name,
-        params=sum(p.numel() for p in model.parameters()),
-        plan=plan,
+        ModelCardData(
+            **handed_on,
+            datasets=data or None,
+            library_name="gguf" if facts.files else "transformers",
+            pipeline_tag=task,
+            tags=[*tags, *facts.format, *["gguf"] * bool(facts.files)],
+            model_name=facts.name if facts.scores else None,
+            eval_results=results or None,
+        ),
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
         facts=facts,
-        auto_class=auto_class(model.config).__name__,
-        processor="AutoProcessor" if sees else "AutoTokenizer",
-        needs_code=is_uneven(model.config),
-        layout=layout_of(model.config),
-        without_heads=next(iter(heads), ""),
+        base=Path(facts.base).name,
+        command=shlex.join(words),
+        shape=shape,
+        plan=plan,
+        criteria=CRITERIA,
+        found=check_serving(shape, ("vllm", "sglang", "gguf"), is_rounded),
+        auto_class=auto_class(config).__name__,
+        needs_code=is_uneven(config),
+        layout=None if facts.format else layout_of(config),
+        heads=[n for n in MULTI_TOKEN_FIELDS if plan and hasattr(text_config_of(config), n)],
         transformers=transformers.__version__,
     )
-    card.save(folder / CARD_FILE)
+    write_text(folder / CARD_FILE, re.sub(r"\n{3,}", "\n\n", card.content).strip() + "\n")
 
 
 def base_card(model: str) -> dict[str, Any]:
-    """Metadata of a model's own card; empty if it has none or cannot be reached."""
-    path = file_if_reachable(model, CARD_FILE) if is_hub_id(model) else Path(model) / CARD_FILE
-    if not model or path is None or not Path(path).is_file():
+    """Read what a model's card hands on; empty if it has none or cannot be reached."""
+    is_some = bool(model) and (is_hub_id(model) or Path(model).is_dir())
+    path = file_if_reachable(model, CARD_FILE) if is_some else None
+    if path is None:
         return {}
     try:
         head = read_text(path, "card", 2**22).lstrip("\ufeff \n").split("\n---", 1)[0]
@@ -121,21 +145,17 @@ def base_card(model: str) -> dict[str, Any]:
     except (ConfigError, ValueError):
         return {}
     found: dict[str, Any] = {}
-    for name in _INHERITED if isinstance(values, dict) else ():
+    for name, pattern in _INHERITED.items() if isinstance(values, dict) else ():
         value = values.get(name)  # a short text, or a list of some
-        texts = value if isinstance(value, list) and len(value) < 100 else [value]
-        if all(isinstance(text, str) and 0 < len(text) < 200 for text in texts):
-            found[name] = value
+        texts = value if isinstance(value, list) and 0 < len(value) < 100 else [value]
+        if all(isinstance(t, str) and re.fullmatch(pattern, t, re.ASCII) for t in texts):
+            found[name] = texts if name in ("datasets", "tags") else value
     return found
 
 
-def is_hub_id(model: str) -> bool:
-    """Whether a name is that of a model on the hub, and not a folder here."""
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return bool(model) and not Path(model).exists()
+def is_hub_id(name: str) -> bool:
+    """Whether a name is that of a model or a data set on the hub, and not a path here."""
+    return bool(re.fullmatch(_ID, name, re.ASCII)) and not Path(name).exists()
 
 
 Reader = Callable[[str], Tensor]
@@ -205,7 +225,7 @@ def prune_checkpoint(
     allow_uneven: bool = False,
     trust_remote_code: bool = False,
     weights: Weights = MappingProxyType({}),
-    describe: Callable[[Path], str] | None = None,
+    describe: Callable[[Path], CardFacts] | None = None,
 ) -> None:
     """`slimvlm.prune_` and `slimvlm.save` for a checkpoint that does not fit in memory.
 
@@ -218,7 +238,7 @@ def prune_checkpoint(
     type to write (``auto``: as stored). ``plan`` and ``allow_uneven`` are as for `slimvlm.prune_`,
     ``out`` and ``force`` as for `slimvlm.save`. With ``trust_remote_code``, code in the checkpoint
     runs. ``weights`` are parameters that are no slices of the original's, as a walk gives them;
-    ``describe`` looks at the written files and returns what the model card says was kept.
+    ``describe`` looks at the written files and returns facts for the model card.
 
     Raises:
         ConfigError: If the folder exists, the plan is for another model, or files cannot be read.
@@ -267,8 +287,9 @@ def prune_checkpoint(
         for name in random.Random(0).sample(names, min(_COMPARED, len(names))):
             if not torch.equal(again.read(name), read(name)):
                 raise ReloadError(f"{str(folder)!r}: {name!r} reads back differently")
-        held_out = "" if describe is None else describe(folder)
-        return CardFacts(base=config._name_or_path, name=Path(out).name, held_out=held_out)
+        if describe is not None:
+            return describe(folder)
+        return CardFacts(base=config._name_or_path, name=Path(out).name)
 
     write_folder(out, smaller, processor, plan, check, read, force)
 

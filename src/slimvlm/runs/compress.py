@@ -176,14 +176,13 @@ def compress(
         release_memory()
         if run.trains and not (folder / "checkpoint").exists():
             assert request.recover is not None
-            learns, loss = request.recover.train, request.recover.loss
             student, processor = load(folder / "pruned", config.dtype, config.device)
             where = (samples.training, folder / "training")
             history = stages.recover_(request, student, processor, plan, *where)
             history.save(folder / "history.json")
             _measure(run, RECOVERED, student, processor)
-            told = f"Then {learns} was trained from {loss} on {history.num_samples} conversations."
-            facts = replace(_card_facts(run), training=told)
+            how = (request.recover.train, request.recover.loss, history.num_samples)
+            facts = replace(_card_facts(run), training=how)
             save(student, processor, folder / "checkpoint", plan, facts=facts)
             write_text(folder / "checkpoint.sha256", _identity(folder / "checkpoint"))
         finish(run, plan)
@@ -327,7 +326,9 @@ def _card_facts(run: Run) -> CardFacts:
     return CardFacts(
         base=resolve(model),
         name=run.name,
+        data=run.config.data,
         command=compress_command(model, run.config, run.name),
+        share=tables.result_json(results)[[*results][-1]].get("retention") if measured else None,
         results=tables.as_markdown(*tables.result_rows(results)) if results else "",
         scores={name: (task.metric, task.score) for name, task in measured.items()},
         held_out=tables.held_out_text(read_held_out(run.folder), read_times(run.folder)),

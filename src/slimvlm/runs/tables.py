@@ -287,7 +287,8 @@ def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str = 
 def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a table as Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
+    plain = [[" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows]
+    lines += ["| " + " | ".join(row) + " |" for row in plain]
     if any(cell.endswith(MARK) for row in rows for cell in row):
         lines += ["", LEGEND.replace("*", r"\*", 1)]
     return "\n".join(lines) + "\n"

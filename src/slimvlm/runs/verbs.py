@@ -206,7 +206,7 @@ def prune(
         held_out[PRUNED] = found
         also = lambda folder: found.save(folder / HELD_OUT_FILE)  # noqa: E731
     base, text = loaded.config._name_or_path, held_out_text(held_out)
-    facts = CardFacts(base=base, name=out.name, held_out=text)
+    facts = CardFacts(base=base, name=out.name, held_out=text, data=config.data)
     save(loaded, processor, out, walked.plan, force, also=also, facts=facts)
     return walked, held_out
 
@@ -249,14 +249,15 @@ def _prune_from_files(
     results = Scratch(scratch / "walk")
     walked = stages.walk(request, opened, results, device, calibration, scores, plan, say)
 
-    def describe(folder: Path) -> str:
+    def describe(folder: Path) -> CardFacts:
         if unseen:
             smaller = open_checkpoint(folder, config.dtype)
             words = trimmed_processor(processor, walked.plan)
             said = _predictions(PRUNED, smaller, words, unseen, at, device)
             held_out[PRUNED] = result_of(said, unseen, device, predicted)
             held_out[PRUNED].save(folder / HELD_OUT_FILE)
-        return held_out_text(held_out)
+        base, text = str(opened.model.config._name_or_path), held_out_text(held_out)
+        return CardFacts(base=base, name=out.name, held_out=text, data=config.data)
 
     trusted, where = config.trust_remote_code, (model, walked.plan, out, config.dtype, force)
     prune_checkpoint(*where, trust_remote_code=trusted, weights=walked.weights, describe=describe)
@@ -349,7 +350,9 @@ def recover(
             assert not unexpected
             assert set(missing) <= set(student.all_tied_weights_keys or {}), missing
     if is_first_rank():
-        save(student, processor, out, plan, force, also=add_files)
+        how = (config.train, config.loss, history.num_samples)
+        facts = CardFacts(base=models.resolve(model), name=out.name, training=how, data=source.data)
+        save(student, processor, out, plan, force, also=add_files, facts=facts)
         shutil.rmtree(work, ignore_errors=True)
     # threads that still listen when the interpreter ends can abort a process, and with it torchrun
     if distributed.is_available() and distributed.is_initialized():

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.export.serving import ENGINES, RULES, TENSOR_PARALLEL, check
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import slow_widths
+from slimvlm.models.serving import ENGINES, RULES, TENSOR_PARALLEL, check
 from tests import tiny
 
 
