@@ -82,7 +82,8 @@ def test_command_is_accepted(page, command, monkeypatch, tmp_path):
 
 
 def test_pages_have_the_table_of_criteria_and_every_family():
-    assert criteria_table() in (ROOT / "docs" / "criteria.md").read_text()
+    page = (ROOT / "docs" / "criteria.md").read_text()
+    assert criteria_table() in page.replace(r"\|", "|")  # which would divide a cell
     assert all(row.paper and row.about for row in CRITERIA.values())
     text = (ROOT / "docs" / "families.md").read_text()
     assert [name for name in FAMILIES if f"`{name}`" not in text and name not in BACKBONES] == []
