@@ -243,7 +243,7 @@ def test_a_study_s_cell_is_a_run(seed, tmp_path):
 # Which tasks.
 def test_a_run_is_asked_what_evaluate_asks(monkeypatch):
     seen = []
-    monkeypatch.setattr(requests, "check_names", lambda *given: seen.append(given))
+    monkeypatch.setattr(requests, "check_names", lambda *given: seen.append(given) or {})
     config = CompressConfig(ratio=0.3, tasks="presence,pope", task_folder="mine", limit=6)
     questions = request_of("demo", config).questions
     assert questions == Questions(tasks="presence,pope", task_folder="mine", limit=6)
@@ -255,7 +255,7 @@ def test_a_run_is_asked_what_evaluate_asks(monkeypatch):
 
 @pytest.mark.parametrize("how", [{"floors": True}, {"blind": True}, {"log": True}])
 def test_published_benchmarks_are_not_asked_blind(how, monkeypatch):
-    monkeypatch.setattr(requests, "check_names", lambda *given: None)
+    monkeypatch.setattr(requests, "check_names", lambda *given: {})
     questions = Questions(tasks="pope", floors=how.pop("floors", False))
     with pytest.raises(ConfigError, match="--blind, --floors and --log do not work with 'pope'"):
         check_questions(questions, **how)

@@ -24,6 +24,7 @@ from slimvlm.core.errors import (
     LESS_TO_TRAIN,
     ConfigError,
     PrintableStream,
+    RegressionError,
     SlimError,
     is_out_of_memory,
     one_line,
@@ -63,7 +64,7 @@ _BYTES = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a verb. Exit code 0: fine; 2: the user's mistake, in one line; 130: Ctrl-C; 1: ours."""
+    """Run a verb. Exit code 0: fine; 2: a mistake; 3: a regression; 130: Ctrl-C; 1: ours."""
     for number in range(3):  # a file opened later must not take the place of a closed stream
         try:
             os.fstat(number)
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.stdout.flush()
             return
         except SlimError as error:
-            code, told = 2, one_line(error)
+            code, told = 3 if isinstance(error, RegressionError) else 2, one_line(error)
         except KeyboardInterrupt:
             resume = f"Give the same command again to go on{' (with --log)' * (verb == 'evaluate')}"
             told = resume if verb in GOING_ON else "What was there before is unchanged"

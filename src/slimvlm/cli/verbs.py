@@ -128,6 +128,7 @@ def evaluate(
     baseline: str | None = None,
     out: Path | None = None,
     source: options.DataConfig = options.DataConfig(),
+    require: tuple[str, ...] = (),
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -139,7 +140,10 @@ def evaluate(
     Args:
         baseline: The original model, or for tasks a result file of it: adds what was kept.
         out: Result file (JSON), answers included.
+        require: What must hold, else the exit code is 3: 'agreement >= 95%' 'loss <= 1.1x'; x is
+            the baseline's figure. See docs/gates.md.
     """
+    from slimvlm.evaluation.gates import judge
     from slimvlm.runs.tables import held_out_json, held_out_notes, held_out_rows
     from slimvlm.runs.verbs import evaluate as run
 
@@ -149,12 +153,14 @@ def evaluate(
             raise ConfigError(f"{name} {str(value)!r}: --{flag} is for tasks, not for --data")
     given = replace(questions, tasks=questions.tasks or options.Questions.tasks)
     asked, how = part_of(given, options.Questions), (questions.blind, questions.log)
-    found = run(model, asked, source, baseline, out, force, *how, note)
+    found = run(model, asked, source, baseline, out, force, *how, note, require)
     if source.data is None:
         print_results(found, json)
+        judge(require, found, {}, note)
         return
     rows, notes = partial(held_out_rows, found), held_out_notes(found)
     show(json, partial(held_out_json, found), rows, notes=notes)
+    judge(require, {}, found, note)
 
 
 def compress(
@@ -183,6 +189,7 @@ def compress(
         dry_run: Only say what would be done and what it needs. Reads the configuration and the
             data, no weights, and writes nothing.
     """
+    from slimvlm.evaluation.gates import judge
     from slimvlm.runs.advise import dry_run as look
     from slimvlm.runs.advise import dry_run_rows
     from slimvlm.runs.compress import compress as run
@@ -214,6 +221,7 @@ def compress(
     note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
     talk = ["slimvlm", "chat", str(out), "your question", "--other", model]
     note(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
+    judge(whole.require, done.results, held_out, note)
 
 
 def study(
@@ -399,6 +407,7 @@ def compare(
     limit: int | None = None,
     out: Path | None = None,
     loading: options.LoadConfig = options.LoadConfig(),
+    require: tuple[str, ...] = (),
     force: bool = False,
     json: bool = False,
 ) -> None:
@@ -410,15 +419,17 @@ def compare(
         tasks: Tasks that models are asked; those of result files are in the files.
         limit: Only the first so many questions of each task, for models.
         out: One HTML file with every lost answer and its picture.
+        require: What must hold of B, as in evaluate, else the exit code is 3; x is A's figure.
     """
     from slimvlm.core.files import require_free, write_text
     from slimvlm.evaluation.compare import comparison_json, comparison_rows
+    from slimvlm.evaluation.gates import judge
     from slimvlm.runs.report import comparison_html
     from slimvlm.runs.verbs import side_by_side
 
     if out is not None:
         require_free(out, force)
-    found = side_by_side(a, b, tasks, limit, loading)
+    found, results = side_by_side(a, b, tasks, limit, loading, require)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, comparison_html(found, f"What {found.name_b} lost and gained"))
@@ -426,6 +437,7 @@ def compare(
     notes += [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
     title = f"A: {found.name_a}   B: {found.name_b}"
     show(json, partial(comparison_json, found), partial(comparison_rows, found), title, notes)
+    judge(require, results, {}, note)
 
 
 def chat(

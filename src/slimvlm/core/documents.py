@@ -189,10 +189,10 @@ def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
 
 
 def asked(options: Any) -> dict[str, Any]:
-    """Convert a dataclass to dictionaries without empty mappings and ``device``."""
+    """Convert a dataclass to dictionaries without empty mappings and what decides no result."""
+    others = {"device", "require"}
     return asdict(
-        options,
-        dict_factory=lambda pairs: {k: v for k, v in pairs if k != "device" and v != {}},
+        options, dict_factory=lambda pairs: {k: v for k, v in pairs if k not in others and v != {}}
     )
 
 

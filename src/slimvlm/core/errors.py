@@ -12,6 +12,10 @@ class SlimError(Exception):
     """Base of every error that a user can cause and mend. The CLI prints it and exits with 2."""
 
 
+class RegressionError(SlimError):
+    """A model that does not meet what is required of it; the command line exits with 3."""
+
+
 class ConfigError(SlimError, ValueError):
     """An option, a path or a file that cannot be used as given."""
 

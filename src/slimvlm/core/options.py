@@ -492,6 +492,8 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
     """Result file of the original model, to save asking it again."""
     task_folder: Annotated[str | None, FILE_ONLY] = None
     floors: Annotated[bool, FILE_ONLY] = False
+    require: Annotated[tuple[str, ...], FILE_ONLY] = ()
+    """What the result must keep, such as agreement >= 95%; else slimvlm compress exits with 3."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,7 @@ def refuse_removed(words: Sequence[str]) -> None:
     for flag in (word.partition("=")[0] for word in words[1:] if word.startswith("--")):
         name = flag.removeprefix("--").replace("-", "_")
         if name in without_flag:
-            raise ConfigError(f"{flag} has no flag any more; give it in a file of --config")
+            raise ConfigError(f"{flag} is no flag of {verb}; give it in a file of --config")
         if (row := OPTIONS.get(name) or OPTIONS.get(f"{verb} {name}")) is not None:
             raise ConfigError(f"{flag} was removed: {row[1]}")
 

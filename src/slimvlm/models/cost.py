@@ -38,8 +38,6 @@ CONTAINER_LIMITS = [
 """Files of a container's memory limit and use, on Linux."""
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 """File of the processor time that a container may take in a period, in microseconds."""
-BUSY = 1.2
-"""Times as long as on an idle machine from which on it is worth a line."""
 
 ROW_MULTIPLE = 8
 """Weights of a 16-byte row in bfloat16; kernels without it fall back or fail."""
@@ -143,14 +141,10 @@ def usable_cores() -> float:
 
 
 def load_of_others() -> str:
-    """Say how much longer work on the CPU takes beside other work; empty if hardly longer.
-
-    The cores are shared fairly, as far as the load of the last minute lasts. Threads that wait for
-    one another lose more.
-    """
+    """Say how much longer work on the CPU takes with a fair share of it; empty if hardly longer."""
     load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
     longer = (load + torch.get_num_threads()) / cores
-    if longer < BUSY:
+    if longer < 1.2:
         return ""
     busy = f"this machine is busy: load {load:.1f} on {cores} cores"
     return f"{busy}; expect at least {longer:.1f} times as long"

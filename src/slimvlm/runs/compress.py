@@ -24,7 +24,7 @@ from slimvlm.core.files import discard_replacement, held, replacement, require_f
 from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig, part_of
 from slimvlm.core.progress import Say
 from slimvlm.data.read import identity_of_data
-from slimvlm.evaluation import on_data
+from slimvlm.evaluation import gates, on_data
 from slimvlm.evaluation.bench import PairedTimes, paired_times
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result, read_baseline
@@ -37,7 +37,7 @@ from slimvlm.pruning.save import CardFacts, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.runs import stages, tables
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.runs.request import Request, ratio_of, scored_by, tokens_alone
+from slimvlm.runs.request import Request, check_questions, ratio_of, scored_by, tokens_alone
 from slimvlm.runs.stages import ORIGINAL, PRUNED, RECOVERED, Calibration, SampleSplit
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
@@ -54,13 +54,18 @@ def request_of(model: str, config: CompressConfig) -> Request:
     prune = part_of(config, PruneConfig)
     if prune.axis is None and prune.data is not None and config.recover is not None:
         prune = replace(prune, axis="auto")
+    questions = part_of(config, options.Questions) if config.tasks else None
+    if config.require:
+        tasks = {} if questions is None else check_questions(questions)
+        has_unseen = prune.data is not None and config.unseen(config.samples) > 0
+        gates.parse(config.require, gates.in_percent(tasks, has_unseen))
     return Request(
         model=model,
         prune=prune,
         recover=config.recover,
         training_samples=config.training_samples,
         report_samples=config.unseen(config.samples),
-        questions=part_of(config, options.Questions) if config.tasks else None,
+        questions=questions,
         latency=config.target_latency,
     )
 

@@ -239,17 +239,18 @@ def dummy_scores(anatomy: Anatomy, criteria: Sequence[str]) -> Scores:
     return Scores.of_units(", ".join(criteria), units, anatomy.num_layers, values)
 
 
-def check_questions(questions: Questions, blind: bool = False, log: bool = False) -> None:
-    """Check the tasks and their options before a model is loaded."""
+def check_questions(questions: Questions, blind: bool = False, log: bool = False) -> dict[str, Any]:
+    """Check the tasks and their options before a model is loaded; return the tasks by name."""
     own, theirs = split_names(questions.tasks)
-    if own or not theirs:
-        find_tasks(own)
+    tasks = find_tasks(own) if own or not theirs else []
+    found: dict[str, Any] = {task.name: task for task in tasks}
     if theirs:
-        check_names(theirs, questions.limit, questions.task_folder)
+        found |= check_names(theirs, questions.limit, questions.task_folder)
         if blind or questions.floors or log:
             raise ConfigError(f"--blind, --floors and --log do not work with {theirs[0]!r}")
     if blind and questions.floors:
         raise ConfigError("--floors: a --blind result is the floor; leave out one of them")
+    return found
 
 
 def criterion_options(config: PruneConfig, criterion: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from slimvlm.core.files import new_folder, path_of, require_free
 from slimvlm.core.progress import Say, is_first_rank, num_ranks
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation import ask, on_data
+from slimvlm.evaluation import ask, gates, on_data
 from slimvlm.evaluation.compare import Comparison, compare
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.on_data import DataResult, Predictions, evaluate_data, result_of
@@ -370,14 +370,16 @@ def evaluate(
     blind: bool,
     log_folder: Path | None,
     say: Say,
+    require: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Evaluate ``model``, and ``baseline`` before it if given, on data or else on tasks."""
-    has_data = source.data is not None
+    """Evaluate ``model``, after ``baseline`` if given, on data or else on tasks; judge nothing."""
+    has_data, tasks = source.data is not None, {}
     is_file = baseline is not None and path_of(baseline, "baseline").is_file()
     if not has_data:
-        check_questions(questions, blind, log_folder is not None)
+        tasks = check_questions(questions, blind, log_folder is not None)
     elif is_file:
         raise ConfigError(f"baseline {baseline!r}: with --data it must be a model, not a file")
+    gates.parse(require, gates.in_percent(tasks, has_data), baseline is not None)
     if out is not None:
         require_free(out, force)
     named = {"baseline": baseline} if baseline is not None and not is_file else {}
@@ -409,14 +411,21 @@ def evaluate(
 
 
 def side_by_side(
-    a: str, b: str, tasks: str, limit: int | None, loading: options.LoadConfig
-) -> Comparison:
-    """Compare two models or result files, answer by answer."""
+    a: str,
+    b: str,
+    tasks: str,
+    limit: int | None,
+    loading: options.LoadConfig,
+    require: Sequence[str] = (),
+) -> tuple[Comparison, dict[str, Result]]:
+    """Compare two models or result files, answer by answer; return their results, too."""
     chosen = find_tasks(tasks)
     results = {name: Result.load(name) for name in (a, b) if name.endswith(".json")}
     models = [name for name in dict.fromkeys((a, b)) if name not in results]
+    asked = results[b].tasks if b in results else {task.name: task for task in chosen}
+    gates.parse(require, gates.in_percent(asked))
     check_models(loading, *models)
     for name in models:
         results[name] = ask.evaluate(*load_as(loading, name), chosen, limit, name=name)
     known = {**builtin_tasks(), **{task.name: task for task in chosen}}
-    return compare(results[a], results[b], known)
+    return compare(results[a], results[b], known), {"A": results[a], "B": results[b]}
