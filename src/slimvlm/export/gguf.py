@@ -51,7 +51,7 @@ def export_gguf(
 ) -> Exported:
     """Write the backbone as one GGUF file, and a tower that llama.cpp knows as ``mmproj-...``.
 
-    A model card goes beside them, unless one is there; ``force`` replaces that of an earlier export.
+    A model card goes beside them unless one is there; ``force`` replaces that of an earlier export.
     """
     out = require_free(out, force)
     quantizer = shutil.which(QUANTIZE_PROGRAM)
