@@ -26,16 +26,8 @@ SECTIONS = {
     "Start": ("index", "quickstart"),
     "How-to": (
         *("compress", "tokens", "experts", "recovery", "resume", "low-memory", "gpu", "scale-out"),
-        *(
-            "studies",
-            "tasks",
-            "gates",
-            "serving",
-            "convert",
-            "report",
-            "add-a-criterion",
-            "add-a-family",
-        ),
+        *("studies", "tasks", "gates", "serving", "convert", "report"),
+        *("add-a-criterion", "add-a-family"),
     ),
     "Reference": (
         *("cli", "python", "files", "criteria", "losses", "families", "engines", "demo-model"),
