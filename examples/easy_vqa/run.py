@@ -144,6 +144,8 @@ def main() -> None:
     sizes = [8, 8] if short else [options.samples, options.training_samples]
     read = ["--samples", sizes[0], "--training-samples", sizes[1]]
     dtype = ["--dtype", options.dtype]
+    quick = {"slimvlm": ["--axis", "width", "--vocab-size", "all"], "ShortGPT": ARMS["ShortGPT"]}
+    arms = quick if short else ARMS
     ask = ["--tasks", ",".join(tasks), "--batch-size", 64, *dtype]
     tuned, result = out / "tuned", out / "results" / "tuned.json"
     if not tuned.exists():
@@ -156,7 +158,7 @@ def main() -> None:
         slimvlm("evaluate", tuned, *ask, "--out", result)
     for seed in range(1 if short else options.seeds):
         for ratio in ratios:
-            for arm, words in ARMS.items():
+            for arm, words in arms.items():
                 run = out / f"{arm}-{ratio}-{seed}".replace(" ", "_").replace(",", "")
                 result = out / "results" / f"{arm}-{ratio}-{seed}.json"
                 if result.exists():
