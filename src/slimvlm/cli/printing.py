@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from slimvlm.evaluation.on_data import DataResult
     from slimvlm.evaluation.results import Result
 
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""Header and rows."""
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
 _OF_A_CELL = (
     *("model", "axis", "ratio", "recovery", "fraction"),
     *("seed", "avg", "avg_percent", "status"),

@@ -24,12 +24,9 @@ from slimvlm.core.removed import same_without_removed, without_removed
 
 T = TypeVar("T")
 
-MAX_BYTES = 512 * 2**20
-"""Largest JSON file that is read: results hold every answer."""
-MAX_YAML_BYTES = 2**20
-"""Largest YAML file; people write these."""
-MAX_DEPTH = 64
-"""Nested lists and mappings."""
+MAX_BYTES = 512 * 2**20  # largest JSON file that is read: results hold every answer
+MAX_YAML_BYTES = 2**20  # largest YAML file; people write these
+MAX_DEPTH = 64  # nested lists and mappings
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -119,8 +116,7 @@ def listed(value: Any) -> tuple[Any, ...]:
 
 Listed = Annotated[tuple[T, ...], BeforeValidator(listed), Field(min_length=1)]
 """A field with one value or several."""
-Count = Annotated[int, Field(ge=0, le=2**50)]
-"""A field that counts parameters or bytes."""
+Count = Annotated[int, Field(ge=0, le=2**50)]  # a field that counts parameters or bytes
 Width = Annotated[int, Field(ge=0, le=2**20)]
 """A field that counts what a layer has: heads, channels, neurons."""
 
@@ -250,8 +246,7 @@ def digest(parts: Iterable[Any]) -> str:
     return found.hexdigest()
 
 
-NUM_BLOCKS, BLOCK_BYTES = 64, 2**20
-"""Blocks of a larger file that `identity_of_files` reads."""
+NUM_BLOCKS, BLOCK_BYTES = 64, 2**20  # blocks of a larger file that `identity_of_files` reads
 
 
 def identity_of_files(name: str, source: str) -> str:

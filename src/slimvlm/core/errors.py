@@ -79,8 +79,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-LONGEST = 200
-"""Characters of a foreign value that a message shows."""
+LONGEST = 200  # characters of a foreign value that a message shows
 
 
 def shortened(value: object) -> str:

@@ -38,8 +38,7 @@ _REASONS = {
     errno.ELOOP: "links lead in a circle",
 }
 
-LONGEST_NAME = 200
-"""Bytes of a name that leave room for ``.NAME.partial``."""
+LONGEST_NAME = 200  # bytes of a name that leave room for ``.NAME.partial``
 
 _UNFINISHED = {"written_by": "slimvlm", "is": "unfinished"}
 MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {

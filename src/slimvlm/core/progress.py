@@ -47,11 +47,9 @@ T = TypeVar("T")
 _HIDDEN = ContextVar("hidden", default=False)
 _STAGE = ContextVar("stage", default="")
 
-LOG_EVERY = 30.0
-"""Seconds between two lines of a log on the same stage, at least."""
+LOG_EVERY = 30.0  # seconds between two lines of a log on the same stage, at least
 
-Say = Callable[[str], None]
-"""Receives one line for a person."""
+Say = Callable[[str], None]  # receives one line for a person
 
 
 def silent(line: str) -> None:

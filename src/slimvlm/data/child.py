@@ -15,8 +15,7 @@ import sys
 from datetime import datetime
 from typing import Any
 
-MOST_ADDED = 2**17
-"""Characters of a rendered conversation beyond four times those of its texts."""
+MOST_ADDED = 2**17  # characters of a rendered conversation beyond four times those of its texts
 
 
 def limit_memory(num_bytes: int) -> None:

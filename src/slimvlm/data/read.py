@@ -20,8 +20,7 @@ from slimvlm.core.progress import Say
 from slimvlm.data.chat import can_see, length_of, num_images, rendered, require_readable
 from slimvlm.data.samples import Message, Sample, find_image
 
-MAX_LINE_BYTES = 64 * 2**20
-"""Longest line of a ``.jsonl`` file."""
+MAX_LINE_BYTES = 64 * 2**20  # longest line of a ``.jsonl`` file
 BATCH, BATCH_BYTES = 64, 2**28
 """Rows of a parquet or Arrow file in memory at once, and their bytes unless one row has more."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -239,12 +238,9 @@ def plain_rows(part: Any, outlined: bool) -> Any:
 
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-IMAGE_WORD = "<image>"
-"""Placeholder of a picture in plain text."""
-MOST_PICTURES = 1024
-"""Pictures of a sample."""
-LARGE_PICTURE = 2048
-"""Upper estimate of a picture's tokens."""
+IMAGE_WORD = "<image>"  # placeholder of a picture in plain text
+MOST_PICTURES = 1024  # pictures of a sample
+LARGE_PICTURE = 2048  # upper estimate of a picture's tokens
 
 _AT_ONCE = 256
 _FIELDS = {"id", "messages", "conversations", "image", "images"}

@@ -27,12 +27,9 @@ from transformers.utils import chat_template_utils
 
 from slimvlm.core.errors import ConfigError, DataError, one_line
 
-MAX_SECONDS = 10.0
-"""Processor time of one rendering, which takes a millisecond normally."""
-MAX_WAIT = 60.0
-"""Seconds until a child that computes nothing, or has no processor, is ended."""
-TEMPLATE_BYTES, TOKENIZER_BYTES = 2**29, 2**31
-"""Memory of a child."""
+MAX_SECONDS = 10.0  # processor time of one rendering, which takes a millisecond normally
+MAX_WAIT = 60.0  # seconds until a child that computes nothing, or has no processor, is ended
+TEMPLATE_BYTES, TOKENIZER_BYTES = 2**29, 2**31  # memory of a child
 
 _PROBES = [
     f"{string.printable} \u00e4\u00df\u4e2d\u6587 \U0001f600 \u0645\u0631 " * 4,
@@ -171,11 +168,9 @@ def check_texts(name: str, texts: list[str]) -> None:
         _encode(_files[name], texts)
 
 
-Version = tuple[str, int, int]
-"""A tokenizer's file, its date and its size."""
+Version = tuple[str, int, int]  # a tokenizer's file, its date and its size
 _files: dict[str, Version] = {}
-_encoders: dict[Version, Child] = {}
-"""Of the last few tokenizers."""
+_encoders: dict[Version, Child] = {}  # of the last few tokenizers
 
 
 def _encode(version: Version, texts: list[str]) -> None:

@@ -29,10 +29,8 @@ from slimvlm.data.chat import render, tokenizer_of
 from slimvlm.data.samples import Sample
 from slimvlm.data.templates import check_texts
 
-HELD_OUT_EVERY = 4
-"""Every fourth text is counted separately, to estimate what unseen texts need."""
-ENOUGH = 0.99
-"""Share of the tokens of unseen texts that ``auto`` keeps."""
+HELD_OUT_EVERY = 4  # every fourth text is counted separately, to estimate what unseen texts need
+ENOUGH = 0.99  # share of the tokens of unseen texts that ``auto`` keeps
 
 _AT_ONCE = 256
 _CHARACTERS = 4096

@@ -46,8 +46,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DELTA = ASSETS / "delta.safetensors"
 MARKER = "slimvlm_demo.json"
 FORMAT_VERSION = "2"
-SCALE = 2.0
-"""Factor of the delta's low-rank products."""
+SCALE = 2.0  # factor of the delta's low-rank products
 IMAGE_TOKEN = "<image>"
 IMAGE_TOKEN_ID = 16
 """SmolLM2's vocabulary has reserved entries; `<empty_output>` (16) becomes the image token."""

@@ -30,8 +30,7 @@ from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
 from slimvlm.models.load import anatomy, digest_of_weights
 from slimvlm.models.parts import context_of
 
-Reached = Callable[[float], None]
-"""Receives the share of a task's questions that are answered."""
+Reached = Callable[[float], None]  # receives the share of a task's questions that are answered
 
 
 def evaluate(

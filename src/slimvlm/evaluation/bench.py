@@ -38,8 +38,7 @@ from slimvlm.models.hidden import as_inputs, evaluating, hidden_states, require_
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.parts import Parts
 
-REPEATS, NEW_TOKENS = 6, 8
-"""Runs of each model, and new tokens after the first."""
+REPEATS, NEW_TOKENS = 6, 8  # runs of each model, and new tokens after the first
 
 
 Run = tuple[float, ...]

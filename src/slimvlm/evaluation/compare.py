@@ -23,8 +23,7 @@ from slimvlm.evaluation.results import Result
 Change = Literal["lost", "gained", "both wrong", "both right"]
 CHANGES: tuple[Change, ...] = ("lost", "gained", "both wrong", "both right")
 """Outcomes of an answer, the most telling first."""
-RIGHT = 0.5
-"""A score from here on counts as right; only graded metrics have scores between 0 and 1."""
+RIGHT = 0.5  # a score from here on counts as right; only graded metrics have scores between 0 and 1
 
 
 @dataclass(frozen=True)

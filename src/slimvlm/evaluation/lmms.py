@@ -28,8 +28,7 @@ from slimvlm.evaluation.metrics import MME_FULL_SCORES
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.hidden import evaluating
 
-LONGEST_REPLY = 1024
-"""Longest reply in tokens; MathVista would allow 16384."""
+LONGEST_REPLY = 1024  # longest reply in tokens; MathVista would allow 16384
 Values = Sequence[Any]
 """One entry for each question, as a task stores them for a metric: numbers, or dictionaries."""
 

@@ -22,8 +22,7 @@ from slimvlm.data.samples import Question
 
 MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
 """Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
-RESAMPLES = 1000
-"""Bootstrap draws behind an interval."""
+RESAMPLES = 1000  # bootstrap draws behind an interval
 
 
 def normalise(text: str) -> str:
@@ -94,8 +93,7 @@ def rouge_l(reply: str, question: Question) -> float:
     return float(scores["rougeL"].fmeasure)
 
 
-Metric = Callable[[str, Question], float]
-"""Reply and question → a score in [0, 1]."""
+Metric = Callable[[str, Question], float]  # reply and question → a score in [0, 1]
 
 METRICS: dict[str, Metric] = {
     "exact_match": exact_match,

@@ -61,8 +61,7 @@ class Times:
     decode_range_ms: tuple[float, float]
 
 
-TIMES = tuple(each.name for each in fields(Times))
-"""Fields of a `Result` that are times."""
+TIMES = tuple(each.name for each in fields(Times))  # fields of a `Result` that are times
 
 
 @dataclass(frozen=True)

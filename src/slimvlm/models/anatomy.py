@@ -34,10 +34,8 @@ from slimvlm.models.families import (
 )
 from slimvlm.models.parts import Matrix, Parts, layer_matrices, parameters_below
 
-WIDTH_UNITS = ("kv_group", "neuron")
-"""Kinds of unit that pruning in width removes."""
-LAYER_UNITS = (*WIDTH_UNITS, "expert")
-"""Kinds of unit that a layer has several of."""
+WIDTH_UNITS = ("kv_group", "neuron")  # kinds of unit that pruning in width removes
+LAYER_UNITS = (*WIDTH_UNITS, "expert")  # kinds of unit that a layer has several of
 
 
 @dataclass(frozen=True)

@@ -39,19 +39,15 @@ CONTAINER_LIMITS = [
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 """File of the processor time that a container may take in a period, in microseconds."""
 
-ROW_MULTIPLE = 8
-"""Weights of a 16-byte row in bfloat16; kernels without it fall back or fail."""
-TILE_MULTIPLE = 64
-"""Width of a tile of common matrix kernels."""
-WIDTH_MULTIPLE = 128
-"""Group of common 4-bit formats and block of fp8 ones."""
+ROW_MULTIPLE = 8  # weights of a 16-byte row in bfloat16; kernels without it fall back or fail
+TILE_MULTIPLE = 64  # width of a tile of common matrix kernels
+WIDTH_MULTIPLE = 128  # group of common 4-bit formats and block of fp8 ones
 OFF_ROWS_ADVICE = (
     "rows end off a 16-byte boundary, which can cost a third of the speed: plan with "
     f"--round-to {WIDTH_MULTIPLE}"
 )
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-"""Bytes of one weight by data type."""
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # bytes of one weight by data type
 
 
 def weight_bytes(anatomy: Anatomy, dtype: str = "bfloat16") -> int:

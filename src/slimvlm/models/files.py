@@ -58,8 +58,7 @@ _SETTINGS = (
     "chat_template.json",
 )
 """Files that must hold names and values if they are there."""
-_ONLY = ["tokenizer.json"]
-"""The tokenizer that is checked before it is read, and thus no other."""
+_ONLY = ["tokenizer.json"]  # the tokenizer that is checked before it is read, and thus no other
 _MOST_SETTINGS, _MOST_TEMPLATE = 64 * 2**20, 2**20
 """Bytes of a file of settings, and of a chat template."""
 

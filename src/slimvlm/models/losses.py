@@ -36,8 +36,7 @@ Head = Callable[[Tensor], Tensor]
 
 CHUNK = 128
 """Positions whose logits exist at one time on a CPU: 134 MB in float32 with 262,144 tokens."""
-_LARGEST = 2**20
-"""Bytes of one position's logits in float32 with 262,144 tokens."""
+_LARGEST = 2**20  # bytes of one position's logits in float32 with 262,144 tokens
 
 
 def rows_at_once(device: torch.device, free: int | None = None) -> int:

@@ -21,10 +21,8 @@ Level = Literal["ok", "warn", "fail", "unknown"]
 ENGINES = ("vllm", "sglang", "gguf", "openvino", "onnx", "mlx")
 TENSOR_PARALLEL = "tp"
 
-GGUF_ROW = 32
-"""Block of the formats Q4_0 and Q8_0 along a row."""
-GGUF_K_ROW = 256
-"""Block of the K formats (Q4_K_M and its like) along a row."""
+GGUF_ROW = 32  # block of the formats Q4_0 and Q8_0 along a row
+GGUF_K_ROW = 256  # block of the K formats (Q4_K_M and its like) along a row
 MAX_HEAD_DIM = 256
 MLX = "mlx-vlm 0.7.10"
 GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2",

@@ -21,8 +21,7 @@ from slimvlm.scoring.unit_scores import Scores
 ALLOCATIONS = ("uniform", "protect")
 COUNTINGS = ("parameters", "per_layer")
 
-_PROTECTED_OF_32 = (4, 2)
-"""First and last layers that the study's code leaves whole."""
+_PROTECTED_OF_32 = (4, 2)  # first and last layers that the study's code leaves whole
 
 
 @dataclass(frozen=True)

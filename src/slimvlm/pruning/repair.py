@@ -30,11 +30,9 @@ from slimvlm.scoring.unit_scores import Statistics
 
 _MOST_TRIES = 20
 
-_NOISE = 100
-"""Smallest pivot that counts as positive, in machine epsilons times the mean diagonal."""
+_NOISE = 100  # smallest pivot that counts as positive, in machine epsilons times the mean diagonal
 
-_PROBES = 8
-"""Random combinations of outputs by which a solution in float32 is checked."""
+_PROBES = 8  # random combinations of outputs by which a solution in float32 is checked
 
 
 @dataclass(frozen=True)
@@ -210,8 +208,7 @@ REPAIRS: dict[str, tuple[str, ...]] = {
 }
 """Kinds of repair in each form of repair."""
 
-RIDGE = 1e-2
-"""Ridge as a share of the mean diagonal of the Gram matrix; see ``docs/results.md``."""
+RIDGE = 1e-2  # ridge as a share of the mean diagonal of the Gram matrix; see ``docs/results.md``
 
 
 @dataclass

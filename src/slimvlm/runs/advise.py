@@ -30,10 +30,8 @@ from slimvlm.runs.request import resolved
 from slimvlm.runs.stages import settled
 from slimvlm.runs.tables import millions, size
 
-_RATIO_STEP = 0.005
-"""Distance of the ratios that are tried for a latency."""
-_ENCODED = 16
-"""Samples that are encoded at most, to learn how long they are."""
+_RATIO_STEP = 0.005  # distance of the ratios that are tried for a latency
+_ENCODED = 16  # samples that are encoded at most, to learn how long they are
 _LESS_TO_PRUNE = "prune --low-memory holds one layer at a time, and recover trains"
 _NOT_MEASURED = "not measured on models of about this size, by this recipe and so many layers"
 

@@ -31,10 +31,8 @@ from slimvlm.runs.request import Request, ratio_of, scored_by
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.stores import StatesPlace
 
-CALIBRATION_BATCH = 4
-"""Calibration samples in a batch."""
-TRIAL_SHARE = 1 / 6
-"""Share of a training that an axis is tried with."""
+CALIBRATION_BATCH = 4  # calibration samples in a batch
+TRIAL_SHARE = 1 / 6  # share of a training that an axis is tried with
 LOGITS_COPIES = 3
 """Tensors of the size of a chunk's logits that a loss and its gradient hold at one time."""
 

@@ -21,8 +21,7 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Axis, Train
 
 RULES = Path(__file__).with_name("recipes.yaml")
-NEAR = 0.03
-"""How far a measured ratio may be from the one in question, outside the measured range."""
+NEAR = 0.03  # how far a measured ratio may be from the one in question, outside the measured range
 
 
 @dataclass(frozen=True, kw_only=True)

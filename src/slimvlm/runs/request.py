@@ -32,8 +32,7 @@ from slimvlm.scoring import criteria as scoring
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.unit_scores import Scores, Statistics
 
-_RATIO_STEP = 1e-3
-"""How much further a ratio goes at least while it is too small."""
+_RATIO_STEP = 1e-3  # how much further a ratio goes at least while it is too small
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,17 +49,13 @@ from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 from slimvlm.training.recover import recover as train
 
-HELD_OUT_EVERY = 4
-"""Every fourth calibration sample is held out, to judge plans and repairs."""
+HELD_OUT_EVERY = 4  # every fourth calibration sample is held out, to judge plans and repairs
 UNSEEN_SHARE, FEWEST_UNSEEN = 5, 2  # fewer than two have no interval
 """At most one of so many samples stays unseen, and so many at least."""
-HELD_OUT_BATCH = 4
-"""Held-out samples that run at once."""
-ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"
-"""The models that are compared."""
+HELD_OUT_BATCH = 4  # held-out samples that run at once
+ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"  # the models that are compared
 _AXIS, _TRIAL_BATCHES = "axis", 12
-EVEN = 0.02
-"""Held-out losses of two axes count as even if they differ by a smaller share."""
+EVEN = 0.02  # held-out losses of two axes count as even if they differ by a smaller share
 BEHIND = " behind fewer tokens"
 """Suffix of a try in which fewer tokens go first, and the axis gives the rest of the ratio."""
 

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK = 1024
-"""Columns of a product that are worked on at once."""
+BLOCK = 1024  # columns of a product that are worked on at once
 
 SYMMETRIC_BLOCK = 608
 """Rows of a symmetric matrix at once: many enough for a product to run at its full rate."""

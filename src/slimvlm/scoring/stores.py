@@ -31,8 +31,7 @@ from slimvlm.models.cost import free_memory
 Tensors = Mapping[str, Tensor]
 Names = str | tuple[str, ...]
 
-PINNING = ("cuda", "xpu")
-"""Devices to which copies from pinned host memory need no waiting."""
+PINNING = ("cuda", "xpu")  # devices to which copies from pinned host memory need no waiting
 
 
 class Memory:

@@ -74,8 +74,7 @@ TRAINER: Mapping[str, Any] = {
 """TrainingArguments that `RecoverConfig.trainer` may change."""
 REQUEST_FILE = "request.json"
 ADAPTER_FOLDER = "adapter"
-TRACKER_FOLDER = "runs"
-"""Where the Trainer lets TensorBoard write."""
+TRACKER_FOLDER = "runs"  # where the Trainer lets TensorBoard write
 
 
 @dataclass(frozen=True)

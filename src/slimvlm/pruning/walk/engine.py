@@ -306,10 +306,8 @@ class LayerWalk:
 
 
 _TRIAL_PLAN = "trial-plan"
-_TRIAL = "trial"
-"""The stream of the trial: hidden states after whole layers."""
-_TRIED = 2
-"""Layers that are tried, spread evenly over those that lose units."""
+_TRIAL = "trial"  # the stream of the trial: hidden states after whole layers
+_TRIED = 2  # layers that are tried, spread evenly over those that lose units
 
 
 @dataclass

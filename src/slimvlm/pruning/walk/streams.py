@@ -29,11 +29,9 @@ from slimvlm.scoring.moments import Moments
 PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"
 """Streams: after walked layers, after the original's, after layers that were only cut."""
 
-ROWS = 2048
-"""Tokens whose moments are added at once."""
+ROWS = 2048  # tokens whose moments are added at once
 
-MOST_BYTES = 2**29
-"""Inputs of a matrix that are kept at most; more are computed again."""
+MOST_BYTES = 2**29  # inputs of a matrix that are kept at most; more are computed again
 
 
 def most_kept(free: float) -> float:

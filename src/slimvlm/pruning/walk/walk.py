@@ -38,8 +38,7 @@ from slimvlm.scoring.score_model import score, score_by_layer
 from slimvlm.scoring.stores import Memory, Scratch, StatesPlace, Store, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
 
-WALKING = "obs"
-"""The criterion by which a walk chooses."""
+WALKING = "obs"  # the criterion by which a walk chooses
 
 
 def walk_(

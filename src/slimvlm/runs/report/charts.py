@@ -49,8 +49,7 @@ STYLE: Any = {
     **{"svg.fonttype": "none", "svg.hashsalt": "slimvlm"},
 }
 """How all drawings look. Labels are data from outside: they hold no formulas, and stay text."""
-WIDTH, HEIGHT = 400, 270
-"""Size of a chart with axes, in CSS pixels, before the page scales it."""
+WIDTH, HEIGHT = 400, 270  # size of a chart with axes, in CSS pixels, before the page scales it
 _CELL, _GRID_WIDTH, _BELOW, _BAR = 28, 1100, 24, 150
 """Width of a layer's column, of all of them at most, height of their numbers and of bars."""
 _LABEL_WIDTH, _LABEL_HEIGHT = 110, 15
@@ -62,13 +61,10 @@ TRAINED = {
     "full": ("D", "◆", "all trained"),
 }
 """How a mark shows what was trained: in a chart, in its legend, and in words."""
-NEURON_ROWS = 24
-"""Rows of the neurons' heatmap: shares of a layer's neurons, best first."""
-_LABELLED = 5
-"""Marks have their names next to them up to so many."""
+NEURON_ROWS = 24  # rows of the neurons' heatmap: shares of a layer's neurons, best first
+_LABELLED = 5  # marks have their names next to them up to so many
 _REMOVED = "removed share of the backbone (%)"
-_MANY = 66
-"""Points of a line that are marked at most."""
+_MANY = 66  # points of a line that are marked at most
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,7 @@ from slimvlm.runs.study.schedule import (
 )
 from slimvlm.training.recover import History
 
-_PATIENCE = 600.0
-"""Seconds to wait for another worker that writes the table."""
+_PATIENCE = 600.0  # seconds to wait for another worker that writes the table
 CHOICE_METRICS = ("letter", "yes_no")
 """Metrics of answers that are chosen from a few; all others are of free answers."""
 CHOICE_BENCHMARKS = (

@@ -20,8 +20,7 @@ from slimvlm.core.options import (
 )
 from slimvlm.runs.request import criteria_of
 
-NONE = "none"
-"""The recovery that trains nothing."""
+NONE = "none"  # the recovery that trains nothing
 DEFAULT = "default"
 """The criterion that is chosen for the axis, by `slimvlm.runs.request.criteria_of`."""
 

@@ -47,12 +47,9 @@ STAGE_KINDS = ("calibrate", "prune", "recover", "evaluate")
 PLAN, SCORES, RESULT = "plan.json", "scores", "result.json"
 HISTORY, WALK = "history.json", "walk.json"
 ENGINES = ("local", "ray")
-PAUSE_S = 0.5
-"""Seconds between looks at stages that other workers are doing."""
-FORMAT = 3
-"""Raised when a stage's outcome changes for the same request."""
-RECORD = "stage.json"
-"""Written last into an outcome: request, seconds, estimated work."""
+PAUSE_S = 0.5  # seconds between looks at stages that other workers are doing
+FORMAT = 3  # raised when a stage's outcome changes for the same request
+RECORD = "stage.json"  # written last into an outcome: request, seconds, estimated work
 CHECKPOINT = "checkpoint"
 """Output of the stages that make a model; the only output that may be removed later."""
 _OUTPUTS = {"prune": CHECKPOINT, "recover": CHECKPOINT}
