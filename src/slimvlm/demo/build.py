@@ -19,21 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import held, new_file, new_folder
@@ -136,9 +125,11 @@ def make_base() -> tuple[Any, Any]:
     if find_spec("gguf") is None:
         raise ConfigError("demo: reading its language model needs `pip install 'slimvlm[demo]'`")
     folder = str(fetch_language_model())
-    source: Any = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
+    source: Any = transformers.AutoTokenizer.from_pretrained(
+        folder, gguf_file=GGUF, trust_remote_code=False
+    )
     text = source.backend_tokenizer.to_str().replace(RESERVED_TOKEN, IMAGE_TOKEN)
-    tokenizer: Any = PreTrainedTokenizerFast(
+    tokenizer: Any = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(text),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
@@ -151,7 +142,7 @@ def make_base() -> tuple[Any, Any]:
     tokenizer.chat_template = CHAT_TEMPLATE
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != IMAGE_TOKEN_ID:
         raise ConfigError("demo: SmolLM2's tokenizer is not the expected one")
-    vision = CLIPVisionConfig(
+    vision = transformers.CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=768,
         num_hidden_layers=4,
@@ -161,7 +152,7 @@ def make_base() -> tuple[Any, Any]:
         projection_dim=192,
         hidden_act="gelu",
     )
-    text_config = LlamaConfig(  # of SmolLM2-135M-Instruct
+    text_config = transformers.LlamaConfig(  # of SmolLM2-135M-Instruct
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
@@ -175,7 +166,7 @@ def make_base() -> tuple[Any, Any]:
         tie_word_embeddings=True,
         **IDS,
     )
-    config = LlavaConfig(
+    config = transformers.LlavaConfig(
         vision_config=vision,
         text_config=text_config,
         image_token_index=IMAGE_TOKEN_ID,
@@ -185,10 +176,10 @@ def make_base() -> tuple[Any, Any]:
         projector_hidden_act="gelu",
         tie_word_embeddings=True,
     )
-    text_model: Any = AutoModelForCausalLM.from_pretrained(
+    text_model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False
     )
-    model: Any = LlavaForConditionalGeneration(config)
+    model: Any = transformers.LlavaForConditionalGeneration(config)
     model.float().model.language_model.load_state_dict(text_model.model.state_dict())
     model.tie_weights()
     return model, tokenizer
@@ -206,12 +197,12 @@ def assemble(delta: Path) -> tuple[Any, Any]:
         own = [name for name in state if name.startswith(f"{part}.")]
         weights = {name.removeprefix(f"{part}."): state[name].float() for name in own}
         getattr(model.model, part).load_state_dict(weights)
-    model.generation_config = GenerationConfig(do_sample=False, **IDS)
+    model.generation_config = transformers.GenerationConfig(do_sample=False, **IDS)
     side, half = {"height": SIDE, "width": SIDE}, [0.5, 0.5, 0.5]
     pictures: dict[str, Any] = {"size": side, "crop_size": side, "do_center_crop": False}
     pictures |= {"image_mean": half, "image_std": half}
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(**pictures),
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(**pictures),
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",

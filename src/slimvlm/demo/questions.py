@@ -21,21 +21,8 @@ import numpy as np
 from numpy.random import Generator
 
 from slimvlm.data.samples import Message, Question, Sample, Task
-from slimvlm.demo.scenes import (
-    CELLS,
-    COLORS,
-    SCENE_KINDS,
-    SEEN_STYLES,
-    TEST_SHARE,
-    UNSEEN_STYLE,
-    Scene,
-    SceneKind,
-    Split,
-    load_art,
-    make_scene,
-    pick,
-    render,
-)
+from slimvlm.demo import scenes
+from slimvlm.demo.scenes import CELLS, COLORS, Scene, SceneKind, Split, load_art, make_scene, pick
 
 NUM_QUESTIONS = 320
 _LETTERS = ("a", "b", "c", "d")
@@ -85,9 +72,6 @@ def _with_letters(question: str, right: str, wrong: Sequence[str], rng: Generato
 
 def _sample(rng: Generator, items: Sequence[str], count: int) -> list[str]:
     return [items[int(i)] for i in rng.permutation(len(items))[:count]]
-
-
-# Questions about a scene.
 
 
 def _ask_name(scene: Scene, rng: Generator) -> _Asked:
@@ -184,9 +168,6 @@ def _ask_shape_yesno(scene: Scene, rng: Generator) -> _Asked:
     return _Asked(f"is the {shape} {wrong}?", "no", ("yes", "no"))
 
 
-# Questions without a picture.
-
-
 _TEXT_TASKS = (("text_odd", "letter", 25.0, 4), ("text_sort", "exact_match", 10.0, 16),
                ("text_sum", "exact_match", 1.0, 6))  # fmt: skip
 """The text-only benchmarks: name, metric, chance, longest answer."""
@@ -216,12 +197,9 @@ def _ask_text(task: str, rng: Generator, split: Split) -> _Asked:
         else:
             a, b = (int(v) for v in rng.integers(1, _MAX_SUMMAND + 1, size=2))
             asked = _Asked(f"what is {a} + {b}?", str(a + b))
-        is_test = zlib.crc32(asked.prompt.encode()) % TEST_SHARE == 0
+        is_test = zlib.crc32(asked.prompt.encode()) % scenes.TEST_SHARE == 0
         if is_test == (split == "test"):
             return asked
-
-
-# Benchmarks.
 
 
 def _item(
@@ -250,7 +228,7 @@ def _load_scenes(
     found = []
     for i in range(NUM_QUESTIONS)[:limit]:
         scene, a = _item(task, kind, ask, styles, i)
-        shown = (render(scene),)
+        shown = (scenes.render(scene),)
         found.append(Question(f"{task}-{i}", a.prompt, (a.answer,), shown, a.choices, a.group))
     return found
 
@@ -305,12 +283,14 @@ _PICTURE_TASKS: tuple[tuple[str, SceneKind, _Asker, str, float, str, int], ...] 
 )
 """The benchmarks with pictures: name, scene, question, metric, chance, like, longest answer."""
 _ALL = (
-    *(Task(name, metric, chance, partial(_load_scenes, name, kind, ask, SEEN_STYLES), longest, like)
+    *(Task(name, metric, chance, partial(_load_scenes, name, kind, ask, scenes.SEEN_STYLES),
+           longest, like)
       for name, kind, ask, metric, chance, like, longest in _PICTURE_TASKS),
     *(Task(name, metric, chance, partial(_load_text, name), longest, "text only")
       for name, metric, chance, longest in _TEXT_TASKS),
-    *(Task(name, metric, chance, partial(_load_scenes, name, "single", ask, (UNSEEN_STYLE,)), 8,
-           "domain shift", in_average=False)
+    *(Task(name, metric, chance,
+           partial(_load_scenes, name, "single", ask, (scenes.UNSEEN_STYLE,)),
+           8, "domain shift", in_average=False)
       for name, ask, metric, chance in (
           ("name_unseen_style", _ask_name, "exact_match", 0.8),
           ("object_letter_unseen_style", _ask_object_letter, "letter", 25.0),
@@ -319,9 +299,6 @@ _ALL = (
 )  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 """Every benchmark by name. Those in an unseen art style and perplexity stay out of the average."""
-
-
-# Conversations to train on: pictures with all their questions, and a share of text alone.
 
 
 @dataclass(frozen=True)
@@ -398,7 +375,7 @@ def make_conversation(seed: int, index: int) -> Conversation:
             described = f"this is a {told.names[0]}." if kind == "single" else listed
             turns.append((f"{described} {about.prompt}", about.answer))
     else:
-        kind = SCENE_KINDS[int(rng.choice(len(SCENE_KINDS), p=_KIND_SHARES))]
+        kind = scenes.SCENE_KINDS[int(rng.choice(len(scenes.SCENE_KINDS), p=_KIND_SHARES))]
         scene = make_scene(kind, rng)
         seen = [ask(scene, rng) for ask in _TURNS[kind]]
         turns = list(dict.fromkeys((a.prompt, a.answer) for a in seen if a is not None))
@@ -419,6 +396,6 @@ def demo_samples(count: int, seed: int = 0, pictures: bool = True) -> list[Sampl
                 {"role": "user", "content": [*shown, {"type": "text", "text": prompt}]},
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ]
-        images = () if scene is None else (render(scene),)
+        images = () if scene is None else (scenes.render(scene),)
         samples.append(Sample(f"demo-{seed}-{index}", tuple(messages), images))
     return samples

@@ -9,15 +9,9 @@ from typing import Any, Literal
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question, Task
+from slimvlm.evaluation import metrics
 from slimvlm.evaluation.ask import with_other_pictures
-from slimvlm.evaluation.metrics import (
-    LIKELIHOODS,
-    Difference,
-    metric_named,
-    normalise,
-    paired_difference,
-    signed,
-)
+from slimvlm.evaluation.metrics import LIKELIHOODS, Difference, normalise, paired_difference, signed
 from slimvlm.evaluation.results import Result
 
 Change = Literal["lost", "gained", "both wrong", "both right"]
@@ -120,7 +114,7 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
             shown = with_other_pictures(loaded) if a.blind and b.blind else loaded
             known = {question.id: question for question in shown}
             try:
-                score = metric_named(ours.metric)
+                score = metrics.metric_named(ours.metric)
             except ConfigError:
                 why = f"metric {ours.metric!r} is not available"
             else:

@@ -60,10 +60,7 @@ def parse(
 
 
 def judge(
-    texts: Iterable[str],
-    results: Mapping[str, Result],
-    on_data: Mapping[str, DataResult],
-    say: Say,
+    texts: Iterable[str], results: Mapping[str, Result], on_data: Mapping[str, DataResult], say: Say
 ) -> None:
     """Check requirements on the last model; the first one is its baseline.
 

@@ -22,16 +22,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from slimvlm.core.documents import Count, Width
-from slimvlm.models.families import (
-    BACKBONES,
-    FAMILIES,
-    INPUT_COLUMNS,
-    OUTPUT_ROWS,
-    Backbone,
-    Family,
-    Projection,
-    Segment,
-)
+from slimvlm.models import families
+from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Backbone, Projection, Segment
 from slimvlm.models.parts import Matrix, Parts, layer_matrices, parameters_below
 
 WIDTH_UNITS = ("kv_group", "neuron")  # kinds of unit that pruning in width removes
@@ -231,14 +223,14 @@ class Anatomy:
         return sum(s.num_experts * s.expert_params for s in self.layers) / self.backbone_params
 
     @property
-    def family(self) -> Family:
+    def family(self) -> families.Family:
         """The row of `FAMILIES` that describes the whole model."""
-        return FAMILIES[self.model_type]
+        return families.FAMILIES[self.model_type]
 
     @property
     def backbone(self) -> Backbone:
         """The row of `BACKBONES` that describes the decoder layers."""
-        return BACKBONES[self.text_type]
+        return families.BACKBONES[self.text_type]
 
     @property
     def why_pinned(self) -> str:

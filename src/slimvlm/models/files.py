@@ -22,13 +22,8 @@ from typing import Any, NamedTuple, cast
 
 from safetensors import safe_open
 from torch import Tensor
+from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -37,17 +32,9 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_file
 
+from slimvlm.core import errors
 from slimvlm.core.documents import read_object, read_text
-from slimvlm.core.errors import (
-    LONGEST,
-    ConfigError,
-    SlimError,
-    UnsupportedModelError,
-    is_out_of_memory,
-    one_line,
-    panics_raised,
-    shortened,
-)
+from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.models.hidden import require_finite_values
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -82,14 +69,14 @@ row that a name fits counts."""
 def unreadable(model: str | Path, what: str) -> Iterator[None]:
     """Inside, raise a one-line `ConfigError` where a library cannot read ``what`` of a model."""
     try:
-        with panics_raised():
+        with errors.panics_raised():
             yield
-    except SlimError:
+    except errors.SlimError:
         raise
     except Exception as error:  # broken files make libraries raise almost anything
-        if is_out_of_memory(error):
+        if errors.is_out_of_memory(error):
             raise
-        cause = one_line(error)[:LONGEST]
+        cause = errors.one_line(error)[: errors.LONGEST]
         raise ConfigError(f"model {str(model)!r}: {what} cannot be read ({cause})") from error
 
 
@@ -193,15 +180,15 @@ def origins_in_files(model: Any, keys: Iterable[str]) -> dict[str, Origin]:
     ``_weight_conversions``, which is set here. Tried with transformers 5.24.
     """
     conversions = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in conversions if isinstance(entry, loading.WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, loading.WeightConverter)]
     if any(len(each.target_patterns) > 1 for each in converters):
         kind = model.config.model_type
-        raise UnsupportedModelError(f"model_type {kind!r} cannot be read with low memory")
+        raise errors.UnsupportedModelError(f"model_type {kind!r} cannot be read with low memory")
     state, prefix = model.state_dict(), model.base_model_prefix
     named: dict[str, dict[str, str | None]] = defaultdict(dict)
-    for key in sorted(keys, key=dot_natural_key):  # as they are stacked
-        target, pattern = rename_source_key(key, renamings, converters, prefix, state)
+    for key in sorted(keys, key=loading.dot_natural_key):  # as they are stacked
+        target, pattern = loading.rename_source_key(key, renamings, converters, prefix, state)
         named[target][key] = pattern
     found: dict[str, Origin] = {}
     for target, patterns in named.items():
@@ -232,8 +219,8 @@ def file_if_reachable(model: str, name: str) -> str | None:
     """Find a file of a model's folder, or of a hub id in the cache or on the hub; None without."""
     if (folder := Path(model)).is_dir():
         return str(folder / name) if (folder / name).is_file() else None
-    errors = ("gated_repo", "missing_entries", "connection_errors")
-    quiet: dict[str, Any] = {f"_raise_exceptions_for_{error}": False for error in errors}
+    causes = ("gated_repo", "missing_entries", "connection_errors")
+    quiet: dict[str, Any] = {f"_raise_exceptions_for_{cause}": False for cause in causes}
     path: str | None = cached_file(model, name, **quiet)
     return path
 

@@ -19,25 +19,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
-from slimvlm.models.anatomy import (
-    LAYER_UNITS,
-    WIDTH_UNITS,
-    Anatomy,
-    channels_of,
-    read_anatomy,
-    unit_of,
-)
+from slimvlm.models import load as models
+from slimvlm.models.anatomy import LAYER_UNITS, Anatomy, channels_of, read_anatomy, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
 from slimvlm.models.hidden import layer_input
-from slimvlm.models.load import (
-    UNEVEN_FIELD,
-    WIDTHS,
-    empty_model,
-    require_full_precision,
-    require_undivided,
-    retype_modules_,
-    set_class_,
-)
+from slimvlm.models.load import retype_modules_
 from slimvlm.models.modeling_pruned import set_counts_
 from slimvlm.models.parts import Parts, family_of, layer_matrices, text_config_of
 from slimvlm.planning.plan import Kept, Plan
@@ -59,7 +45,7 @@ def smaller_text_config(
     old: PreTrainedConfig = text_config_of(config)
     after, row = plan.after, plan.before.backbone
     new: PreTrainedConfig = copy.deepcopy(old)
-    vars(new).pop(UNEVEN_FIELD, None)
+    vars(new).pop(models.UNEVEN_FIELD, None)
     if plan.needs_retype:
         values, target = new.to_dict(), CONFIG_MAPPING[after.text_type]
         dropped = {"model_type", "architectures", "transformers_version"}
@@ -89,9 +75,10 @@ def smaller_text_config(
         rows = []
         for shape in after.layers:
             counts = (shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
-            named = zip(WIDTHS, counts, strict=True)  # a layer without such units keeps the field
+            named = zip(models.WIDTHS, counts, strict=True)
+            # a layer without such units keeps the field
             rows.append({name: count or getattr(old, name, 1) for name, count in named})
-        setattr(new, UNEVEN_FIELD, rows)
+        setattr(new, models.UNEVEN_FIELD, rows)
         return new
     for name, value in _changed_widths(new, after).items():
         setattr(new, name, value)
@@ -213,7 +200,7 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
         if shape.num_kv_heads:
             attention = layer.get_submodule("self_attn")
             set_counts_(attention, text_config, shape.num_heads, shape.num_kv_heads)
-    set_class_(model)
+    models.set_class_(model)
     if plan.needs_retype:
         retype_modules_(model, old, text_config)
 
@@ -222,12 +209,12 @@ def require_expressible(
     model: PreTrainedModel, plan: Plan, allow_uneven: bool = False
 ) -> PreTrainedConfig:
     """Build the configuration of the smaller language model; refuse plans as `prune_` does."""
-    require_full_precision(model.config, "pruned")
+    models.require_full_precision(model.config, "pruned")
     require_match(model, plan)
     require_named_tokens(model, plan)
     uneven = not plan.after.is_uniform or (allow_uneven and plan.file_format == "uneven")
     config, text_config = model.config, smaller_text_config(model.config, plan, uneven)
-    if not getattr(text_config, UNEVEN_FIELD, None):
+    if not getattr(text_config, models.UNEVEN_FIELD, None):
         legal = plan.before.legal_neurons()
         for neurons in plan.after.mlp_widths:
             if neurons not in legal:
@@ -247,7 +234,7 @@ def require_expressible(
     try:
         checked = type(text_config).from_dict(text_config.to_dict())
         whole = with_renumbered(copy.deepcopy(config), checked, plan)
-        found = read_anatomy(empty_model(whole))
+        found = read_anatomy(models.empty_model(whole))
     except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError) as error:
         cause, why = error, str(error).strip().splitlines()[-1]
     else:
@@ -404,7 +391,7 @@ def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
 
 def require_match(model: nn.Module, plan: Plan) -> None:
     """Refuse a plan for another model, and a model without all its weights in place."""
-    require_undivided(model, "pruned")
+    models.require_undivided(model, "pruned")
     anatomy = read_anatomy(model)
     if anatomy.layers != plan.before.layers or anatomy.model_type != plan.before.model_type:
         raise ConfigError(
@@ -424,7 +411,8 @@ def require_match(model: nn.Module, plan: Plan) -> None:
 
 
 def _shape_line(anatomy: Anatomy) -> str:
-    groups, neurons = (max(s.units(unit) for s in anatomy.layers) for unit in WIDTH_UNITS)
+    groups = max(shape.num_kv_heads for shape in anatomy.layers)
+    neurons = max(shape.intermediate_size for shape in anatomy.layers)
     experts = "".join(f", {count} experts" for count in anatomy.expert_counts)
     return (
         f"{anatomy.model_type} with {anatomy.num_layers} layers, {groups} KV groups, "

@@ -26,21 +26,12 @@ from slimvlm.core.files import mark_checkpoint, new_folder, require_free, write_
 from slimvlm.data import chat
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.samples import Message, Sample
+from slimvlm.models import load as models
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory
 from slimvlm.models.files import file_if_reachable, write_weights
 from slimvlm.models.hidden import evaluating
-from slimvlm.models.load import (
-    auto_class,
-    auto_map_of,
-    empty_model,
-    generation_of,
-    is_quantized,
-    is_uneven,
-    load_processor,
-    set_class_,
-)
 from slimvlm.models.losses import CHUNK
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.models.serving import check as check_serving
@@ -124,8 +115,8 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
         plan=plan,
         criteria=CRITERIA,
         found=check_serving(shape, ("vllm", "sglang", "gguf"), is_rounded),
-        auto_class=auto_class(config).__name__,
-        needs_code=is_uneven(config),
+        auto_class=models.auto_class(config).__name__,
+        needs_code=models.is_uneven(config),
         layout=None if facts.format else layout_of(config),
         heads=[n for n in MULTI_TOKEN_FIELDS if plan and hasattr(text_config_of(config), n)],
         transformers=transformers.__version__,
@@ -202,7 +193,7 @@ def save(
         OutputError: If another run writes there, or the disk is full or read-only.
         ReloadError: If what was written does not load back to the same model.
     """
-    set_class_(model)
+    models.set_class_(model)
     processor = trimmed_processor(processor, plan)
 
     def check(folder: Path) -> CardFacts:
@@ -247,11 +238,11 @@ def prune_checkpoint(
     require_free(out, force)
     checkpoint = open_checkpoint(model, dtype, trust_remote_code)
     config = checkpoint.model.config
-    processor = load_processor(str(checkpoint.folder), config, trust_remote_code)
+    processor = models.load_processor(str(checkpoint.folder), config, trust_remote_code)
     processor = trimmed_processor(processor, plan)
-    smaller = empty_model(config, checkpoint.model.dtype)
+    smaller = models.empty_model(config, checkpoint.model.dtype)
     smaller._weight_conversions = checkpoint.model._weight_conversions
-    if (generation := generation_of(checkpoint.folder)) is not None:
+    if (generation := models.generation_of(checkpoint.folder)) is not None:
         smaller.generation_config = generation
     prune_(smaller, plan, allow_uneven)
     # parameters of the pruned model are cut out of the files, by name
@@ -308,7 +299,7 @@ def write_folder(
         if plan is not None:
             plan.save(folder / PLAN_FILE)
             if processor is not None and plan.tokens is not None:
-                again = tokenizer_of(load_processor(str(folder), model.config))
+                again = tokenizer_of(models.load_processor(str(folder), model.config))
                 ours, count = tokenizer_of(processor), len(plan.tokens)
                 if again.get_vocab() != ours.get_vocab() or len(again) != count:
                     raise ReloadError(f"{where}: the tokenizer reads back with other tokens")
@@ -342,13 +333,14 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
         expected = _last_logits(model, batch)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        place = {"device_map": {"": str(model.device)}} if is_quantized(config) else {}
+        place = {"device_map": {"": str(model.device)}} if models.is_quantized(config) else {}
         code = Path(modeling_pruned.__file__)
         copied = Path(folder) / code.name
         # the only code that the folder may hold, and that runs here, is slimvlm's own
-        is_ours = is_uneven(config) and getattr(config, "auto_map", None) == auto_map_of(config)
+        named = getattr(config, "auto_map", None)
+        is_ours = models.is_uneven(config) and named == models.auto_map_of(config)
         is_ours = is_ours and copied.is_file() and copied.read_bytes() == code.read_bytes()
-        again, report = auto_class(config).from_pretrained(
+        again, report = models.auto_class(config).from_pretrained(
             folder, dtype=model.dtype, trust_remote_code=is_ours, output_loading_info=True, **place
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:

@@ -278,9 +278,6 @@ def ranked_plan(
     return make_plan(anatomy, scores, ratio_of(config), config.axis or "width", even, **kept)
 
 
-# The tokens that stay are chosen first, from the data and further texts.
-
-
 def vocabulary_for(
     model: str,
     options: SizeOptions,

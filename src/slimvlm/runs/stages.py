@@ -60,9 +60,6 @@ BEHIND = " behind fewer tokens"
 """Suffix of a try in which fewer tokens go first, and the axis gives the rest of the ratio."""
 
 
-# The samples: one order for each seed, calibration first, training after it, the end's report last.
-
-
 @dataclass(frozen=True)
 class SampleSplit:
     """The samples of a request."""
@@ -203,9 +200,6 @@ class Calibration:
         """Encode batches of samples with as many pictures and like length, for less padding."""
         alike = sorted(samples, key=lambda s: (len(s.images), estimated_length(s, 0)))
         return list(calibration_batches(self.processor, alike, CALIBRATION_BATCH, description))
-
-
-# The stages. They take a resolved request and live objects, and return values.
 
 
 def load_original(request: Request, device: str | None = None) -> tuple[PreTrainedModel, Any]:

@@ -26,20 +26,9 @@ from transformers import PreTrainedModel
 from slimvlm.core.documents import digest
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.data.roles import valid_tokens
+from slimvlm.models import load as models
 from slimvlm.models.files import Origin, origins_in_files, unreadable, weight_files
-from slimvlm.models.hidden import (
-    all_finite,
-    layer_output,
-    replaced_forward,
-    require_finite_values,
-)
-from slimvlm.models.load import (
-    digest_of_tensors,
-    empty_model,
-    folder_of,
-    load_config,
-    require_full_precision,
-)
+from slimvlm.models.hidden import all_finite, layer_output, replaced_forward, require_finite_values
 from slimvlm.models.parts import Parts, shares_keys
 from slimvlm.scoring.batches import Batch, forward_backbone, on_device
 from slimvlm.scoring.stores import Store, packed, unpacked
@@ -159,9 +148,9 @@ def open_checkpoint(
 
     Refuses files that lack a parameter or hold it in another shape.
     """
-    where, config = f"model {str(model)!r}:", load_config(model, trust_remote_code)
-    require_full_precision(config, "scored or pruned with low memory")
-    folder = folder_of(model)
+    where, config = f"model {str(model)!r}:", models.load_config(model, trust_remote_code)
+    models.require_full_precision(config, "scored or pruned with low memory")
+    folder = models.folder_of(model)
     files = weight_files(folder)
     keys_of: dict[Path, list[str]] = defaultdict(list)
     for key, path in files.items():
@@ -180,7 +169,7 @@ def open_checkpoint(
         raise ConfigError(f"{where} weights of type {most} cannot be computed with")
     kind = getattr(torch, _DTYPES[most] if dtype == "auto" else dtype)
     with unreadable(model, "config"):
-        skeleton = empty_model(config, kind, with_buffers=True).requires_grad_(False).eval()
+        skeleton = models.empty_model(config, kind, with_buffers=True).requires_grad_(False).eval()
         skeleton.tie_weights()  # parameters without storage are made one by one
     origins = origins_in_files(skeleton, files)
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
@@ -266,7 +255,7 @@ class LayerwiseModel:
             for index, layer in enumerate(Parts(self.model).layers):
                 stack.enter_context(replaced_forward(layer, partial(note, index)))
             for place, batch in enumerate(batches):
-                code = digest_of_tensors(batch)
+                code = models.digest_of_tensors(batch)
                 self._digests.append(code)
                 stored = self.store.about("batches", place)
                 if stored is not None and stored["digest"] == code:

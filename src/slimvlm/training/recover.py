@@ -17,16 +17,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.trainer import TRAINER_STATE_NAME
 
-from slimvlm.core.documents import (
-    Count,
-    asked,
-    built,
-    digest,
-    note_request,
-    noted_request,
-    read_object,
-    require_same_request,
-)
+from slimvlm.core import documents
+from slimvlm.core.documents import Count, asked, built, digest, read_object
 from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_line
 from slimvlm.core.files import explained, write_text
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
@@ -34,35 +26,18 @@ from slimvlm.core.progress import is_first_rank, num_ranks, stage, to_log
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
+from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import release_memory
 from slimvlm.models.hidden import is_sharded
-from slimvlm.models.load import (
-    computes_bfloat16,
-    digest_of_weights,
-    load_processor,
-    require_full_precision,
-    require_undivided,
-)
+from slimvlm.models.load import digest_of_weights
 from slimvlm.models.losses import layer_map
 from slimvlm.models.parts import Parts, part_at
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import trimmed_processor
+from slimvlm.training import trainer as training
 from slimvlm.training.teacher import plan_fits, seeing_once, share_
-from slimvlm.training.trainer import (
-    TRAINED_FILE,
-    Collator,
-    DistillationTrainer,
-    learning_parameters,
-    merge,
-    num_workers,
-    old_names_allowed,
-    prepare_training,
-    projector_in_every_graph,
-    save_adapter,
-    training_precision,
-    without_autocast,
-)
+from slimvlm.training.trainer import TRAINED_FILE, DistillationTrainer, learning_parameters
 
 RATE, RATE_OF_ALL = 2e-4, 4e-4
 """Peak learning rates: of LoRA and projector; of all weights, if the whole decoder was removed."""
@@ -150,9 +125,9 @@ def recover(
         NumericalError: If the loss becomes NaN or infinite; the message names the step, its samples
             and the first layer that is not finite.
     """
-    require_full_precision(model.config, "trained")
-    require_undivided(model, "trained", on_one_device=True)
-    require_undivided(teacher, "a teacher", on_one_device=True, field="teacher")
+    models.require_full_precision(model.config, "trained")
+    models.require_undivided(model, "trained", on_one_device=True)
+    models.require_undivided(teacher, "a teacher", on_one_device=True, field="teacher")
     config = config or RecoverConfig()
     if not dataset or not all(isinstance(each, Sample) for each in dataset):
         raise ConfigError("dataset: must hold samples, such as load_samples gives")
@@ -182,18 +157,19 @@ def recover(
         }
         what = f"training folder {str(folder)!r} belongs to a run"
         cure = "Remove it, or give those options and data again"
-        require_same_request(noted_request(folder / REQUEST_FILE), request, what, cure)
+        noted = documents.noted_request(folder / REQUEST_FILE)
+        documents.require_same_request(noted, request, what, cure)
         if is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)
-            note_request(folder / REQUEST_FILE, request)
+            documents.note_request(folder / REQUEST_FILE, request)
         torch.manual_seed(config.seed)
         is_resumable = work is not None and not is_sharded(model)
         arguments = _training_arguments(config, model, plan, folder, len(learnt), is_resumable)
         device = arguments.device
         if device.type not in ("cpu", "mps"):  # libraries look for the current card
             stack.enter_context(torch.get_device_module(device).device(device))
-        stack.enter_context(training_precision(model, teacher, device, arguments.bf16))
-        trained = prepare_training(model, config)
+        stack.enter_context(training.training_precision(model, teacher, device, arguments.bf16))
+        trained = training.prepare_training(model, config)
         trained_params = sum(p.numel() for p in trained.parameters() if p.requires_grad)
         given = {
             "model": trained,
@@ -202,10 +178,10 @@ def recover(
             "layer_pairs": layer_pairs,
             "tokens": tokens,
             "train_dataset": learnt,
-            "data_collator": Collator(processor, model.config, config.positions),
+            "data_collator": training.Collator(processor, model.config, config.positions),
         }
         about_teacher = "none"
-        with projector_in_every_graph(model), ExitStack() as teaching, stage("train"):
+        with training.projector_in_every_graph(model), ExitStack() as teaching, stage("train"):
             if teacher is not None:
                 about_teacher = "separate, sharded"
                 teacher.requires_grad_(False).eval()
@@ -217,10 +193,10 @@ def recover(
                 teacher.to(device)  # type: ignore[arg-type]
                 teaching.enter_context(seeing_once(model, teacher, config.paper_exact))
             trainer = _trained(given, arguments, folder)
-        plain = without_autocast(trainer)
+        plain = training.without_autocast(trainer)
         if config.keep_adapter and is_first_rank():
-            save_adapter(plain, folder / ADAPTER_FOLDER, dtype)
-        merged = merge(plain, dtype)
+            training.save_adapter(plain, folder / ADAPTER_FOLDER, dtype)
+        merged = training.merge(plain, dtype)
         assert merged is model, "merging must give back the model that was handed in"
     model.eval()
     return History(
@@ -237,7 +213,7 @@ def _processor_of(model: PreTrainedModel, plan: Plan | None) -> Any:
     name = str(model.config._name_or_path)
     rows = sum(len(each) for each in model.get_input_embeddings().parameters())
     try:
-        found = trimmed_processor(load_processor(name, model.config), plan)
+        found = trimmed_processor(models.load_processor(name, model.config), plan)
         if found is None or len(tokenizer_of(found)) > rows:
             raise ConfigError(f"{name!r} has none for the model's {rows} tokens")
     except SlimError as error:
@@ -273,7 +249,7 @@ def _trained(
             f"train: no memory on {arguments.device} for batches of {size}: {parts} batches of "
             f"{size // parts} are added instead"
         )
-        without_autocast(trainer)
+        training.without_autocast(trainer)
         trainer.model.zero_grad()  # type: ignore[union-attr]
         with torch.no_grad():
             for name, parameter in learning_parameters(given["model"]):
@@ -374,7 +350,7 @@ def _training_arguments(
     gone = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
     is_pinned = device.type not in ("cpu", "mps")  # MPS shares the memory of its host
     try:
-        with old_names_allowed():
+        with training.old_names_allowed():
             arguments = TrainingArguments(
                 output_dir=str(folder),
                 per_device_train_batch_size=config.batch_size,
@@ -382,7 +358,7 @@ def _training_arguments(
                 num_train_epochs=config.passes(num_samples, gone),
                 max_steps=config.max_steps,
                 learning_rate=peak_rate(config, model, plan),
-                bf16=computes_bfloat16(device) if config.bf16 is None else config.bf16,
+                bf16=models.computes_bfloat16(device) if config.bf16 is None else config.bf16,
                 use_cpu=device.type == "cpu",
                 save_strategy="steps" if is_resumable else "no",
                 save_total_limit=1,
@@ -390,7 +366,7 @@ def _training_arguments(
                 remove_unused_columns=False,
                 label_names=["labels"],
                 dataloader_pin_memory=is_pinned,
-                dataloader_num_workers=num_workers(device),
+                dataloader_num_workers=training.num_workers(device),
                 accelerator_config={"non_blocking": is_pinned},
                 seed=config.seed,
                 data_seed=config.seed,

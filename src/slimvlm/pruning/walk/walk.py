@@ -14,14 +14,9 @@ from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.core.files import require_free
 from slimvlm.core.options import Repair
 from slimvlm.core.progress import Say, silent
+from slimvlm.models import load as models
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
 from slimvlm.models.hidden import device_of, evaluating
-from slimvlm.models.load import (
-    device_named,
-    digest_of_tensors,
-    require_full_precision,
-    require_undivided,
-)
 from slimvlm.models.parts import shares_keys, text_config_of
 from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.plan import Plan
@@ -101,8 +96,8 @@ def walk_(
             not changed then.
     """
     fitted, judges, steps = _prepared(list(batches), held_out, repair, ridge, local_steps)
-    require_full_precision(model.config, "pruned")
-    require_undivided(model, "pruned")
+    models.require_full_precision(model.config, "pruned")
+    models.require_undivided(model, "pruned")
 
     if plan is not None:
         require_match(model, plan)
@@ -160,16 +155,16 @@ def walk_checkpoint(
         SlimError: As `walk_`, `slimvlm.score_checkpoint` and `slimvlm.prune_checkpoint` do.
     """
     require_free(out, force)
-    place = device_named(device)
+    place = models.device_named(device)
     fitted, judges, steps = _prepared(list(batches), held_out, repair, ridge, local_steps)
     given = [scores] if isinstance(scores, Scores) else scores
     opened = open_checkpoint(model, dtype, trust_remote_code)
     with scratch_folder(scratch) as folder:
         request = {
             **opened.identity,
-            "batches": digest([digest_of_tensors(batch) for batch in (*fitted, *judges)]),
+            "batches": digest([models.digest_of_tensors(batch) for batch in (*fitted, *judges)]),
             "asked": repr((ratio, axis, plan, allocation, token_weights, options)),
-            "scores": [digest_of_tensors(each.tensors()) for each in given],
+            "scores": [models.digest_of_tensors(each.tensors()) for each in given],
             "steps": {
                 **{"repair": repair, "ridge": ridge},
                 "local": {"count": local_steps, "learning_rate": None},  # as stored before

@@ -34,13 +34,7 @@ from slimvlm.evaluation.metrics import signed
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
-from slimvlm.runs.compress import (
-    compress_command,
-    read_config,
-    read_held_out,
-    read_results,
-    read_times,
-)
+from slimvlm.runs import compress as runs
 from slimvlm.runs.recipes import published
 from slimvlm.runs.study import DONE, FAILED, ORIGINAL, STUDY, TABLE
 from slimvlm.runs.tables import LEGEND, MARK, held_out_notes, held_out_rows, result_rows
@@ -169,9 +163,6 @@ def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, 
     }
 
 
-# What a folder says.
-
-
 @dataclass(frozen=True)
 class Entry:
     """One measured model."""
@@ -259,8 +250,8 @@ def read_record(folder: str | Path) -> Record:
 
 def _read_run(folder: Path) -> Record:
     config = read_object(folder / "config.json", "report:")
-    plan, results = Plan.load(folder / "plan.json"), read_results(folder)
-    on_data, recover = read_held_out(folder), config.get("recover") or {}
+    plan, results = Plan.load(folder / "plan.json"), runs.read_results(folder)
+    on_data, recover = runs.read_held_out(folder), config.get("recover") or {}
     entries = []
     for stage, result in results.items():  # as a row of a study's table
         original = results.get(ORIGINAL, result)
@@ -297,7 +288,7 @@ def _read_run(folder: Path) -> Record:
         )
         tables.append(Table("Published numbers", header, there, note))
     # figures to read first
-    cards, times = [], read_times(folder)
+    cards, times = [], runs.read_times(folder)
     compared = len(entries) > 1 and entries[0].is_original
     first, last = (entries[0], entries[-1]) if compared else (None, None)
     if last is not None and last.percent is not None:
@@ -321,8 +312,8 @@ def _read_run(folder: Path) -> Record:
         cards.append(("Same next token", f"{same.value:.1f} %", interval))
     command = ""
     with suppress(ConfigError):  # options of another version
-        model, options, _ = read_config(folder / "config.json")
-        command = compress_command(model, options, folder)
+        model, options, _ = runs.read_config(folder / "config.json")
+        command = runs.compress_command(model, options, folder)
     comparison = None
     if ORIGINAL in results and len(results) > 1:
         comparison = _compared(results[ORIGINAL], list(results.values())[-1], config)

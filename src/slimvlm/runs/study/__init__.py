@@ -34,25 +34,13 @@ from slimvlm.runs.cost import speed_of
 from slimvlm.runs.request import check_options, check_questions, dry_plan
 from slimvlm.runs.study import schedule as scheduling
 from slimvlm.runs.study.config import Cell, StudyConfig, expand, read_study
-from slimvlm.runs.study.schedule import (
-    HISTORY,
-    PLAN,
-    RESULT,
-    SCORES,
-    STAGE_KINDS,
-    Cache,
-    Outcome,
-    Schedule,
-    Stage,
-)
+from slimvlm.runs.study.schedule import RESULT, STAGE_KINDS, Cache, Outcome, Schedule, Stage
 from slimvlm.training.recover import History
 
 _PATIENCE = 600.0  # seconds to wait for another worker that writes the table
 CHOICE_METRICS = ("letter", "yes_no")
 """Metrics of answers that are chosen from a few; all others are of free answers."""
-CHOICE_BENCHMARKS = (
-    *("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception"),
-)
+CHOICE_BENCHMARKS = ("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception")
 """Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
 TABLE, STUDY = "results.parquet", "study.yaml"
 """Files of a study's folder: its measurements and its questions."""
@@ -199,9 +187,6 @@ def as_json(table: pd.DataFrame) -> dict[str, Any]:
     return {"rows": rows, "claims": [asdict(claim) for claim in claims_of(table)]}
 
 
-# Estimates of time, and progress.
-
-
 class Clock:
     """Estimated seconds of stages, by done ones of their kind, else by their FLOP."""
 
@@ -301,9 +286,6 @@ class Progress:
         self.console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
 
-# The results table.
-
-
 def write_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.DataFrame:
     """Write the table and its claims, each file whole, after others who write them."""
     from slimvlm_tools.claims import claims_of, claims_text
@@ -360,16 +342,25 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
             continue
         row = {**options, "achieved_ratio": None, "steps": 0, **state}
         if cache.is_done(cell.prune):
-            row["achieved_ratio"] = _ratio(cache.path(cell.prune, PLAN))
+            row["achieved_ratio"] = _ratio(cache.path(cell.prune, scheduling.PLAN))
         if cell.recover and cache.is_done(cell.recover):
-            row["steps"] = History.load(cache.path(cell.recover, HISTORY)).steps[-1]["step"]
+            row["steps"] = History.load(cache.path(cell.recover, scheduling.HISTORY)).steps[-1][
+                "step"
+            ]
         if is_done:
             made = (*cell.calibrations, cell.prune)
-            scored = [stage for stage in made if cache.path(stage, f"{SCORES}.json").exists()]
+            scored = [
+                stage for stage in made if cache.path(stage, f"{scheduling.SCORES}.json").exists()
+            ]
             row |= {**_retention(result, original), **_scores(result, sighted)}
-            row |= {"result": place(cell.evaluate, RESULT), "plan": place(cell.prune, PLAN)}
-            row["scores"] = " ".join(place(stage, SCORES) for stage in scored)
-            row["history"] = None if cell.recover is None else place(cell.recover, HISTORY)
+            row |= {
+                "result": place(cell.evaluate, RESULT),
+                "plan": place(cell.prune, scheduling.PLAN),
+            }
+            row["scores"] = " ".join(place(stage, scheduling.SCORES) for stage in scored)
+            row["history"] = (
+                None if cell.recover is None else place(cell.recover, scheduling.HISTORY)
+            )
         if study.reference is not None:
             found = study.reference.row_for(options)
             sources = (study.reference.source, found.source) if found else ()

@@ -196,9 +196,6 @@ class Cache:
         return self.root / "failed" / f"{stage.kind}-{stage.name}.json"
 
 
-# The stages of cells.
-
-
 @lru_cache(maxsize=64)
 def _identity_of_task(path: str, limit: int | None) -> str:
     (task,) = find_tasks(path)
@@ -339,9 +336,6 @@ def _fill(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> 
         stages.evaluate(request, model, processor, stage.label, scratch).save(folder / RESULT)
 
 
-# Their order.
-
-
 @dataclass(frozen=True)
 class Schedule:
     """All stages of a study."""
@@ -439,9 +433,6 @@ class Schedule:
                     path.rename(path.with_name(f".{CHECKPOINT}.gone.{uuid4().hex}"))
                 for left in path.parent.glob(f".{CHECKPOINT}.gone.*"):  # also of a killed worker
                     shutil.rmtree(left, ignore_errors=True)
-
-
-# The engines. ``started`` and ``finished`` are told when stages begin and end.
 
 
 def run_local(
