@@ -223,7 +223,6 @@ def require_same_request(
 def _differing(
     noted: Mapping[str, Any], request: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
-    """Yield the names of the values that differ, also inside dictionaries."""
     for name in dict.fromkeys([*request, *noted]):
         ours, theirs = request.get(name), noted.get(name)
         if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -260,7 +259,6 @@ def identity_of_files(name: str, source: str) -> str:
 
 
 def _content(file: Path, folder: Path) -> Iterator[bytes]:
-    """Yield a file's path and size, then its content in blocks."""
     size = file.stat().st_size
     yield f"{file.relative_to(folder)} {size}".encode()
     with file.open("rb") as handle:

@@ -39,7 +39,6 @@ _REASONS = {
 }
 
 LONGEST_NAME = 200  # bytes of a name that leave room for ``.NAME.partial``
-
 _UNFINISHED = {"written_by": "slimvlm", "is": "unfinished"}
 MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     ".slimvlm": lambda values: values == _UNFINISHED,

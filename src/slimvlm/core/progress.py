@@ -48,7 +48,6 @@ _HIDDEN = ContextVar("hidden", default=False)
 _STAGE = ContextVar("stage", default="")
 
 LOG_EVERY = 30.0  # seconds between two lines of a log on the same stage, at least
-
 Say = Callable[[str], None]  # receives one line for a person
 
 

@@ -12,22 +12,18 @@ from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, RecoverConfig, file_only
 
 _TRAINER = "it is Hugging Face's own; in YAML or Python give trainer:"
+_ENGINES = "time engines with their own programs, such as vllm bench and llama-bench"
 _LORA = "it is PEFT's own; in YAML or Python give lora:"
+_LAYERS = "the loss decides: every kept layer is compared where sft is not in it"
 OPTIONS: dict[str, tuple[Any, str]] = {
     "help_all": (False, "--help shows every option"),
     "stages": ([], "one ratio keeps more than two in turns; give --ratio"),
     "pad": (False, "plan equal widths, --allocation uniform or balanced, which load without code"),
-    "bench engine": (
-        "transformers",
-        "time engines with their own programs, such as vllm bench and llama-bench",
-    ),
+    "bench engine": ("transformers", _ENGINES),
     "export run": (False, "serve the checkpoint with the engine's own command and ask it"),
     "recover samples": (None, "--fraction or --max-steps"),
     "group_by_length": (False, "like lengths together kept no more"),
-    "hidden_layers": (
-        "auto",
-        "the loss decides: every kept layer is compared where sft is not in it",
-    ),
+    "hidden_layers": ("auto", _LAYERS),
     "kd_on": ("auto", "the loss decides: answers are compared beside sft, all without it"),
     "teacher_weights": ("auto", "a teacher shares weights wherever these are equal"),
     "student_projector_in_teacher": (False, "--paper-exact does it"),

@@ -185,9 +185,7 @@ def files_of_folder(folder: Path) -> list[Path]:
     if not kinds:
         raise ConfigError(f"{where}: has no .jsonl, .json, .parquet or .arrow file")
     files = max(kinds.values(), key=len)
-    split = {
-        path: set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())) for path in files
-    }
+    split = {p: set(re.split(r"[^a-z]+", str(p.relative_to(folder)).lower())) for p in files}
     train = [path for path in files if split[path] & {"train", "training"}]
     others = {"test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation"}
     return train or [path for path in files if not split[path] & others]
@@ -241,7 +239,6 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 IMAGE_WORD = "<image>"  # placeholder of a picture in plain text
 MOST_PICTURES = 1024  # pictures of a sample
 LARGE_PICTURE = 2048  # upper estimate of a picture's tokens
-
 _AT_ONCE = 256
 _FIELDS = {"id", "messages", "conversations", "image", "images"}
 _MISSING = object()

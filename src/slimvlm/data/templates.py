@@ -30,7 +30,6 @@ from slimvlm.core.errors import ConfigError, DataError, one_line
 MAX_SECONDS = 10.0  # processor time of one rendering, which takes a millisecond normally
 MAX_WAIT = 60.0  # seconds until a child that computes nothing, or has no processor, is ended
 TEMPLATE_BYTES, TOKENIZER_BYTES = 2**29, 2**31  # memory of a child
-
 _PROBES = [
     f"{string.printable} \u00e4\u00df\u4e2d\u6587 \U0001f600 \u0645\u0631 " * 4,
     "a" * 4096,

@@ -31,7 +31,6 @@ from slimvlm.data.templates import check_texts
 
 HELD_OUT_EVERY = 4  # every fourth text is counted separately, to estimate what unseen texts need
 ENOUGH = 0.99  # share of the tokens of unseen texts that ``auto`` keeps
-
 _AT_ONCE = 256
 _CHARACTERS = 4096
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")

@@ -315,11 +315,8 @@ class AnswerLog:
 
     def add(self, questions: Sequence[Question], replies: Sequence[str]) -> None:
         """Append a batch."""
-        rows = [
-            {"id": q.id, "prompt": q.prompt, "answers": q.answers, "reply": reply}
-            for q, reply in zip(questions, replies, strict=True)
-        ]
-        self.replies |= {q.id: reply for q, reply in zip(questions, replies, strict=True)}
+        new = list(zip(questions, replies, strict=True))
+        self.replies |= {q.id: reply for q, reply in new}
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -327,4 +324,6 @@ class AnswerLog:
             if self._cut_short:
                 log.write("\n")
                 self._cut_short = False
-            log.write("".join(json.dumps(row) + "\n" for row in rows))
+            for q, reply in new:
+                row = {"id": q.id, "prompt": q.prompt, "answers": q.answers, "reply": reply}
+                log.write(json.dumps(row) + "\n")

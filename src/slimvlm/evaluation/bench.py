@@ -306,7 +306,6 @@ def bench(
         sides.append(Side(name, anatomy_of(one.config), dtype, stored_bytes(one), read))
 
     def batches(batch_size: int) -> list[dict[str, Tensor]]:
-        """Make a batch of prompts for each model, on its device."""
         prompts = [random_prompts(side.shape, workload, batch_size) for side in sides]
         ids = [each.to(model.device) for each in prompts]
         return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]

@@ -46,7 +46,6 @@ def _numbers(values: Values) -> list[float]:
 
 
 def _mmmu(values: Values) -> list[float]:
-    """Score MMMU's parsed replies one by one."""
     from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
 
     return [float(evaluate_mmmu([value])[1]["acc"]) for value in values]
@@ -252,7 +251,6 @@ def evaluate_all(
 
 
 def _own_tasks(task_folder: str | Path | None) -> Any:
-    """Read lmms-eval's index of a folder."""
     if task_folder is None:
         return None
     if not Path(task_folder).is_dir():

@@ -94,16 +94,8 @@ def rouge_l(reply: str, question: Question) -> float:
 
 
 Metric = Callable[[str, Question], float]  # reply and question → a score in [0, 1]
-
-METRICS: dict[str, Metric] = {
-    "exact_match": exact_match,
-    "letter": letter,
-    "yes_no": yes_no,
-    "set_f1": set_f1,
-    "anls": anls,
-    "f1": f1,
-    "rouge_l": rouge_l,
-}
+_OF_REPLIES = (exact_match, letter, yes_no, set_f1, anls, f1, rouge_l)
+METRICS: dict[str, Metric] = {metric.__name__: metric for metric in _OF_REPLIES}
 """Metrics of a generated reply, each in [0, 1]."""
 LIKELIHOODS = ("perplexity", "loss")
 """Metrics of the given answer, without a reply; lower is better."""

@@ -73,9 +73,7 @@ class TaskRow:
 
     def filled_prompt(self, values: Mapping[str, Any]) -> str:
         """Fill in a row's columns; braces hold a name, never an attribute, an index or a format."""
-        return re.sub(
-            _COLUMN, lambda f: f[0][0] if f[1] is None else str(values[f[1]]), self.prompt
-        )
+        return _COLUMN.sub(lambda f: f[0][0] if f[1] is None else str(values[f[1]]), self.prompt)
 
 
 _COLUMN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")

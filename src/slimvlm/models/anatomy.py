@@ -134,7 +134,6 @@ def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
 
 
 def _unit_params(matrix: Matrix, shape: LayerShape) -> int:
-    """Parameters of one unit in a matrix."""
     channels = sum(shape.block(segment)[1] for segment in matrix.projection.segments)
     across = matrix.weight.numel() // matrix.width
     has_bias = matrix.projection.dim == OUTPUT_ROWS and matrix.bias is not None

@@ -168,14 +168,11 @@ def head_on(device: torch.device, head: Head) -> Head:
 def head_weights_of(model: PreTrainedModel) -> HeadWeights:
     """Return the head of a model that is whole and in memory. Its tensors are the model's own."""
     module = Parts(model).head
-    bias: Tensor | None = module.bias
-    return HeadWeights(
-        module.weight.detach(), None if bias is None else bias.detach(), *_scale_and_cap(model)
-    )
+    bias: Tensor | None = None if module.bias is None else module.bias.detach()
+    return HeadWeights(module.weight.detach(), bias, *_scale_and_cap(model))
 
 
 def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
-    """Return the factor of logits, and the soft cap on them."""
     parts = Parts(model)
     if not parts.family.caps_logits:
         return 1.0, None

@@ -148,9 +148,8 @@ def layer_matrices(
             else:
                 missing.append(projection.path)
         if present and missing:
-            kind = type(layer).__name__
             raise UnsupportedModelError(
-                f"{kind} has no {missing[0]!r}, which its row of families.py names"
+                f"{type(layer).__name__} has no {missing[0]!r}, which its row of families.py names"
             )
         return present
 

@@ -331,18 +331,17 @@ def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
     for scores in given:
         if scores.of(unit) is None:
             continue
+        where = f"scores {scores.criterion!r}"
         rows = [scores.of(unit)] if unit == "layer" else list(scores.of(unit))
         found = [len(row) for row in rows]
         expected = [len(shapes)] if unit == "layer" else [shape.units(unit) for shape in shapes]
         if found != expected:
             raise ConfigError(
-                f"scores {scores.criterion!r} are for another model: {unit} counts {found[:3]}..., "
+                f"{where} are for another model: {unit} counts {found[:3]}..., "
                 f"expected {expected[:3]}..."
             )
         if not all(map(all_finite, rows)):
-            raise NumericalError(
-                f"scores {scores.criterion!r}: NaN or infinity among {unit} scores"
-            )
+            raise NumericalError(f"{where}: NaN or infinity among {unit} scores")
         return scores
     names = ", ".join(repr(scores.criterion) for scores in given) or "none"
     asking = f"experts {budget.experts}" if unit == "expert" else f"axis {budget.axis!r}"

@@ -158,12 +158,10 @@ class Plan:
 
     @property
     def _of_kept_tokens(self) -> Anatomy:
-        """The original with the kept tokens."""
         return self.before if self.tokens is None else self.before.with_tokens(len(self.tokens))
 
     @property
     def _narrowed(self) -> Anatomy:
-        """The same with the kept layers and their units."""
         return self._of_kept_tokens.with_layers(list(self.shapes.values()))
 
     @property

@@ -312,7 +312,6 @@ def cut_layer_(
 
 
 def _cut_(cut: Cut) -> None:
-    """Cut a parameter, and update the counts of its module."""
     owner: Any = cut.owner
     parameter = getattr(owner, cut.name)
     kept = parameter.detach().index_select(cut.dim, cut.keep.to(parameter.device))
@@ -375,10 +374,8 @@ def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
     removed, forward = _removed(len(weight), kept).to(weight.device), router.forward
 
     class Masked(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), given: Any = None
-        ) -> Any:
-            result = func(*args, **(given or {}))
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kw: Any = None) -> Any:
+            result = func(*args, **(kw or {}))
             is_routing = func is F.linear and args[1] is weight
             return result.masked_fill(removed, -torch.inf) if is_routing else result
 

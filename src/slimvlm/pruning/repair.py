@@ -31,7 +31,6 @@ from slimvlm.scoring.unit_scores import Statistics
 _MOST_TRIES = 20
 
 _NOISE = 100  # smallest pivot that counts as positive, in machine epsilons times the mean diagonal
-
 _PROBES = 8  # random combinations of outputs by which a solution in float32 is checked
 
 

@@ -304,9 +304,8 @@ def write_folder(
                 if again.get_vocab() != ours.get_vocab() or len(again) != count:
                     raise ReloadError(f"{where}: the tokenizer reads back with other tokens")
                 for text in (_PROBE, chat.render(processor, probe_messages(processor))):
-                    if again.decode(again(text)["input_ids"]) != ours.decode(
-                        ours(text)["input_ids"]
-                    ):
+                    read, known = (t.decode(t(text)["input_ids"]) for t in (again, ours))
+                    if read != known:
                         raise ReloadError(f"{where}: the tokenizer that reads back changes texts")
         write_card(folder, model, plan, check(folder))
         mark_checkpoint(folder)
@@ -370,7 +369,6 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
 
 
 def _last_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Run the model's own forward pass; return logits of the last positions."""
     logits: Tensor = model(**batch, logits_to_keep=CHUNK).logits
     return logits.float().cpu()
 
@@ -380,9 +378,8 @@ def probe(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
     if processor is not None and getattr(processor, "chat_template", None) is not None:
         sees = chat.can_see(processor)
         picture = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
-        inputs = chat.encode_samples(
-            processor, [Sample("probe", probe_messages(processor), (picture,) * sees)]
-        )
+        sample = Sample("probe", probe_messages(processor), (picture,) * sees)
+        inputs = chat.encode_samples(processor, [sample])
         inputs.pop("labels")
         return inputs
     generator = torch.Generator().manual_seed(0)

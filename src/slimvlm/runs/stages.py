@@ -162,17 +162,15 @@ def settled(
     return request, given, samples
 
 
-def samples_for(
-    model: str | Path, source: DataConfig, limit: int | None, warn: Say
-) -> list[Sample]:
-    """Read the conversations that options name, if any; ``warn`` hears of each skipped row."""
+def samples_for(model: str | Path, source: DataConfig, limit: int | None, say: Say) -> list[Sample]:
+    """Read the conversations that options name, if any; ``say`` hears of each skipped row."""
     if source.data is None:
         return []
     config = models.load_config(model, source.trust_remote_code)
     processor = models.load_processor(models.resolve(model), config, source.trust_remote_code)
     longest = (source.max_length, context_of(config), source.too_long)
     where, images = source.data, source.images
-    return load_samples(where, images, limit, source.max_bad, warn, processor, *longest)
+    return load_samples(where, images, limit, source.max_bad, say, processor, *longest)
 
 
 @dataclass

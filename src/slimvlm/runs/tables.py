@@ -108,9 +108,8 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
     shown = [i for i, name in enumerate(FLOORS) if name == "chance" or any(f[i] for f in floors)]
     rows = [[row[0], *(f[i] for i in shown), *row[1:]] for row, f in zip(rows, floors, strict=True)]
 
-    figures = [
-        ["AVG", *(_marked(model, "average", mark="average_significant") for model in models)]
-    ]
+    averages = [_marked(model, "average", mark="average_significant") for model in models]
+    figures = [["AVG", *averages]]
     if kept := [model["retention"] for model in models if "retention" in model]:
         percents = [f"{k['percent']:.1f} [{k['low']:.1f}, {k['high']:.1f}]" for k in kept]
         figures.append(["AVG-% [95 % interval]", "100.0", *percents])
@@ -302,9 +301,6 @@ def _number(value: float | None, digits: int = 1, nothing: str = "-") -> str:
     return nothing if value is None else f"{value:.{digits}f}"
 
 
-def _marked(
-    values: Mapping[str, Any], name: str, digits: int = 1, mark: str = "significant"
-) -> str:
-    """Format a number, marked if its change is significant."""
-    value = values[name]
-    return _number(value, digits) + MARK * (value is not None and values.get(mark, False))
+def _marked(row: Mapping[str, Any], name: str, digits: int = 1, mark: str = "significant") -> str:
+    value = row[name]
+    return _number(value, digits) + MARK * (value is not None and row.get(mark, False))

@@ -64,9 +64,8 @@ def score(
     say: Say,
 ) -> Scores:
     """Score a model by one criterion; save the scores."""
-    request = Request(
-        model=model, prune=options.PruneConfig(criterion=(criterion,), **vars(config))
-    )
+    wanted = options.PruneConfig(criterion=(criterion,), **vars(config))
+    request = Request(model=model, prune=wanted)
     check_options(request.prune)
     if memory.low_memory:
         require_low_memory(criterion)

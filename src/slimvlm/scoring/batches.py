@@ -107,9 +107,8 @@ def batches_with_targets(
             if "input_ids" not in batch:
                 raise DataError("token_weights need batches with input_ids for this criterion")
             masks, ids = role_masks(model.config, batch), batch["input_ids"]
-            labels = (
-                torch.where(masks["answer"], batch["labels"], ids) if "labels" in batch else ids
-            )
+            given = batch["labels"] if "labels" in batch else ids
+            labels = torch.where(masks["answer"], given, ids)
             weights = weights_by_role(model.config, batch, token_weights)
             weights = weights.masked_fill(masks["image"], 0.0)
             labels, weights = labels.masked_fill(weights == 0, IGNORE), weights[:, 1:]

@@ -247,10 +247,8 @@ def require_low_memory(name: str, options: Mapping[str, Any] = {}) -> Criterion:
 
 def criteria_table() -> str:
     """Print the table of criteria as Markdown, as in the README."""
-    rows = [
-        "| criterion | units | needs data | what it measures | source |",
-        "|---|---|---|---|---|",
-    ]
+    header = "| criterion | units | needs data | what it measures | source |"
+    rows = [header, "|---|---|---|---|---|"]
     for name, row in CRITERIA.items():
         needs = "yes" if row.needs_data else "no"
         units = ", ".join(row.units)

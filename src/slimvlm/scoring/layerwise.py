@@ -50,7 +50,6 @@ class LayerCalls:
     def with_own_dictionaries(self) -> LayerCalls:
         """Copy the dictionaries in which layers pass keys and values to later ones."""
         own: dict[int, Any] = {}
-
         arguments: dict[int, Arguments] = {}
         for index, (args, kwargs) in self.arguments.items():
             shared = {name: v for name, v in kwargs.items() if isinstance(v, MutableMapping)}

@@ -21,7 +21,6 @@ from slimvlm.scoring.unit_scores import Statistics, Values, strictly_increasing,
 DAMPING = 0.01
 
 INFLATION = 1e4  # ``max H_jj [H⁻¹]_jj`` up to which float32 is enough: the digits that are lost
-
 BLOCK = 64
 """Larger blocks use faster matrix products, smaller ones waste less on channels that stay."""
 
@@ -167,13 +166,9 @@ class _State:
         costs.append(self._prices()[stays])
         if self.has_failed or not torch.cat(costs).isfinite().all():
             return None
-        return Elimination(
-            torch.cat(order),
-            torch.cat(costs[:-1]).double(),
-            self.left[stays],
-            costs[-1].double(),
-            self.weights[:, self._channels(stays)],
-        )
+        removed, prices = torch.cat(costs[:-1]).double(), costs[-1].double()
+        left, weights = self.left[stays], self.weights[:, self._channels(stays)]
+        return Elimination(torch.cat(order), removed, left, prices, weights)
 
     def _prices(self) -> Float[Tensor, " U"]:
         """Compute ``tr S`` of every unit, infinite for those that have gone."""

@@ -123,9 +123,8 @@ class StoredWeights(Weights):
 
     def __init__(self, store: Store, layers: Sequence[int]) -> None:
         self._store = store
-        self._names = [
-            (index, path) for index in layers for path in store.about(entry_of(index), 0)["weights"]
-        ]
+        stored = ((index, store.about(entry_of(index), 0)["weights"]) for index in layers)
+        self._names = [(index, path) for index, paths in stored for path in paths]
 
     def __getitem__(self, key: tuple[int, str]) -> Tensor:
         index, path = key

@@ -30,7 +30,6 @@ PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"
 """Streams: after walked layers, after the original's, after layers that were only cut."""
 
 ROWS = 2048  # tokens whose moments are added at once
-
 MOST_BYTES = 2**29  # inputs of a matrix that are kept at most; more are computed again
 
 

@@ -91,7 +91,6 @@ def comparison_html(comparison: Comparison, title: str) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    """Fill a template of ``templates``, with every value escaped."""
     environment = Environment(
         loader=PackageLoader("slimvlm.runs.report"),
         autoescape=True,
@@ -453,7 +452,6 @@ def _read_study(folder: Path) -> Record:
 
 
 def _name(row: pd.Series, varied: Sequence[str] = ()) -> str:
-    """Name a cell by its options."""
     short = Path(str(row["model"])).name
     if row["axis"] == ORIGINAL:
         return f"{short} original"
@@ -510,7 +508,6 @@ def _with_interval(value: float | None, low: float | None, high: float | None) -
 
 
 def _training(path: Path, title: str) -> list[tuple[str, str, Sequence[Mapping[str, float]]]]:
-    """Read the history of a recovery, if it has one."""
     if not path.is_file():
         return []
     history = History.load(path)
@@ -522,7 +519,6 @@ def _training(path: Path, title: str) -> list[tuple[str, str, Sequence[Mapping[s
 
 
 def _compared(original: Result, other: Result, config: Mapping[str, Any]) -> Comparison:
-    """Compare the original and another model, answer by answer."""
     known = builtin_tasks()
     with suppress(ConfigError):  # a file that has gone, or lmms-eval's: answers without questions
         known |= {task.name: task for task in find_tasks(config["tasks"])}

@@ -215,14 +215,12 @@ def draw(
             axes.set_xlim(*x_limits)
         if y_limits is not None:
             axes.set_ylim(*y_limits)
-        labels_of = [pair for each in marks for pair in zip(each.rows, each.names, strict=False)]
-        points = [(row[0], row[1]) for row, _ in labels_of]
+        pairs = [pair for each in marks for pair in zip(each.rows, each.names, strict=False)]
+        points = [(row[0], row[1]) for row, _ in pairs]
         placed: Any = axes.transData.transform(points) if points else ()
         places = [(float(x), float(y)) for x, y in placed]
         heights = labels_apart(places)
-        for (_, name), point, (left, y), lower in zip(
-            labels_of, points, places, heights, strict=True
-        ):
+        for (_, name), point, (left, y), lower in zip(pairs, points, places, heights, strict=True):
             is_left = left < WIDTH / 2
             text = "".join(each if each.isprintable() else "\ufffd" for each in name)  # for XML
             beside, side = (9 if is_left else -9, lower - y), "left" if is_left else "right"

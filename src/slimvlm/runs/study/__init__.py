@@ -34,7 +34,15 @@ from slimvlm.runs.cost import speed_of
 from slimvlm.runs.request import check_options, check_questions, dry_plan
 from slimvlm.runs.study import schedule as scheduling
 from slimvlm.runs.study.config import Cell, StudyConfig, expand, read_study
-from slimvlm.runs.study.schedule import RESULT, STAGE_KINDS, Cache, Outcome, Schedule, Stage
+from slimvlm.runs.study.schedule import (
+    HISTORY,
+    RESULT,
+    STAGE_KINDS,
+    Cache,
+    Outcome,
+    Schedule,
+    Stage,
+)
 from slimvlm.training.recover import History
 
 _PATIENCE = 600.0  # seconds to wait for another worker that writes the table
@@ -311,7 +319,6 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     """
 
     def place(stage: Stage, name: str) -> str:
-        """Return a file's path relative to the study's folder."""
         return str(cache.path(stage, name).relative_to(cache.root))
 
     sighted, cells = _tasks_with_pictures(study.tasks), schedule.cells
@@ -344,23 +351,17 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
         if cache.is_done(cell.prune):
             row["achieved_ratio"] = _ratio(cache.path(cell.prune, scheduling.PLAN))
         if cell.recover and cache.is_done(cell.recover):
-            row["steps"] = History.load(cache.path(cell.recover, scheduling.HISTORY)).steps[-1][
-                "step"
-            ]
+            row["steps"] = History.load(cache.path(cell.recover, HISTORY)).steps[-1]["step"]
         if is_done:
             made = (*cell.calibrations, cell.prune)
-            scored = [
-                stage for stage in made if cache.path(stage, f"{scheduling.SCORES}.json").exists()
-            ]
+            scored = [s for s in made if cache.path(s, f"{scheduling.SCORES}.json").exists()]
             row |= {**_retention(result, original), **_scores(result, sighted)}
             row |= {
                 "result": place(cell.evaluate, RESULT),
                 "plan": place(cell.prune, scheduling.PLAN),
             }
             row["scores"] = " ".join(place(stage, scheduling.SCORES) for stage in scored)
-            row["history"] = (
-                None if cell.recover is None else place(cell.recover, scheduling.HISTORY)
-            )
+            row["history"] = None if cell.recover is None else place(cell.recover, HISTORY)
         if study.reference is not None:
             found = study.reference.row_for(options)
             sources = (study.reference.source, found.source) if found else ()
@@ -389,7 +390,6 @@ def _retention(result: Path, original: Path) -> Mapping[str, float]:
 
 @lru_cache(maxsize=4096)
 def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
-    """Read columns from a result file."""
     result = Result.load(path)
     scores = {name: task.score for name, task in result.tasks.items() if task.in_average}
     chosen = {name for name, task in result.tasks.items() if task.metric in CHOICE_METRICS}

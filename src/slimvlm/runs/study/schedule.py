@@ -247,9 +247,7 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     scored = []  # ratio, allocation and repair change no scores
     for criterion in scored_by(base.prune):
         label = f"{name} {criterion}"
-        known = {
-            each: getattr(base.prune, each) for each in criterion_options(base.prune, criterion)
-        }
+        known = {key: getattr(base.prune, key) for key in criterion_options(base.prune, criterion)}
         if CRITERIA[criterion].needs_data:
             wanted = replace(_reading(base.prune), criterion=(criterion,), **known)
             request, label = replace(base, prune=wanted), f"{label} seed {config.seed}"
@@ -368,9 +366,8 @@ class Schedule:
             for stage in cell.all():
                 kept = smaller if stage in (cell.recover, cell.evaluate) else 1.0
                 flops = stage_flops(stage.kind, stage.request, sizes, kept)
-                counted[stage.name] = flops + disk * (
-                    3 if stage.kind in ("prune", "recover") else 1
-                )
+                times = 3 if stage.kind in ("prune", "recover") else 1
+                counted[stage.name] = flops + disk * times
         return counted
 
     @cached_property
@@ -386,13 +383,12 @@ class Schedule:
             after = (stage for stage in (cell.recover, cell.evaluate) if stage is not None)
             own[cell.evaluate.name] = sum(self.flops[stage.name] for stage in after)
             of_plan[cell.prune.name] += own[cell.evaluate.name]
-        return sorted(
-            self.cells,
-            key=lambda c: (
-                *(models.index(c.cell.model), of_plan[c.prune.name], c.prune.name),
-                *(own[c.evaluate.name], c.evaluate.name),
-            ),
-        )
+
+        def place(cell: CellStages) -> tuple[Any, ...]:
+            of_model = models.index(cell.cell.model), of_plan[cell.prune.name], cell.prune.name
+            return *of_model, own[cell.evaluate.name], cell.evaluate.name
+
+        return sorted(self.cells, key=place)
 
     def missing(self, cache: Cache) -> list[Stage]:
         """List the open stages in order: those that lead to a missing evaluation."""
@@ -417,7 +413,6 @@ class Schedule:
 
     @cached_property
     def _readers(self) -> dict[str, list[Stage]]:
-        """Stages that read an outcome, by its name."""
         readers: dict[str, list[Stage]] = {}
         for stage in self.stages():
             for source in stage.inputs:
