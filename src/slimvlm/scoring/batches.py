@@ -107,7 +107,7 @@ def batches_with_targets(
             if "input_ids" not in batch:
                 raise DataError("token_weights need batches with input_ids for this criterion")
             masks, ids = role_masks(model.config, batch), batch["input_ids"]
-            given = batch["labels"] if "labels" in batch else ids
+            given: Any = batch.get("labels", ids)
             labels = torch.where(masks["answer"], given, ids)
             weights = weights_by_role(model.config, batch, token_weights)
             weights = weights.masked_fill(masks["image"], 0.0)

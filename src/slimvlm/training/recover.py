@@ -37,7 +37,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.training import trainer as training
 from slimvlm.training.teacher import plan_fits, seeing_once, share_
-from slimvlm.training.trainer import TRAINED_FILE, DistillationTrainer, learning_parameters
+from slimvlm.training.trainer import TRAINED_FILE, DistillationTrainer, merge, num_workers
 
 RATE, RATE_OF_ALL = 2e-4, 4e-4
 """Peak learning rates: of LoRA and projector; of all weights, if the whole decoder was removed."""
@@ -196,7 +196,7 @@ def recover(
         plain = training.without_autocast(trainer)
         if config.keep_adapter and is_first_rank():
             training.save_adapter(plain, folder / ADAPTER_FOLDER, dtype)
-        merged = training.merge(plain, dtype)
+        merged = merge(plain, dtype)
         assert merged is model, "merging must give back the model that was handed in"
     model.eval()
     return History(
@@ -228,7 +228,8 @@ def _trained(
     is_alone = arguments.device.type != "cpu" and num_ranks() == 1
     before = {}
     if is_alone:
-        before = {name: p.detach().cpu() for name, p in learning_parameters(given["model"])}
+        learning = training.learning_parameters(given["model"])
+        before = {name: p.detach().cpu() for name, p in learning}
     while True:
         trainer = DistillationTrainer(args=arguments, **given)
         try:
@@ -252,7 +253,7 @@ def _trained(
         training.without_autocast(trainer)
         trainer.model.zero_grad()  # type: ignore[union-attr]
         with torch.no_grad():
-            for name, parameter in learning_parameters(given["model"]):
+            for name, parameter in training.learning_parameters(given["model"]):
                 parameter.copy_(before[name])
         arguments = copy(arguments)
         arguments.per_device_train_batch_size //= parts
@@ -366,7 +367,7 @@ def _training_arguments(
                 remove_unused_columns=False,
                 label_names=["labels"],
                 dataloader_pin_memory=is_pinned,
-                dataloader_num_workers=training.num_workers(device),
+                dataloader_num_workers=num_workers(device),
                 accelerator_config={"non_blocking": is_pinned},
                 seed=config.seed,
                 data_seed=config.seed,
