@@ -114,11 +114,9 @@ def listed(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-Listed = Annotated[tuple[T, ...], BeforeValidator(listed), Field(min_length=1)]
-"""A field with one value or several."""
+Listed = Annotated[tuple[T, ...], BeforeValidator(listed), Field(min_length=1)]  # one or several
 Count = Annotated[int, Field(ge=0, le=2**50)]  # a field that counts parameters or bytes
-Width = Annotated[int, Field(ge=0, le=2**20)]
-"""A field that counts what a layer has: heads, channels, neurons."""
+Width = Annotated[int, Field(ge=0, le=2**20)]  # counts what a layer has: heads, channels, neurons
 
 
 def built(kind: type[T], values: Any, where: str = "") -> T:

@@ -25,8 +25,7 @@ BATCH, BATCH_BYTES = 64, 2**28
 """Rows of a parquet or Arrow file in memory at once, and their bytes unless one row has more."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Names of JSON files beside the data."""
-KEPT_BYTES = 2**29
-"""Size up to which a ``.jsonl`` file is parsed once and its rows are kept while they are read."""
+KEPT_BYTES = 2**29  # a ``.jsonl`` file up to this size is parsed once, and its rows are kept
 
 
 def rows_in_step(data: str | Path, say: Say) -> Iterator[tuple[int, Any]]:

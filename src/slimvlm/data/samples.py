@@ -95,9 +95,7 @@ LARGE_PIXELS, LARGE_SIZE = 2**25, (4096, 4096)
 """Pictures with more pixels are reduced to this size: no processor keeps as many, and their copies
 in float32 take gigabytes."""
 
-MAX_ASPECT = 200
-"""The longer side over the shorter one; processors that keep the shape fail beyond it."""
-
+MAX_ASPECT = 200  # longer side over shorter one; processors that keep the shape fail beyond it
 _GLANCE = (64, 64)
 
 

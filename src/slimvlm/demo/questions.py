@@ -31,8 +31,7 @@ _MAX_SUMMAND = 60
 _MAX_SORTED = 99
 _TEST_SEED = 20240
 _TEST_PASSAGE_CHARS = 600
-_KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)
-"""Share of the training pictures of each of `SCENE_KINDS`."""
+_KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)  # of the training pictures, of each of `SCENE_KINDS`
 _TEXT_SHARE = 0.16  # share of conversations without a picture
 _PASSAGE_SHARE = 0.35  # share of those that are passages of English
 _PASSAGE_CHARS = 420

@@ -33,8 +33,7 @@ GRID = SIDE // PATCH
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 SEEN_STYLES = ("noto", "twemoji")
 UNSEEN_STYLE = "fluent"
-TEST_SHARE = 8
-"""One composition, and one handwritten digit picture, in this many belongs to the test split."""
+TEST_SHARE = 8  # one composition, and one digit picture, in this many is of the test split
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),

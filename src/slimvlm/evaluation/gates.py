@@ -20,8 +20,7 @@ from slimvlm.evaluation.results import Result
 OF_DATA = {"loss": "loss", "perplexity": "perplexity", "increase": "increase"}
 OF_DATA |= {"agreement": "agreement", "kl": "divergence"}
 """Fields of `slimvlm.evaluation.on_data.Figures` by their names in requirements."""
-COMPARED = ("increase", "agreement", "kl", "retention")
-"""Figures that compare with a baseline by themselves."""
+COMPARED = ("increase", "agreement", "kl", "retention")  # compare with a baseline by themselves
 
 
 def in_percent(tasks: Mapping[str, Any], has_data: bool = False) -> dict[str, bool]:

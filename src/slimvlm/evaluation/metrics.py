@@ -97,8 +97,7 @@ Metric = Callable[[str, Question], float]  # reply and question → a score in [
 _OF_REPLIES = (exact_match, letter, yes_no, set_f1, anls, f1, rouge_l)
 METRICS: dict[str, Metric] = {metric.__name__: metric for metric in _OF_REPLIES}
 """Metrics of a generated reply, each in [0, 1]."""
-LIKELIHOODS = ("perplexity", "loss")
-"""Metrics of the given answer, without a reply; lower is better."""
+LIKELIHOODS = ("perplexity", "loss")  # of the given answer, without a reply; lower is better
 
 
 def perplexity(loss: float) -> float:

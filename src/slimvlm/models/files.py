@@ -46,9 +46,7 @@ _SETTINGS = (
 )
 """Files that must hold names and values if they are there."""
 _ONLY = ["tokenizer.json"]  # the tokenizer that is checked before it is read, and thus no other
-_MOST_SETTINGS, _MOST_TEMPLATE = 64 * 2**20, 2**20
-"""Bytes of a file of settings, and of a chat template."""
-
+_MOST_SETTINGS, _MOST_TEMPLATE = 64 * 2**20, 2**20  # bytes of settings, and of a chat template
 _LIMITS: tuple[tuple[str, int, int], ...] = (
     (r"(num|n|max|encoder|decoder)(_\w+)?_layers?|n_layers?|layers|depth", 0, 2**10),
     (r"hidden_size|head_dim|num_(attention|key_value)_heads|patch_size|n_heads?", 1, 2**20),

@@ -34,8 +34,7 @@ Reduction = Literal["token_mean", "paper"]
 Head = Callable[[Tensor], Tensor]
 """Hidden states → logits, position by position; the same values whenever it is called."""
 
-CHUNK = 128
-"""Positions whose logits exist at one time on a CPU: 134 MB in float32 with 262,144 tokens."""
+CHUNK = 128  # positions whose logits exist at once on a CPU: 134 MB in float32 with 262,144 tokens
 _LARGEST = 2**20  # bytes of one position's logits in float32 with 262,144 tokens
 
 

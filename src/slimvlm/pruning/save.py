@@ -151,8 +151,7 @@ def is_hub_id(name: str) -> bool:
 
 Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no storage for them
 PLAN_FILE = "slimvlm_plan.json"
-SHARD_BYTES = 10**9
-"""Largest weight file that is written tensor by tensor: one is in memory at a time."""
+SHARD_BYTES = 10**9  # largest weight file written tensor by tensor: one is in memory at a time
 _COMPARED = 24  # tensors that are compared bit by bit when a folder is read back
 _PROBE = " Plain words, žluťoučký kůň,\n\t日本語, ελληνικά, 🙂 and  1234567890"
 

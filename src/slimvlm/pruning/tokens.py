@@ -26,8 +26,7 @@ _FIELD = re.compile(
 _OF_PROCESSOR = re.compile(r"\w*_(id|ids|index)")
 _MAY_GO = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 """Fields that forbid tokens; removed tokens are dropped from them."""
-_UNKNOWN = ("sequence_bias", "forced_decoder_ids")
-"""Fields that name tokens in forms that are not renumbered."""
+_UNKNOWN = ("sequence_bias", "forced_decoder_ids")  # name tokens in forms that are not renumbered
 
 
 def new_numbers(plan: Plan) -> dict[int, int]:

@@ -33,8 +33,7 @@ from slimvlm.scoring.stores import StatesPlace
 
 CALIBRATION_BATCH = 4  # calibration samples in a batch
 TRIAL_SHARE = 1 / 6  # share of a training that an axis is tried with
-LOGITS_COPIES = 3
-"""Tensors of the size of a chunk's logits that a loss and its gradient hold at one time."""
+LOGITS_COPIES = 3  # tensors as large as a chunk's logits that a loss and its gradient hold at once
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -206,8 +206,7 @@ EXPERT_CRITERION = "reap"
 On our tiny one it is not; see "Fewer experts" in ``docs/results.md``.
 """
 
-EXPERT_NEURON_CRITERION = "activation"
-"""The default for widths of models with experts, whose neurons no walk chooses."""
+EXPERT_NEURON_CRITERION = "activation"  # for widths with experts, whose neurons no walk chooses
 
 
 def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:

@@ -32,8 +32,7 @@ from slimvlm.scoring.batches import (
 from slimvlm.scoring.forward import linear_matrices
 from slimvlm.scoring.unit_scores import Place, Statistics, Values, per_layer, per_unit
 
-_BLOCK = 2**19
-"""Numbers of a block on a CPU: small enough for its cache. Other devices take whole matrices."""
+_BLOCK = 2**19  # numbers of a block that fits a CPU's cache; other devices take whole matrices
 
 
 def capture_gradients(

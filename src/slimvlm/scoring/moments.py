@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK = 1024  # columns of a product that are worked on at once
-SYMMETRIC_BLOCK = 608
-"""Rows of a symmetric matrix at once: many enough for a product to run at its full rate."""
+SYMMETRIC_BLOCK = 608  # rows at once: enough for a product to run at its full rate
 
 
 @dataclass

@@ -21,9 +21,7 @@ from slimvlm.scoring.unit_scores import Statistics, Values, strictly_increasing,
 DAMPING = 0.01
 
 INFLATION = 1e4  # ``max H_jj [H⁻¹]_jj`` up to which float32 is enough: the digits that are lost
-BLOCK = 64
-"""Larger blocks use faster matrix products, smaller ones waste less on channels that stay."""
-
+BLOCK = 64  # larger ones use faster matrix products, smaller ones waste less on channels that stay
 TIE = 1e-5  # prices that differ by less than this share are equal, and the first unit goes
 
 

@@ -25,8 +25,7 @@ from slimvlm.scoring.layerwise import LayerwiseModel, LazyCheckpoint, open_check
 from slimvlm.scoring.stores import Scratch, scratch_folder
 from slimvlm.scoring.unit_scores import Scores, Statistics, Values
 
-PART_BYTES = 2 * 2**30
-"""Statistics that `score` holds at a time, where those of all layers would be large."""
+PART_BYTES = 2 * 2**30  # statistics that `score` holds at a time, where all would be large
 
 
 def collect(

@@ -200,8 +200,7 @@ def plain_model(trained: Any) -> PreTrainedModel:
 
 
 TRAINED_FILE = "trained.safetensors"
-DISTANCES = {"hidden": losses.hidden_l2, "cosine": losses.hidden_cosine}
-"""Losses between hidden states."""
+DISTANCES = {"hidden": losses.hidden_l2, "cosine": losses.hidden_cosine}  # of hidden states
 SUPERVISION = "supervision"  # key of the supervision in a batch
 LEAST_SHARED = 2**30  # bytes of free shared memory that batches from other processes need
 

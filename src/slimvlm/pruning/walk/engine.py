@@ -23,27 +23,11 @@ from slimvlm.core.progress import progress
 from slimvlm.models.anatomy import WIDTH_UNITS
 from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Kept, Plan
+from slimvlm.pruning import repair as repairs
 from slimvlm.pruning.cut import cut_layer_
-from slimvlm.pruning.repair import (
-    MLP,
-    REPAIRS,
-    RIDGE,
-    SEAM,
-    Writer,
-    confirmed,
-    refit,
-    require_ridge,
-    writers_of_layer,
-)
-from slimvlm.pruning.walk.result import (
-    LayerReport,
-    MatrixReport,
-    StoredWeights,
-    Walked,
-    WalkReport,
-    assign_,
-    entry_of,
-)
+from slimvlm.pruning.repair import MLP, REPAIRS, RIDGE, SEAM, writers_of_layer
+from slimvlm.pruning.walk import result
+from slimvlm.pruning.walk.result import LayerReport, MatrixReport, Walked, WalkReport, entry_of
 from slimvlm.pruning.walk.streams import ORIGINAL, PREFIX, SLICED, Streams
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.obs import DAMPING, removal_order
@@ -169,7 +153,7 @@ class Steps(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_ridge(self.ridge)
+        repairs.require_ridge(self.ridge)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -258,7 +242,7 @@ class LayerWalk:
         scores = {f"scores.{unit}": values for unit, values in self._scores.items()}
         return {**weights, **scores}, about
 
-    def _work_on(self, writer: Writer, kind: str | None) -> None:
+    def _work_on(self, writer: repairs.Writer, kind: str | None) -> None:
         """Choose the inputs of a matrix, cut it, and refit it if a kind of repair is named."""
         streams, unit, ridge = self.streams, writer.unit, self.config.steps.ridge
         total = self.plan.before.layers[self.index].units(unit)
@@ -283,12 +267,12 @@ class LayerWalk:
             if must_choose and bias is None and kind != SEAM and ridge > 0 and streams.held_out:
                 new = found.weights, None
             else:
-                fit = refit(weight, bias, moments, keep, ridge)
+                fit = repairs.refit(weight, bias, moments, keep, ridge)
                 new = fit.weight, fit.bias
                 row = MatrixReport(kind, fit.sliced_error, fit.repaired_error, 1.0)
             if streams.held_out:
                 rows = streams.rows(PREFIX, writer, streams.held_out, end)
-                row = MatrixReport(kind, *confirmed(new, weight, bias, rows, keep))
+                row = MatrixReport(kind, *repairs.confirmed(new, weight, bias, rows, keep))
             self._refits[writer.projection.path] = row
             if row.share:
                 matrix, shift = new
@@ -365,7 +349,7 @@ class Walk:
             if found := scored.get(unit):
                 none = [torch.zeros(shape.units(unit)) for shape in plan.before.layers]
                 scores[unit] = [found.get(index, zeros) for index, zeros in enumerate(none)]
-        weights = StoredWeights(results, plan.layers)
+        weights = result.StoredWeights(results, plan.layers)
         walked = Walked(plan, report, weights, Scores("obs", **scores) if scores else None)
         if not self._is_judged:
             return walked
@@ -410,7 +394,7 @@ class Walk:
         layers, after = plan.layers[:count], (*plan.layers, self._depth)[count]
         if not layers or self.streams.runner.store.has(f"{PREFIX}-{after}"):
             return
-        weights = StoredWeights(self.results, layers)
+        weights = result.StoredWeights(self.results, layers)
         for index in progress(layers, "walked layers"):
             with self._layer(plan, index) as (layer, end):
                 cut_layer_(self.streams.runner.model, plan, index)
@@ -418,7 +402,7 @@ class Walk:
                     self.streams.pass_on(SLICED, index, end, self.streams.held_out)
                 for place, path in weights:
                     if place == index:
-                        assign_(layer, path, weights[place, path])
+                        result.assign_(layer, path, weights[place, path])
                 self.streams.pass_on(PREFIX, index, end, self.streams.places)
 
 

@@ -48,8 +48,7 @@ MAX_CARDS: Mapping[Change, int] = {"both wrong": 40, "both right": 12}
 CARD_BYTES = 850  # markup of a card without its words and pictures, rounded up
 SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
 """Pictures up to the first size are enlarged to the second; those above the third are reduced."""
-SHOWN_RATIO = 0.3
-"""Answers are shown of the best model at the measured ratio that is nearest to this one."""
+SHOWN_RATIO = 0.3  # answers are of the best model at the measured ratio nearest to this one
 _OPTIONS = ("criterion", "allocation", "repair", "options", "fraction", "seed")
 """Columns that a cell's name and the table have only where they differ between cells of an axis."""
 

@@ -46,12 +46,10 @@ from slimvlm.runs.study.schedule import (
 from slimvlm.training.recover import History
 
 _PATIENCE = 600.0  # seconds to wait for another worker that writes the table
-CHOICE_METRICS = ("letter", "yes_no")
-"""Metrics of answers that are chosen from a few; all others are of free answers."""
+CHOICE_METRICS = ("letter", "yes_no")  # of answers chosen from a few; all others are of free ones
 CHOICE_BENCHMARKS = ("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception")
 """Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
-TABLE, STUDY = "results.parquet", "study.yaml"
-"""Files of a study's folder: its measurements and its questions."""
+TABLE, STUDY = "results.parquet", "study.yaml"  # a study's measurements and its questions
 _MEASURED = (
     *("avg", "avg_free", "avg_choice", "avg_pictures", "avg_text", "perplexity"),
     *("avg_percent", "avg_percent_low", "avg_percent_high"),

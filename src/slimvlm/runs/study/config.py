@@ -21,8 +21,7 @@ from slimvlm.core.options import (
 from slimvlm.runs.request import criteria_of
 
 NONE = "none"  # the recovery that trains nothing
-DEFAULT = "default"
-"""The criterion that is chosen for the axis, by `slimvlm.runs.request.criteria_of`."""
+DEFAULT = "default"  # the criterion that `slimvlm.runs.request.criteria_of` chooses for the axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +129,7 @@ def read_study(path: str | Path) -> StudyConfig:
     return built(StudyConfig, read_yaml(path, "study"), f"study {str(path)!r}")
 
 
-_SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")
-"""The keys of a grid that are multiplied."""
+_SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")  # keys that are multiplied
 _PRUNE_KEYS = {f.name for f in fields(PruneConfig)} & {*_SWEPT, "data", "images"}
 _RECOVER_KEYS = {f.name for f in fields(RecoverConfig)} & {*_SWEPT}
 """Options that are keys of the grid or of the study."""

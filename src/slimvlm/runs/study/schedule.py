@@ -50,8 +50,7 @@ ENGINES = ("local", "ray")
 PAUSE_S = 0.5  # seconds between looks at stages that other workers are doing
 FORMAT = 3  # raised when a stage's outcome changes for the same request
 RECORD = "stage.json"  # written last into an outcome: request, seconds, estimated work
-CHECKPOINT = "checkpoint"
-"""Output of the stages that make a model; the only output that may be removed later."""
+CHECKPOINT = "checkpoint"  # output of stages that make a model; no other may be removed later
 _OUTPUTS = {"prune": CHECKPOINT, "recover": CHECKPOINT}
 _OUTPUTS |= {"calibrate": f"{SCORES}.json", "evaluate": RESULT}
 """What a stage leaves for later ones."""
