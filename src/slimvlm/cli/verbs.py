@@ -31,7 +31,7 @@ def score(
 
     Args:
         out: Scores are written as OUT.json and OUT.safetensors.
-        criterion: How to score; see the table in the README.
+        criterion: How to score; docs/criteria.md has the table.
     """
     from slimvlm.runs.verbs import score as run
 
