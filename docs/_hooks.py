@@ -26,7 +26,7 @@ SECTIONS = {
     "Start": ("index", "quickstart"),
     "How-to": (
         *("compress", "tokens", "experts", "recovery", "resume", "low-memory", "gpu", "scale-out"),
-        *("studies", "tasks", "gates", "serving", "convert", "report"),
+        *("studies", "tasks", "gates", "serving", "text-only", "convert", "report"),
         *("add-a-criterion", "add-a-family"),
     ),
     "Reference": (

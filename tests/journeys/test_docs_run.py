@@ -55,6 +55,7 @@ ELSEWHERE = {
     TRIMMED: "a tiny model has 336 tokens; see test_tokens",
     "slimvlm plan MODEL --vocab-size 16384 --vocab-text texts/ --out plan.json": "likewise",
     "slimvlm export fewer --original MODEL --out fewer.gguf": "llama.cpp knows no tiny tokenizer",
+    "slimvlm export MODEL --text-only --out text.gguf": "likewise; see test_gguf",
     "slimvlm export recovered --out recovered.gguf --outtype f16": "likewise; see test_gguf",
     "slimvlm study studies/llava-1.5-7b.yaml --out runs/llava --engine ray": "days",
     **dict.fromkeys(MIXTURE, "MODEL is no mixture of experts; see journeys/test_experts.py"),

@@ -509,6 +509,7 @@ def export(
     out: Path | None = None,
     outtype: options.OutType = "bf16",
     original: str | None = None,
+    text_only: bool = False,
     check: tuple[str, ...] = (),
     force: bool = False,
     json: bool = False,
@@ -516,22 +517,31 @@ def export(
     """Write files for llama.cpp, or check where the model can be served.
 
     The file holds the language backbone. Vision tower and projector go into a second file, with
-    mmproj- before its name, for models whose vision tower llama.cpp's converter can write.
+    mmproj- before its name, for models whose vision tower llama.cpp's converter can write. With
+    --text-only the language model becomes a text model of its own, without a second file.
 
     Args:
         format: Format of the file: gguf (needs slimvlm[gguf]).
-        out: The new file.
+        out: The new file; with --text-only and a name that does not end in .gguf, the new folder
+            for transformers.
         outtype: How the file stores weights.
         original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
+        text_only: Leave vision tower and projector out.
         check: Instead of a file: report what vllm, sglang, gguf, openvino, onnx, mlx or tp=N (N
             GPUs that share every layer) make of the shape. Reads the configuration only.
     """
     if bool(check) == (out is not None):
         raise ConfigError("export needs either --out or --check")
+    if text_only and out is not None and out.suffix != ".gguf":
+        from slimvlm.export.text_only import export_text
+
+        export_text(model, out, force)
+        print(f"text model: {out}; its tokens of pictures have no meaning any more")
+        return
     if out is not None:
         from slimvlm.export.gguf import export_gguf
 
-        exported = export_gguf(model, out, outtype, force, original)
+        exported = export_gguf(model, out, outtype, force, original, text_only)
         for line in exported.losses:
             note(line)
         print(f"language backbone: {exported.text}")
@@ -540,12 +550,14 @@ def export(
         if exported.has_card:
             print(f"model card: {out.with_name('README.md')}")
         return
+    from slimvlm.export.text_only import text_config_alone
     from slimvlm.models import serving
     from slimvlm.models.anatomy import read_anatomy
     from slimvlm.models.load import empty_model, is_quantized, load_config
 
     config = load_config(model)
-    found = serving.check(read_anatomy(empty_model(config)), check, is_quantized(config))
+    described = text_config_alone(config) if text_only else config
+    found = serving.check(read_anatomy(empty_model(described)), check, is_quantized(config))
     if json:
         print_json([asdict(finding) for finding in found])
         return

@@ -8,23 +8,28 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-
-from transformers import CONFIG_MAPPING, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import new_file, require_free
 from slimvlm.core.options import OutType
 from slimvlm.export import llama_cpp
+from slimvlm.export.text_only import has_own_class, text_alone, text_config_alone
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import empty_model, folder_of, is_quantized, load, load_config, resolve
-from slimvlm.models.parts import Parts, family_of, text_config_of
+from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.models.serving import GGUF_PICTURES, check
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.save import CARD_FILE, PLAN_FILE, CardFacts, base_card, write_card
+from slimvlm.pruning.save import (
+    CARD_FILE,
+    PLAN_FILE,
+    CardFacts,
+    base_card,
+    write_card,
+    write_model,
+)
 
 CONVERTER = "convert_hf_to_gguf"
 QUANTIZE_PROGRAM = "llama-quantize"
@@ -48,10 +53,12 @@ def export_gguf(
     outtype: OutType = "bf16",
     force: bool = False,
     original: str | Path | None = None,
+    text_only: bool = False,
 ) -> Exported:
     """Write the backbone as one GGUF file, and a tower that llama.cpp knows as ``mmproj-...``.
 
     A model card goes beside them unless one is there; ``force`` replaces that of an earlier export.
+    With ``text_only`` there is no tower, and the backbone is a text model of its own.
     """
     out = require_free(out, force)
     quantizer = shutil.which(QUANTIZE_PROGRAM)
@@ -61,7 +68,8 @@ def export_gguf(
             f"put {QUANTIZE_PROGRAM} on PATH"
         )
     config = load_config(model)
-    shape = read_anatomy(empty := empty_model(config))
+    described = text_config_alone(config) if text_only else config
+    shape = read_anatomy(empty := empty_model(described))
     pictures = None
     if shape.vision_params and shape.model_type in GGUF_PICTURES:
         pictures = require_free(out.with_name(f"mmproj-{out.name}"), force)
@@ -91,8 +99,8 @@ def export_gguf(
         if pictures is not None:
             seeing = stack.enter_context(new_file(pictures))
             run_converter([CONVERTER, "--mmproj"], source, seeing, converted)
-        has_class = text_config_of(config).model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        if family_of(config.model_type).text_config is not None and has_class:
+        has_parts = family_of(config.model_type).text_config is not None
+        if text_only or (has_parts and has_own_class(text_config_of(config).model_type)):
             text = folder / "text"
             write_backbone(model, text)
         if converted == outtype:
@@ -107,7 +115,8 @@ def export_gguf(
     if has_card := (is_ours and force) or not out.with_name(CARD_FILE).exists():
         files = (out.name,) if pictures is None else (out.name, pictures.name)
         facts = CardFacts(base=name, name=out.stem, format=(outtype,), files=files)
-        write_card(out.parent, empty, plan, facts)
+        whole_type = config.model_type if text_only else ""
+        write_card(out.parent, empty, plan, replace(facts, is_text_of=whole_type))
     losses = tuple(f"{f.what}: {f.advice}" for f in findings if f.level == "warn")
     return Exported(out, pictures, losses, has_card)
 
@@ -115,25 +124,11 @@ def export_gguf(
 def write_backbone(model: str | Path, folder: Path) -> None:
     """Write the language backbone of a vision-language model as a plain causal LM."""
     whole, processor = load(model, device="cpu")
-    backbone_alone(whole).save_pretrained(folder)
     tokenizer = getattr(processor, "tokenizer", processor)
-    if tokenizer is not None:
+    if tokenizer is not None:  # llama.cpp runs templates of pictures itself
         template = getattr(processor, "chat_template", None)
         tokenizer.chat_template = tokenizer.chat_template or template
-        tokenizer.save_pretrained(folder)
-
-
-def backbone_alone(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a causal LM, to be saved, that shares every weight with a model's backbone."""
-    parts, tied = Parts(model), model.config.tie_word_embeddings
-    values = {**parts.text_config.to_dict(), "tie_word_embeddings": tied}
-    text = empty_model(CONFIG_MAPPING[parts.text_config.model_type].from_dict(values))
-    weights = {f"model.{name}": value for name, value in parts.text_model.state_dict().items()}
-    weights |= {f"lm_head.{name}": value for name, value in parts.head.state_dict().items()}
-    text.load_state_dict(weights, assign=True)
-    text.tie_weights()
-    text.generation_config = model.generation_config
-    return text
+    write_model(folder, text_alone(whole), tokenizer)
 
 
 def run_converter(program: Sequence[str], source: Path, out: Path, outtype: str) -> None:

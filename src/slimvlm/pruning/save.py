@@ -71,6 +71,7 @@ class CardFacts:
     data: str | None = None  # as the user named it; only a hub id is written
     format: tuple[str, ...] = ()  # type of rounded weights, and the library that reads them
     files: tuple[str, ...] = ()  # GGUF files: the language model, and the vision tower if written
+    is_text_of: str = ""  # type of the whole model, where only its language model is written
 
 
 def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts) -> None:
@@ -89,6 +90,7 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
     sees = Parts(model).family.vision is not None and len(facts.files) != 1
     task = "image-text-to-text" if sees else "text-generation"
     tags = ["slimvlm", *["pruned"] * (plan is not None), "compressed", config.model_type]
+    tags += ["text-only"] * bool(facts.is_text_of)
     results = [  # name and type of the data are the same
         EvalResult(task, name, name, metric, round(value, 2))
         for name, (metric, value) in facts.scores.items()
@@ -153,7 +155,7 @@ Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no 
 PLAN_FILE = "slimvlm_plan.json"
 SHARD_BYTES = 10**9  # largest weight file written tensor by tensor: one is in memory at a time
 _COMPARED = 24  # tensors that are compared bit by bit when a folder is read back
-_PROBE = " Plain words, žluťoučký kůň,\n\t日本語, ελληνικά, 🙂 and  1234567890"
+PROBE_TEXT = " Plain words, žluťoučký kůň,\n\t日本語, ελληνικά, 🙂 and  1234567890"
 
 
 def save(
@@ -302,7 +304,7 @@ def write_folder(
                 ours, count = tokenizer_of(processor), len(plan.tokens)
                 if again.get_vocab() != ours.get_vocab() or len(again) != count:
                     raise ReloadError(f"{where}: the tokenizer reads back with other tokens")
-                for text in (_PROBE, chat.render(processor, probe_messages(processor))):
+                for text in (PROBE_TEXT, chat.render(processor, probe_messages(processor))):
                     read, known = (t.decode(t(text)["input_ids"]) for t in (again, ours))
                     if read != known:
                         raise ReloadError(f"{where}: the tokenizer that reads back changes texts")
@@ -328,7 +330,28 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
     """Load a written folder with the plain Auto class; compare its logits with the live model's."""
     batch = {k: v.to(model.device) for k, v in probe(model, processor).items()}
     with evaluating(model):
-        expected = _last_logits(model, batch)
+        expected = last_logits(model, batch)
+    again: Any = read_back(folder, model)
+    is_divided = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    live: Any = model
+    device = live.device
+    if is_divided:  # it fits on no single card
+        found = last_logits(again, {name: value.cpu() for name, value in batch.items()})
+    elif 1.2 * model.get_memory_footprint() < free_memory(device):
+        found = last_logits(again.to(device), batch)
+    else:  # the live one goes aside for a while
+        live.to("cpu")
+        try:
+            found = last_logits(again.to(device), batch)
+        finally:
+            again.to("meta")
+            live.to(device)
+    # kernels of two devices round otherwise
+    require_same_logits(folder, found, expected, 0.1 if is_divided else 1e-3)
+
+
+def read_back(folder: str | Path, model: PreTrainedModel) -> PreTrainedModel:
+    """Load a folder that was written from a model with the plain Auto class, every key of it."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         place = {"device_map": {"": str(model.device)}} if models.is_quantized(config) else {}
@@ -343,31 +366,24 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ReloadError(f"{str(folder)!r} does not load back: {error}") from error
-    again.eval()
     problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
     if problems:
         raise ReloadError(f"{str(folder)!r} loads with wrong keys: {problems}")
-    is_divided = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-    live: Any = model
-    device = live.device
-    if is_divided:  # it fits on no single card
-        found = _last_logits(again, {name: value.cpu() for name, value in batch.items()})
-    elif 1.2 * model.get_memory_footprint() < free_memory(device):
-        found = _last_logits(again.to(device), batch)
-    else:  # the live one goes aside for a while
-        live.to("cpu")
-        try:
-            found = _last_logits(again.to(device), batch)
-        finally:
-            again.to("meta")
-            live.to(device)
-    most = 0.1 if is_divided else 1e-3  # kernels of two devices round otherwise
+    loaded: PreTrainedModel = again.eval()
+    return loaded
+
+
+def require_same_logits(
+    folder: str | Path, found: Tensor, expected: Tensor, most: float = 1e-3
+) -> None:
+    """Refuse logits that differ by more than a share of the largest one."""
     difference = float((found - expected).abs().max())
     if not difference <= most * max(float(expected.abs().max()), 1.0):
         raise ReloadError(f"{str(folder)!r} loads back to other logits (difference {difference})")
 
 
-def _last_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def last_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Run the model's own forward pass; return logits of the last positions."""
     logits: Tensor = model(**batch, logits_to_keep=CHUNK).logits
     return logits.float().cpu()
 

@@ -1,0 +1,150 @@
+"""Write the language model of a model that sees as a text model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from slimvlm.core.errors import ConfigError, DataError, ReloadError, UnsupportedModelError
+from slimvlm.core.files import require_free
+from slimvlm.data import chat
+from slimvlm.models import load as models
+from slimvlm.models.families import FAMILIES
+from slimvlm.models.parts import Parts, family_of, text_config_of
+from slimvlm.planning.plan import Plan
+from slimvlm.pruning import save
+
+STAND_INS: dict[str, tuple[str, Mapping[str, object]]] = {
+    "paddleocr_vl_text": ("mistral", {"sliding_window": None}),
+    "phi4_multimodal": ("phi3", {}),
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen3_vl_text": ("qwen3", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+}
+"""Language models that transformers has inside other models only; the text model that computes the
+same without pictures, and fields that it must state. Tried with transformers 5.24."""
+_OF_PICTURES = ("mrope_section", "mrope_interleaved")
+"""Rotary settings that place pictures; engines take a model that has them for one that sees."""
+_PLAIN_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0}
+"""Fields that some models that see leave aside, as values that change no logit."""
+_TURNS_AS_PARTS = (
+    "{% set slim = namespace(turns=[]) %}{% for turn in messages %}{% if turn.content is string %}"
+    "{% set slim.turns = slim.turns + [{'role': turn.role, 'content': [{'type': 'text', "
+    "'text': turn.content}]}] %}{% else %}{% set slim.turns = slim.turns + [turn] %}{% endif %}"
+    "{% endfor %}{% set messages = slim.turns %}"
+)
+"""Beginning of a chat template that lets its rest read the text of a turn as a list of parts."""
+
+
+def has_own_class(text_type: str) -> bool:
+    """Whether transformers, and slimvlm, know a text model of a type."""
+    return text_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and text_type in FAMILIES
+
+
+def text_config_alone(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Describe the language model of a model that sees as a text model; refuse where none is."""
+    kind, text = config.model_type, text_config_of(config)
+    if family_of(kind).vision is None:
+        raise ConfigError(f"text_only: model_type {kind!r} is a text model already")
+    text_type, fields = STAND_INS.get(text.model_type, (text.model_type, {}))
+    if not has_own_class(text_type):
+        raise UnsupportedModelError(
+            f"text_only: model_type {kind!r} cannot be written as text alone, because transformers "
+            f"has its language model {text.model_type!r} inside of it only"
+        )
+    outer = {"model_type", "auto_map", "architectures", *type(text).sub_configs}
+    values = {name: value for name, value in text.to_dict().items() if name not in outer}
+    values["tie_word_embeddings"] = getattr(config, "tie_word_embeddings", False)
+    if text_type != text.model_type:
+        rope = values["rope_parameters"]
+        values["rope_parameters"] = {k: v for k, v in rope.items() if k not in _OF_PICTURES}
+    alone: PreTrainedConfig = CONFIG_MAPPING[text_type].from_dict({**values, **fields})
+    return alone
+
+
+def text_alone(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a text model, to be saved, that shares every weight with a model that sees."""
+    parts, text = Parts(model), models.empty_model(text_config_alone(model.config))
+    beside, prefix = (*parts.family.towers, *parts.family.projector), f"{parts.family.backbone}."
+    seeing = tuple(f"{path.removeprefix(prefix)}." for path in beside)  # Phi-4's lie inside
+    inner = parts.text_model.state_dict()
+    weights = {f"model.{k}": value for k, value in inner.items() if not k.startswith(seeing)}
+    weights |= {f"lm_head.{name}": value for name, value in parts.head.state_dict().items()}
+    if "lm_head.bias" in text.state_dict():  # Phi's, which a model that sees may lack
+        weights.setdefault("lm_head.bias", parts.head.weight.new_zeros(len(parts.head.weight)))
+    text.load_state_dict(weights, assign=True)
+    text.tie_weights()
+    models.set_class_(text)
+    text.generation_config = model.generation_config
+    return text
+
+
+def text_tokenizer(processor: Any) -> Any:
+    """Return a processor's tokenizer, whose chat template then takes turns that are strings."""
+    tokenizer, template = chat.tokenizer_of(processor), getattr(processor, "chat_template", None)
+    if tokenizer is not None:
+        tokenizer._set_processor_class(None)  # it is gone, and this is where the name is kept
+        tokenizer.init_kwargs.pop("processor_class", None)
+    if not isinstance(template, str):
+        return tokenizer
+    texts = (("user", "What is new?"), ("assistant", "Nothing."))
+    turns = [{"role": r, "content": [{"type": "text", "text": text}]} for r, text in texts]
+    expected, found = chat.render(processor, turns), None
+    for beginning in ("", _TURNS_AS_PARTS):
+        tokenizer.chat_template = beginning + template
+        with suppress(DataError):
+            found = chat.render(tokenizer, turns)
+        if found == expected:
+            return tokenizer
+    raise ConfigError("text_only: the chat template of the model takes no text without a picture")
+
+
+@torch.no_grad()
+def export_text(model: str | Path, out: str | Path, force: bool = False) -> None:
+    """Write the language model alone as a folder that plain ``AutoModelForCausalLM`` loads.
+
+    Weights, token ids and logits of texts stay those of the whole model. The folder is read back
+    before it takes its name; by then the weights that it was made of are no longer in memory.
+
+    A model of which that cannot be done, or only with other logits, is refused (`SlimError`).
+    """
+    require_free(out, force)
+    described = models.load_config(model)
+    models.require_full_precision(described, "written as text alone")
+    text_config_alone(described)
+    whole, processor = models.load(model, device="cpu")
+    tokenizer, plan = text_tokenizer(processor), Path(models.resolve(model)) / save.PLAN_FILE
+    batch = save.probe(whole, tokenizer)
+    expected, text = save.last_logits(whole, batch), text_alone(whole)
+    if not family_of(described.model_type).caps_logits:
+        for name in _PLAIN_LOGITS.keys() & vars(text.config).keys():
+            setattr(text.config, name, _PLAIN_LOGITS[name])
+
+    def check(folder: Path) -> save.CardFacts:
+        both: tuple[Any, ...] = (whole, text)
+        for each in both:  # one copy is in memory at a time
+            each.to("meta")
+        save.require_same_logits(
+            folder, save.last_logits(save.read_back(folder, text), batch), expected
+        )
+        if tokenizer is not None:  # which class reads it depends on the type of the model
+            again = models.load_processor(str(folder), text.config)
+            are_same = (
+                again(save.PROBE_TEXT)["input_ids"] == tokenizer(save.PROBE_TEXT)["input_ids"]
+            )
+            if not are_same or not torch.equal(
+                save.probe(text, again)["input_ids"], batch["input_ids"]
+            ):
+                raise ReloadError(f"{str(folder)!r}: the tokenizer reads back with other tokens")
+        base = described._name_or_path
+        return save.CardFacts(base=base, name=Path(out).name, is_text_of=described.model_type)
+
+    made_by = Plan.load(plan) if plan.is_file() else None
+    save.write_folder(out, text, tokenizer, made_by, check, force=force)
