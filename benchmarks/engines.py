@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def main() -> None:
         for axis in options.axis:
             small, removed = written(Path(folder), options.shape, axis, options.ratio)
             found = bench_engine(options.engine, small, whole, work, clock=options.clock)
-            print(json.dumps({"axis": axis, "removed": removed, **found.to_dict()}), flush=True)
+            print(json.dumps({"axis": axis, "removed": removed, **asdict(found)}), flush=True)
             rows += [row(found.device, axis, removed, each) for each in found.speed_ups]
     print(as_markdown(HEADER, rows))
 

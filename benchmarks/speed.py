@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def measure(shape: str, axis: Axis, ratio: float, dtype: torch.dtype, work: Work
     plan = make_plan(read_anatomy(pruned), scores, ratio, axis)
     prune_(pruned, plan)
     result = bench(pruned, whole, work, (f"{shape} {axis}", shape))
-    print(json.dumps({"axis": axis, "plan": plan.summary(), **result.to_dict()}), flush=True)
+    print(json.dumps({"axis": axis, "plan": plan.summary(), **asdict(result)}), flush=True)
     return [row(shape, axis, plan.ratio, found) for found in result.speed_ups]
 
 

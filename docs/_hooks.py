@@ -25,8 +25,9 @@ PAGES = {
 SECTIONS = {
     "Start": ("index", "quickstart"),
     "How-to": (
-        *("compress", "tokens", "experts", "recovery", "resume", "low-memory", "gpu", "scale-out"),
-        *("studies", "tasks", "gates", "serving", "text-only", "convert", "report"),
+        *("compress", "tokens", "images-budget", "experts", "recovery", "resume", "low-memory"),
+        *("gpu", "scale-out", "studies", "tasks", "gates", "serving", "text-only", "convert"),
+        "report",
         *("add-a-criterion", "add-a-family"),
     ),
     "Reference": (

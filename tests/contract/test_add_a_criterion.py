@@ -8,8 +8,8 @@ import torch
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError
-from slimvlm.scoring.criteria import criteria_table
 from tests import tiny
+from tests.criteria_page import criteria_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-criterion.md"
 

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import Parts
-from slimvlm.scoring.criteria import CRITERIA, criteria_table
+from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.score_model import score
 from tests import tiny
+from tests.criteria_page import criteria_table
 from tests.handmade import assert_equal, assert_untouched, joined, logits, padded, snapshot
 from tests.tiers import tiered
 from tests.tolerances import (

@@ -20,7 +20,8 @@ from slimvlm.evaluation.metrics import LIKELIHOODS, METRICS
 from slimvlm.evaluation.tasks import TaskRow
 from slimvlm.models.families import BACKBONES, FAMILIES
 from slimvlm.planning.plan import PlanFile
-from slimvlm.scoring.criteria import CRITERIA, criteria_table
+from slimvlm.scoring.criteria import CRITERIA
+from tests.criteria_page import criteria_table
 from tests.handmade import refused
 
 ROOT = Path(__file__).parents[2]
@@ -198,3 +199,12 @@ def test_links_files_and_names_that_pages_give_are_there():
     assert anchors == []
     links = [link for link in _blocks(r"\]\(([^)#]+)\)") if not link[1].startswith("http")]
     assert [link for link in links if not (folders[link[0]] / link[1]).exists()] == []
+
+
+def test_the_page_on_picture_tokens_names_every_family_with_a_knob():
+    text = (ROOT / "docs" / "images-budget.md").read_text()
+    rows = {name: row.pictures for name, row in FAMILIES.items()}
+    knobs = {name: knobs for name, knobs in rows.items() if not isinstance(knobs, str)}
+    assert [name for name in knobs if f"`{name}`" not in text] == []
+    fields = {knob.field for row in knobs.values() for knob in row}
+    assert [name for name in fields if f"`{name}`" not in text] == []

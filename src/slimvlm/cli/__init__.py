@@ -39,7 +39,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Start to end": (verbs.advise, verbs.compress, verbs.report, verbs.study, verbs.demo),
     "Look and measure": (verbs.inspect, verbs.chat, verbs.evaluate, verbs.compare, verbs.bench),
     "In single steps": (verbs.score, verbs.plan, verbs.prune, verbs.recover),
-    "Take away": (verbs.quantize, verbs.export, verbs.convert),
+    "Take away": (verbs.images, verbs.quantize, verbs.export, verbs.convert),
 }
 """Every verb of the command line, by what it is for."""
 VERBS = {verb.__name__: verb for group in GROUPS.values() for verb in group}

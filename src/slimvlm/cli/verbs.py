@@ -500,7 +500,41 @@ def bench(
     title = f"{found.dtype} on {found.device}, {found.threads} CPU threads"
     sides = filter(None, (found.baseline, found.model))
     notes = [f"{side.model}: {line}" for side in sides for line in side.warnings]
-    show(json, found.to_dict, partial(bench_rows, found), title, notes)
+    show(json, partial(asdict, found), partial(bench_rows, found), title, notes)
+
+
+def images(
+    model: Model,
+    source: options.TrainingData,
+    budgets: tuple[float, ...] = (1.0, 0.5, 0.25),
+    tasks: str | None = None,
+    limit: int | None = None,
+    keep: float | None = None,
+    out: Path | None = None,
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Show what fewer tokens for each picture cost and give, or write a model with fewer.
+
+    Nothing is trained: a setting of the processor changes. See docs/images-budget.md.
+
+    Args:
+        source: Conversations with pictures, and how the model is read.
+        budgets: Shares of the tokens that the data's pictures take now; none measures nothing.
+        tasks: Tasks on whose answers it is measured, too.
+        limit: Only the first so many questions of each task.
+        keep: Write a model whose pictures take this share: the same weights, another processor.
+        out: The new checkpoint folder, for --keep.
+    """
+    from slimvlm.runs.tables import held_out_json, image_rows
+    from slimvlm.runs.verbs import images as run
+
+    found = run(model, source, budgets, tasks, limit, keep, out, force, note)
+    if json:
+        rows = [{**asdict(each), "held_out": held_out_json(each.held_out)} for each in found]
+        print_json({"model": model, "budgets": rows})
+    elif found:
+        print_table(*image_rows(found), title=model)
 
 
 def export(

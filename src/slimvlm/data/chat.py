@@ -45,6 +45,12 @@ def question_messages(question: Question) -> list[Message]:
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": question.prompt}]}]
 
 
+def plain_question(processor: Any, size: tuple[int, int] = (336, 336)) -> Question:
+    """Ask about a grey picture, or about none if the model takes no pictures."""
+    shown = (Image.new("RGB", size, "grey"),) if can_see(processor) else ()
+    return Question("latency", "What is shown here?", ("",), shown)
+
+
 def answered_sample(question: Question, reply: str) -> Sample:
     """A question with a reply, as a conversation."""
     answer = {"role": "assistant", "content": [{"type": "text", "text": reply}]}

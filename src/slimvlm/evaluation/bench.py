@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -120,12 +119,6 @@ class PairedTimes:
         return built(cls, read_object(path, "times"), f"times {str(path)!r}")
 
 
-def plain_question(processor: Any) -> Question:
-    """Ask about a grey picture, or about none if the model takes no pictures."""
-    shown = (Image.new("RGB", (336, 336), "grey"),) if chat.can_see(processor) else ()
-    return Question("latency", "What is shown here?", ("",), shown)
-
-
 def times_of(model: PreTrainedModel, processor: Any, question: Question) -> Times:
     """Time one model by itself."""
     (runs,) = _runs([(model, processor)], question)
@@ -133,11 +126,15 @@ def times_of(model: PreTrainedModel, processor: Any, question: Question) -> Time
 
 
 def paired_times(
-    model: PreTrainedModel, processor: Any, original: PreTrainedModel, original_processor: Any
+    model: PreTrainedModel,
+    processor: Any,
+    original: PreTrainedModel,
+    original_processor: Any,
+    size: tuple[int, int] = (336, 336),
 ) -> PairedTimes:
     """Time a smaller model and its original in turn, each with its own processor."""
     pairs = [(original, original_processor), (model, processor)]
-    theirs, ours = _runs(pairs, plain_question(original_processor))
+    theirs, ours = _runs(pairs, chat.plain_question(original_processor, size))
     return PairedTimes(_summary(theirs), _summary(ours), *_shares(ours, theirs))
 
 
@@ -255,10 +252,6 @@ class Bench:
     model: Footprint
     baseline: Footprint | None = None
     speed_ups: tuple[SpeedUp, ...] = ()  # one for each batch size
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

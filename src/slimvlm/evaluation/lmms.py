@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.core.options import Questions
+from slimvlm.data.chat import plain_question
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer, batches_by_length, evaluate, likelihoods, with_costs
-from slimvlm.evaluation.bench import plain_question
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.hidden import evaluating

@@ -20,6 +20,7 @@ from slimvlm.export.text_only import has_own_class, text_alone, text_config_alon
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import empty_model, folder_of, is_quantized, load, load_config, resolve
 from slimvlm.models.parts import family_of, text_config_of
+from slimvlm.models.pictures import llama_cpp as picture_hint
 from slimvlm.models.serving import GGUF_PICTURES, check
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import (
@@ -117,8 +118,10 @@ def export_gguf(
         facts = CardFacts(base=name, name=out.stem, format=(outtype,), files=files)
         whole_type = config.model_type if text_only else ""
         write_card(out.parent, empty, plan, replace(facts, is_text_of=whole_type))
-    losses = tuple(f"{f.what}: {f.advice}" for f in findings if f.level == "warn")
-    return Exported(out, pictures, losses, has_card)
+    losses = [f"{f.what}: {f.advice}" for f in findings if f.level == "warn"]
+    if pictures is not None and (hint := picture_hint(str(source), config)):
+        losses.append(hint)
+    return Exported(out, pictures, tuple(losses), has_card)
 
 
 def write_backbone(model: str | Path, folder: Path) -> None:

@@ -281,6 +281,16 @@ BACKBONES: dict[str, Backbone] = {
 }
 
 
+@dataclass(frozen=True)
+class Knob:
+    """A setting of a family's image processor that bounds how many tokens a picture becomes."""
+
+    field: str  # with a dot before the key of a mapping
+    # How it goes down: an area or edge in ``pixels`` by a hundredth; ``grids``, shapes of tiles,
+    # which the configuration has, too, without the largest; or to the next of some values.
+    way: Literal["pixels", "grids"] | tuple[int, ...] = tuple(range(1023, 0, -1))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Where the parts of a model sit."""
@@ -297,6 +307,8 @@ class Family:
     pinned_layers: str | None = None
     # Whether ``final_logit_softcapping`` and ``logit_scale`` of the text configuration are obeyed.
     caps_logits: bool = False
+    # What lowers a picture's tokens, each once the one before is at its least; or why nothing does.
+    pictures: tuple[Knob, ...] | str = "every picture becomes the same number of tokens"
     # Whether the text configuration's MLP width also sizes a part outside the backbone, so that a
     # plain configuration cannot change it.
     fixed_neurons: bool = False
@@ -314,13 +326,23 @@ _ONLY_INSIDE = (
 )
 """Types of language models that transformers offers as a part of another model only."""
 
+_PIXELS, _PATCHES = (Knob("size.longest_edge", "pixels"),), (Knob("max_patches"),)
+_PIECES = (Knob("max_tiles"), Knob("max_image_tokens"))
+_NUMBERED = "max_image_tiles also numbers the embeddings of the tiles' arrangements"
+_SPLIT = (Knob("do_image_splitting", (False,)),)
+_SOFT_TOKENS = (Knob("max_soft_tokens", (1120, 560, 280, 140, 70)),)
+
 _LLAVA = Family(vision="model.vision_tower", projector=("model.multi_modal_projector",))
+_PATCHED_LLAVA = replace(_LLAVA, pictures=_PATCHES)
 _IDEFICS = Family(
-    backbone="model.text_model", vision="model.vision_model", projector=("model.connector",)
+    backbone="model.text_model",
+    vision="model.vision_model",
+    projector=("model.connector",),
+    pictures=_PIXELS,
 )
-_QWEN_VL = Family(vision="model.visual", projector=("model.visual.merger",))
-_QWEN3_VL = Family(
-    vision="model.visual",
+_QWEN_VL = Family(vision="model.visual", projector=("model.visual.merger",), pictures=_PIXELS)
+_QWEN3_VL = replace(
+    _QWEN_VL,
     projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
     pinned_layers="vision_config.deepstack_visual_indexes",
 )
@@ -330,32 +352,33 @@ _GEMMA = Family(
     other_towers=("model.audio_tower",),
     caps_logits=True,
 )
-_ANYRES = Family(
-    vision="model.vision_tower", projector=("model.multi_modal_projector", "model.image_newline")
+_ANYRES = replace(
+    _LLAVA,
+    projector=("model.multi_modal_projector", "model.image_newline"),
+    pictures=(Knob("image_grid_pinpoints", "grids"),),
 )
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llava", "vipllava", "fast_vlm", "internvl", "mistral3", "gemma3"), _LLAVA),
-    **dict.fromkeys(("aya_vision", "cohere2_vision", "perception_lm"), _LLAVA),
-    **dict.fromkeys(("lfm2_vl", "molmo2"), _LLAVA),
+    **dict.fromkeys(("vipllava", "fast_vlm", "gemma3"), _LLAVA),
+    # Pixtral's processor bounds the edge; those of CLIP and SigLIP have no such setting
+    **dict.fromkeys(("llava", "mistral3"), replace(_LLAVA, pictures=_PIXELS)),
+    **dict.fromkeys(("internvl", "aya_vision", "cohere2_vision"), _PATCHED_LLAVA),
+    "perception_lm": replace(_LLAVA, pictures=(Knob("max_num_tiles"),)),
+    "molmo2": replace(_LLAVA, pictures=(Knob("max_crops"),)),
+    "lfm2_vl": replace(_LLAVA, pictures=_PIECES),
     **dict.fromkeys(("llava_next", "llava_onevision"), _ANYRES),
-    **dict.fromkeys(("gemma3n", "gemma4"), _GEMMA),
+    **{"gemma3n": _GEMMA, "gemma4": replace(_GEMMA, pictures=_SOFT_TOKENS)},
     **dict.fromkeys(("idefics3", "smolvlm"), _IDEFICS),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe"), _QWEN_VL),
     **dict.fromkeys(("glm4v", "glm_ocr"), _QWEN_VL),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), _QWEN3_VL),
     "paligemma": replace(_LLAVA, caps_logits=True),
-    "paddleocr_vl": Family(vision="model.visual", projector=("model.projector",)),
-    "minicpmv4_6": Family(vision="model.vision_tower", projector=("model.merger",)),
-    "idefics2": Family(
-        backbone="model.text_model",
-        vision="model.vision_model",
-        projector=("model.connector",),
-        fixed_neurons=True,
-    ),
+    "paddleocr_vl": replace(_QWEN_VL, projector=("model.projector",)),
+    "minicpmv4_6": replace(_LLAVA, projector=("model.merger",), pictures=(Knob("max_slice_nums"),)),
+    "idefics2": replace(_IDEFICS, fixed_neurons=True, pictures=_SPLIT),
     "deepseek_vl": Family(vision="model.vision_model", projector=("model.aligner",)),
-    "video_llama_3": Family(vision="model.vision_model", projector=("model.projector",)),
-    "ovis2": Family(vision="model.vision_tower", projector=("model.visual_embeddings_table",)),
+    "video_llama_3": replace(_QWEN_VL, vision="model.vision_model", projector=("model.projector",)),
+    "ovis2": replace(_PATCHED_LLAVA, projector=("model.visual_embeddings_table",)),
     "phi4_multimodal": Family(
         backbone="model",
         vision="model.embed_tokens_extend",
@@ -364,13 +387,15 @@ FAMILIES: dict[str, Family] = {
             "model.embed_tokens_extend.image_embed.img_projection_down",
         ),
         text_config=None,
+        pictures=(Knob("dynamic_hd"),),
     ),
-    "mllama": Family(vision="model.vision_model", projector=("model.multi_modal_projector",)),
+    "mllama": replace(_LLAVA, vision="model.vision_model", pictures=_NUMBERED),
     "llama4": Family(
         backbone="language_model.model",
         head="language_model.lm_head",
         vision="vision_model",
         projector=("multi_modal_projector",),
+        pictures=_PATCHES,
     ),
     "kosmos-2.5": Family(
         backbone="text_model.model",

@@ -331,6 +331,11 @@ def require_buildable(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     return skeleton
 
 
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model's modules and configuration; the copy has the same tensors."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
 def load_as(
     options: LoadConfig, model: str | Path, device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, Any]:

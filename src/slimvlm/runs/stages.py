@@ -301,8 +301,7 @@ def try_axes(
         brief = replace(request, prune=replace(request.prune, local_steps=0))
         alone, store = tokens_alone(brief, shape), Memory(torch.device("cpu"))
         walked = walk(brief, Live(model), store, model.device, shown, scores, alone)
-        tensors = {id(each): each for each in (*model.parameters(), *model.buffers())}
-        student, read = copy.deepcopy(model, tensors), shown.held_out  # with the same tensors
+        student, read = models.sharing_copy(model), shown.held_out
         walked.apply_(student)
         processor = trimmed_processor(shown.processor, walked.plan)
         if request.recover is not None and training:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -179,6 +180,32 @@ def held_out_notes(results: Mapping[str, DataResult]) -> list[str]:
         for note in each.notes:
             stages.setdefault(note, []).append(stage)
     return [*(f"{', '.join(names)}: {note}" for note, names in stages.items()), INTERVALS]
+
+
+@dataclass(frozen=True)
+class AtBudget:
+    """A model with an image-token budget, beside itself with all tokens of its pictures."""
+
+    share: float  # of these tokens
+    settings: Mapping[str, Any]  # of the image processor that are changed, a dot before keys
+    tokens: float  # of a picture on average, with the marks around it
+    kv_cache_bytes: int  # of a picture
+    times: PairedTimes | None  # with a picture of the usual size
+    held_out: Mapping[str, DataResult]  # of the data, and of the first answers of each task
+
+
+def image_rows(found: Sequence[AtBudget]) -> tuple[list[str], list[list[str]]]:
+    """Make a row for each figure, and a column for each budget."""
+    rows = [
+        ["tokens of a picture", *(f"{each.tokens:.1f}" for each in found)],
+        ["KV cache of a picture", *(size(each.kv_cache_bytes) for each in found)],
+        ["time to the first token", *(str(e.times.prefill) if e.times else "1" for e in found)],
+    ]
+    for name in found[0].held_out:
+        results = {str(each.share): each.held_out[name] for each in found}
+        (title, *_), figures = held_out_rows(results)
+        rows += [[f"{name}: {title}", *("" for _ in found)], *figures]
+    return ["image-token budget", *(str(each.share) for each in found)], rows
 
 
 def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:

@@ -1,10 +1,11 @@
-"""The verbs that do one stage, from folder to files: score, plan, prune, recover, evaluate.
+"""The verbs that do one stage, from folder to files: score, plan, prune, recover, evaluate, images.
 
 Each checks its options before weights are read.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,27 +15,33 @@ from typing import Any
 import torch
 from torch import distributed
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from slimvlm.core import options
-from slimvlm.core.documents import asked
-from slimvlm.core.errors import ConfigError
-from slimvlm.core.files import new_folder, path_of, require_free
+from slimvlm.core.documents import asked, read_object
+from slimvlm.core.errors import ConfigError, ReloadError
+from slimvlm.core.files import mark_checkpoint, new_folder, path_of, require_free, write_text
 from slimvlm.core.progress import Say, is_first_rank, num_ranks
+from slimvlm.data.chat import answered_sample
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation import ask, gates, on_data
+from slimvlm.evaluation.bench import paired_times
 from slimvlm.evaluation.compare import Comparison, compare
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.on_data import DataResult, Predictions, evaluate_data, result_of
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as models
-from slimvlm.models.cost import params_of_target
+from slimvlm.models import pictures
+from slimvlm.models.cost import kv_cache_bytes_per_token, params_of_target
 from slimvlm.models.hidden import evaluating, gathered_weights, head_weights_of
 from slimvlm.models.load import check_models, device_named, load_as
 from slimvlm.models.parts import Parts, text_config_of
+from slimvlm.models.pictures import in_config
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import PLAN_FILE, CardFacts, prune_checkpoint, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Walked
@@ -42,7 +49,7 @@ from slimvlm.runs import request as requests
 from slimvlm.runs import stages
 from slimvlm.runs.request import Request, check_options, check_questions, scored_by
 from slimvlm.runs.stages import ORIGINAL, PRUNED, Calibration, SampleSplit
-from slimvlm.runs.tables import held_out_text
+from slimvlm.runs.tables import AtBudget, held_out_text
 from slimvlm.scoring.criteria import CRITERIA, require_low_memory
 from slimvlm.scoring.layerwise import LayerwiseModel, LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.score_model import score_by_layer
@@ -428,3 +435,74 @@ def side_by_side(
         results[name] = ask.evaluate(*load_as(loading, name), chosen, limit, name=name)
     known = {**builtin_tasks(), **{task.name: task for task in chosen}}
     return compare(results[a], results[b], known), {"A": results[a], "B": results[b]}
+
+
+def images(
+    model: str,
+    source: options.TrainingData,
+    shares: Sequence[float],
+    tasks: str | None,
+    limit: int | None,
+    keep: float | None,
+    out: Path | None,
+    force: bool,
+    say: Say,
+) -> list[AtBudget]:
+    """Measure a model at shares of its pictures' tokens, and write it with one of them."""
+    if (keep is None) != (out is None):
+        raise ConfigError(f"keep {keep}: it needs --out, and --out needs it")
+    named = [] if tasks is None else find_tasks(tasks)
+    check_models(source, model)
+    config = models.load_config(model, source.trust_remote_code)
+    pictures.knobs_of(config)
+    groups = {"data": stages.samples_for(model, source, None, say)}
+    processor = models.load_processor(models.resolve(model), config, source.trust_remote_code)
+    choose, usual = pictures.budgets_for(config, processor, groups["data"])
+    if keep is not None and out is not None:
+        settings, tokens = choose(keep)
+        changed, also = pictures.with_settings(processor, settings), in_config(config, settings)
+        _write_with(models.folder_of(model), out, changed, also, force)
+        said = ", ".join(f"{name} {value}" for name, value in settings.items())
+        say(f"{out}: {tokens:.0f} tokens a picture, by {said}")
+        if hint := pictures.llama_cpp(str(out), config):
+            say(hint)
+    chosen = {1.0: choose(1.0)} if shares else {}
+    for share in sorted({*shares} - {1.0}, reverse=True):
+        try:
+            chosen[share] = choose(share)
+        except ConfigError as error:
+            say(f"not measured: {error}")
+    if not chosen:
+        return []
+
+    loaded, processor = load_as(source, model)
+    for task in named:
+        groups[task.name] = [answered_sample(q, q.answers[0]) for q in task.load(limit)]
+    full = {name: on_data.predictions_of(loaded, processor, its) for name, its in groups.items()}
+    dtype, found = str(loaded.dtype).removeprefix("torch."), []
+    for share, (settings, tokens) in chosen.items():
+        times, cache = None, tokens * kv_cache_bytes_per_token(models.anatomy(config), dtype)
+        held_out = {n: result_of(full[n], groups[n], loaded.device) for n in groups}
+        if settings:
+            small = models.sharing_copy(loaded)
+            changed = pictures.with_settings(processor, settings)
+            vars(small.config).update(in_config(config, settings))
+            times = paired_times(small, changed, loaded, processor, usual)
+            held_out = {n: evaluate_data(small, changed, groups[n], full[n]) for n in groups}
+        found.append(AtBudget(share, settings, tokens, round(cache), times, held_out))
+    return found
+
+
+def _write_with(source: Path, out: Path, processor: Any, also: dict[str, Any], force: bool) -> None:
+    """Copy a model's folder with another processor, and other values in its configuration."""
+    with new_folder(out, force) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        write_processor(processor, folder)
+        if (folder / IMAGE_PROCESSOR_NAME).is_file():  # which older readers read
+            processor.image_processor.save_pretrained(folder)
+        values = read_object(folder / CONFIG_NAME, "model") | also
+        write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
+        again = models.load_processor(str(folder), models.load_config(folder))
+        if again.image_processor.to_dict() != processor.image_processor.to_dict():
+            raise ReloadError(f"{str(out)!r}: the processor reads back with other settings")
+        mark_checkpoint(folder)

@@ -242,14 +242,3 @@ def require_low_memory(name: str, options: Mapping[str, Any] = {}) -> Criterion:
             f"{', '.join(others)}"
         )
     return row
-
-
-def criteria_table() -> str:
-    """Print the table of criteria as Markdown, as in the README."""
-    header = "| criterion | units | needs data | what it measures | source |"
-    rows = [header, "|---|---|---|---|---|"]
-    for name, row in CRITERIA.items():
-        needs = "yes" if row.needs_data else "no"
-        units = ", ".join(row.units)
-        rows.append(f"| `{name}` | {units} | {needs} | {row.about} | {row.paper} |")
-    return "\n".join(rows)

@@ -1,0 +1,120 @@
+"""Choose and set how many tokens a picture becomes: the knobs of `Family.pictures`."""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
+from slimvlm.data.chat import encode_questions, plain_question
+from slimvlm.data.samples import Sample, open_image
+from slimvlm.models.families import Knob
+from slimvlm.models.load import load_processor
+from slimvlm.models.parts import family_of
+
+SHOWN = 32
+"""Pictures, spread over the data, whose sizes decide."""
+
+
+def knobs_of(config: Any) -> tuple[Knob, ...]:
+    """Return the knobs of a model's family; refuse a family without, and say why."""
+    family = family_of(config.model_type)
+    found = "it takes no pictures" if family.vision is None else family.pictures
+    if isinstance(found, str):
+        raise UnsupportedModelError(f"{config.model_type} has no image-token budget: {found}")
+    return found
+
+
+def picture_tokens(processor: Any, size: tuple[int, int]) -> int:
+    """Count the tokens by which a picture of a size lengthens a question."""
+    shown = plain_question(processor, size)
+    asked = [encode_questions(processor, [each]) for each in (shown, replace(shown, images=()))]
+    return int(asked[0]["input_ids"].shape[1] - asked[1]["input_ids"].shape[1])
+
+
+def with_settings(processor: Any, settings: Mapping[str, Any]) -> Any:
+    """Return a processor with some other settings, a dot before keys; the given one stays."""
+    made, values = copy.copy(processor), processor.image_processor.to_dict()
+    for field, value in settings.items():
+        name, _, key = field.partition(".")
+        values[name] = {**values[name], key: value} if key else value
+    made.image_processor = type(processor.image_processor).from_dict(values)
+    return made
+
+
+def in_config(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Take those settings that the model's configuration has, too."""
+    return {name: value for name, value in settings.items() if name in vars(config)}
+
+
+def steps_down(processor: Any, knobs: Sequence[Knob]) -> list[dict[str, Any]]:
+    """List settings from today's, which change nothing, to those with the fewest tokens."""
+    values, found = processor.image_processor.to_dict(), list[dict[str, Any]]([{}])
+    parts = [(name, part) for name, part in values.items() if isinstance(part, dict)]
+    values |= {f"{name}.{key}": value for name, part in parts for key, value in part.items()}
+    for knob in knobs:
+        before, now, below = found[-1], values.get(knob.field), list[Any]()
+        if now and knob.way == "pixels":
+            lowest = now / 16 if now <= 2**12 else 1  # of an edge or an area
+            smaller = dict.fromkeys(int(now * 0.99**step) for step in range(1, 1000))
+            below = [value for value in smaller if value >= lowest]
+        elif now and knob.way == "grids":
+            areas = sorted({h * w for h, w in now}, reverse=True)
+            below = [[[h, w] for h, w in now if h * w <= most] for most in areas[1:]]
+        elif now:
+            below = [value for value in knob.way if value < now]
+        least = knob.field.replace("longest", "shortest").replace("max_", "min_")
+        for value in below:
+            lowered = {least: min(values[least], value)} if values.get(least) else {}
+            found.append({**before, **lowered, knob.field: value})
+    return found
+
+
+def budgets_for(
+    config: Any, processor: Any, samples: Sequence[Sample]
+) -> tuple[Callable[[float], tuple[dict[str, Any], float]], tuple[int, int]]:
+    """Look at some data's pictures; return a function, and the size of one of them.
+
+    The function finds settings with the most tokens within a share of today's, and their mean.
+    """
+    knobs = knobs_of(config)
+    pictures = [picture for sample in samples for picture in sample.images]
+    if not pictures:
+        raise DataError("data: no sample has a picture, so there is no image-token budget")
+    sizes = [open_image(each).size for each in pictures[:: -(-len(pictures) // SHOWN)]]
+    steps, names = steps_down(processor, knobs), " and ".join(knob.field for knob in knobs)
+
+    @cache
+    def counts(step: int) -> list[int]:
+        changed = with_settings(processor, steps[step])
+        of_size = {size: picture_tokens(changed, size) for size in set(sizes)}
+        return [of_size[size] for size in sizes]
+
+    full, least = sum(counts(0)), sum(counts(len(steps) - 1))
+    if least == full:
+        told = f"its processor has no {names} by which pictures take fewer tokens"
+        raise UnsupportedModelError(f"{config.model_type} has no image-token budget: {told}")
+
+    def choose(share: float) -> tuple[dict[str, Any], float]:
+        if not least <= share * full <= full:
+            raise ConfigError(
+                f"image-token budget {share} must be from {least / full:.3f} to 1: {names} can "
+                f"leave that of the {full / len(sizes):.0f} tokens that this data's pictures take"
+            )
+        step = bisect_left(range(len(steps)), -share * full, key=lambda i: -sum(counts(i)))
+        return steps[step], sum(counts(step)) / len(sizes)
+
+    return choose, sorted(sizes)[len(sizes) // 2]
+
+
+def llama_cpp(folder: str, config: Any) -> str:
+    """Say how llama.cpp, which reads no processor, makes as few tokens; empty if not known."""
+    made: Any = getattr(load_processor(folder, config), "image_processor", None)
+    if not hasattr(made, "merge_size"):
+        return ""
+    most = made.size["longest_edge"] // (made.patch_size * made.merge_size) ** 2
+    return f"llama.cpp resizes pictures by itself: give it --image-max-tokens {most}"

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from PIL import Image
+
+from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
+from slimvlm.data import chat
+from slimvlm.data.samples import Sample
+from slimvlm.models.families import FAMILIES
+from slimvlm.models.hidden import as_inputs
+from slimvlm.models.load import load_processor, sharing_copy
+from slimvlm.models.pictures import (
+    budgets_for,
+    in_config,
+    knobs_of,
+    picture_tokens,
+    steps_down,
+    with_settings,
+)
+from tests import tiny, tiny_folder, tiny_pictures
+
+SHARES = {  # all of a small picture goes through the tower once, however few tiles it has
+    **dict.fromkeys(("llava_next", "llava_onevision"), (0.65,)),
+    **{"idefics2": (0.5,), "perception_lm": (0.5,), "phi4_multimodal": (0.5, 0.3)},
+    "molmo2": (0.5, 0.4),
+}
+
+
+def sample_of(name):
+    shown = Image.linear_gradient("L").resize(tiny_pictures.FAMILIES[name].size).convert("RGB")
+    asked = tiny_folder.turn("user", None, "Which colour is shown?")
+    return Sample(name, (asked, tiny_folder.turn("assistant", "It is red.")), (shown,))
+
+
+def seen(name, processor, inputs):
+    """The tokens that stand for a picture's features."""
+    token = tiny_pictures.FAMILIES[name].counted
+    number = chat.tokenizer_of(processor).convert_tokens_to_ids(token)
+    return int((inputs["input_ids"] == number).sum())
+
+
+def test_every_family_with_a_knob_is_tried_here():
+    with_one = {name for name, row in FAMILIES.items() if not isinstance(row.pictures, str)}
+    assert with_one == set(tiny_pictures.FAMILIES)
+
+
+@pytest.mark.parametrize("name", tiny_pictures.FAMILIES)
+def test_a_family_keeps_the_most_tokens_within_each_budget_and_reads_them(name, tmp_path):
+    model, processor = tiny_pictures.made(name)
+    sample, config = sample_of(name), model.config
+    shares = SHARES.get(name, (0.5, 0.25))
+    choose, size = budgets_for(config, processor, [sample])
+    (unchanged, full), *budgets = map(choose, (1.0, *shares))
+    assert size == sample.images[0].size
+    assert unchanged == {}
+    steps = steps_down(processor, knobs_of(config))
+    possible = {
+        picture_tokens(with_settings(processor, step), size)
+        for step in steps[:: max(len(steps) // 40, 1)]
+    }
+    inputs = chat.encode_samples(processor, [sample])
+    before = seen(name, processor, inputs)
+    for share, (settings, tokens) in zip(shares, budgets, strict=True):
+        assert tokens <= share * full
+        assert tokens >= max(each for each in possible if each <= share * full)
+        changed = with_settings(processor, settings)
+        changed.save_pretrained(tmp_path / str(share))
+        (tmp_path / str(share) / "config.json").write_text("{}")
+        again = load_processor(str(tmp_path / str(share)), config)
+        assert again.image_processor.to_dict() == changed.image_processor.to_dict()
+        again.chat_template = processor.chat_template  # Phi-4's class does not read it
+        small, fewer = sharing_copy(model), chat.encode_samples(again, [sample])
+        vars(small.config).update(in_config(config, settings))
+        assert 0 < seen(name, again, fewer) < before
+        with torch.no_grad():  # a model counts the tokens that it has features for
+            logits = small(**as_inputs(small, fewer)).logits
+        assert logits.isfinite().all()
+        before = seen(name, again, fewer)
+    same = chat.encode_samples(with_settings(processor, unchanged), [sample])
+    assert all(torch.equal(inputs[key], same[key]) for key in inputs)
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "paligemma", "gemma3", "mllama", "kosmos2_5"])
+def test_a_family_without_a_knob_says_why(name):
+    config = tiny.CONFIGS[name]()
+    if name == "llava-llama":  # Pixtral's processor has one
+        processor = tiny_folder.processor("llava")
+        with pytest.raises(UnsupportedModelError, match="llava has no image-token budget: its"):
+            budgets_for(config, processor, tiny_folder.short_samples(2))
+        return
+    with pytest.raises(UnsupportedModelError, match=rf"{config.model_type} has no image-token"):
+        knobs_of(config)
+
+
+def test_text_models_and_text_have_no_budget():
+    with pytest.raises(UnsupportedModelError, match="takes no pictures"):
+        knobs_of(tiny.llama())
+    model, processor = tiny_pictures.made("qwen2_vl")
+    with pytest.raises(DataError, match="no sample has a picture"):
+        budgets_for(model.config, processor, tiny_folder.short_samples(2, False))
+    choose, _ = budgets_for(model.config, processor, [sample_of("qwen2_vl")])
+    with pytest.raises(ConfigError, match=r"0\.01 must be from 0\.\d+ to 1: .* 26 tokens"):
+        choose(0.01)
