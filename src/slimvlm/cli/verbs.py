@@ -374,9 +374,9 @@ def demo(
     if what == "build":
         print(build_demo() if delta is None else build_from_delta(delta, out, force))
         return
-    made = run_demo(out, short, force, note, model, place.device, axis, limit)
-    print_table(made.header, made.rows, title="the demo model, 30 % smaller")
-    for line in made.lines:
+    header, rows, lines = run_demo(out, short, force, note, model, place.device, axis, limit)
+    print_table(header, rows, title="the demo model, 30 % smaller")
+    for line in lines:
         print(printable(line))
 
 

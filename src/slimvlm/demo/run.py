@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -15,30 +15,13 @@ from slimvlm.models.load import computes_bfloat16, device_named
 from slimvlm.runs import compress, tables
 
 RATIO = 0.3
-TOKENS = 8192
-"""Tokens that stay. The others are three fifths of what is removed; the data has none of them."""
+TOKENS = 8192  # that stay; the others are three fifths of what goes, and the data has none of them
 ASKED = ("name", "object_letter", "presence", "locate", "read_digits", "list_objects")
-SHOWN = ("name", "locate", "list_objects")
-"""Tasks whose first question is shown with the answers of both models."""
-RECOVERY = RecoverConfig(
-    train="full",
-    loss="cosine",
-    learning_rate=1e-4,
-    trainer={"warmup_steps": 0.1},
-    batch_size=2,
-    epochs=1,
-)
-"""Small steps towards the direction of the teacher's hidden states, at every position and layer;
-larger steps lose what the walk kept (``docs/log.md``)."""
-
-
-@dataclass(frozen=True)
-class Demo:
-    """What the demo shows at its end."""
-
-    header: list[str]
-    rows: list[list[str]]
-    lines: list[str]  # questions with both answers, and commands to go on with
+SHOWN = ("name", "locate", "list_objects")  # their first questions, with the answers of both models
+# small steps towards the direction of the teacher's hidden states, at every position and layer;
+# larger steps lose what the walk kept (docs/log.md)
+STEPS: dict[str, Any] = {"learning_rate": 1e-4, "trainer": {"warmup_steps": 0.1}, "batch_size": 2}
+RECOVERY = RecoverConfig(train="full", loss="cosine", epochs=1, **STEPS)
 
 
 def run_demo(
@@ -50,12 +33,12 @@ def run_demo(
     device: str | None = None,
     axis: Axis = "width",
     limit: int | None = None,
-) -> Demo:
+) -> tuple[list[str], list[list[str]], list[str]]:
     """Prune, recover and evaluate the demo model, and set both models side by side.
 
-    Writes the run folder ``out/axis``, the pictures shown and ``out/summary.md``; a stopped demo
-    resumes. ``short`` takes fewer samples and questions; ``limit`` is the number of questions of
-    each task.
+    Returns the header and rows of a table, and lines with questions and what to do next. Writes
+    the run folder ``out/axis``, the pictures shown and ``out/summary.md``; a stopped demo resumes.
+    ``short`` takes fewer samples; ``limit`` is the number of questions of each task.
     """
     folder = out / axis
     if force:
@@ -115,4 +98,4 @@ def run_demo(
     ]
     text = "\n".join([tables.as_markdown(header, rows), "```text", *lines, "```", ""])
     write_text(out / "summary.md", text)
-    return Demo(header, rows, lines)
+    return header, rows, lines

@@ -23,14 +23,7 @@ from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.models.pictures import llama_cpp as picture_hint
 from slimvlm.models.serving import GGUF_PICTURES, check
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.save import (
-    CARD_FILE,
-    PLAN_FILE,
-    CardFacts,
-    base_card,
-    write_card,
-    write_model,
-)
+from slimvlm.pruning.save import CARD_FILE, PLAN_FILE, CardFacts, base_card, write_card, write_model
 
 CONVERTER = "convert_hf_to_gguf"
 QUANTIZE_PROGRAM = "llama-quantize"

@@ -30,8 +30,8 @@ STAND_INS: dict[str, tuple[str, Mapping[str, object]]] = {
 }
 """Language models that transformers has inside other models only; the text model that computes the
 same without pictures, and fields that it must state. Tried with transformers 5.24."""
+# rotary settings that place pictures; engines take a model that has them for one that sees
 _OF_PICTURES = ("mrope_section", "mrope_interleaved")
-"""Rotary settings that place pictures; engines take a model that has them for one that sees."""
 _PLAIN_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0}
 """Fields that some models that see leave aside, as values that change no logit."""
 _TURNS_AS_PARTS = (

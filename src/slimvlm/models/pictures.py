@@ -16,8 +16,7 @@ from slimvlm.models.families import Knob
 from slimvlm.models.load import load_processor
 from slimvlm.models.parts import family_of
 
-SHOWN = 32
-"""Pictures, spread over the data, whose sizes decide."""
+SHOWN = 32  # pictures, spread over the data, whose sizes decide
 
 
 def knobs_of(config: Any) -> tuple[Knob, ...]:
