@@ -112,7 +112,8 @@ def _linked(text: str, docs: str) -> str:
         name = target.removeprefix("../")
         if name in PAGES:
             return f"[{shown}]({PAGES[name]}{anchor})"
-        if (ROOT / "docs" / inside).is_file() or inside in PAGES.values():
+        is_page = not inside.startswith("../") and (ROOT / "docs" / inside).is_file()
+        if is_page or inside in PAGES.values():
             return f"[{shown}]({inside}{anchor})"
         return shown  # a file of the repository that the site does not show
 

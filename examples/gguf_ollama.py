@@ -44,6 +44,7 @@ def run(command: str, folder: Path | None = None) -> None:
 # 1. The GGUF file, in 8 bits a weight.
 options.out.mkdir(parents=True, exist_ok=True)
 file, pictures = options.out / "model.gguf", options.out / "mmproj-model.gguf"
+pictures.unlink(missing_ok=True)  # of a model before
 of = f" --original {options.original}" if options.original else ""
 run(f"slimvlm export {options.model} --out {file} --outtype q8_0 --force{of}")
 

@@ -131,14 +131,17 @@ def table(out: Path, seeds: int) -> str:
 def main() -> None:
     """Read the options, then make, ask and compare the models that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/easy_vqa"))
+    parser.add_argument(
+        "--out", type=Path, help="default: runs/easy_vqa, short: runs/easy_vqa_short"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=96, help="calibration samples")
     parser.add_argument("--training-samples", type=int, default=512)
     parser.add_argument("--dtype", default="auto", help="bfloat16 where the machine computes it")
     parser.add_argument("--short", action="store_true", help="one small cell of each kind")
     options = parser.parse_args()
-    out, short, ratios = options.out, options.short, RATIOS[1:2] if options.short else RATIOS
+    short, ratios = options.short, RATIOS[1:2] if options.short else RATIOS
+    out = options.out or Path("runs/easy_vqa_short" if short else "runs/easy_vqa")
     (out / "results").mkdir(parents=True, exist_ok=True)
     data, tasks = write_data(out, limit=8 if short else None)
     sizes = [8, 8] if short else [options.samples, options.training_samples]
@@ -165,7 +168,8 @@ def main() -> None:
                     continue
                 how = [*read, *words, *(["--local-steps", 0] if short else []), "--seed", seed]
                 where = ["--data", data, "--out", run]
-                slimvlm("compress", tuned, "--ratio", ratio, *where, *how, *dtype)
+                if not (run / "summary.md").exists():
+                    slimvlm("compress", tuned, "--ratio", ratio, *where, *how, *dtype)
                 slimvlm("evaluate", run, *ask, "--out", result)
                 shutil.rmtree(run / "checkpoint")
         (out / "table.md").write_text(found := table(out, options.seeds))

@@ -49,6 +49,10 @@ MIXTURE = [
     "slimvlm compress MODEL --ratio 0.4 --experts 0.25 --data mix.json --images coco/ --out run",
     "slimvlm plan MODEL --experts 0.25 --scores scores/reap --out plan.json",
 ]
+IMAGES = [
+    "slimvlm images MODEL --data mix.json --images coco/ --budgets 1 0.5 0.25",
+    "slimvlm images MODEL --data mix.json --images coco/ --budgets --keep 0.5 --out half",
+]
 ELSEWHERE = {
     "slimvlm demo run --short --out runs/demo": "a minute or more; .ci/run runs it",
     "slimvlm study studies/demo.yaml --out runs/demo-study": "an hour",
@@ -57,6 +61,7 @@ ELSEWHERE = {
     "slimvlm export fewer --original MODEL --out fewer.gguf": "llama.cpp knows no tiny tokenizer",
     "slimvlm export MODEL --text-only --out text.gguf": "likewise; see test_gguf",
     "slimvlm export recovered --out recovered.gguf --outtype f16": "likewise; see test_gguf",
+    **dict.fromkeys(IMAGES, "a picture of MODEL takes the same tokens always; see test_images"),
     "slimvlm study studies/llava-1.5-7b.yaml --out runs/llava --engine ray": "days",
     **dict.fromkeys(MIXTURE, "MODEL is no mixture of experts; see journeys/test_experts.py"),
 }

@@ -94,7 +94,7 @@ def test_the_older_file_of_a_processor_follows(data, tmp_path):
     ],
 )
 def test_mistakes_are_told_before_weights_are_read(data, how, told, monkeypatch, tmp_path):
-    monkeypatch.setattr("slimvlm.models.load.load_as", None)
+    monkeypatch.setattr("slimvlm.runs.verbs.load_as", None)
     if "out" in how:
         how = {**how, "out": tmp_path / how["out"]}
     with pytest.raises(ConfigError, match=told):

@@ -566,7 +566,9 @@ def export(
     """
     if bool(check) == (out is not None):
         raise ConfigError("export needs either --out or --check")
-    if text_only and out is not None and out.suffix != ".gguf":
+    if text_only and out is not None and out.suffix.lower() != ".gguf":
+        if outtype != "bf16" or original is not None:
+            raise ConfigError("outtype and original are for GGUF: --out must end in .gguf")
         from slimvlm.export.text_only import export_text
 
         export_text(model, out, force)

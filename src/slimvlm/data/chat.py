@@ -22,8 +22,7 @@ from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Message, Question, Sample, open_image
 from slimvlm.data.templates import check_texts, limited
 
-TOKENS_PER_BYTE = 64
-"""Tokens that a byte of text may become, beside a thousand for the whole text."""
+TOKENS_PER_BYTE = 64  # tokens that a byte of text may become, beside a thousand for the whole text
 _MARK = "\ue000{}\ue001"
 """Placeholder of a text, between two characters of Unicode's private use area."""
 _MARKS = _MARK.format(r"(\d+)")

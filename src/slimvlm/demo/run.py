@@ -41,8 +41,6 @@ def run_demo(
     ``short`` takes fewer samples; ``limit`` is the number of questions of each task.
     """
     folder = out / axis
-    if force:
-        (folder / "summary.md").unlink(missing_ok=True)
     dtype: Dtype = "bfloat16" if computes_bfloat16(device_named(device)) else "float32"
     config = CompressConfig(
         ratio=RATIO,
@@ -58,7 +56,7 @@ def run_demo(
         tasks=",".join(ASKED),
         limit=limit or (4 if short else 20),
     )
-    found = compress.results_of(model, config, folder)
+    found = None if force else compress.results_of(model, config, folder)
     if found is None:
         found = compress.compress(model, config, folder, force, say).results
     original, small = found["original"], found["recovered"]

@@ -40,8 +40,7 @@ from slimvlm.models.parts import Parts
 REPEATS, NEW_TOKENS = 6, 8  # runs of each model, and new tokens after the first
 
 
-Run = tuple[float, ...]
-"""Milliseconds of one greedy generation: to the first new token, then of each further one."""
+Run = tuple[float, ...]  # milliseconds of a generation: to the first token, then of each other one
 
 
 def _decode_ms(run: Run) -> float:

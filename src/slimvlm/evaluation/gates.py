@@ -80,6 +80,7 @@ def judge(
             ours = {name: task.scores for name, task in tasks.items() if task.in_average}
             spread = metrics.average_difference({n: [0.0] * len(s) for n, s in ours.items()}, ours)
             found["avg"] = Estimate(last.average, spread.low, spread.high), first.average
+        if any(name == "retention" for name, *_ in asked):
             kept = last.retention(first)
             found["retention"] = Estimate(kept.percent, kept.low, kept.high), None
     if asked and on_data:

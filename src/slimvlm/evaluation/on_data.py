@@ -47,8 +47,7 @@ from slimvlm.scoring.batches import on_device
 
 _SHARE = 4
 """Divides the number of positions whose logits exist at one time: here they exist seven times."""
-Given = Sample | str
-"""A conversation, or plain text."""
+Given = Sample | str  # a conversation, or plain text
 States = tuple[Sequence[int], Hidden, Int[Tensor, "B T"]]
 """A batch: places of its samples, final hidden states, labels."""
 

@@ -15,8 +15,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-QUANTIZER = "llama_cpp_py_sync"
-"""The package that brings llama.cpp's quantiser."""
+QUANTIZER = "llama_cpp_py_sync"  # the package that brings llama.cpp's quantiser
 
 
 def convert(original: str, *arguments: str) -> None:

@@ -41,8 +41,7 @@ from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, write_card
 
 Bits = Literal["int8", "int4", "fp8"]
 Backend = Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"]
-GROUP = 64
-"""Weights of a row that share a scale in int4."""
+GROUP = 64  # weights of a row that share a scale in int4
 METHODS: dict[tuple[str, str], tuple[bool, int]] = {
     ("int8", "torchao"): (False, 1),
     ("int8", "bitsandbytes"): (False, 1),

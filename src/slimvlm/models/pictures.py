@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from math import ceil
 from typing import Any
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
@@ -101,8 +102,8 @@ def budgets_for(
     def choose(share: float) -> tuple[dict[str, Any], float]:
         if not least <= share * full <= full:
             raise ConfigError(
-                f"image-token budget {share} must be from {least / full:.3f} to 1: {names} can "
-                f"leave that of the {full / len(sizes):.0f} tokens that this data's pictures take"
+                f"image-token budget {share} must be from {ceil(1000 * least / full) / 1000} to 1: "
+                f"{names} can leave that of the {full / len(sizes):.0f} tokens that this data's pictures take"
             )
         step = bisect_left(range(len(steps)), -share * full, key=lambda i: -sum(counts(i)))
         return steps[step], sum(counts(step)) / len(sizes)
@@ -113,7 +114,7 @@ def budgets_for(
 def llama_cpp(folder: str, config: Any) -> str:
     """Say how llama.cpp, which reads no processor, makes as few tokens; empty if not known."""
     made: Any = getattr(load_processor(folder, config), "image_processor", None)
-    if not hasattr(made, "merge_size"):
+    if not hasattr(made, "merge_size") or "glm" in config.model_type:  # GLM counts frames, too
         return ""
     most = made.size["longest_edge"] // (made.patch_size * made.merge_size) ** 2
     return f"llama.cpp resizes pictures by itself: give it --image-max-tokens {most}"

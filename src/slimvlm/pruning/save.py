@@ -129,13 +129,12 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
 def base_card(model: str) -> dict[str, Any]:
     """Read what a model's card hands on; empty if it has none or cannot be reached."""
     is_some = bool(model) and (is_hub_id(model) or Path(model).is_dir())
-    path = file_if_reachable(model, CARD_FILE) if is_some else None
-    if path is None:
-        return {}
     try:
+        if not is_some or (path := file_if_reachable(model, CARD_FILE)) is None:
+            return {}
         head = read_text(path, "card", 2**22).lstrip("\ufeff \n").split("\n---", 1)[0]
         values = parse_yaml(head.removeprefix("---")) if head.startswith("---") else {}
-    except (ConfigError, ValueError):
+    except (ConfigError, ValueError, OSError):
         return {}
     found: dict[str, Any] = {}
     for name, pattern in _INHERITED.items() if isinstance(values, dict) else ():

@@ -43,8 +43,7 @@ from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
 
 STAGES = (ORIGINAL, PRUNED, RECOVERED)
-TIMES_FILE = "times.json"
-"""Times of the smaller model beside the original's, among a run's results."""
+TIMES_FILE = "times.json"  # times of the smaller model beside the original's, among a run's results
 _PREDICTIONS = "said.safetensors"  # of the original, on held-out samples
 _NOT_TRAINED = "none"
 
@@ -154,6 +153,8 @@ def compress(
         if config.baseline:
             read_baseline(config.baseline, floors=config.floors)
         request, given, samples = stages.settled(request_of(model, config), None, say)
+        if not samples.report:  # so few that none stays unseen
+            request_of(model, replace(config, report_samples=0))
         if given is not None:
             say("the tokens alone give the ratio: nothing else goes")
         elif request.prune.axis == "auto":
@@ -394,6 +395,7 @@ _RECIPE = ("axis", "train", "loss")  # which a recipe chooses when they are not 
 def compress_command(model: str, config: CompressConfig, out: str | Path) -> str:
     """Write the ``slimvlm compress`` command for a run; options at their defaults are left out."""
     has_no_flag = options.file_only(CompressConfig) | options.file_only(RecoverConfig)
+    config = replace(config, require=())  # which changes no model
     if {*_unusual(config), *_unusual(config.recover or RecoverConfig())} & has_no_flag:
         return shlex.join(["slimvlm", "compress", "--config", f"{out}/run.yaml", "--out", str(out)])
     words = ["slimvlm", "compress", model, *_flags(config, {"batch_size": options.TASK_BATCH_SIZE})]

@@ -42,7 +42,7 @@ from slimvlm.models.pictures import in_config
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.layout import write_processor
-from slimvlm.pruning.save import PLAN_FILE, CardFacts, prune_checkpoint, save
+from slimvlm.pruning.save import CARD_FILE, PLAN_FILE, CardFacts, prune_checkpoint, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.runs import request as requests
@@ -496,7 +496,8 @@ def images(
 def _write_with(source: Path, out: Path, processor: Any, also: dict[str, Any], force: bool) -> None:
     """Copy a model's folder with another processor, and other values in its configuration."""
     with new_folder(out, force) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        measured = shutil.ignore_patterns(CARD_FILE, HELD_OUT_FILE)  # with more tokens a picture
+        shutil.copytree(source, folder, ignore=measured, dirs_exist_ok=True)
         write_processor(processor, folder)
         if (folder / IMAGE_PROCESSOR_NAME).is_file():  # which older readers read
             processor.image_processor.save_pretrained(folder)
