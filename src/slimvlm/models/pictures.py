@@ -103,7 +103,7 @@ def budgets_for(
         if not least <= share * full <= full:
             raise ConfigError(
                 f"image-token budget {share} must be from {ceil(1000 * least / full) / 1000} to 1: "
-                f"{names} can leave that of the {full / len(sizes):.0f} tokens of this data's pictures"
+                f"{names} leave that of the {full / len(sizes):.0f} tokens of this data's pictures"
             )
         step = bisect_left(range(len(steps)), -share * full, key=lambda i: -sum(counts(i)))
         return steps[step], sum(counts(step)) / len(sizes)
