@@ -49,6 +49,10 @@ MIXTURE = [
     "slimvlm compress MODEL --ratio 0.4 --experts 0.25 --data mix.json --images coco/ --out run",
     "slimvlm plan MODEL --experts 0.25 --scores scores/reap --out plan.json",
 ]
+GATE = (
+    "slimvlm evaluate small --data unseen.jsonl --baseline MODEL "
+    '--require "agreement >= 95%" "loss <= 1.1x"'
+)
 IMAGES = [
     "slimvlm images MODEL --data mix.json --images coco/ --budgets 1 0.5 0.25",
     "slimvlm images MODEL --data mix.json --images coco/ --budgets --keep 0.5 --out half",
@@ -61,6 +65,7 @@ ELSEWHERE = {
     "slimvlm export fewer --original MODEL --out fewer.gguf": "llama.cpp knows no tiny tokenizer",
     "slimvlm export MODEL --text-only --out text.gguf": "likewise; see test_gguf",
     "slimvlm export recovered --out recovered.gguf --outtype f16": "likewise; see test_gguf",
+    GATE: "a tiny model does not pass; see test_gates",
     **dict.fromkeys(IMAGES, "a picture of MODEL takes the same tokens always; see test_images"),
     "slimvlm study studies/llava-1.5-7b.yaml --out runs/llava --engine ray": "days",
     **dict.fromkeys(MIXTURE, "MODEL is no mixture of experts; see journeys/test_experts.py"),
