@@ -66,7 +66,7 @@ def test_the_notebook_is_stored_without_output():
 def test_a_text_model_is_compressed_with_jsonl_and_asked(tmp_path):
     said = run("text_jsonl.py", "--short", folder=tmp_path)
     out = tmp_path / "runs" / "text"
-    rows = [json.loads(line) for line in (out / "conversations.jsonl").open()]
+    rows = [json.loads(line) for line in (out / "conversations.jsonl").read_text().splitlines()]
     assert len(rows) > 100
     assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
     whole, small = sv.anatomy(out / "model"), sv.anatomy(out / "small" / "checkpoint")
