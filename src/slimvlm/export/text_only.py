@@ -17,7 +17,6 @@ from slimvlm.data import chat
 from slimvlm.models import load as models
 from slimvlm.models.families import FAMILIES
 from slimvlm.models.parts import Parts, family_of, text_config_of
-from slimvlm.planning.plan import Plan
 from slimvlm.pruning import save
 
 STAND_INS: dict[str, tuple[str, Mapping[str, object]]] = {
@@ -120,7 +119,7 @@ def export_text(model: str | Path, out: str | Path, force: bool = False) -> None
     models.require_full_precision(described, "written as text alone")
     text_config_alone(described)
     whole, processor = models.load(model, device="cpu")
-    tokenizer, plan = text_tokenizer(processor), Path(models.resolve(model)) / save.PLAN_FILE
+    tokenizer, made_by = text_tokenizer(processor), save.plan_of(model)
     batch = save.probe(whole, tokenizer)
     expected, text = save.last_logits(whole, batch), text_alone(whole)
     if not family_of(described.model_type).caps_logits:
@@ -146,5 +145,4 @@ def export_text(model: str | Path, out: str | Path, force: bool = False) -> None
         base = described._name_or_path
         return save.CardFacts(base=base, name=Path(out).name, is_text_of=described.model_type)
 
-    made_by = Plan.load(plan) if plan.is_file() else None
     save.write_folder(out, text, tokenizer, made_by, check, force=force)

@@ -157,6 +157,12 @@ _COMPARED = 24  # tensors that are compared bit by bit when a folder is read bac
 PROBE_TEXT = " Plain words, žluťoučký kůň,\n\t日本語, ελληνικά, 🙂 and  1234567890"
 
 
+def plan_of(model: str | Path) -> Plan | None:
+    """Read the plan that pruned a model from its folder; None if there is none."""
+    path = Path(models.resolve(model)) / PLAN_FILE
+    return Plan.load(path) if path.is_file() else None
+
+
 def save(
     model: PreTrainedModel,
     processor: Any,

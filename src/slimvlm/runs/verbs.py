@@ -42,7 +42,7 @@ from slimvlm.models.pictures import in_config
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.layout import write_processor
-from slimvlm.pruning.save import CARD_FILE, PLAN_FILE, CardFacts, prune_checkpoint, save
+from slimvlm.pruning.save import CARD_FILE, CardFacts, plan_of, prune_checkpoint, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.runs import request as requests
@@ -344,8 +344,7 @@ def recover(
     samples = stages.samples_for(model, source, None, say)
     student, processor = loaded(model)
     original = None if teacher is None else loaded(teacher, "cpu")[0]
-    plan_file = Path(models.resolve(model)) / PLAN_FILE
-    plan = Plan.load(plan_file) if plan_file.exists() else None
+    plan = plan_of(model)
     work = out.with_name(f".{out.name}.training")
     history = train(student, original, samples, config, processor, work, plan)
     if shard:
