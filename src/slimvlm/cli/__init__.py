@@ -20,17 +20,8 @@ import docstring_parser
 
 from slimvlm.cli import verbs
 from slimvlm.cli.options import defaults_from, parse
-from slimvlm.core.errors import (
-    LESS_TO_TRAIN,
-    ConfigError,
-    PrintableStream,
-    RegressionError,
-    SlimError,
-    is_out_of_memory,
-    one_line,
-    panics_raised,
-    printable,
-)
+from slimvlm.core import errors
+from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
 from slimvlm.core.files import held
 from slimvlm.core.progress import current_stage, num_ranks, stage
 from slimvlm.core.removed import refuse_removed
@@ -49,8 +40,8 @@ GOING_ON = ("recover", "compress", "study", "evaluate")
 """Verbs that resume a stopped run."""
 _LAYER_BY_LAYER = "--low-memory keeps one layer on the device at a time"
 _CURES = {
-    "train": LESS_TO_TRAIN,
-    "recover": LESS_TO_TRAIN,
+    "train": errors.LESS_TO_TRAIN,
+    "recover": errors.LESS_TO_TRAIN,
     "score": _LAYER_BY_LAYER,
     "prune": _LAYER_BY_LAYER,
     "compress": "fewer --samples, a smaller --task-batch-size, or prune --low-memory and recover",
@@ -78,15 +69,15 @@ def main(arguments: list[str] | None = None) -> None:
     logging.setLogRecordFactory(_printable_record)
     words = sys.argv[1:] if arguments is None else arguments
     verb = next(iter(words), "")
-    streams: list[Any] = [PrintableStream(out), PrintableStream(err)]
+    streams: list[Any] = [errors.PrintableStream(out), errors.PrintableStream(err)]
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         try:
-            with panics_raised():
+            with errors.panics_raised():
                 _run(verb, words)
             sys.stdout.flush()
             return
         except SlimError as error:
-            code, told = 3 if isinstance(error, RegressionError) else 2, one_line(error)
+            code, told = 3 if isinstance(error, errors.RegressionError) else 2, one_line(error)
         except KeyboardInterrupt:
             resume = f"Give the same command again to go on{' (with --log)' * (verb == 'evaluate')}"
             told = resume if verb in GOING_ON else "What was there before is unchanged"
@@ -196,7 +187,7 @@ def memory_explained(words: Sequence[str]) -> Iterator[None]:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not errors.is_out_of_memory(error):
                 raise
             from slimvlm.runs.tables import size
 

@@ -21,19 +21,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.evaluation.bench import stored_bytes
+from slimvlm.models import load as models
 from slimvlm.models.cost import free_memory
 from slimvlm.models.files import unreadable
-from slimvlm.models.load import (
-    class_of,
-    device_named,
-    empty_model,
-    folder_of,
-    is_quantized,
-    load_config,
-    load_processor,
-    require_buildable,
-    resolve,
-)
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, plan_of, write_card
@@ -100,15 +90,15 @@ def quantize(
         arXiv:2305.14314, Section 3.
     """
     require_free(out, force)
-    target, name = device_named(device), resolve(model)
-    config = load_config(model)
-    require_buildable(name, config)
+    target, name = models.device_named(device), models.resolve(model)
+    config = models.load_config(model)
+    models.require_buildable(name, config)
     chosen = _backend_for(to, backend, target)
-    if is_quantized(config):
+    if models.is_quantized(config):
         raise ConfigError("model: its weights are quantised already; quantise the original")
     plan = plan_of(model)
     multiple = METHODS[to, chosen][1]
-    empty = empty_model(config)
+    empty = models.empty_model(config)
     for _, projection, linear in Parts(empty).projections():
         if linear.in_features % multiple:
             raise ConfigError(
@@ -127,7 +117,7 @@ def quantize(
         and not any(name == part or name.startswith(f"{part}.") for part in skipped)
     ]
     dtype = getattr(config, "dtype", None) or torch.bfloat16
-    needed = sum(file.stat().st_size for file in folder_of(name).glob("*.safetensors"))
+    needed = sum(file.stat().st_size for file in models.folder_of(name).glob("*.safetensors"))
     if target.type != "cpu" and needed > (free := free_memory(target)):
         raise ConfigError(
             f"device {str(target)!r}: {needed / 2**30:.2f} GiB of weights do not fit into "
@@ -146,17 +136,20 @@ def quantize(
             bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
             bits["bnb_4bit_compute_dtype"] = dtype
         settings = BitsAndBytesConfig(**bits, llm_int8_skip_modules=skipped)
-    source = class_of(config)
     with unreadable(name, "weights"):
-        small: PreTrainedModel = source.from_pretrained(
-            name,
-            dtype="auto",
-            use_safetensors=True,
-            quantization_config=settings,
-            device_map={"": str(target)},
-            trust_remote_code=False,
-        ).eval()
-    processor = load_processor(name, config)
+        small: PreTrainedModel = (
+            models.class_of(config)
+            .from_pretrained(
+                name,
+                dtype="auto",
+                use_safetensors=True,
+                quantization_config=settings,
+                device_map={"": str(target)},
+                trust_remote_code=False,
+            )
+            .eval()
+        )
+    processor = models.load_processor(name, config)
     is_ours = chosen == "compressed-tensors"
     with new_folder(out, force) as folder:
         with compressed(small, to, skipped) if is_ours else nullcontext():
@@ -204,23 +197,19 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
 @contextmanager
 def compressed(model: PreTrainedModel, to: str, skipped: Sequence[str]) -> Iterator[None]:
     """Quantise matrices of decoder layers inside the block; dequantise them afterwards."""
+    from compressed_tensors import quantization
     from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import (
-        QuantizationConfig,
-        QuantizationStatus,
-        apply_quantization_config,
-        preset_name_to_scheme,
-    )
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    scheme = preset_name_to_scheme(SCHEMES[to], ["Linear"])
+    scheme = quantization.preset_name_to_scheme(SCHEMES[to], ["Linear"])
     assert scheme.weights is not None
     if scheme.weights.group_size is not None:
         scheme.weights.group_size = GROUP
     # readers differ in the path to a part and share its name
     ignored = sorted({f"re:.*{path.rpartition('.')[2]}.*" for path in skipped})
-    settings = QuantizationConfig(config_groups={"decoder": scheme}, ignore=ignored)
-    apply_quantization_config(model, settings)
+    groups_of = {"decoder": scheme}
+    settings = quantization.QuantizationConfig(config_groups=groups_of, ignore=ignored)
+    quantization.apply_quantization_config(model, settings)
     matrices: list[Any] = [linear for _, _, linear in Parts(model).projections()]
     for module in matrices:
         rows = module.weight.detach().float()
@@ -228,11 +217,11 @@ def compressed(model: PreTrainedModel, to: str, skipped: Sequence[str]) -> Itera
         scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
         module.weight_scale.data.copy_(scale)
         module.weight_zero_point.data.copy_(zero)
-        module.quantization_status = QuantizationStatus.FROZEN
+        module.quantization_status = quantization.QuantizationStatus.FROZEN
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     written: dict[str, Any] = json.loads(settings.model_dump_json(exclude_none=True))
-    written["quantization_status"] = QuantizationStatus.COMPRESSED.value
+    written["quantization_status"] = quantization.QuantizationStatus.COMPRESSED.value
     kind = matrices[0].quantization_scheme.format.value
     written["format"] = written["config_groups"]["decoder"]["format"] = kind
     model.config.quantization_config = written

@@ -49,6 +49,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze all parameters inside, and put their ``requires_grad`` flags back afterwards."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_()
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Find the device of inputs: the first weights', or the one of a ``device_map``."""
     sent_to = getattr(getattr(model, "_hf_hook", None), "execution_device", None)

@@ -6,7 +6,7 @@ B batch, T token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -121,18 +121,6 @@ def batches_with_targets(
 def forward_backbone(model: Any, batch: Batch) -> None:
     """Run everything but the head; labels are left out."""
     model.base_model(**without_labels(batch), use_cache=False)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Freeze all parameters inside, and put their ``requires_grad`` flags back afterwards."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_()
 
 
 def weight_of(owner: Any, name: str = "weight") -> Tensor:

@@ -158,10 +158,10 @@ CRITERIA: dict[str, Criterion] = {
         options={"gradient": ("batch", "per_sample")}, fixed={"order": "first"},
         from_request=("gradient",)),
     "taylor_second": Criterion(
-        WIDTH_UNITS, GRADIENTS, gradients.score_taylor_widths, _LLM_PRUNER,
+        WIDTH_UNITS, GRADIENTS, lambda found, anatomy: per_unit(found.parts, anatomy), _LLM_PRUNER,
         "second order: weight² x mean squared gradient", fixed={"order": "second"}),
     "taylor_mix": Criterion(
-        WIDTH_UNITS, GRADIENTS, gradients.score_taylor_widths, _LLM_PRUNER,
+        WIDTH_UNITS, GRADIENTS, lambda found, anatomy: per_unit(found.parts, anatomy), _LLM_PRUNER,
         "first and second order together", fixed={"order": "mix"}),
     "gate": Criterion(
         WIDTH_UNITS, GATES, forward.score_as_collected, "Michel et al., arXiv:1905.10650",

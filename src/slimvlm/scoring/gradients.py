@@ -18,17 +18,10 @@ from torch import Tensor, nn
 
 from slimvlm.models.anatomy import Anatomy, read_anatomy, spread, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
-from slimvlm.models.hidden import layer_input, require_finite_values
+from slimvlm.models.hidden import frozen, layer_input, require_finite_values
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts
-from slimvlm.scoring.batches import (
-    Batch,
-    Pass,
-    TokenWeights,
-    batches_with_targets,
-    frozen,
-    weight_of,
-)
+from slimvlm.scoring.batches import Batch, Pass, TokenWeights, batches_with_targets, weight_of
 from slimvlm.scoring.forward import linear_matrices
 from slimvlm.scoring.unit_scores import Place, Statistics, Values, per_layer, per_unit
 
@@ -198,8 +191,3 @@ def score_taylor(statistics: Statistics, anatomy: Anatomy) -> Values:
     """Add ``|w g|`` over each unit, and for layers over all matrices that units own, each once."""
     layer = per_layer(statistics.parts, anatomy)
     return {**per_unit(statistics.parts, anatomy), "layer": layer}
-
-
-def score_taylor_widths(statistics: Statistics, anatomy: Anatomy) -> Values:
-    """Add Taylor terms of any order over each unit."""
-    return per_unit(statistics.parts, anatomy)

@@ -16,7 +16,7 @@ from slimvlm.core.options import Repair
 from slimvlm.core.progress import Say, silent
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
-from slimvlm.models.hidden import device_of, evaluating
+from slimvlm.models.hidden import device_of, evaluating, frozen
 from slimvlm.models.parts import shares_keys, text_config_of
 from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.plan import Plan
@@ -26,7 +26,7 @@ from slimvlm.pruning.save import prune_checkpoint
 from slimvlm.pruning.walk.engine import Steps, Walk, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import Streams
-from slimvlm.scoring.batches import Batch, TokenWeights, frozen
+from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from slimvlm.scoring.layerwise import LayerwiseModel, Live, Source, open_checkpoint
 from slimvlm.scoring.score_model import score, score_by_layer

@@ -34,15 +34,7 @@ from slimvlm.runs.cost import speed_of
 from slimvlm.runs.request import check_options, check_questions, dry_plan
 from slimvlm.runs.study import schedule as scheduling
 from slimvlm.runs.study.config import Cell, StudyConfig, expand, read_study
-from slimvlm.runs.study.schedule import (
-    HISTORY,
-    RESULT,
-    STAGE_KINDS,
-    Cache,
-    Outcome,
-    Schedule,
-    Stage,
-)
+from slimvlm.runs.study.schedule import STAGE_KINDS, Cache, Outcome, Schedule, Stage
 from slimvlm.training.recover import History
 
 _PATIENCE = 600.0  # seconds to wait for another worker that writes the table
@@ -333,7 +325,7 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
         for stage in stages if is_original else stages[1:]:  # shared ones count in each cell
             for record in cache.records(stage.kind, stage.name):
                 spent[f"seconds_{stage.kind}"] += record.seconds
-        result, original = (cache.path(s, RESULT) for s in (stages[-1], cell.original))
+        result, original = (cache.path(s, scheduling.RESULT) for s in (stages[-1], cell.original))
         if is_original:
             row = {
                 **dict.fromkeys(options),
@@ -342,24 +334,23 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
             }
             if is_done:
                 row |= {"avg_percent": 100.0, **_scores(result, sighted)}
-                row["result"] = place(cell.original, RESULT)
+                row["result"] = place(cell.original, scheduling.RESULT)
             rows.append(row | spent)
             continue
         row = {**options, "achieved_ratio": None, "steps": 0, **state}
         if cache.is_done(cell.prune):
             row["achieved_ratio"] = _ratio(cache.path(cell.prune, scheduling.PLAN))
         if cell.recover and cache.is_done(cell.recover):
-            row["steps"] = History.load(cache.path(cell.recover, HISTORY)).steps[-1]["step"]
+            history = History.load(cache.path(cell.recover, scheduling.HISTORY))
+            row["steps"] = history.steps[-1]["step"]
         if is_done:
             made = (*cell.calibrations, cell.prune)
             scored = [s for s in made if cache.path(s, f"{scheduling.SCORES}.json").exists()]
             row |= {**_retention(result, original), **_scores(result, sighted)}
-            row |= {
-                "result": place(cell.evaluate, RESULT),
-                "plan": place(cell.prune, scheduling.PLAN),
-            }
+            row["result"] = place(cell.evaluate, scheduling.RESULT)
+            row["plan"] = place(cell.prune, scheduling.PLAN)
             row["scores"] = " ".join(place(stage, scheduling.SCORES) for stage in scored)
-            row["history"] = None if cell.recover is None else place(cell.recover, HISTORY)
+            row["history"] = cell.recover and place(cell.recover, scheduling.HISTORY)
         if study.reference is not None:
             found = study.reference.row_for(options)
             sources = (study.reference.source, found.source) if found else ()

@@ -8,16 +8,10 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+from slimvlm.core import options as core
 from slimvlm.core.documents import Listed, built, read_yaml
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import (
-    AT_LEAST_0,
-    Options,
-    PruneConfig,
-    Questions,
-    RecoverConfig,
-    TrainingShare,
-)
+from slimvlm.core.options import AT_LEAST_0, Options, PruneConfig, RecoverConfig
 from slimvlm.runs.request import criteria_of
 
 NONE = "none"  # the recovery that trains nothing
@@ -95,7 +89,7 @@ class Resources(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig(Questions, TrainingShare):
+class StudyConfig(core.Questions, core.TrainingShare):
     """A study: grids of cells, and what they share: questions among others."""
 
     grids: Listed[Grid]
