@@ -10,10 +10,10 @@ PYTEST_GPU := PRETENDED_GPUS=2 $(PYTEST) -p tests.pretended_gpu tests/gpu
 
 .PHONY: demo demo-short test test-slow test-engines lint format docs bench clean
 
-demo: $(VENV)/.ready
+demo: $(VENV)/.installed
 	$(BIN)/slimvlm demo run --out $(OUT) --force
 
-demo-short: $(VENV)/.ready
+demo-short: $(VENV)/.installed
 	$(BIN)/slimvlm demo run --short --out $(OUT) --force
 
 test: $(VENV)/.ready
@@ -46,10 +46,15 @@ docs: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/calibration.py
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo]'
+	touch $@
+
+# what tests and checks need beside it
+$(VENV)/.ready: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo,dev]'
 	touch $@
 
 # programs that slow tests compare with: llama.cpp, Ray, quantisers

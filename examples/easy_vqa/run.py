@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt
 import yaml
 
 RATIOS = (0.15, 0.30, 0.45, 0.60)
+TURNS = 3  # questions in a conversation about one picture
 T_OF_THREE = 4.303
 """Quantile of Student's t for the 95 % interval of a mean of three."""
 UNTRAINED = ["--train", "none", "--repair", "none", "--vocab-size", "all", "--report-samples", "0"]
@@ -61,7 +62,11 @@ def write_data(out: Path, limit: int | None) -> tuple[Path, list[str]]:
     for question, answer, number in zip(*easy_vqa.get_train_questions(), strict=True):
         said = [("user", question), ("assistant", answer)]
         turns.setdefault(number, []).extend({"role": r, "content": c} for r, c in said)
-    rows = [{"images": [f"train/{n}.png"], "messages": each} for n, each in turns.items()]
+    rows = [
+        {"images": [f"train/{number}.png"], "messages": said[i : i + 2 * TURNS]}
+        for number, said in turns.items()
+        for i in range(0, len(said), 2 * TURNS)
+    ]
     data = out / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked: dict[str, list[dict[str, str]]] = {kind: [] for kind in KINDS}
@@ -145,8 +150,8 @@ def main() -> None:
         "--out", type=Path, help="default: runs/easy_vqa, short: runs/easy_vqa_short"
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=64, help="calibration samples")
-    parser.add_argument("--training-samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=96, help="calibration samples")
+    parser.add_argument("--training-samples", type=int, default=96)
     parser.add_argument("--dtype", default="auto", help="bfloat16 where the machine computes it")
     parser.add_argument("--short", action="store_true", help="one small cell of each kind")
     options = parser.parse_args()
@@ -163,7 +168,7 @@ def main() -> None:
     tuned, result = out / "tuned", out / "results" / "tuned.json"
     if not tuned.exists():
         train = ["--train", "full", "--loss", "sft", "--learning-rate", 1e-4]
-        share = 0.002 if short else 0.375
+        share = 0.001 if short else 0.1
         slimvlm(
             "recover", "demo", "--data", data, *train, "--fraction", share, "--out", tuned, *dtype
         )
