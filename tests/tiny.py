@@ -284,7 +284,7 @@ CONFIGS: dict[str, Maker] = {
         **{"vision_config": PLACED, **QWEN_IDS},
     ),
     "minicpmv4_6": of(
-        hf.MiniCPMV4_6Config,
+        getattr(hf, "MiniCPMV4_6Config", None),  # neither
         **{"text_config": qwen3_5_text, "vision_config": {**VISION, "insert_layer_id": 0}},
         **{"insert_layer_id": 0, "image_size": 32, **ID_VIDEO},
     ),
@@ -327,7 +327,7 @@ CONFIGS: dict[str, Maker] = {
         **{"text_config": lfm2, "projector_hidden_size": 32, **ID},
     ),
     "molmo2": of(
-        hf.Molmo2Config,
+        getattr(hf, "Molmo2Config", None),  # transformers 5.15 has none
         text_config={
             **{**TEXT, "head_dim": 8, "additional_vocab_size": 8, "rope_scaling_layers": [1, 2]},
             "rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0},
