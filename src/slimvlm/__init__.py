@@ -7,8 +7,6 @@
 Names are loaded when first used, so that the command line starts quickly.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command line: a table of verbs, and the handling of their errors."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

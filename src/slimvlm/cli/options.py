@@ -1,7 +1,5 @@
 """Tell tyro how to show and read the option classes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """The verbs of the command line: their options, and what they print."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from dataclasses import asdict, replace

@@ -5,8 +5,6 @@ folder stores its request as JSON; only an equal one may resume it. Where outcom
 a folder, each has a place that is named by the `digest` of its request.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Errors that a user can cause and mend; each message names the field, value and choices."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ An error, a full disk, a kill or a power cut leaves the old state. A lock, which
 process, lets one run at a time write in a place.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

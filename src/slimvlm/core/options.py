@@ -5,8 +5,6 @@ are allowed: any other raises a `ConfigError` that names option, value and what 
 below a field is the help of the command line, where a `FILE_ONLY` one has no flag.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -3,8 +3,6 @@
 A log gets one line when a stage ends, and one every half minute of a stage that lasts longer.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import time

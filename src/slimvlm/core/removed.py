@@ -3,8 +3,6 @@
 Each stays for one release. An old file that holds a removed option at its old default still loads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

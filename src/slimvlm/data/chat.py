@@ -5,8 +5,6 @@ time with a mark in place of every text, which shows what the template writes ar
 label begins where generation would begin, and ends with the token that ends an answer.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import takewhile

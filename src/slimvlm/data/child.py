@@ -5,8 +5,6 @@ is a request in JSON, and each line of stdout its reply. A request that takes mo
 or processor time ends the process. `slimvlm.data.templates` is the other side.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -1,7 +1,5 @@
 """Assign a role to each token of a batch: image, prompt, answer or padding. B batch, T token."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

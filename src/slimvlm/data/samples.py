@@ -4,8 +4,6 @@ Data files become `Sample`s (:mod:`slimvlm.data.read`), benchmarks become `Task`
 (:mod:`slimvlm.evaluation.tasks`).
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ fill the memory nor go on for ever nor end this process.
 Relies on: transformers compiles every template with `_compile_jinja_template`. Tried with 5.24.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

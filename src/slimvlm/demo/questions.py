@@ -5,8 +5,6 @@ Benchmarks are small versions of the published ones, all generated, always in th
 composition, digit picture or text question.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import itertools

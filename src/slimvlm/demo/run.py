@@ -1,7 +1,5 @@
 """Run the demo: remove 30 % of the model, tokens first, then widths; recover; show the result."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

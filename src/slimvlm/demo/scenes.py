@@ -5,8 +5,6 @@ pixels wide. A scene belongs to the training or to the test split by a checksum 
 so the splits never share one. Digits also come from disjoint parts of the handwritten images.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

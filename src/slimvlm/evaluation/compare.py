@@ -1,7 +1,5 @@
 """Compare two results answer by answer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain

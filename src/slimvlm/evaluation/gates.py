@@ -4,8 +4,6 @@ A requirement is the name of a figure, ``>=`` or ``<=``, and a bound. Figures in
 share ``0.95``, too; ``1.1x`` is a multiple of the baseline's. The figure decides, not its interval.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any

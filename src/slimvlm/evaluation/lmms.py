@@ -3,8 +3,6 @@
 lmms-eval loads the data, writes the prompts and scores the replies; our own chat code answers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

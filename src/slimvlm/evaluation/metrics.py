@@ -1,7 +1,5 @@
 """Score a reply, average scores, and estimate the retention of a smaller model."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

@@ -1,7 +1,5 @@
 """Find tasks by name, or read one from a YAML file: data + prompt + metric."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Write a model as GGUF files for llama.cpp: the language backbone, and the vision tower."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -9,8 +9,6 @@ Relies on: ``conversion.base.TextModel.get_vocab_base_pre``. Tried with convert-
 Relies on: ``llama_model_quantize`` of llama.cpp. Tried with llama-cpp-py-sync 0.11739.
 """
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from typing import Any

@@ -4,8 +4,6 @@ Only the matrices of the decoder layers are quantised: tower, projector, token e
 stay as they are. Quantise last: the result cannot be pruned or trained.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Write the language model of a model that sees as a text model of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path

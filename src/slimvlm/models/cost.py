@@ -11,8 +11,6 @@ Appendix F, whose forward pass also counts softmax, the embedding's look-up and 
 position.
 """
 
-from __future__ import annotations
-
 import gc
 import re
 import sys

@@ -5,8 +5,6 @@ configuration class allows; a row of `FAMILIES` names the paths of a model's par
 measured on transformers 5.24 and are tested in ``tests/contract/test_families.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal

@@ -1,7 +1,5 @@
 """Run models without the logits of all positions, whole or divided among processes (FSDP2)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace

@@ -9,8 +9,6 @@ makes those of a batch: losses take hidden states and the head, which runs over 
 count, a chunk at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Find the parts of a model: its rows of data, its decoder layers, the matrices of units."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter

@@ -5,8 +5,6 @@ is ``ok`` only if a model of the same kind ran in the engine with transformers' 
 otherwise it is ``unknown``. See ``docs/serving.md``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Make a plan: from scores and a budget to the units that stay."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace

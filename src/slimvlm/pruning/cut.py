@@ -3,8 +3,6 @@
 `mask_` is the reference for `prune_`: it switches units off without changing shapes.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass

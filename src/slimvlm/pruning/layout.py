@@ -8,8 +8,6 @@ transformers reads both and older ones were seen to compute the same. Tokenizers
 the fields that both know, whatever the model.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -5,8 +5,6 @@ them, `refit` solves for the new weights. `repair_` does so in one shot for the 
 to the residual stream, the walk (`slimvlm.pruning.walk`) layer after layer.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Kept tokens get new ids in their old order. Ids outside the vocabulary, as some 
 for pictures or by default, stay as they are.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Tell before a run, without weights, what it would do and cost: `advise`, and a dry run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean

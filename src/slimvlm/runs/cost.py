@@ -4,8 +4,6 @@ Work is counted in FLOP: two for each weight of the backbone that multiplies, an
 The vision tower is not counted. Constants come from ``recipes.yaml``, each with its source.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping

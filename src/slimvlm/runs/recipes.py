@@ -4,8 +4,6 @@ Reference:
     Huang et al. 2025, arXiv:2507.20749, Fig. 1 and Sec. 5; extended in arXiv:2604.24380.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache

@@ -4,8 +4,6 @@
 resolved and checked once; the callers decide where outputs are kept.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import random

@@ -4,8 +4,6 @@ A criterion is one function and one row. ``docs/add-a-criterion.md`` walks throu
 that need no data stand here, too. L layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -3,8 +3,6 @@
 B batch, T token, D hidden, C input channel of a matrix that writes to the residual stream.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack

@@ -5,8 +5,6 @@ are multiplied out for each sample, reduced to sums over channels and dropped. O
 several batches before the absolute value is taken has to be kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial

@@ -4,8 +4,6 @@ O output, C input channel of a matrix that writes to the residual stream, U unit
 unit, N units of several that are looked at.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

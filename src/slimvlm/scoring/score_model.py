@@ -1,7 +1,5 @@
 """Score a model's units on calibration data: model + batches → `Scores`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ student's frozen weights and needs memory for the missing ones alone. Adapters s
 student's weights, and the teacher never sees them. The vision tower runs once for both.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

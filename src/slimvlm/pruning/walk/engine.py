@@ -3,8 +3,6 @@
 B batch, T token, D hidden.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The result of a walk: a plan, a report of every layer, new weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean

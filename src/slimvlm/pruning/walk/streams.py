@@ -3,8 +3,6 @@
 B batch, T token, C input channel of a matrix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`walk_` and `walk_checkpoint`: prune a model in one pass through its layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast

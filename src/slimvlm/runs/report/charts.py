@@ -5,8 +5,6 @@ page: it follows dark mode and print, needs no script, and takes the page's font
 variables; each mark's values become its tooltip.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A study's YAML file, read strictly, and the cells of its grids."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import product
