@@ -16,16 +16,6 @@ from typing import Any
 MOST_ADDED = 2**17  # characters of a rendered conversation beyond four times those of its texts
 
 
-def limit_memory(num_bytes: int) -> None:
-    """Limit this process's memory, and let it write no file, where the system can."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        for kind, most in ((resource.RLIMIT_AS, num_bytes), (resource.RLIMIT_FSIZE, 0)):
-            resource.setrlimit(kind, (most, most))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
 def limit_processor(seconds: float) -> None:
     """End this process after so many seconds of computing; 0 for no limit."""
     if hasattr(signal, "ITIMER_PROF"):
@@ -126,8 +116,13 @@ def probed(tokenizer: str, texts: list[str]) -> str:
 
 
 def main() -> None:
-    """Answer requests until stdin ends."""
-    limit_memory(int(sys.argv[1]))
+    """Limit memory, and write no file, where the system can; answer requests until stdin ends."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+        for output in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+            resource.setrlimit(output, (0, 0))
     sys.path += sys.argv[2:]  # where jinja2 and tokenizers are installed
     for line in sys.stdin:
         request = json.loads(line)

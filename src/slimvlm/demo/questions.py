@@ -231,17 +231,13 @@ def _load_scenes(
 
 
 def _load_text(task: str, limit: int | None) -> Sequence[Question]:
-    found: dict[str, _Asked] = {}
-    for index in itertools.count():
-        if len(found) == len(range(NUM_QUESTIONS)[:limit]):
-            break
-        rng = np.random.default_rng([_TEST_SEED, *task.encode(), index])
-        asked = _ask_text(task, rng, "test")
-        found.setdefault(asked.prompt, asked)
-    return [
-        Question(f"{task}-{i}", a.prompt, (a.answer,), (), a.choices)
-        for i, a in enumerate(found.values())
-    ]
+    found, numbers = dict[str, Question](), itertools.count()
+    while len(found) < len(range(NUM_QUESTIONS)[:limit]):
+        rng = np.random.default_rng([_TEST_SEED, *task.encode(), next(numbers)])
+        a = _ask_text(task, rng, "test")
+        name = f"{task}-{len(found)}"
+        found.setdefault(a.prompt, Question(name, a.prompt, (a.answer,), (), a.choices))
+    return list(found.values())
 
 
 def _load_passages(limit: int | None) -> Sequence[Question]:

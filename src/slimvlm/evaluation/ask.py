@@ -49,19 +49,12 @@ def evaluate(
     Questions are batched by length with left padding; the result does not depend on the batch
     size beyond rounding, and is the same at every call.
 
-    Args:
-        model: A chat-capable model.
-        processor: Its processor or tokenizer.
-        tasks: Tasks, or their names separated by commas.
-        limit: Only the first so many questions of each task.
-        batch_size: Questions answered at once.
-        name: Name of the model in the result.
-        blind: Show each question the pictures of another one. The score is then the model's blind
-            floor: a task that is not clearly above it measures no sight.
-        log_folder: Where replies are appended, one JSON line each. A stopped evaluation resumes
-            from them; a finished one is not repeated.
-        floors: Ask every question that has pictures a second time, blind, and keep these scores
-            with those of the right pictures.
+    Of each task, given itself or by its name in a list with commas, the first ``limit`` questions
+    are asked. With ``blind``, each is shown the pictures of another one. The score is then the
+    model's blind floor: a task that is not clearly above it measures no sight. With ``floors``,
+    every question that has pictures is asked a second time, blind, and these scores are kept with
+    those of the right pictures. Replies are appended to files in ``log_folder``, one JSON line
+    each: a stopped evaluation resumes from them, and a finished one is not repeated.
 
     Raises:
         ConfigError: If an option is out of range, or pictures cannot be exchanged.

@@ -274,13 +274,8 @@ def bench(
 
     Prompts are random tokens, so the vision tower, which pruning does not change, is not timed.
     Answers have a fixed length. A shared machine that is slow for a while slows both models, and a
-    speed-up is the median of the ratios of neighbouring runs.
-
-    Args:
-        model: The model, on its device.
-        baseline: Usually the model before pruning; on the same device.
-        workload: What to time.
-        names: Names of the model and of the baseline in the result.
+    speed-up is the median of the ratios of neighbouring runs. ``names`` are those of model and
+    baseline in the result.
 
     Raises:
         ConfigError: If the workload is out of range or the two are on different devices.

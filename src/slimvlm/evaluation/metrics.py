@@ -264,20 +264,12 @@ def retention(
         for level in (guessed, floor_mean)
     )
     low, high = np.percentile(100 * ours / np.maximum(theirs, 1e-9), [2.5, 97.5])
-    floor_low = floor_high = float("nan")
-    reached = theirs > floor
+    reached, above_floor_bounds = theirs > floor, list[float]()
     if reached.mean() >= 0.975:
         ratios = 100 * (ours - floor)[reached] / (theirs - floor)[reached]
-        floor_low, floor_high = np.percentile(ratios, [2.5, 97.5])
-    return Retention(
-        percent=100 * mean / max(base, 1e-9),
-        low=float(low),
-        high=float(high),
-        above_chance=above_chance,
-        above_floor=above_floor,
-        above_floor_low=float(floor_low),
-        above_floor_high=float(floor_high),
-    )
+        above_floor_bounds = np.percentile(ratios, [2.5, 97.5]).tolist()
+    percent, bounds = 100 * mean / max(base, 1e-9), (float(low), float(high))
+    return Retention(percent, *bounds, above_chance, above_floor, *above_floor_bounds)
 
 
 def average_difference(

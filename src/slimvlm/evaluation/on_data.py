@@ -72,16 +72,10 @@ def evaluate_data(
     both have, and a sample whose answers become other tokens is left out of the comparison;
     `DataResult.notes` says so.
 
-    Args:
-        model: The model.
-        processor: Its processor or tokenizer.
-        samples: Conversations, or plain texts.
-        baseline: The model to compare with, usually the original; or its predictions on the same
-            samples, from `predictions_of`.
-        baseline_processor: The baseline's, if it is another one.
-        batch_size: Samples that run at once.
-        name: Name of the model in the result.
-        seed: Of the bootstrap over samples that gives the intervals.
+    ``baseline`` is the model to compare with, usually the original, with a processor of its own if
+    ``baseline_processor`` is given; or its predictions on the same samples, from `predictions_of`.
+    The result calls the model ``name``. ``seed`` is that of the bootstrap over samples that gives
+    the intervals.
 
     Raises:
         ConfigError: If the batch size is not above 0, or conversations and texts are mixed.

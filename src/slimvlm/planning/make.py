@@ -236,12 +236,7 @@ def make_plan_for_params(
 ) -> Plan:
     """Make the plan with the smallest ratio whose whole model has at most so many parameters.
 
-    Args:
-        anatomy: The model's.
-        scores: As in `make_plan`.
-        target_params: Limit for the whole model, towers included.
-        axis: As in `make_plan`.
-        **options: Further arguments of `make_plan`.
+    Towers count among them. All other arguments are those of `make_plan`.
 
     Raises:
         ImpossiblePlanError: If no legal shape is that small.

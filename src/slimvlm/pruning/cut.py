@@ -151,13 +151,8 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
 
     Layers of different widths cannot be said in a plain configuration. The model then becomes the
     subclass of its class that ``modeling_pruned.py`` defines, and ``save_pretrained`` writes that
-    file too.
-
-    Args:
-        model: A transformers model of a known family.
-        plan: Made for this model's anatomy.
-        allow_uneven: Whether equal layers may be written like different ones if their head count
-            cannot be configured. Loading the files then needs ``trust_remote_code=True``.
+    file too. With ``allow_uneven``, equal layers may be written like that if their head count
+    cannot be configured. Loading such files needs ``trust_remote_code=True``.
 
     Raises:
         ConfigError: If the plan is for another model.

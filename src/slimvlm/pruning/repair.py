@@ -273,14 +273,9 @@ def repair_(
     each layer's inputs from the already smaller layers before it, and it alone can repair the seams
     of removed layers.
 
-    Args:
-        model: After ``prune_(model, plan)``.
-        plan: The plan.
-        statistics: ``sv.collect(original, batches, "obs")``.
-        ridge: See `slimvlm.pruning.repair.refit`.
-
-    Returns:
-        The report; its errors are those on the statistics.
+    ``model`` is what ``prune_(model, plan)`` left, ``statistics`` are those of
+    ``sv.collect(original, batches, "obs")``, and `slimvlm.pruning.repair.refit` explains ``ridge``.
+    The report's errors are those on the statistics.
 
     Raises:
         ConfigError: If the statistics are of another kind or another model, or the model was not

@@ -33,15 +33,12 @@ def new_numbers(plan: Plan) -> dict[int, int]:
 
 
 def trim_tokenizer_(processor: Any, plan: Plan) -> None:
-    """Remove a plan's tokens from a processor or tokenizer, in place.
+    """Remove a plan's tokens from the original's processor or tokenizer, in place.
 
     Vocabulary, merges, added tokens, the template of special tokens and padding change together. A
     text whose tokens all stay gets the same ones, by their new numbers; any other text gets more,
-    shorter tokens, and decodes to itself as before. A tokenizer that is trimmed already stays.
-
-    Args:
-        processor: The original model's processor or tokenizer.
-        plan: The plan; without ``tokens`` nothing happens.
+    shorter tokens, and decodes to itself as before. A tokenizer that is trimmed already stays, and
+    so does any where the plan has no ``tokens``.
 
     Raises:
         ConfigError: If the plan has tokens that the tokenizer lacks, or removes one that it needs.

@@ -33,13 +33,8 @@ def block_influence(
 ) -> Float[Tensor, "B T"]:
     """How much a layer turns each token: ``1 - cos(hidden_in, hidden_out)``, in float32.
 
-    Computed row by row and in float32, so that large activations in half precision neither
-    overflow nor cost a T × T product.
-
-    Args:
-        hidden_in: The layer's input.
-        hidden_out: The layer's output.
-        mask: Valid tokens. Others get 0.
+    Computed row by row, so that large activations in half precision neither overflow nor cost a
+    T × T product. Tokens that ``mask`` says are not valid get 0.
 
     Reference:
         Men et al. 2024, ShortGPT, arXiv:2403.03853, Eq. 1 (there a mean over tokens).

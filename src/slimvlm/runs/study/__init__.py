@@ -300,12 +300,11 @@ def write_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Data
 def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.DataFrame:
     """Collect all measurements of a study so far.
 
-    A row for the original of each model (``axis`` and ``recovery`` say original), then one for
-    each cell: its options, the achieved ratio, AVG, AVG-% with its interval, the floor-corrected
-    retention with its interval, a column ``score:TASK`` for each task, averages over groups of
-    tasks (``avg_free``, ``avg_choice``, ``avg_pictures``, ``avg_text``), perplexity, parameters,
-    latency, paths of the files behind it, seconds by stage, status (done, failed, open) and the
-    error. Models of one shape take equally long: each gets the median of their times.
+    A row for the original of each model (``axis`` and ``recovery`` say original), then one for each
+    cell: its options, AVG-% and floor-corrected retention with intervals, a column ``score:TASK``
+    for each task, averages over groups of tasks, costs, paths of the files behind it, seconds by
+    stage, status (done, failed, open) and the error. Models of one shape take equally long: each
+    gets the median of their times.
     """
 
     def place(stage: Stage, name: str) -> str:
