@@ -34,8 +34,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
 VERBS = {verb.__name__: verb for group in GROUPS.values() for verb in group}
 """Every verb by its name."""
 ABOUT = "Make multimodal LLMs smaller: prune, recover, measure, save."
-GOING_ON = ("recover", "compress", "study", "evaluate")
-"""Verbs that resume a stopped run."""
+GOING_ON = ("recover", "compress", "study", "evaluate")  # verbs that resume a stopped run
 _LAYER_BY_LAYER = "--low-memory keeps one layer on the device at a time"
 _CURES = {
     "train": errors.LESS_TO_TRAIN,
@@ -47,8 +46,7 @@ _CURES = {
     "bench": "smaller --batch-sizes or --prompt-tokens",
 }
 """Options that lower the memory of a stage, or else of a verb."""
-LONGEST_LINE = 2000
-"""Characters of an error that are printed."""
+LONGEST_LINE = 2000  # characters of an error that are printed
 _BYTES = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from slimvlm.core.errors import LONGEST, ConfigError, one_line, shortened
+from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of, write_text
 from slimvlm.core.removed import same_without_removed, without_removed
 
@@ -125,10 +125,9 @@ def built(kind: type[T], values: Any, where: str = "") -> T:
         # a field whose default is a tuple also takes a single value
         tuples = {row.name for row in rows if isinstance(row.default, tuple)}
         values = {k: listed(v) if k in tuples else v for k, v in values.items()}
-    try:
+    kinds = (TypeError, ValueError, RecursionError)
+    with raised_as(ConfigError, kinds, f"{where or 'the file'}:"):
         text = json.dumps(values, default=str)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{where or 'the file'}: {one_line(error)}") from error
     try:
         return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:

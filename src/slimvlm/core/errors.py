@@ -77,6 +77,18 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@contextmanager
+def raised_as(
+    kind: type[SlimError], of: type[Exception] | tuple[type[Exception], ...], told: str
+) -> Iterator[None]:
+    """Raise errors of some kinds as one of ours: what is ``told``, then their message."""
+    try:
+        yield
+    except of as error:
+        why = one_line(error)
+        raise kind(f"{told} {why}" if told.endswith(":") else f"{told} ({why})") from error
+
+
 LONGEST = 200  # characters of a foreign value that a message shows
 
 

@@ -39,8 +39,7 @@ STEPS = Range(lambda value: value == -1 or value > 0, "above 0, or -1 for no lim
 SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 MIN_NEW_TOKENS = 3
 ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
-FILE_ONLY = "file only"
-"""In an option's type: it has no flag on the command line."""
+FILE_ONLY = "file only"  # in an option's type: it has no flag on the command line
 
 
 _hints = cache(partial(get_type_hints, include_extras=True))
@@ -91,15 +90,12 @@ Train = Literal["projector", "lora", "full"]
 Positions = Literal["answer", "text", "all"]
 TooLong = Literal["refuse", "cut"]
 
-PassedOn = Annotated[Mapping[str, Any], FILE_ONLY]
-"""Options of another library by name."""
+PassedOn = Annotated[Mapping[str, Any], FILE_ONLY]  # options of another library by name
 
 
 Divergence = Literal["kl", "rkl", "jsd"]
-DIVERGENCES = get_args(Divergence)
-"""Losses between next-token distributions."""
-HIDDEN_LOSSES = ("hidden", "cosine")
-"""Losses between hidden states."""
+DIVERGENCES = get_args(Divergence)  # losses between next-token distributions
+HIDDEN_LOSSES = ("hidden", "cosine")  # losses between hidden states
 LOSS_NAMES = ("sft", *HIDDEN_LOSSES, *DIVERGENCES)
 SAMPLES_READ, MAX_PASSES = 2200, 4.0
 """Samples that a training reads, were all of the decoder gone, and passes over them at most."""

@@ -15,7 +15,8 @@ from jinja2 import TemplateSyntaxError
 from PIL import Image
 from torch import Tensor
 
-from slimvlm.core.errors import LONGEST, ConfigError, DataError, SlimError, one_line, panics_raised
+from slimvlm.core import errors
+from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, raised_as
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Message, Question, Sample, open_image
 from slimvlm.data.templates import check_texts, limited
@@ -69,7 +70,7 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
             )
     except TemplateSyntaxError as error:
         raise ConfigError(f"model: its chat template is malformed ({one_line(error)})") from error
-    except SlimError:
+    except errors.SlimError:
         raise
     except Exception as error:  # a template is a program
         raise DataError(
@@ -138,21 +139,17 @@ def length_of(processor: Any, sample: Sample) -> int:
 
 def rendered(processor: Any, sample: Sample) -> str:
     """Render a sample; name it in errors."""
-    try:
+    with raised_as(DataError, DataError, f"sample {sample.id!r}:"):
         return render(processor, sample.messages)
-    except DataError as error:
-        raise DataError(f"sample {sample.id!r}: {error}") from error
 
 
 def _processed(
     processor: Any, samples: Sequence[Sample], texts: list[str], images: list[list[Image.Image]]
 ) -> dict[str, Tensor]:
     """Run the processor over rendered samples; name them in errors."""
-    try:
+    names = ", ".join(repr(sample.id) for sample in samples)
+    with raised_as(DataError, DataError, f"sample {names}:"):
         return process(processor, texts, images, padding_side="right")
-    except DataError as error:
-        names = ", ".join(repr(sample.id) for sample in samples)
-        raise DataError(f"sample {names}: {error}") from error
 
 
 def encode_questions(processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
@@ -175,7 +172,7 @@ def process(
     adds = adds_special_tokens(tokenizer, texts[0])
     try:
         check_texts(tokenizer.name_or_path, texts)
-        with panics_raised():
+        with errors.panics_raised():
             if any(images):
                 given = {"text": texts, "images": images, "add_special_tokens": adds}
                 return dict(processor(**given, **how))

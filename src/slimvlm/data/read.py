@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.core.documents import identity_of_files, parse_json, read_object
-from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
+from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.options import TooLong
 from slimvlm.core.progress import Say
@@ -136,10 +136,8 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
                     except ValueError as error:
                         yield DataError(f"line {number} is not JSON ({error})")
     elif path.suffix == ".json":
-        try:
+        with raised_as(DataError, ValueError, f"data {str(path)!r}: the file is not JSON"):
             rows = parse_json(path.read_text(encoding="utf-8", errors="replace"))
-        except ValueError as error:
-            raise DataError(f"data {str(path)!r}: the file is not JSON ({error})") from error
         if not isinstance(rows, list):
             raise DataError(f"data {str(path)!r}: must be a list of conversations")
         yield from rows
@@ -157,11 +155,9 @@ def files_of_folder(folder: Path) -> list[Path]:
     ``valid``, ``dev`` or ``eval``.
     """
     where, inside = f"data {str(folder)!r}", folder.resolve()
-    try:
+    with raised_as(ConfigError, (OSError, RuntimeError), f"{where}: cannot be read"):
         found = sorted(path for path in folder.rglob("*") if not path.is_dir())
         outside = [path for path in found if not path.resolve().is_relative_to(inside)]
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{where}: cannot be read ({one_line(error)})") from error
     if outside:
         raise ConfigError(f"{where}: {outside[0].name!r} is a link that leads out of it")
     if pipes := [path for path in found if not path.is_file()]:

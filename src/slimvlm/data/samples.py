@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from slimvlm.core.errors import DataError
+from slimvlm.core.errors import DataError, raised_as
 
 Message = dict[str, Any]
 """One turn in Hugging Face chat form: ``{"role": "user", "content": [{"type": "image"}, {"type":
@@ -99,13 +99,12 @@ _GLANCE = (64, 64)
 
 def open_image(image: Image.Image | Path) -> Image.Image:
     """Load a picture as RGB; raise a `DataError` if it is broken, cut off or too large."""
-    try:
+    # decoders raise almost anything when a file is broken
+    with raised_as(DataError, Exception, f"image {str(image)!r}: cannot be read"):
         if isinstance(image, Path):
             return _decoded(image)
         content = _file_of(image)
         return image.convert("RGB") if content is None else _decoded(io.BytesIO(content))
-    except Exception as error:  # decoders raise almost anything when a file is broken
-        raise DataError(f"image {str(image)!r}: cannot be read ({error})") from error
 
 
 def identifying_bytes(image: Image.Image | Path, may_move: bool = False) -> bytes:
@@ -136,11 +135,11 @@ def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
         if not isinstance(place, str):
             raise DataError("image must be a path or a picture")
         shown = repr(place if len(place) < 100 else f"{place[:100]}...")
-        try:
+        with raised_as(
+            DataError, (OSError, ValueError, RuntimeError), f"image {shown} is not a path"
+        ):
             path = (root / place).resolve()
             is_file = path.is_file()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"image {shown} is not a path ({error})") from error
         if not path.is_relative_to(root.resolve()):
             raise DataError(f"image {shown} lies outside {str(root)!r}")
         if not is_file:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.core.documents import read_text
-from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, shortened
+from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.data.chat import render, tokenizer_of
 from slimvlm.data.samples import Sample
@@ -284,11 +284,10 @@ def choose_vocabulary(
     further = (read_texts(text) if isinstance(text, Path) else [text] for text in texts)
     remaining, numbers = chain(written, chain.from_iterable(further)), count(1)
     while some := list(islice(remaining, _AT_ONCE)):
-        try:
+        # settings of tokenizers fail in many ways
+        with raised_as(DataError, Exception, "vocabulary: the tokenizer refuses a text"):
             check_texts(tokenizer_of(processor).name_or_path, some)
             rows = tokenizer_of(processor)(some, add_special_tokens=False)["input_ids"]
-        except Exception as error:  # settings of tokenizers fail in many ways
-            raise DataError(f"vocabulary: the tokenizer refuses a text ({error})") from error
         for ids in rows:
             (shown if next(numbers) % HELD_OUT_EVERY else unseen).update(ids)
     everything = shown + unseen

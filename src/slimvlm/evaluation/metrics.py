@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from slimvlm.core.errors import ConfigError, one_line, shortened
+from slimvlm.core.errors import ConfigError, raised_as, shortened
 from slimvlm.data.samples import Question
 
 MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
@@ -125,10 +125,8 @@ def _own_metric(name: str) -> Metric:
     module, _, attribute = name.partition(":")
     where = f"metric {shortened(name)}"
     top = module.partition(".")[0]
-    try:
+    with raised_as(ConfigError, Exception, f"{where}: cannot be imported"):
         spec = find_spec(top)
-    except Exception as error:
-        raise ConfigError(f"{where}: cannot be imported ({one_line(error)})") from error
     places = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec else []
     installed = [str(Path(sysconfig.get_path(name)).resolve()) for name in ("purelib", "platlib")]
     parts = {"site-packages", "dist-packages", *installed}
@@ -137,22 +135,17 @@ def _own_metric(name: str) -> Metric:
     ):
         told = "not of an installed package or of Python's library"
         raise ConfigError(f"{where}: must be a function of a module of your own, {told}")
-    try:
+    with raised_as(ConfigError, Exception, f"{where}: cannot be imported"):  # which runs it
         found = getattr(import_module(module), attribute, None)
-    except Exception as error:  # whatever runs when it is imported
-        raise ConfigError(f"{where}: cannot be imported ({one_line(error)})") from error
     if not inspect.isfunction(found) or found.__module__ != module:
         raise ConfigError(f"{where}: {module} defines no function {attribute!r}")
     if len(inspect.signature(found).parameters) != 2:
         raise ConfigError(f"{where}: must take two arguments, the reply and the question")
 
     def checked(reply: str, question: Question) -> float:
-        try:
+        where = f"metric {name!r}: failed on question {question.id!r}"
+        with raised_as(ConfigError, Exception, where):
             score = found(reply, question)
-        except Exception as error:
-            raise ConfigError(
-                f"metric {name!r}: failed on question {question.id!r} ({one_line(error)})"
-            ) from error
         if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
             raise ConfigError(
                 f"metric {name!r}: gave {shortened(repr(score))} for question {question.id!r}, "

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.core.documents import built, parse_json, read_object
-from slimvlm.core.errors import ConfigError, DataError, NumericalError, SlimError
+from slimvlm.core.errors import ConfigError, DataError, NumericalError, SlimError, raised_as
 from slimvlm.core.files import new_file, write_text
 from slimvlm.core.progress import progress
 from slimvlm.data.chat import encode_samples, process, tokenizer_of
@@ -250,10 +250,8 @@ class DataResult:
         """Read what `save` wrote."""
         values = read_object(path, "result")
         values.pop("figures", None)
-        try:
+        with raised_as(ConfigError, SlimError, f"result {str(path)!r}: cannot be read"):
             return built(cls, values)
-        except SlimError as error:
-            raise ConfigError(f"result {str(path)!r}: cannot be read ({error})") from error
 
 
 def _ratio(numbers: Any, tokens: Any, seed: int) -> Estimate:

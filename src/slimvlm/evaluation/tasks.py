@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from slimvlm.core.documents import built, read_yaml
-from slimvlm.core.errors import ConfigError, DataError, shortened
+from slimvlm.core.errors import ConfigError, DataError, raised_as, shortened
 from slimvlm.data.read import read_rows
 from slimvlm.data.samples import Question, Task, find_image
 from slimvlm.evaluation.metrics import LIKELIHOODS, metric_named
@@ -55,10 +55,8 @@ class TaskRow:
 
     def __post_init__(self) -> None:
         if self.metric not in LIKELIHOODS:
-            try:
+            with raised_as(ConfigError, ConfigError, f"task {self.name!r}:"):
                 metric_named(self.metric)
-            except ConfigError as error:
-                raise ConfigError(f"task {self.name!r}: {error}") from error
         elif self.by_likelihood:
             raise ConfigError(f"task {self.name!r}: {self.metric} chooses nothing by_likelihood")
         if self.by_likelihood and not self.choices:

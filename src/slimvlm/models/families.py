@@ -5,7 +5,7 @@ configuration class allows; a row of `FAMILIES` names the paths of a model's par
 measured on transformers 5.24 and are tested in ``tests/contract/test_families.py``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -70,11 +70,16 @@ _SPLIT_ATTENTION = (
     Projection("self_attn.v_proj", OUTPUT_ROWS, ("key_value",)),
     Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
 )
-_GATED_MLP = (
-    Projection("mlp.gate_proj", OUTPUT_ROWS, ("neuron",)),
-    Projection("mlp.up_proj", OUTPUT_ROWS, ("neuron",)),
-    Projection("mlp.down_proj", INPUT_COLUMNS, ("neuron",)),
-)
+
+
+def _mlp(module: str, rows: Sequence[str], columns: str, fused: int = 1) -> tuple[Projection, ...]:
+    """Name the matrices of an MLP whose rows are neurons, and the one whose columns are."""
+    neuron: Segment = "neuron"
+    into = (Projection(f"{module}.{name}", OUTPUT_ROWS, (neuron,) * fused) for name in rows)
+    return (*into, Projection(f"{module}.{columns}", INPUT_COLUMNS, (neuron,)))
+
+
+_GATED_MLP = _mlp("mlp", ("gate_proj", "up_proj"), "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,18 +122,12 @@ class Backbone:
 
 
 _PHI_ATTENTION = (*_SPLIT_ATTENTION[:3], Projection("self_attn.dense", INPUT_COLUMNS, ("query",)))
-_PLAIN_MLP = (
-    Projection("mlp.fc1", OUTPUT_ROWS, ("neuron",)),
-    Projection("mlp.fc2", INPUT_COLUMNS, ("neuron",)),
-)
+_PLAIN_MLP = _mlp("mlp", ("fc1",), "fc2")
 _FUSED_ATTENTION = (
     Projection("self_attn.qkv_proj", OUTPUT_ROWS, ("query", "key_value", "key_value")),
     Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
 )
-_FUSED_GATED_MLP = (
-    Projection("mlp.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron")),
-    Projection("mlp.down_proj", INPUT_COLUMNS, ("neuron",)),
-)
+_FUSED_GATED_MLP = _mlp("mlp", ("gate_up_proj",), "down_proj", fused=2)
 _OUT_PROJ_ATTENTION = (
     *_SPLIT_ATTENTION[:3],
     Projection("self_attn.out_proj", INPUT_COLUMNS, ("query",)),
@@ -137,21 +136,12 @@ _GATED_OUTPUT_ATTENTION = (
     Projection("self_attn.q_proj", OUTPUT_ROWS, ("query_and_gate",)),
     *_SPLIT_ATTENTION[1:],
 )
-_W123_MLP = (
-    Projection("feed_forward.w1", OUTPUT_ROWS, ("neuron",)),
-    Projection("feed_forward.w3", OUTPUT_ROWS, ("neuron",)),
-    Projection("feed_forward.w2", INPUT_COLUMNS, ("neuron",)),
-)
-_EXPERT_NEURONS = (
-    Projection("mlp.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron")),
-    Projection("mlp.experts.down_proj", INPUT_COLUMNS, ("neuron",)),
-)
+_W123_MLP = _mlp("feed_forward", ("w1", "w3"), "w2")
+_EXPERT_NEURONS = _mlp("mlp.experts", ("gate_up_proj",), "down_proj", fused=2)
 _TRANSPOSED_AND_SHARED_NEURONS = (
     Projection("feed_forward.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron"), True),
     Projection("feed_forward.experts.down_proj", INPUT_COLUMNS, ("neuron",), True),
-    Projection("feed_forward.shared_expert.gate_proj", OUTPUT_ROWS, ("neuron",)),
-    Projection("feed_forward.shared_expert.up_proj", OUTPUT_ROWS, ("neuron",)),
-    Projection("feed_forward.shared_expert.down_proj", INPUT_COLUMNS, ("neuron",)),
+    *_mlp("feed_forward.shared_expert", ("gate_proj", "up_proj"), "down_proj"),
 )
 
 

@@ -21,7 +21,6 @@ from slimvlm.models import load as models
 from slimvlm.models.anatomy import LAYER_UNITS, Anatomy, channels_of, read_anatomy, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
 from slimvlm.models.hidden import layer_input
-from slimvlm.models.load import retype_modules_
 from slimvlm.models.modeling_pruned import set_counts_
 from slimvlm.models.parts import Parts, family_of, layer_matrices, text_config_of
 from slimvlm.planning.plan import Kept, Plan
@@ -195,7 +194,7 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
             set_counts_(attention, text_config, shape.num_heads, shape.num_kv_heads)
     models.set_class_(model)
     if plan.needs_retype:
-        retype_modules_(model, old, text_config)
+        models.retype_modules_(model, old, text_config)
 
 
 def require_expressible(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimvlm.core.errors import ConfigError, DataError, NumericalError
+from slimvlm.core.errors import ConfigError, DataError, NumericalError, raised_as
 from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data.chat import encode_samples
@@ -229,11 +229,9 @@ def score_by_layer(
                         continue
                     data = (runner.batches(), name, token_weights)
                     given = data if captures[name].passes else ((), name)
-                    try:
+                    where = f"decoder layer {index}, called 0 here:"
+                    with raised_as(NumericalError, NumericalError, where):
                         found = score(view, *given, **criteria[name])
-                    except NumericalError as error:
-                        where = f"decoder layer {index}, called 0 here"
-                        raise NumericalError(f"{where}: {error}") from error
                     with new_folder(file) as partial:
                         found.save(partial / "scores")
                 if needs_data:

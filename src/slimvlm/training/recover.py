@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from slimvlm.core import documents
 from slimvlm.core.documents import Count, asked, built, digest, read_object
-from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_line
+from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, raised_as
 from slimvlm.core.files import explained, write_text
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
 from slimvlm.core.progress import is_first_rank, num_ranks, stage, to_log
@@ -212,13 +212,11 @@ def _processor_of(model: PreTrainedModel, plan: Plan | None) -> Any:
     """Read the processor from where a model was read, or say that one is needed."""
     name = str(model.config._name_or_path)
     rows = sum(len(each) for each in model.get_input_embeddings().parameters())
-    try:
+    with raised_as(ConfigError, SlimError, "processor: pass processor= or plan=:"):
         found = trimmed_processor(models.load_processor(name, model.config), plan)
         if found is None or len(tokenizer_of(found)) > rows:
             raise ConfigError(f"{name!r} has none for the model's {rows} tokens")
-    except SlimError as error:
-        raise ConfigError(f"processor: pass processor= or plan=: {error}") from error
-    return found
+        return found
 
 
 def _trained(
@@ -350,33 +348,31 @@ def _training_arguments(
     device = model.device
     gone = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
     is_pinned = device.type not in ("cpu", "mps")  # MPS shares the memory of its host
-    try:
-        with training.old_names_allowed():
-            arguments = TrainingArguments(
-                output_dir=str(folder),
-                per_device_train_batch_size=config.batch_size,
-                gradient_accumulation_steps=config.gradient_accumulation,
-                num_train_epochs=config.passes(num_samples, gone),
-                max_steps=config.max_steps,
-                learning_rate=peak_rate(config, model, plan),
-                bf16=models.computes_bfloat16(device) if config.bf16 is None else config.bf16,
-                use_cpu=device.type == "cpu",
-                save_strategy="steps" if is_resumable else "no",
-                save_total_limit=1,
-                logging_nan_inf_filter=False,
-                remove_unused_columns=False,
-                label_names=["labels"],
-                dataloader_pin_memory=is_pinned,
-                dataloader_num_workers=num_workers(device),
-                accelerator_config={"non_blocking": is_pinned},
-                seed=config.seed,
-                data_seed=config.seed,
-                disable_tqdm=False,
-                gradient_checkpointing=config.gradient_checkpointing or None,
-                **{**TRAINER, **config.trainer},
-            )
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"trainer {dict(config.trainer)}: {one_line(error)}") from error
+    wrong = raised_as(ConfigError, (ValueError, TypeError), f"trainer {dict(config.trainer)}:")
+    with wrong, training.old_names_allowed():
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            num_train_epochs=config.passes(num_samples, gone),
+            max_steps=config.max_steps,
+            learning_rate=peak_rate(config, model, plan),
+            bf16=models.computes_bfloat16(device) if config.bf16 is None else config.bf16,
+            use_cpu=device.type == "cpu",
+            save_strategy="steps" if is_resumable else "no",
+            save_total_limit=1,
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_pin_memory=is_pinned,
+            dataloader_num_workers=num_workers(device),
+            accelerator_config={"non_blocking": is_pinned},
+            seed=config.seed,
+            data_seed=config.seed,
+            disable_tqdm=False,
+            gradient_checkpointing=config.gradient_checkpointing or None,
+            **{**TRAINER, **config.trainer},
+        )
     known = integration_utils.get_available_reporting_integrations()
     for name in cast(list[str], arguments.report_to):
         if name not in known:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from slimvlm.core.errors import ConfigError, NumericalError, one_line
+from slimvlm.core.errors import ConfigError, NumericalError, raised_as
 from slimvlm.core.files import write_text
 from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, RecoverConfig
 from slimvlm.core.progress import LoggedStage, is_watched, num_ranks
@@ -59,12 +59,10 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
         has_experts = any(matrix.is_of_experts for _, matrix in parts.matrices())
         if has_experts and not config.lora.keys() & {"target_modules", "lora_dropout"}:
             options["lora_dropout"] = 0.0  # PEFT has no dropout before weights of experts
-        try:
-            with old_names_allowed():
-                settings = peft.LoraConfig(r=config.lora_rank, **options)
-                trained = peft.get_peft_model(model, settings)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"lora {dict(config.lora)}: {one_line(error)}") from error
+        wrong = raised_as(ConfigError, (ValueError, TypeError), f"lora {dict(config.lora)}:")
+        with wrong, old_names_allowed():
+            settings = peft.LoraConfig(r=config.lora_rank, **options)
+            trained = peft.get_peft_model(model, settings)
     if config.train == "full":
         head: Any = model.get_submodule(family.head)
         reads_logits = bool(config.loss_weights.keys() - set(HIDDEN_LOSSES))

@@ -25,7 +25,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 
 from slimvlm.core.documents import read_object
-from slimvlm.core.errors import LONGEST, ConfigError, one_line, shortened
+from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
 from slimvlm.data.samples import open_image
@@ -356,10 +356,8 @@ def _read_study(folder: Path) -> Record:
     from slimvlm_tools.claims import claims_of
 
     config = read_object(folder / "study.json", "report:")
-    try:
+    with raised_as(ConfigError, (OSError, ValueError), f"report {str(folder)!r}: cannot be read"):
         table = pd.read_parquet(folder / TABLE)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"report {str(folder)!r}: cannot be read ({error})") from error
     done = table[table["status"] == DONE]
     cells, wanted = (rows[rows["axis"] != ORIGINAL] for rows in (done, table))
     of_axis = cells.astype(str).groupby("axis")

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from slimvlm.core.errors import ConfigError, SlimError, printable
+from slimvlm.core.errors import ConfigError, SlimError, printable, raised_as
 from slimvlm.core.files import explained, held, new_file, require_place, write_text
 from slimvlm.core.options import PruneConfig, Questions, part_of
 from slimvlm.core.progress import Say, duration
@@ -159,11 +159,9 @@ def prepared(
         load_config(model, next(iter(ours)).trust_remote_code)
         shape = anatomy(model)
         for prune, cell in ours.items():
-            try:
+            with raised_as(ConfigError, SlimError, f"cell ({cell.label}):"):
                 check_options(prune)
                 dry_plan(prune, shape)
-            except SlimError as error:
-                raise ConfigError(f"cell ({cell.label}): {error}") from error
     scheduling.forget_files()
     planned = [scheduling.stages_of(config, cell) for cell in cells]
     schedule = Schedule(planned, config.keep_checkpoints)

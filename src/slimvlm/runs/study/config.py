@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from slimvlm.core import options as core
 from slimvlm.core.documents import Listed, built, read_yaml
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, raised_as
 from slimvlm.core.options import AT_LEAST_0, Options, PruneConfig, RecoverConfig
 from slimvlm.runs.request import criteria_of
 
@@ -182,11 +182,9 @@ def expand(study: StudyConfig) -> list[Cell]:
     for grid in study.grids:
         for values in product(*(getattr(grid, name) for name in _SWEPT)):
             chosen = dict(zip(_SWEPT, values, strict=True))
-            try:
+            where = ", ".join(f"{name} {value}" for name, value in chosen.items())
+            with raised_as(ConfigError, ConfigError, f"cell ({where}):"):
                 cells.setdefault(_cell(study, grid, chosen))
-            except ConfigError as error:
-                where = ", ".join(f"{name} {value}" for name, value in chosen.items())
-                raise ConfigError(f"cell ({where}): {error}") from error
     columns = [cell.values() for cell in cells]
     for row in study.reference.rows if study.reference else ():
         if not any(row.matches(values) for values in columns):

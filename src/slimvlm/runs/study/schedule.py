@@ -22,7 +22,7 @@ from uuid import uuid4
 from pydantic import Field
 
 from slimvlm.core.documents import asked, built, digest, identity_of_files, read_object
-from slimvlm.core.errors import ConfigError, InUseError
+from slimvlm.core.errors import ConfigError, InUseError, raised_as
 from slimvlm.core.files import held, new_folder, write_text
 from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, part_of
 from slimvlm.core.progress import without_bars
@@ -38,7 +38,6 @@ from slimvlm.runs import stages
 from slimvlm.runs.cost import Sizes, image_tokens, stage_flops
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request, criterion_options, resolved, scored_by
-from slimvlm.runs.stages import Calibration, samples_for, split
 from slimvlm.runs.study.config import Cell, Resources, StudyConfig, short_name
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.unit_scores import Scores
@@ -300,7 +299,7 @@ def _samples(
     model: str, source: DataConfig, made_from: tuple[str, ...]
 ) -> tuple[list[Sample], list[str]]:
     notes: list[str] = []  # made_from only tells exchanged files apart
-    return samples_for(model, source, None, notes.append), notes
+    return stages.samples_for(model, source, None, notes.append), notes
 
 
 def _fill(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
@@ -310,8 +309,8 @@ def _fill(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> 
         model, processor = load(inputs[0] / CHECKPOINT, request.prune.dtype, request.prune.device)
     else:
         model, processor = stages.load_original(request)
-    found = split(samples_of(request)[0], request)
-    calibration = Calibration(processor, found.calibration, request.hold_out)
+    found = stages.split(samples_of(request)[0], request)
+    calibration = stages.Calibration(processor, found.calibration, request.hold_out)
     if stage.kind == "calibrate":
         (scores,) = stages.calibrate(request, model, calibration).values()
         scores.save(folder / SCORES)
@@ -355,7 +354,7 @@ class Schedule:
             request = (cell.recover or cell.prune).request
             # The order changes no estimate, and shuffling a large file for each cell takes a while.
             in_order = replace(request, prune=replace(request.prune, seed=0))
-            found = split(samples_of(request)[0], in_order)
+            found = stages.split(samples_of(request)[0], in_order)
             lengths = [estimated_length(s, image) for s in found.calibration]
             tokens = fmean(lengths or [rules().constants.image_tokens])
             trained, shown = len(found.training), len(found.calibration)
@@ -503,10 +502,9 @@ def run_ray(
     options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
     if workers is not None and not address:
         options["num_cpus"] = max(round(workers * resources.cpus), 1)
-    try:
+    kinds = (ConnectionError, ValueError, RuntimeError)
+    with raised_as(ConfigError, kinds, "engine 'ray': cannot start or reach Ray"):
         ray.init(**options, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"engine 'ray': cannot start or reach Ray ({error})") from error
     task = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=3)(ray_task)
     references: dict[str, Any] = {}
     for stage in missing:
