@@ -73,11 +73,6 @@ def stage(what: str) -> Iterator[None]:
     _STAGE.set(around)
 
 
-def is_watched() -> bool:
-    """Whether stderr is a terminal, where bars can move."""
-    return sys.stderr.isatty()
-
-
 def duration(seconds: float) -> str:
     """Format seconds: 42 s, 7 min, 3 h 05 min."""
     if seconds < 90:
@@ -118,7 +113,7 @@ class LoggedStage:
 @contextmanager
 def steps(what: str, total: int) -> Iterator[Callable[[float], None]]:
     """Show progress as a bar or a `LoggedStage`; yield the function that takes the steps done."""
-    if not is_watched():
+    if not sys.stderr.isatty():  # bars move on terminals only
         logged = LoggedStage(what, total)
         yield logged.reached
         logged.end()

@@ -22,65 +22,56 @@ order."""
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation to learn from or to calibrate on.
-
-    Attributes:
-        id: Name used in messages about bad data and in per-sample results.
-        messages: Turns in chat form; the last one is the assistant's.
-        images: The pictures (or their paths), one per ``{"type": "image"}`` entry, in order.
-    """
+    """One conversation to learn from or to calibrate on."""
 
     id: str
+    """Name used in messages about bad data and in per-sample results."""
     messages: tuple[Message, ...]
+    """Turns in chat form; the last one is the assistant's."""
     images: tuple[Image.Image | Path, ...] = ()
+    """The pictures (or their paths), one per ``{"type": "image"}`` entry, in order."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark.
-
-    Attributes:
-        id: Unique within its task.
-        prompt: The user's text. Pictures come before it.
-        answers: Accepted answers; the first is the one shown.
-        images: The pictures (or their paths).
-        choices: Letters or words to choose from, where the metric needs them.
-        group: A label that a metric may report on separately (for example ``"adversarial"``).
-    """
+    """One question of a benchmark."""
 
     id: str
+    """Unique within its task."""
     prompt: str
+    """The user's text. Pictures come before it."""
     answers: tuple[str, ...]
+    """Accepted answers; the first is the one shown."""
     images: tuple[Image.Image | Path, ...] = ()
+    """The pictures (or their paths)."""
     choices: tuple[str, ...] = ()
+    """Letters or words to choose from, where the metric needs them."""
     group: str = ""
+    """A label that a metric may report on separately (for example ``"adversarial"``)."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: questions, how they are scored and what luck alone would give.
-
-    Attributes:
-        name: Unique name, used on the command line.
-        metric: A name that `slimvlm.evaluation.metrics.metric_named` knows; or ``perplexity`` or
-            ``loss`` of the first answer.
-        chance: Score of guessing, in percent.
-        load: Returns the first ``limit`` questions (all if None), always in the same order.
-        max_new_tokens: Longest answer.
-        like: The published benchmark that this one stands for, if any.
-        in_average: Whether it counts in AVG. Text perplexity does not.
-        by_likelihood: The reply is the one of a question's choices that the model finds likeliest,
-            instead of what it generates.
-    """
+    """A benchmark: questions, how they are scored and what luck alone would give."""
 
     name: str
+    """Unique name, used on the command line."""
     metric: str
+    """A name that `slimvlm.evaluation.metrics.metric_named` knows; or ``perplexity`` or ``loss`` of
+    the first answer."""
     chance: float
+    """Score of guessing, in percent."""
     load: Callable[[int | None], Sequence[Question]] = field(compare=False)
+    """Returns the first ``limit`` questions (all if None), always in the same order."""
     max_new_tokens: int = 8
+    """Longest answer."""
     like: str = ""
+    """The published benchmark that this one stands for, if any."""
     in_average: bool = True
+    """Whether it counts in AVG. Text perplexity does not."""
     by_likelihood: bool = False
+    """The reply is the one of a question's choices that the model finds likeliest, instead of what
+    it generates."""
 
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

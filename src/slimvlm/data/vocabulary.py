@@ -247,19 +247,13 @@ def choose_tokens(
     texts: Iterable[str | Path] = (),
     keep: Iterable[int] = (),
 ) -> tuple[int, ...]:
-    """Choose the tokens to keep for some data.
+    """Choose the tokens to keep for some data; return their ids, sorted.
 
-    Args:
-        processor: The model's processor or tokenizer.
-        samples: Conversations; they are counted as the chat template writes them.
-        size: How many; None for as many as the data needs: all that it has, and so many more, in
-            the order of the model's own ranks, that 99 % of the tokens of unseen texts stay (as a
-            quarter of the data tells that is not counted for it).
-        texts: Further texts, or paths of text files and of folders of them.
-        keep: Ids that must stay beside special tokens, bytes and single characters.
-
-    Returns:
-        Ids, sorted.
+    Counted are conversations as the chat template of ``processor`` writes them, and further
+    ``texts`` or paths of text files and of folders of them. ``size`` is how many tokens stay; None
+    for as many as the data needs: all that it has, and so many more, in the order of the model's
+    own ranks, that 99 % of the tokens of unseen texts stay (as a quarter of the data tells that is
+    not counted for it). Ids in ``keep`` stay beside special tokens, bytes and single characters.
 
     Raises:
         ConfigError: If ``size`` is smaller than what must stay, or a path cannot be read.

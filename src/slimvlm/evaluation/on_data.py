@@ -199,21 +199,18 @@ class Figures:
 
 @dataclass(frozen=True)
 class DataResult:
-    """Losses of a model on some samples, alone or compared with a baseline.
-
-    Attributes:
-        model: Its name.
-        samples: Sample by sample.
-        baseline: Name of the baseline; empty without one.
-        notes: Why some of it could not be compared.
-        seed: Of the bootstrap.
-    """
+    """Losses of a model on some samples, alone or compared with a baseline."""
 
     model: str
+    """Its name."""
     samples: Annotated[tuple[OnSample, ...], Field(min_length=1)]
+    """Sample by sample."""
     baseline: str = ""
+    """Name of the baseline; empty without one."""
     notes: tuple[str, ...] = ()
+    """Why some of it could not be compared."""
     seed: int = 0
+    """Of the bootstrap."""
 
     @property
     def tokens(self) -> int:

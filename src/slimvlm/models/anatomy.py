@@ -128,41 +128,38 @@ def _unit_params(matrix: Matrix, shape: LayerShape) -> int:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Shape and parameter counts of a model.
-
-    Attributes:
-        model_type: Configuration type of the whole model.
-        text_type: Configuration type of the language backbone.
-        hidden_size: Width of the residual stream.
-        vocab_size: Rows of the token embedding.
-        layers: One shape for each decoder layer.
-        embedding_params: Parameters of the token embedding.
-        head_params: Parameters of the head; 0 if it shares the embedding's.
-        final_norm_params: Parameters of the norm after the last layer.
-        vision_params: Parameters of the vision tower without the projector.
-        projector_params: Parameters of the projector.
-        pinned_layers: Layers that must stay, as `why_pinned` says.
-        other_params: All other parameters of the text model.
-        experts_per_token: Experts that each token takes, of layers that have some: so many stay.
-        retypable: Whether a freer configuration type can stand in for ``text_type``.
-        fixed_neurons: MLP width that also sizes a part outside the backbone; None if it is free.
-    """
+    """Shape and parameter counts of a model."""
 
     model_type: str
+    """Configuration type of the whole model."""
     text_type: str
+    """Configuration type of the language backbone."""
     hidden_size: Width
+    """Width of the residual stream."""
     vocab_size: Count
+    """Rows of the token embedding."""
     layers: tuple[LayerShape, ...]
+    """One shape for each decoder layer."""
     embedding_params: Annotated[Count, Field(ge=1)]
+    """Parameters of the token embedding."""
     head_params: Count
+    """Parameters of the head; 0 if it shares the embedding's."""
     final_norm_params: Count
+    """Parameters of the norm after the last layer."""
     vision_params: Count
+    """Parameters of the vision tower without the projector."""
     projector_params: Count
+    """Parameters of the projector."""
     pinned_layers: tuple[Width, ...] = ()
+    """Layers that must stay, as `why_pinned` says."""
     retypable: bool = False
+    """Whether a freer configuration type can stand in for ``text_type``."""
     fixed_neurons: Width | None = None
+    """MLP width that also sizes a part outside the backbone; None if it is free."""
     other_params: Count = 0
+    """All other parameters of the text model."""
     experts_per_token: Count = 0
+    """Experts that each token takes, of layers that have some: so many stay."""
 
     @property
     def num_layers(self) -> int:

@@ -118,16 +118,11 @@ def divergence(
     - ``jsd``, the Jensen-Shannon divergence: ``temperature² · (½ KL(teacher ‖ M) + ½ KL(student ‖
       M))`` with the mixture ``M = ½ teacher + ½ student``; at most ``temperature² · log 2``.
 
-    Args:
-        student: The student's final hidden states.
-        teacher: The teacher's; no gradient flows into them or the teacher's head.
-        head: The student's head. By default hidden states are logits already.
-        teacher_head: The teacher's head; it may be the same one.
-        mask: Positions that count; all if None.
-        kind: ``kl``, ``rkl`` or ``jsd``.
-        temperature: Softens both sides. The paper of ``jsd`` has no factor of temperature².
-        reduction: ``token_mean`` averages over the positions that count. ``paper`` is what the
-            study's trainer computes: the sum over *all* positions, divided by the batch size.
+    ``student`` and ``teacher`` are final hidden states, or without heads logits already. No
+    gradient flows into the teacher's or its head. ``mask`` says which positions count; all if None.
+    The reduction ``token_mean`` averages over these; ``paper`` is what the study's trainer
+    computes: the sum over *all* positions, divided by the batch size. The paper of ``jsd`` has no
+    factor of temperature².
 
     Reference:
         Huang et al. 2025, arXiv:2507.20749, Eqs. 7 and 8; Agarwal et al. 2024, arXiv:2306.13649,

@@ -25,30 +25,27 @@ FileFormat = Literal["native", "uneven"]
 
 @dataclass(frozen=True)
 class Plan:
-    """The kept units of every layer.
-
-    Attributes:
-        before: The model that the plan is for.
-        layers: Kept layers.
-        kv_groups: For each original layer its kept KV groups; empty where the layer is gone.
-        neurons: Likewise its kept neurons.
-        axis: ``depth``, ``width`` or ``both``.
-        asked_ratio: The ratio that was asked for, None for a plan made by hand.
-        criteria: Criterion used for each unit.
-        tokens: Ids of the kept tokens; None for all.
-        experts: For each original layer its kept experts; empty where the layer is gone or has
-            none. Without any entry, the kept layers keep all.
-    """
+    """The kept units of every layer."""
 
     before: Anatomy
+    """The model that the plan is for."""
     layers: Kept
+    """Kept layers."""
     kv_groups: tuple[Kept, ...]
+    """For each original layer its kept KV groups; empty where the layer is gone."""
     neurons: tuple[Kept, ...]
+    """Likewise its kept neurons."""
     axis: str
+    """``depth``, ``width`` or ``both``."""
     asked_ratio: float | None = None
+    """The ratio that was asked for, None for a plan made by hand."""
     criteria: Mapping[str, str] = field(default_factory=dict)
+    """Criterion used for each unit."""
     tokens: Kept | None = None
+    """Ids of the kept tokens; None for all."""
     experts: tuple[Kept, ...] = ()
+    """For each original layer its kept experts; empty where the layer is gone or has none. Without
+    any entry, the kept layers keep all."""
 
     def __post_init__(self) -> None:
         before = self.before

@@ -285,17 +285,16 @@ def advice_rows(advice: Advice) -> list[list[str]]:
     ]
     if advice.latency is not None:
         rows.append(["time to read a question", f"{advice.latency:.0%} of the original's"])
-    rows += [
-        ["memory of pruning", f"about {size(spent.calibration_bytes)}"],
-        ["time of pruning", f"about {duration(3600 * spent.pruning_hours)}"],
-    ]
+    rows += _needs("pruning", f"about {size(spent.calibration_bytes)}", spent.pruning_hours)
     if recipe.train:
-        rows += [
-            ["training data", f"{spent.samples:,} conversations"],
-            ["memory of training", f"about {size(spent.training_bytes)}"],
-            ["time of training", f"about {duration(3600 * spent.training_hours)}"],
-        ]
+        rows.append(["training data", f"{spent.samples:,} conversations"])
+        rows += _needs("training", f"about {size(spent.training_bytes)}", spent.training_hours)
     return [*rows, *_under("why", advice.notes), *_basis(spent)]
+
+
+def _needs(stage: str, memory: str, hours: float) -> list[list[str]]:
+    time = f"about {duration(3600 * hours)}"
+    return [[f"memory of {stage}", memory], [f"time of {stage}", time]]
 
 
 def _basis(spent: Cost) -> list[list[str]]:
@@ -391,8 +390,7 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
         ["parameters", f"{after.total_params:,} of {before.total_params:,}"],
         ["weights", f"{smaller} of {held} in {found.dtype}"],
         ["samples", samples],
-        ["memory of pruning", memory(spent.calibration_bytes, _LESS_TO_PRUNE)],
-        ["time of pruning", f"about {duration(3600 * spent.pruning_hours)}"],
+        *_needs("pruning", memory(spent.calibration_bytes, _LESS_TO_PRUNE), spent.pruning_hours),
     ]
     if spent.hidden_states:
         rows.append(["hidden states", spent.hidden_states])
@@ -402,8 +400,6 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
             tried += f"; the best is tried again after trimming to {found.fewer_tokens:,} tokens"
         rows.insert(1, ["axes", tried])
     if found.training:
-        rows += [
-            ["memory of training", memory(spent.training_bytes, LESS_TO_TRAIN)],
-            ["time of training", f"about {duration(3600 * spent.training_hours)}"],
-        ]
+        needed = memory(spent.training_bytes, LESS_TO_TRAIN)
+        rows += _needs("training", needed, spent.training_hours)
     return [*rows, *_basis(found.cost)]

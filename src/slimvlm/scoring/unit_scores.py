@@ -35,23 +35,21 @@ Values = dict[Place | str, Tensor]
 class Statistics:
     """Collected by calibration: sums of matrices, of kinds of unit, or of all layers.
 
-    Attributes:
-        parts: Sums by their place, or by name those of all layers.
-        num_samples: Samples seen.
-        num_tokens: Valid tokens seen; of losses, the predictions that count.
-        weight: Sum of the weights of these tokens.
-        matrices: Weights that read the inputs of which `Moments` are collected, for a refit; no
-            copies, since pruning makes new parameters.
-
     Raises:
         NumericalError: If a number is not finite.
     """
 
     parts: Mapping[Any, Any] = field(default_factory=dict)
+    """Sums by their place, or by name those of all layers."""
     num_samples: int = 0
+    """Samples seen."""
     num_tokens: int = 0
+    """Valid tokens seen; of losses, the predictions that count."""
     weight: Float64[Tensor, ""] = field(default_factory=lambda: torch.zeros(()).double())
+    """Sum of the weights of these tokens."""
     matrices: Mapping[Place, Float[Tensor, "_ _"]] = field(default_factory=dict)
+    """Weights that read the inputs of which `Moments` are collected, for a refit; no copies, since
+    pruning makes new parameters."""
 
     def __post_init__(self) -> None:
         for name, tensor in _named("", self.parts, self.matrices, {"weight": self.weight}):
@@ -110,27 +108,23 @@ def per_layer(parts: Mapping[Any, Tensor], anatomy: Anatomy) -> Float64[Tensor, 
 
 @dataclass(frozen=True)
 class Scores:
-    """One number per unit; higher means keep.
-
-    Attributes:
-        criterion: Name of the criterion.
-        layer: ``[L]`` scores of decoder layers.
-        kv_group: L tensors ``[G_l]``.
-        neuron: L tensors ``[I_l]``.
-        layer_runs: ``[L, L]``: entry ``[n - 1, i]`` is the score of the run of ``n`` layers that
-            begins at layer ``i`` (infinite where it does not fit). Only contiguous criteria fill
-            it.
-        options: Options that the scores were computed with.
-        expert: L tensors ``[E_l]``.
-    """
+    """One number per unit; higher means keep."""
 
     criterion: str
+    """Name of the criterion."""
     layer: Float[Tensor, " layer"] | None = None
+    """``[L]`` scores of decoder layers."""
     kv_group: Sequence[Float[Tensor, " _"]] | None = None
+    """L tensors ``[G_l]``."""
     neuron: Sequence[Float[Tensor, " _"]] | None = None
+    """L tensors ``[I_l]``."""
     layer_runs: Float[Tensor, "length layer"] | None = None
+    """``[L, L]``: entry ``[n - 1, i]`` is the score of the run of ``n`` layers that begins at layer
+    ``i`` (infinite where it does not fit). Only contiguous criteria fill it."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    """Options that the scores were computed with."""
     expert: Sequence[Float[Tensor, " _"]] | None = None
+    """L tensors ``[E_l]``."""
 
     @classmethod
     def of_units(

@@ -54,21 +54,18 @@ TRACKER_FOLDER = "runs"  # where the Trainer lets TensorBoard write
 
 @dataclass(frozen=True)
 class History:
-    """Record of a training.
-
-    Attributes:
-        steps: Log rows: step, loss, its components, learning rate.
-        num_samples: Samples that were learnt from.
-        sample_ids: Their names, in order.
-        trained_params: Parameters that learned.
-        teacher: Where the teacher's answers came from, and how much memory it shared.
-    """
+    """Record of a training."""
 
     steps: tuple[Mapping[str, int | float], ...]
+    """Log rows: step, loss, its components, learning rate."""
     num_samples: Count
+    """Samples that were learnt from."""
     sample_ids: tuple[str, ...]
+    """Their names, in order."""
     trained_params: Count
+    """Parameters that learned."""
     teacher: str = "none"
+    """Where the teacher's answers came from, and how much memory it shared."""
 
     @classmethod
     def load(cls, path: str | Path) -> History:

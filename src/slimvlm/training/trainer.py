@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from slimvlm.core.errors import ConfigError, NumericalError, raised_as
 from slimvlm.core.files import write_text
 from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, RecoverConfig
-from slimvlm.core.progress import LoggedStage, is_watched, num_ranks
+from slimvlm.core.progress import LoggedStage, num_ranks
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.roles import predicts_label, role_masks
 from slimvlm.data.samples import Sample
@@ -279,7 +280,7 @@ class DistillationTrainer(Trainer):
         super().__init__(**arguments)
         for theirs in (PrinterCallback, ProgressCallback):
             self.remove_callback(theirs)
-        for ours in (Bar if is_watched() else LoggedTraining, LastLog):
+        for ours in (Bar if sys.stderr.isatty() else LoggedTraining, LastLog):
             self.add_callback(ours)
         self.model_accepts_loss_kwargs = False  # our loss is a mean already
         self._recovery = config

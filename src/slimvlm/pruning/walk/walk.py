@@ -139,12 +139,10 @@ def walk_checkpoint(
     scratch folder; a run that was killed goes on after the last whole layer when it is started
     again with the same ``scratch``.
 
-    ``model`` is a folder, a hub id or ``demo``, with weights as safetensors, and ``out`` the new
-    folder, which ``force`` lets replace an existing one. ``dtype`` is the data type of the weights
-    (``auto``: as stored), ``scratch`` the folder for states (by default a temporary one, which
-    cannot be resumed), and ``device`` where layers run (by default the accelerator if there is one,
-    else the CPU). With ``trust_remote_code``, code in the checkpoint runs. ``say`` receives a line
-    on where hidden states are kept. All other arguments are those of `walk_`.
+    ``out`` is the new folder, which ``force`` lets replace an existing one; ``say`` receives a line
+    on where hidden states are kept. ``model``, ``dtype`` (``auto``: as stored), ``scratch``,
+    ``device`` and ``trust_remote_code`` are as in `slimvlm.score_checkpoint`, and all other
+    arguments those of `walk_`.
 
     Returns:
         The plan and the report.
