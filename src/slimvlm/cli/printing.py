@@ -1,7 +1,5 @@
 """Print results on stdout, as a table or as JSON, and remarks on stderr."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,7 +59,7 @@ def show(
         note(line)
 
 
-def print_results(results: Mapping[str, Result], as_json: bool, title: str = "") -> None:
+def print_results(results: "Mapping[str, Result]", as_json: bool, title: str = "") -> None:
     """Print the scores of models; no table if no task was asked."""
     from slimvlm.runs.tables import result_json, result_rows
 
@@ -69,7 +67,7 @@ def print_results(results: Mapping[str, Result], as_json: bool, title: str = "")
         show(as_json, lambda: result_json(results), lambda: result_rows(results), title)
 
 
-def print_held_out(results: Mapping[str, DataResult]) -> None:
+def print_held_out(results: "Mapping[str, DataResult]") -> None:
     """Print the figures of held-out samples as a table; nothing if nothing was measured."""
     from slimvlm.runs.tables import held_out_notes, held_out_rows
 
@@ -79,7 +77,7 @@ def print_held_out(results: Mapping[str, DataResult]) -> None:
             print(printable(line))
 
 
-def print_study(table: pd.DataFrame, as_json: bool) -> None:
+def print_study(table: "pd.DataFrame", as_json: bool) -> None:
     """Print the cells of a study and the verdicts on the claims."""
     from slimvlm.runs.study import as_json as study_json
     from slimvlm_tools.claims import claims_of

@@ -1,7 +1,5 @@
 """Read JSON, JSONL, parquet and what ``datasets`` reads as `Sample`s: LLaVA's or chat turns."""
 
-from __future__ import annotations
-
 import os
 import random
 import re
@@ -429,7 +427,7 @@ class Limit:
     cuts: bool = False  # longer samples are cut, else refused
 
     @classmethod
-    def of(cls, asked: int | None, context: int | None, cuts: bool) -> Limit | None:
+    def of(cls, asked: int | None, context: int | None, cuts: bool) -> "Limit | None":
         """Return the lower of the two limits; None if there is neither."""
         if asked is not None and asked < 1:
             raise ConfigError(f"max_length {asked} must be at least 1")

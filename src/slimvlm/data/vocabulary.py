@@ -10,8 +10,6 @@ is made of. A text whose tokens all stay gets the same tokens afterwards:
   still the likeliest. The rarest token stays, since unknown characters are scored by it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter
@@ -50,7 +48,7 @@ class TokenizerFile:
     _last_joins: dict[str, Pair | None] = field(default_factory=dict, init=False)
 
     @classmethod
-    def of(cls, processor: Any) -> TokenizerFile:
+    def of(cls, processor: Any) -> "TokenizerFile":
         """Read it from a processor or tokenizer; refuse a kind that cannot lose tokens."""
         tokenizer = tokenizer_of(processor)
         name = type(tokenizer).__name__

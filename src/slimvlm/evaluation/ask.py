@@ -1,7 +1,5 @@
 """Ask a model a benchmark's questions and score its answers: model + tasks → `Result`."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,7 +98,7 @@ def _score_replies(
     processor: Any,
     task: Task,
     questions: Sequence[Question],
-    log: AnswerLog,
+    log: "AnswerLog",
     reached: Reached,
     batch_size: int,
 ) -> TaskResult:
@@ -133,7 +131,7 @@ def _score_likelihoods(
     processor: Any,
     task: Task,
     questions: Sequence[Question],
-    log: AnswerLog,
+    log: "AnswerLog",
     reached: Reached,
 ) -> TaskResult:
     """Compute loss or perplexity of the given answers (``answers[0]``) over all their tokens."""

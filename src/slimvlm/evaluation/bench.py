@@ -1,7 +1,5 @@
 """Time models in turn, count the bytes of their tensors, and compare a speed-up with the ideal."""
 
-from __future__ import annotations
-
 import json
 import time
 import weakref
@@ -113,7 +111,7 @@ class PairedTimes:
         write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> PairedTimes:
+    def load(cls, path: str | Path) -> "PairedTimes":
         """Read what `save` wrote."""
         return built(cls, read_object(path, "times"), f"times {str(path)!r}")
 

@@ -3,8 +3,6 @@
 B batch, T token, N counted position, D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -56,13 +54,13 @@ def evaluate_data(
     model: PreTrainedModel,
     processor: Any,
     samples: Sequence[Given],
-    baseline: PreTrainedModel | Predictions | None = None,
+    baseline: "PreTrainedModel | Predictions | None" = None,
     *,
     baseline_processor: Any = None,
     batch_size: int = 8,
     name: str = "",
     seed: int = 0,
-) -> DataResult:
+) -> "DataResult":
     """Compute loss and perplexity on samples, and agreement and divergence with a baseline.
 
     Answers count, and of plain text every token. Neither batch size nor padding changes a figure
@@ -95,11 +93,11 @@ def evaluate_data(
 
 @torch.no_grad()
 def result_of(
-    ours: Predictions,
+    ours: "Predictions",
     samples: Sequence[Given],
     device: torch.device,
-    baseline: Predictions | None = None,
-) -> DataResult:
+    baseline: "Predictions | None" = None,
+) -> "DataResult":
     """Compute the result of a model from its predictions and a baseline's, on a device."""
     head, their_head = head_on(device, ours.head), None
     shared: Tensor | None = None  # [W, 2]: numbers of the tokens that both vocabularies have
@@ -243,7 +241,7 @@ class DataResult:
         write_text(Path(path), json.dumps(values, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> DataResult:
+    def load(cls, path: str | Path) -> "DataResult":
         """Read what `save` wrote."""
         values = read_object(path, "result")
         values.pop("figures", None)
@@ -300,7 +298,7 @@ class Predictions:
     vocabulary: Mapping[str, int] = field(repr=False)
 
     @classmethod
-    def of(cls, model: str, batches: Iterable[States], head: Head, processor: Any) -> Predictions:
+    def of(cls, model: str, batches: Iterable[States], head: Head, processor: Any) -> "Predictions":
         """Take them out of batches, when they are read."""
 
         def found() -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -312,7 +310,7 @@ class Predictions:
 
         return cls(model, found(), head, tokenizer_of(processor).get_vocab())
 
-    def stored(self) -> Predictions:
+    def stored(self) -> "Predictions":
         """Read all, in the order of the samples, to compare models that are not loaded together."""
         found = sorted(self.found, key=itemgetter(0))
         return replace(self, found=found, head=head_on(torch.device("cpu"), self.head))
@@ -332,7 +330,7 @@ class Predictions:
             save_file(tensors, partial_file, {"about": json.dumps(about)})
 
     @classmethod
-    def load(cls, path: str | Path) -> Predictions:
+    def load(cls, path: str | Path) -> "Predictions":
         """Read what `save` wrote."""
         with safe_open(path, framework="pt") as file:
             about = parse_json(file.metadata()["about"])

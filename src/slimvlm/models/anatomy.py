@@ -9,8 +9,6 @@ of segments (`slimvlm.models.families.Projection`). In a segment, unit ``u`` own
 ``queries_per_group`` heads that read KV head ``u``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
@@ -68,7 +66,7 @@ class LayerShape:
         neurons, experts = self.intermediate_size, self.num_experts
         return {"kv_group": self.num_kv_heads, "neuron": neurons, "expert": experts}[unit]
 
-    def with_units(self, kv_groups: int, neurons: int, experts: int) -> LayerShape:
+    def with_units(self, kv_groups: int, neurons: int, experts: int) -> "LayerShape":
         """Return the layer with other numbers of units; a neuron is smaller with fewer experts."""
         lost = (self.num_experts - experts) * self.expert_neuron_params
         widths = {"num_kv_heads": kv_groups, "intermediate_size": neurons, "num_experts": experts}
@@ -269,7 +267,7 @@ class Anatomy:
         attention = row.attention if shape.num_kv_heads else ()
         return (*attention, *(row.mlp if shape.intermediate_size else ()))
 
-    def with_tokens(self, count: int) -> Anatomy:
+    def with_tokens(self, count: int) -> "Anatomy":
         """Return the anatomy with another number of tokens."""
         gone = self.vocab_size - count
         layers = [
@@ -283,11 +281,11 @@ class Anatomy:
             head_params=self.head_params // self.vocab_size * count,
         )
 
-    def with_layers(self, layers: Sequence[LayerShape]) -> Anatomy:
+    def with_layers(self, layers: Sequence[LayerShape]) -> "Anatomy":
         """Return the anatomy with other decoder layers."""
         return replace(self, layers=tuple(layers))
 
-    def retyped(self) -> Anatomy:
+    def retyped(self) -> "Anatomy":
         """Return the anatomy with the freer configuration type of its backbone's row."""
         text_type = self.backbone.retype
         assert text_type is not None

@@ -1,7 +1,5 @@
 """The units that stay: a `Plan`, which can be saved, edited by hand and applied again."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -96,7 +94,7 @@ class Plan:
             )
 
     @classmethod
-    def everything(cls, anatomy: Anatomy) -> Plan:
+    def everything(cls, anatomy: Anatomy) -> "Plan":
         """The plan that removes nothing."""
         groups, neurons = (
             tuple(tuple(range(shape.units(unit))) for shape in anatomy.layers)
@@ -104,7 +102,7 @@ class Plan:
         )
         return cls(anatomy, tuple(range(anatomy.num_layers)), groups, neurons, "both", 0.0)
 
-    def with_units(self, index: int, kept: Mapping[str, Kept]) -> Plan:
+    def with_units(self, index: int, kept: Mapping[str, Kept]) -> "Plan":
         """The same plan with other units kept of a layer; kinds that are not named stay."""
         rows: dict[str, Any] = {}
         for unit, units in kept.items():
@@ -228,7 +226,7 @@ class Plan:
         write_text(Path(path), json.dumps(self.to_dict()) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Plan:
+    def load(cls, path: str | Path) -> "Plan":
         """Read a plan; ``ratio`` is computed anew, so a plan may be edited by hand.
 
         Raises:
@@ -237,7 +235,7 @@ class Plan:
         return cls.from_dict(read_object(path, "plan"), f"plan {str(path)!r}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "plan") -> Plan:
+    def from_dict(cls, values: dict[str, Any], where: str = "plan") -> "Plan":
         """Make a plan of the values that `to_dict` gives; ``where`` begins error messages."""
         file = built(PlanFile, values, where)
         before = file.before

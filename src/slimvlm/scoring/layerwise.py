@@ -5,8 +5,6 @@ then every layer takes all batches in turn. Captures see a model that has this l
 stored inputs through it. So they are the same functions that score a model in memory.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -47,7 +45,7 @@ class LayerCalls:
     arguments: dict[int, Arguments]  # by layer; none where a batch skips one (Mllama, no picture)
     added: dict[int, Tensor]  # by layer: features added to the states before it (deepstack)
 
-    def with_own_dictionaries(self) -> LayerCalls:
+    def with_own_dictionaries(self) -> "LayerCalls":
         """Copy the dictionaries in which layers pass keys and values to later ones."""
         own: dict[int, Any] = {}
         arguments: dict[int, Arguments] = {}

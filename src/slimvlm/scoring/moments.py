@@ -4,8 +4,6 @@ O output, C input channel, K kept channel, R row, T token. Nothing grows with th
 Of symmetric matrices only the blocks on and above the diagonal are computed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ class Moments:
         outputs: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> Moments:
+    ) -> "Moments":
         """Start the sums of a matrix, over pairs in ``dtype``; with ``outputs`` of residuals."""
         count = torch.zeros((), dtype=torch.float64, device=device)
         pairs = count.new_zeros(channels, channels, dtype=dtype)

@@ -6,8 +6,6 @@ folder of files takes its name when all of them are there, so that a killed run 
 last whole layer.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -203,7 +201,7 @@ class StatesPlace:
     free: tuple[int, int]  # bytes on the device and on the host
 
     @classmethod
-    def of(cls, needed: float, device: torch.device, taken: int = 0) -> StatesPlace:
+    def of(cls, needed: float, device: torch.device, taken: int = 0) -> "StatesPlace":
         """Choose the device if a quarter of its free memory is enough, else the host if a half is.
 
         ``taken`` bytes of the device's free memory will be used for something else.

@@ -3,8 +3,6 @@
 Collected are sums over tokens or samples, never the activations themselves.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -134,7 +132,7 @@ class Scores:
         num_layers: int,
         values: Mapping[Place | str, Tensor],
         options: Mapping[str, Any] = {},
-    ) -> Scores:
+    ) -> "Scores":
         """Gather values by layer and kind of unit, or of all layers; empty where there are none."""
         rows: dict[str, Any] = {u: [torch.zeros(0)] * num_layers for u in units if u != "layer"}
         for place, found in values.items():
@@ -167,7 +165,7 @@ class Scores:
         write_text(Path(suffixed(path, ".json")), json.dumps(about, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Scores:
+    def load(cls, path: str | Path) -> "Scores":
         """Read what `save` wrote.
 
         Raises:

@@ -1,7 +1,5 @@
 """Train a pruned model back towards its teacher: one loop, the loss a weighted sum."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -68,7 +66,7 @@ class History:
     """Where the teacher's answers came from, and how much memory it shared."""
 
     @classmethod
-    def load(cls, path: str | Path) -> History:
+    def load(cls, path: str | Path) -> "History":
         """Read the ``history.json`` of a run or a study; raise ConfigError if it is none."""
         values = read_object(path, "history")
         for name in ("evaluations", "held_out_ids"):  # of earlier versions

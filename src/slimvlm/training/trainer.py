@@ -3,8 +3,6 @@
 B sample, T token, V vocabulary.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import multiprocessing
@@ -217,12 +215,12 @@ class Supervision:
         """Number of positions that count for sft, and for the other losses."""
         return torch.stack([losses.label_counts(self.labels).sum(), self.compared.sum()]).float()
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Supervision:
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Supervision":
         """Move to a device; Accelerate calls this as it does for tensors."""
         both = (self.labels, self.compared)
         return Supervision(self.ids, *(t.to(device, non_blocking=non_blocking) for t in both))
 
-    def pin_memory(self) -> Supervision:
+    def pin_memory(self) -> "Supervision":
         """Copy to pinned memory; DataLoader calls this as it does for tensors."""
         return Supervision(self.ids, self.labels.pin_memory(), self.compared.pin_memory())
 

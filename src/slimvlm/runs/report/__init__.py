@@ -5,8 +5,6 @@ phone. Everything that models and files say is escaped, and a page's content sec
 load nothing.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import math
@@ -53,7 +51,7 @@ _OPTIONS = ("criterion", "allocation", "repair", "options", "fraction", "seed")
 """Columns that a cell's name and the table have only where they differ between cells of an axis."""
 
 
-def report_html(record: Record) -> str:
+def report_html(record: "Record") -> str:
     """Write the page; pictures are left out once the file would exceed 4.9 MB."""
     from slimvlm.runs.report import charts  # matplotlib: only where something is drawn
 

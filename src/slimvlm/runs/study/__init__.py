@@ -1,7 +1,5 @@
 """Studies: a grid of compressions, each piece of work done once, in one results table."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys
@@ -125,7 +123,7 @@ def run_study(
     return table
 
 
-def forecast(study: StudyConfig | str | Path, out: str | Path) -> Forecast:
+def forecast(study: StudyConfig | str | Path, out: str | Path) -> "Forecast":
     """Estimate the stages and the time of a `run_study`."""
     _, schedule = prepared(study, partial(print, file=sys.stderr))
     cache = Cache(out)

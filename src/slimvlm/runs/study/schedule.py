@@ -3,8 +3,6 @@
 calibrate -> prune -> recover -> evaluate
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -62,7 +60,7 @@ class Stage:
 
     kind: str  # such as ``prune``
     request: Any  # options; with ``inputs`` they determine the outcome
-    inputs: tuple[Stage, ...]  # stages whose outcomes are read
+    inputs: "tuple[Stage, ...]"  # stages whose outcomes are read
     label: str = field(compare=False)
 
     @property
