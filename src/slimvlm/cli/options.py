@@ -32,17 +32,13 @@ FIRST = (
 def parse(
     verb: Callable[..., None], words: list[str], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Read the options of a verb, with defaults by parameter name; return its arguments by name.
-
-    The fields of an option class among the parameters are options of a group, which the class's
-    own docstring explains if the verb's does not.
-    """
+    """Read the options of a verb, with defaults by parameter name; return its arguments by name."""
     texts, hints = USUAL | _texts(verb), get_type_hints(verb, include_extras=True)
     rows = []
     for name, parameter in signature(verb).parameters.items():
         default, hint = defaults.get(name, parameter.default), hints[name]
         text = texts.get(name, "")
-        if isinstance(hint, type) and issubclass(hint, Options):
+        if isinstance(hint, type) and issubclass(hint, Options):  # its fields are a group
             text = text or docstring_parser.parse_from_object(hint).short_description or ""
             hint = Annotated[hint, tyro.conf.OmitArgPrefixes]
         hint = _described(hint, text, default)

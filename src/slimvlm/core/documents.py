@@ -1,8 +1,7 @@
 """Read JSON and YAML files under limits, check them against dataclasses, and compare requests.
 
 Every error is one line that names the file, the field, its value and the allowed values. An output
-folder stores its request as JSON; only an equal one may resume it. Where outcomes of several share
-a folder, each has a place that is named by the `digest` of its request.
+folder stores its request as JSON; only an equal one may resume it.
 """
 
 import hashlib

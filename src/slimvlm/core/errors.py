@@ -99,13 +99,11 @@ def shortened(value: object) -> str:
 
 
 class PrintableStream:
-    """A text stream that shows control characters of others' texts in place of obeying them.
-
-    Sequences that colour a text or draw a progress bar pass if the stream is a terminal.
-    """
+    """A text stream that shows control characters of others' texts in place of obeying them."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        # what colours a text or draws a progress bar passes if the stream is a terminal
         self._kept = re.compile(_OF_BARS if stream.isatty() else r"([\r])")
 
     def write(self, text: str) -> int:

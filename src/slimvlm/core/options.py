@@ -248,11 +248,9 @@ class RecoverConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Options):
-    """Where models run.
+    """Where models run."""
 
-    It decides no result, so configurations that differ in it are equal.
-    """
-
+    # decides no result, so configurations that differ in it are equal
     device: str | None = field(default=None, compare=False)
     """Where the model runs, such as cpu, cuda, cuda:1 or mps; by default the accelerator that torch
     finds, else the CPU."""

@@ -1,7 +1,4 @@
-"""Show progress: bars in a terminal, lines in a log.
-
-A log gets one line when a stage ends, and one every half minute of a stage that lasts longer.
-"""
+"""Show progress: bars in a terminal, lines in a log when a stage ends and every half minute."""
 
 import os
 import sys

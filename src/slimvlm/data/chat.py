@@ -92,7 +92,9 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
     """Encode conversations as right-padded inputs with ``labels`` on the assistant turns."""
     texts = [rendered(processor, sample) for sample in samples]
     images = [[open_image(image) for image in sample.images] for sample in samples]
-    inputs = _processed(processor, samples, texts, images)
+    names = ", ".join(repr(sample.id) for sample in samples)
+    with raised_as(DataError, DataError, f"sample {names}:"):
+        inputs = process(processor, texts, images, padding_side="right")
     labels, tokenizer = torch.full_like(inputs["input_ids"], IGNORE), tokenizer_of(processor)
     for row, (sample, text, pictures) in enumerate(zip(samples, texts, images, strict=True)):
         length = int(inputs["attention_mask"][row].sum())
@@ -132,24 +134,15 @@ def require_readable(processor: Any, sample: Sample) -> None:
 
 def length_of(processor: Any, sample: Sample) -> int:
     """Count the tokens of a sample, those of its pictures included."""
-    images = [[open_image(image) for image in sample.images]]
-    inputs = _processed(processor, [sample], [rendered(processor, sample)], images)
-    return int(inputs["input_ids"].shape[1])
+    text, images = rendered(processor, sample), [open_image(image) for image in sample.images]
+    with raised_as(DataError, DataError, f"sample {sample.id!r}:"):
+        return int(process(processor, [text], [images], "right")["input_ids"].shape[1])
 
 
 def rendered(processor: Any, sample: Sample) -> str:
     """Render a sample; name it in errors."""
     with raised_as(DataError, DataError, f"sample {sample.id!r}:"):
         return render(processor, sample.messages)
-
-
-def _processed(
-    processor: Any, samples: Sequence[Sample], texts: list[str], images: list[list[Image.Image]]
-) -> dict[str, Tensor]:
-    """Run the processor over rendered samples; name them in errors."""
-    names = ", ".join(repr(sample.id) for sample in samples)
-    with raised_as(DataError, DataError, f"sample {names}:"):
-        return process(processor, texts, images, padding_side="right")
 
 
 def encode_questions(processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:

@@ -1,8 +1,4 @@
-"""Conversations, questions and tasks as plain values, and their pictures.
-
-Data files become `Sample`s (:mod:`slimvlm.data.read`), benchmarks become `Task`s
-(:mod:`slimvlm.evaluation.tasks`).
-"""
+"""Conversations, questions and tasks as plain values, and their pictures."""
 
 import io
 from collections.abc import Callable, Sequence

@@ -124,10 +124,7 @@ def limited() -> Iterator[None]:
 
 
 def rendered(template: str, **values: Any) -> str:
-    """Render a template, or without ``values`` list the variables that it reads.
-
-    Raise ConfigError past a limit, DataError if it refuses the values.
-    """
+    """Render a template, or without ``values`` list the variables that it reads."""
     if not _children or not _children[-1].is_ours():
         _children[:] = [Child(TEMPLATE_BYTES)]
     try:
@@ -145,22 +142,17 @@ def rendered(template: str, **values: Any) -> str:
 
 
 def check_tokenizer(file: Path, name: str = "") -> None:
-    """Raise ValueError for a ``tokenizer.json`` that cannot encode ordinary text under limits.
-
-    Later `check_texts` tries the texts of the tokenizer of this name with it.
-    """
+    """Raise ValueError for a ``tokenizer.json`` that cannot encode ordinary text under limits."""
     stat = file.stat()
     version = str(file.resolve()), stat.st_mtime_ns, stat.st_size
     if version not in _encoders:
         _encode(version, _PROBES)
-    _files[name] = version
+    _files[name] = version  # with which `check_texts` tries texts later
 
 
 def check_texts(name: str, texts: list[str]) -> None:
-    """Raise ValueError for texts that a tokenizer cannot encode under limits.
-
-    A template can write what no probe has: a tokenizer may grow or end its process by that alone.
-    """
+    """Raise ValueError for texts that a tokenizer cannot encode under limits."""
+    # a template can write what no probe has: a tokenizer may grow or end its process by that alone
     if name in _files and Path(_files[name][0]).exists():
         _encode(_files[name], texts)
 

@@ -89,10 +89,7 @@ def _ask_object_letter(scene: Scene, rng: Generator) -> _Asked:
 
 
 def _ask_presence(scene: Scene, rng: Generator, group: str = "") -> _Asked:
-    """Ask whether an object is shown: half of the draws are positive, unless a group is given.
-
-    It is positive, random (any absent object) or adversarial (absent, of a category that is shown).
-    """
+    """Ask whether an object is shown: half of the draws are positive, unless a group is given."""
     art = load_art()
     group = group or pick(rng, ("positive", "positive", "random", "adversarial"))
     shown, answer = scene.names, "no"
@@ -100,7 +97,7 @@ def _ask_presence(scene: Scene, rng: Generator, group: str = "") -> _Asked:
         name, answer = pick(rng, shown), "yes"
     elif group == "random":
         name = pick(rng, [n for n in art.names if n not in shown])
-    else:
+    else:  # adversarial: absent, of a category that is shown
         kinds = {art.category_of(n) for n in shown}
         pairs = zip(art.names, art.categories, strict=True)
         name = pick(rng, [n for n, c in pairs if c in kinds and n not in shown])

@@ -60,10 +60,8 @@ def timed_run(model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens: int
 def timed_runs(
     models: Sequence[Any], inputs: Sequence[Mapping[str, Any]], new_tokens: int, repeats: int
 ) -> list[list[Run]]:
-    """Time several models in turn, each with its batch, after one run to warm up.
-
-    A machine that is slow for a while then slows all of them, and their ratios stay.
-    """
+    """Time several models in turn, each with its batch, after one run to warm up."""
+    # a machine that is slow for a while then slows all of them, and their ratios stay
     pairs = list(zip(models, inputs, strict=True))
     for model, batch in pairs:
         timed_run(model, batch, 2)
@@ -80,10 +78,8 @@ def in_turn(runs: Sequence[Callable[[], Run]], repeats: int) -> list[list[Run]]:
 
 
 def _shares(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[Estimate]:
-    """Divide times to read and to write by those of the same rounds: median, smallest, largest.
-
-    Of six rounds, smallest and largest are a 97 % interval of the median.
-    """
+    """Divide times to read and to write by those of the same rounds: median, smallest, largest."""
+    # of six rounds, smallest and largest are a 97 % interval of the median
     for time_of in (itemgetter(0), _decode_ms):
         shares = [time_of(a) / time_of(b) for a, b in zip(ours, theirs, strict=True)]
         yield Estimate(median(shares), min(shares), max(shares))
@@ -222,18 +218,13 @@ class Footprint:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """Speed-up over a baseline at one batch size, and the ideal.
-
-    The ideal of prefill is the ratio of FLOPs. The ideal of decoding is the ratio of bytes that
-    every new token has to read: decoder layers, final norm and head as they are stored, and the
-    keys and values of the prompt.
-    """
+    """Speed-up over a baseline at one batch size, and the ideal."""
 
     batch_size: int
     prefill: float  # median over the repeats of baseline time / model time
-    prefill_ideal: float
+    prefill_ideal: float  # ratio of FLOPs
     decode: float
-    decode_ideal: float
+    decode_ideal: float  # ratio of bytes that a new token reads: `Side.read_bytes`, keys, values
     prefill_share: float  # of the ideal that is reached
     decode_share: float
 

@@ -50,10 +50,8 @@ def _mmmu(values: Values) -> list[float]:
 
 
 def _mme(values: Values) -> list[float]:
-    """Compute each question's share of the MME score; 100 x the mean is that score.
-
-    MME adds up, over categories, the percentages of right answers and of pictures with both right.
-    """
+    """Compute each question's share of the MME score; 100 x the mean is that score."""
+    # MME adds up, over categories, the percentages of right answers and of pictures with both right
     keys = [(value["category"], value["question_id"]) for value in values]
     pictures = Counter(category for category, _ in set(keys))
     right = Counter[tuple[str, str]]()

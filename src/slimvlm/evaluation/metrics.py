@@ -118,10 +118,8 @@ def metric_named(name: str) -> Metric:
 
 
 def _own_metric(name: str) -> Metric:
-    """Import a plain function of two arguments, from a module of the user's own.
-
-    A task file names it, and must not be able to call a function of an installed package.
-    """
+    """Import a plain function of two arguments, from a module of the user's own."""
+    # a task file names it, and must not be able to call a function of an installed package
     module, _, attribute = name.partition(":")
     where = f"metric {shortened(name)}"
     top = module.partition(".")[0]
@@ -171,10 +169,7 @@ def average(scores: Mapping[str, float]) -> float:
 
 
 def majority_score(metric: str, questions: Sequence[Question]) -> float:
-    """Compute the score of the best constant answer to these questions, in percent.
-
-    Candidates are the eight most frequent answers, and for `set_f1` the lists of frequent items.
-    """
+    """Compute the score of the best constant answer to these questions, in percent."""
     accepted = Counter(a for q in questions for a in {normalise(answer) for answer in q.answers})
     frequent = accepted.most_common(8)
     candidates = [answer for i, (answer, count) in enumerate(frequent) if count > 1 or i == 0]

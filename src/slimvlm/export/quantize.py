@@ -1,8 +1,4 @@
-"""Write checkpoints whose decoder layers have weights of fewer bits, for ``from_pretrained``.
-
-Only the matrices of the decoder layers are quantised: tower, projector, token embedding and head
-stay as they are. Quantise last: the result cannot be pruned or trained.
-"""
+"""Write checkpoints whose decoder layers have weights of fewer bits, for ``from_pretrained``."""
 
 import json
 from collections.abc import Iterator, Sequence

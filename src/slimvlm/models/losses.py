@@ -37,11 +37,7 @@ _LARGEST = 2**20  # bytes of one position's logits in float32 with 262,144 token
 
 
 def rows_at_once(device: torch.device, free: int | None = None) -> int:
-    """Return the number of positions whose logits exist at one time.
-
-    On a CPU `CHUNK`. On an accelerator as many as take a sixteenth of its ``free`` bytes (by
-    default those that are free now), but from a quarter of `CHUNK` to four times as many.
-    """
+    """Return the number of positions whose logits exist at one time, by ``free`` or free bytes."""
     if device.type == "cpu":
         return CHUNK
     free = free_memory(device) if free is None else free
@@ -222,9 +218,6 @@ def layer_map(kept_layers: Sequence[int], num_original_layers: int) -> tuple[int
     A kept layer stands for itself and the run of layers that was removed after it, since the next
     kept layer expects the output of that run. Without removed layers every layer is compared with
     itself. ``kept_layers`` are ascending indices in the original model, as are the returned ones.
-
-    The study compares the same index in both models, which only fits the last layer (-1) once
-    layers are gone.
     """
     return tuple(following - 1 for following in (*kept_layers[1:], num_original_layers))
 

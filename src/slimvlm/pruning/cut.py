@@ -1,7 +1,4 @@
-"""Apply a plan to a live model, and express it as a Hugging Face configuration beforehand.
-
-`mask_` is the reference for `prune_`: it switches units off without changing shapes.
-"""
+"""Apply a plan to a live model, and express it as a Hugging Face configuration beforehand."""
 
 import copy
 from collections.abc import Collection, Iterator

@@ -113,14 +113,11 @@ def refit(
     removed and nothing is missing the weights stay as they are, bit for bit. If the Gram matrix is
     singular beyond the ridge, the ridge is raised until the system can be solved.
 
-    The system is solved in float64. For weights in half precision it is float32 if that solves it
-    to better than what they can hold.
-
     Reference:
         Least squares on the matrix that reads the pruned channels: Meng et al. 2024, OSSCAR,
         arXiv:2403.12983. The ridge towards the sliced weights and the centring are ours.
     """
-    if weight.element_size() < 4:
+    if weight.element_size() < 4:  # float32 will do, if it solves to better than what they can hold
         tolerance = torch.finfo(weight.dtype).eps / 8
         found = _refit(weight.float(), bias, moments, keep, ridge, tolerance)
         if found is not None:

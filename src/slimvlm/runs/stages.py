@@ -31,10 +31,9 @@ from slimvlm.models.parts import context_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import lost_heads
 from slimvlm.pruning.tokens import trimmed_processor
+from slimvlm.pruning.walk import walk as walking
 from slimvlm.pruning.walk.engine import Steps, WalkConfig, steps_for
 from slimvlm.pruning.walk.result import Walked
-from slimvlm.pruning.walk.walk import plans_for
-from slimvlm.pruning.walk.walk import walk as walk_layers
 from slimvlm.runs import request as requests
 from slimvlm.runs.cost import CALIBRATION_BATCH, TRIAL_SHARE, optimizer_steps
 from slimvlm.runs.request import Request, requests_by_axis, scored_by, tokens_alone, with_tokens
@@ -82,10 +81,7 @@ def _judging(calibration: Sequence[Sample]) -> Sequence[Sample]:
 
 
 def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
-    """Divide samples: the last ones stay unseen, calibration takes the first, training the rest.
-
-    Where these are none, or fewer than `training_samples`, it takes the first ones too.
-    """
+    """Divide samples: the last ones stay unseen, calibration takes the first, training the rest."""
     config = request.prune
     if config.seed:  # 0 keeps the order of the rows
         samples = random.Random(config.seed).sample(samples, len(samples))
@@ -93,6 +89,7 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
     unseen = 0 if unseen < FEWEST_UNSEEN else unseen
     used, last = samples[: len(samples) - unseen], samples[len(samples) - unseen :]
     shown, rest = used[: config.samples], used[config.samples :]
+    # the first ones, too, where these are none or fewer than `training_samples`
     training = [*rest, *shown][: request.training_samples or len(rest) or None]
     return SampleSplit(shown, training, not_among(last, used) if unseen else ())
 
@@ -232,7 +229,7 @@ def walk(
         plan = requests.ranked_plan(config, shape, scores, request.tokens)
     along = (config.axis or "width", config.allocation or "uniform")
     kept = {**config.of_units, "tokens": request.tokens}
-    plans, chooses = plans_for(shape, scores, config.ratio, *along, plan=plan, **kept)
+    plans, chooses = walking.plans_for(shape, scores, config.ratio, *along, plan=plan, **kept)
     if not any(each.cuts_layers for each in plans):
         return Walked(plans[0])
     if config.local_steps is None:
@@ -245,7 +242,7 @@ def walk(
     held_out = calibration.held_out if request.hold_out else []
     weights = requests.token_weights_of(config)
     how = WalkConfig(plans, chooses, calibration.fitted, held_out, steps, weights)
-    return walk_layers(source, how, device, results, say=say)
+    return walking.walk(source, how, device, results, say=say)
 
 
 def prune_(

@@ -1,7 +1,4 @@
-"""Batches on the model's device, the weights of their tokens, and passes over them.
-
-B batch, T token.
-"""
+"""Batches on the model's device, weights of their tokens, passes over them. B batch, T token."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack

@@ -115,17 +115,14 @@ ROUTING = Capture(forward.capture_routing, passes=2)
 
 @dataclass(frozen=True)
 class Criterion:
-    """One way to score units.
-
-    ``options`` have their allowed values, or None for any. The capture takes those that it names
-    and the function the others.
-    """
+    """One way to score units."""
 
     units: tuple[str, ...]
     capture: Capture
     function: Callable[..., Values]  # (statistics, anatomy, **options) -> values of units
     paper: str  # title and arXiv id
     about: str  # one line for tables
+    # with their allowed values, or None for any; the function takes those that no capture names
     options: Mapping[str, Allowed] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # the capture's, set by the criterion
     from_request: tuple[str, ...] = ()  # those of `CalibrationConfig` of the same name

@@ -242,10 +242,7 @@ def capture_activations(
 def capture_moments(
     model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
 ) -> Statistics:
-    """Sum ``w_t x_t`` and ``w_t x_t²`` of each input channel, a row for each expert.
-
-    With them are ``Σ_i |W_ij|`` and ``Σ_i W_ij²`` of the columns that read the channels.
-    """
+    """Sum ``w_t x_t`` and ``w_t x_t²`` of each input channel, a row for each expert."""
     parts: dict[Place, dict[str, Tensor]] = {}
     for index, each in writing_matrices(model):
         weight = weight_of(each.owner, each.name)

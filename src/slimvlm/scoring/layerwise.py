@@ -141,10 +141,7 @@ class LazyCheckpoint:
 def open_checkpoint(
     model: str | Path, dtype: str = "auto", trust_remote_code: bool = False
 ) -> LazyCheckpoint:
-    """Find every weight of a folder or hub id (downloaded) without reading any.
-
-    Refuses files that lack a parameter or hold it in another shape.
-    """
+    """Find every weight of a folder or hub id without reading any; refuse missing or other ones."""
     where, config = f"model {str(model)!r}:", models.load_config(model, trust_remote_code)
     models.require_full_precision(config, "scored or pruned with low memory")
     folder = models.folder_of(model)

@@ -54,10 +54,7 @@ class Moments:
         weights: Float[Tensor, " T"],
         residuals: Float[Tensor, "T O"] | None = None,
     ) -> None:
-        """Add tokens, best some 2,000; those of weight 0 leave no trace, whatever their values.
-
-        bfloat16 inputs of weight 1 are multiplied as such on a CPU, which loses nothing.
-        """
+        """Add tokens, best some 2,000; those of weight 0 leave no trace, whatever their values."""
         counted, dtype = weights.nonzero()[:, 0], self.pairs.dtype
         if len(counted) < len(weights):
             inputs, weights = inputs[counted], weights[counted]
@@ -65,7 +62,7 @@ class Moments:
         values, weights = inputs.to(dtype), weights.to(dtype)
         is_plain = inputs.is_cpu and bool((weights == 1).all())
         rows = values if is_plain else values * weights.sqrt()[:, None]
-        with _bfloat16_products(is_plain and inputs.dtype == torch.bfloat16):
+        with _bfloat16_products(is_plain and inputs.dtype == torch.bfloat16):  # loses nothing
             add_product_(self.pairs, rows, rows)
         self._is_whole = False
         self.total += weights @ values

@@ -176,10 +176,8 @@ class _State:
         return prices.clamp_min_(0).masked_fill_(self.gone, torch.inf)
 
     def _remove_some_(self, stop: int) -> tuple[Int64[Tensor, " N"], Float[Tensor, " N"]]:
-        """Remove units while the rows of the cheapest are prepared; return them and their costs.
-
-        All steps are queued on the device; how many removed one is read once at the end.
-        """
+        """Remove units while the rows of the cheapest are prepared; return them and their costs."""
+        # all steps are queued on the device; how many removed one is read once at the end
         prices, width = self._prices(), self.width
         ranked = torch.where(_tied(prices), -1, prices).argsort(stable=True)
         prepared = ranked[: min(max(BLOCK // width, 1), self.remaining)]

@@ -33,10 +33,7 @@ PINNING = ("cuda", "xpu")  # devices to which copies from pinned host memory nee
 
 
 class Memory:
-    """A store that ends with its process, on a device or where each tensor was computed.
-
-    Tensors come back from pinned host memory without waiting; torch rounds it to powers of two.
-    """
+    """A store that ends with its process, on a device or where each tensor was computed."""
 
     def __init__(self, device: torch.device | None = None, pinned: bool = False) -> None:
         self.device, self.pinned = device, pinned
@@ -75,7 +72,7 @@ class Memory:
         value = value.detach()
         if self.device is None or value.device == self.device:
             return value
-        pinned = self.pinned and value.device.type in PINNING
+        pinned = self.pinned and value.device.type in PINNING  # torch rounds to powers of two
         return torch.empty_like(value, device=self.device, pin_memory=pinned).copy_(value)
 
     def about(self, name: str, place: int) -> Any:

@@ -1,7 +1,4 @@
-"""What calibration collects, values of units made of it, and `Scores`, as they are stored.
-
-Collected are sums over tokens or samples, never the activations themselves.
-"""
+"""What calibration collects (sums, never activations), values of units made of it, and `Scores`."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -166,11 +163,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: If a file is missing or is not a score file.
-        """
+        """Read what `save` wrote; raise ConfigError if a file is missing or is no score file."""
         path = Path(path)
         try:
             about = read_object(suffixed(path, ".json"), "scores")

@@ -1,7 +1,4 @@
-"""What learns and in which precision, and the Hugging Face Trainer with our batches and loss.
-
-B sample, T token, V vocabulary.
-"""
+"""What learns, how precisely, and the Trainer with our loss. B sample, T token, V vocabulary."""
 
 import json
 import math

@@ -1,7 +1,4 @@
-"""One pass through the decoder layers: each is chosen from, cut, refitted and distilled.
-
-B batch, T token, D hidden.
-"""
+"""Walk the decoder layers: choose from, cut, refit, distil each. B batch, T token, D hidden."""
 
 import math
 import random

@@ -1,7 +1,4 @@
-"""Hidden states of the calibration batches between the layers, in three streams.
-
-B batch, T token, C input channel of a matrix.
-"""
+"""Hidden states between layers, in three streams. B batch, T token, C input channel of a matrix."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress

@@ -113,11 +113,7 @@ class StudyConfig(core.Questions, core.TrainingShare):
 
 
 def read_study(path: str | Path) -> StudyConfig:
-    """Read a study file.
-
-    Raises:
-        ConfigError: If the file cannot be read or anything in it is unknown or not allowed.
-    """
+    """Read a study file; raise ConfigError if anything in it is unknown or not allowed."""
     return built(StudyConfig, read_yaml(path, "study"), f"study {str(path)!r}")
 
 

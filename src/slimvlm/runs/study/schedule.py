@@ -1,7 +1,4 @@
-"""The stages of a study's cells, their outcomes on disk, their order, the engines that run them.
-
-calibrate -> prune -> recover -> evaluate
-"""
+"""The stages of a study's cells, their outcomes on disk, their order, the engines that run them."""
 
 import json
 import os
@@ -141,10 +138,7 @@ class Cache:
     def run(
         self, stage: Stage, flops: float, wait: bool, is_needed: Callable[[Stage], bool]
     ) -> Outcome | None:
-        """Do a stage whose inputs are ready, unless it is done; the outcome holds any error.
-
-        Returns None if another worker is doing it, unless ``wait``.
-        """
+        """Do a stage whose inputs are ready, unless done; None if another worker does it."""
         failure, scratch = self._failure(stage), self._scratch(stage)
         try:
             with held(self.path(stage), wait=-1 if wait else 0):
@@ -488,10 +482,7 @@ def run_ray(
     workers: int | None = None,
     address: str | None = None,
 ) -> None:
-    """Do stages as tasks of a Ray cluster, which must see the cache under the same path.
-
-    Without an address (also in ``RAY_ADDRESS``) Ray is started here, with so many ``workers``.
-    """
+    """Do stages as tasks of a Ray cluster, which must see the cache under the same path."""
     if find_spec("ray") is None:
         raise ConfigError("engine 'ray' needs Ray: pip install 'slimvlm[ray]'")
     import ray
