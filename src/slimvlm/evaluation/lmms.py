@@ -1,7 +1,4 @@
-"""Run the study's nine benchmarks through lmms-eval: model + names → the same `TaskResult`s.
-
-lmms-eval loads the data, writes the prompts and scores the replies; our own chat code answers.
-"""
+"""Run the study's nine benchmarks through lmms-eval: model + names → the same `TaskResult`s."""
 
 import contextlib
 import os
@@ -228,11 +225,7 @@ def evaluate_all(
     log_folder: str | Path | None = None,
     blind: bool = False,
 ) -> Result:
-    """Evaluate on our own tasks and on lmms-eval's.
-
-    ``log_folder``, floors and ``blind`` are for our own tasks; without any of those, times are
-    measured on a grey picture.
-    """
+    """Evaluate on our own tasks and on lmms-eval's; a log, floors and ``blind`` are for ours."""
     (own, theirs), result = split_names(asked.tasks), None
     how: dict[str, Any] = {"limit": asked.limit, "batch_size": asked.batch_size}
     if own or not theirs:
@@ -243,6 +236,7 @@ def evaluate_all(
     found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
     if result is not None:
         return replace(result, tasks={**result.tasks, **found})
+    # without a question of our own, times are measured on a grey picture
     return with_costs(model, processor, found, plain_question(processor), name, **how)
 
 

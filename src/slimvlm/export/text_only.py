@@ -109,8 +109,6 @@ def export_text(model: str | Path, out: str | Path, force: bool = False) -> None
 
     Weights, token ids and logits of texts stay those of the whole model. The folder is read back
     before it takes its name; by then the weights that it was made of are no longer in memory.
-
-    A model of which that cannot be done, or only with other logits, is refused (`SlimError`).
     """
     require_free(out, force)
     described = models.load_config(model)

@@ -419,10 +419,7 @@ def channels_to_remove(channels: int, ratio: float) -> int:
 
 
 def default_multiple(anatomy: Anatomy) -> int:
-    """128, which 4-bit kernels want, where a step of all widths is at most 1 % of the backbone.
-
-    Otherwise 64 is halved until a step is at most 0.5 %.
-    """
+    """Return 128 where a step of all widths is at most 1 % of the backbone, else 64 halved."""
     step = sum(shape.neuron_params for shape in anatomy.layers) / anatomy.backbone_params
     if WIDTH_MULTIPLE * step <= 0.01:
         return WIDTH_MULTIPLE

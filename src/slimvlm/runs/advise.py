@@ -235,10 +235,8 @@ def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
 def _tokens_first(
     model: str, shape: Anatomy, ratio: float, is_open: bool
 ) -> tuple[int | None, list[str]]:
-    """Choose how many tokens stay where some go first, None for all; with notes.
-
-    ``is_open``: there is data to count, and a budget that fewer tokens help to meet.
-    """
+    """Choose how many tokens stay where some go first, None for all; with notes."""
+    # is_open: there is data to count, and a budget that fewer tokens help to meet
     rule, third = rules().tokens_first, requests.tokens_to_try(shape)
     if third is None:
         return None, []

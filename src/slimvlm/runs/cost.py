@@ -313,11 +313,9 @@ def speed_of(device: torch.device, dtype: str) -> tuple[float, str]:
 
 @lru_cache(maxsize=4)
 def device_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a matrix product: the best of 12, as other work slows some.
-
-    On a CPU it is that of one core in seconds of its own work, times the cores. So a busy machine
-    counts as an idle one, and no thread counts that waits for another one.
-    """
+    """Measure the FLOP/s of a matrix product: the best of 12, as other work slows some."""
+    # On a CPU it is that of one core in seconds of its own work, times the cores. So a busy machine
+    # counts as an idle one, and no thread counts that waits for another one.
     if dtype != torch.float32 and not computes_bfloat16(device):
         dtype = torch.float32
     is_cpu, threads = device.type == "cpu", torch.get_num_threads()

@@ -1,8 +1,4 @@
-"""The stages as functions of one request: calibrate, prune, recover, evaluate.
-
-`compress`, studies and the verbs of the command line call them in turn with a `Request` that was
-resolved and checked once; the callers decide where outputs are kept.
-"""
+"""The stages as functions of one resolved request: calibrate, prune, recover, evaluate."""
 
 import copy
 import math
@@ -133,10 +129,7 @@ def read_split(request: Request, say: Say) -> SampleSplit:
 def settled(
     request: Request, given: Plan | None, say: Say
 ) -> tuple[Request, Plan | None, SampleSplit]:
-    """Resolve a request, check it against model and data, and choose its tokens, without weights.
-
-    Returns the request, the plan if it is known before scoring, and the samples.
-    """
+    """Resolve a request, check it against model and data, choose its tokens; read no weights."""
     shape, has_data = models.anatomy(request.model), request.prune.data is not None
     request = requests.resolved(request, say, shape if given is None else None)
     config = request.prune

@@ -1,7 +1,6 @@
 """The table of criteria: the units they score, the data they need, and their papers.
 
-A criterion is one function and one row. ``docs/add-a-criterion.md`` walks through adding one. Those
-that need no data stand here, too. L layer.
+A criterion is one function and one row. ``docs/add-a-criterion.md`` walks through adding one.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -132,10 +132,7 @@ def score_block_influence(
 
 
 def score_angular(statistics: Statistics, anatomy: Anatomy, last_layer: str = "prenorm") -> Values:
-    """Take the angular distance over runs of layers at the last valid token; the nearest run goes.
-
-    ``layer`` holds the distances of single layers, ``layer_runs`` those of all runs.
-    """
+    """Take the angular distance over runs of layers at the last valid token; the least one goes."""
     totals, count = statistics.parts["angular_sum"].clone(), anatomy.num_layers
     lengths = torch.arange(count)
     if last_layer == "postnorm":  # only runs that end with the last layer differ

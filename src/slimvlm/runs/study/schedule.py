@@ -455,11 +455,9 @@ def _attempt(
     is_needed: Callable[[Stage], bool] = lambda stage: True,
     started: Callable[[Stage], object] = lambda stage: None,
 ) -> Outcome | None:
-    """Do a stage if its inputs are there; None if this worker must look again later.
-
-    Other workers may change the cache at any moment. This one saw ``failed`` stages fail, and has
-    still to do those ``left``.
-    """
+    """Do a stage if its inputs are there; None if this worker must look again later."""
+    # Other workers may change the cache at any moment. This one saw ``failed`` stages fail, and has
+    # still to do those ``left``.
     if cache.is_done(stage) and not is_needed(stage):
         return Outcome(stage.name)  # by another worker, and no open stage reads its checkpoint
     absent = {source.name for source in stage.inputs if not cache.is_ready(source)}
