@@ -208,7 +208,7 @@ class Supervision:
     compared: Bool[Tensor, "B T"]  # positions where the student is compared with its teacher
 
     @property
-    def counts(self) -> Float[Tensor, 2]:
+    def counts(self) -> Float[Tensor, "2"]:
         """Number of positions that count for sft, and for the other losses."""
         return torch.stack([losses.label_counts(self.labels).sum(), self.compared.sum()]).float()
 
