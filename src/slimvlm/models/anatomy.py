@@ -238,10 +238,7 @@ class Anatomy:
         return None
 
     def legal_kv_heads(self) -> list[int]:
-        """List KV-head counts that the configuration class can express, ascending.
-
-        Reference: measured on transformers 5.24; see ``docs/families.md``.
-        """
+        """List KV-head counts that the configuration class can express (``docs/families.md``)."""
         if not self.attention_shapes:
             return []
         most, queries_per_group, _ = self.attention_shapes[-1]

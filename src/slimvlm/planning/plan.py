@@ -227,11 +227,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read a plan; ``ratio`` is computed anew, so a plan may be edited by hand.
-
-        Raises:
-            ConfigError: If the file is missing, is not a plan, or names units that do not exist.
-        """
+        """Read a plan, which may be edited by hand; raise ConfigError if it is not possible."""
         return cls.from_dict(read_object(path, "plan"), f"plan {str(path)!r}")
 
     @classmethod

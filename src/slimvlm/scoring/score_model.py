@@ -62,14 +62,11 @@ def score(
     token_weights: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Scores:
-    """Score the units that a criterion is about; higher means keep.
+    """Score the units that a criterion is about, in float32 on the CPU; higher means keep.
 
     Arguments and errors as in `collect`. See ``slimvlm.CRITERIA`` for the criteria and their
     options. A criterion that needs Gram matrices reads the batches several times if those of all
     layers take more than 2 GiB (``PART_BYTES``), for so many layers at a time.
-
-    Returns:
-        Float32 scores on the CPU.
     """
     layer_bytes = criterion_named(criterion, options).capture.layer_bytes
     parts: list[list[int]] = []  # runs of layers whose statistics fit, one layer at least

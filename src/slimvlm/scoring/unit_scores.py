@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slimvlm.core.documents import parse_json, read_object
-from slimvlm.core.errors import ConfigError, NumericalError
+from slimvlm.core.errors import ConfigError, NumericalError, raised_as
 from slimvlm.core.files import new_file, write_text
 from slimvlm.models.anatomy import LAYER_UNITS, Anatomy, LayerShape, fold, unit_of
 from slimvlm.models.families import Projection
@@ -28,11 +28,7 @@ Values = dict[Place | str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Collected by calibration: sums of matrices, of kinds of unit, or of all layers.
-
-    Raises:
-        NumericalError: If a number is not finite.
-    """
+    """Collected by calibration: finite sums of matrices, of kinds of unit, or of all layers."""
 
     parts: Mapping[Any, Any] = field(default_factory=dict)
     """Sums by their place, or by name those of all layers."""
@@ -165,8 +161,9 @@ class Scores:
     def load(cls, path: str | Path) -> "Scores":
         """Read what `save` wrote; raise ConfigError if a file is missing or is no score file."""
         path = Path(path)
-        try:
-            about = read_object(suffixed(path, ".json"), "scores")
+        about = read_object(suffixed(path, ".json"), "scores")
+        kinds = (OSError, ValueError, KeyError, TypeError, SafetensorError)
+        with raised_as(ConfigError, kinds, f"scores {str(path)!r}: cannot be read"):
             with safe_open(suffixed(path, ".safetensors"), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
@@ -175,10 +172,6 @@ class Scores:
                 raise ValueError("its two files are of different runs")
             if not isinstance(criterion, str) or not isinstance(options, dict):
                 raise ValueError("criterion must be text, and options map names to values")
-        except ConfigError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ConfigError(f"scores {str(path)!r}: cannot be read ({error})") from error
         rows: dict[str, Any] = {}
         for unit in LAYER_UNITS:
             count = sum(name.startswith(f"{unit}.") for name in tensors)

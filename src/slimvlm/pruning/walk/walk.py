@@ -144,9 +144,6 @@ def walk_checkpoint(
     ``device`` and ``trust_remote_code`` are as in `slimvlm.score_checkpoint`, and all other
     arguments those of `walk_`.
 
-    Returns:
-        The plan and the report.
-
     Raises:
         SlimError: As `walk_`, `slimvlm.score_checkpoint` and `slimvlm.prune_checkpoint` do.
     """

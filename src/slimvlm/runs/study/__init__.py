@@ -61,7 +61,7 @@ def run_study(
     console: Console | None = None,
     device: str | None = None,
 ) -> pd.DataFrame:
-    """Measure every cell of a study.
+    """Measure every cell of a study; return the table of `results_table`.
 
     The folder can be given again, with the same study or a larger one: only what is new is done. A
     stopped start loses at most the stages that were running. Several processes may work on one
@@ -76,9 +76,6 @@ def run_study(
         address: A running Ray cluster.
         console: Where progress is shown; by default stderr.
         device: Where models run; by default the accelerator if there is one, else the CPU.
-
-    Returns:
-        The results table; see `slimvlm.runs.study.results_table`.
 
     Raises:
         SlimError: For anything that the user can mend; found before any work is done.
