@@ -7,7 +7,7 @@ measured on transformers 5.24 and are tested in ``tests/contract/test_families.p
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 Segment = Literal["query", "query_and_gate", "key_value", "neuron", "expert"]
 HeadRule = Literal["any", "divides_hidden_size", "fixed"]
@@ -145,14 +145,13 @@ _TRANSPOSED_AND_SHARED_NEURONS = (
 )
 
 
-def _entries(*paths: str) -> tuple[Projection, ...]:
-    return tuple(Projection(path, ENTRIES, ("expert",)) for path in paths)
+def _experts(module: str, *routers: str, **fields: Any) -> Experts:
+    """Describe experts with two weights each, and what of their routers has an entry for each."""
+    paths = (*routers, f"{module}.gate_up_proj", f"{module}.down_proj")
+    return Experts(module, tuple(Projection(p, ENTRIES, ("expert",)) for p in paths), **fields)
 
 
-_MLP_EXPERTS = Experts(
-    module="mlp.experts",
-    entries=_entries("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-)
+_MLP_EXPERTS = _experts("mlp.experts", "mlp.gate.weight")
 _PER_LAYER_EMBEDDINGS = (
     Stack("embed_tokens_per_layer", INPUT_COLUMNS),
     Stack("per_layer_model_projection", OUTPUT_ROWS),
@@ -201,14 +200,8 @@ BACKBONES: dict[str, Backbone] = {
         attention=(),
         layer_lists=("layer_types",),
         layer_maps=("per_layer_config",),
-        experts=Experts(
-            module="experts",
-            entries=_entries(
-                "router.proj.weight",
-                "router.per_expert_scale",
-                "experts.gate_up_proj",
-                "experts.down_proj",
-            ),
+        experts=_experts(
+            *("experts", "router.proj.weight", "router.per_expert_scale"),
             taken_field="top_k_experts",
         ),
         layer_stacks=_PER_LAYER_ROWS,
@@ -237,13 +230,8 @@ BACKBONES: dict[str, Backbone] = {
     "mllama_text_model": Backbone(head_rule="fixed", layer_indices=("cross_attention_layers",)),
     "llama4_text": Backbone(
         mlp=_TRANSPOSED_AND_SHARED_NEURONS,
-        experts=Experts(
-            module="feed_forward.experts",
-            entries=_entries(
-                "feed_forward.router.weight",
-                "feed_forward.experts.gate_up_proj",
-                "feed_forward.experts.down_proj",
-            ),
+        experts=_experts(
+            *("feed_forward.experts", "feed_forward.router.weight"),
             count_field="num_local_experts",
             transposed=True,
         ),
