@@ -32,17 +32,28 @@ LAYER_UNITS = (*WIDTH_UNITS, "expert")  # kinds of unit that a layer has several
 class LayerShape:
     """Geometry of one decoder layer and parameter counts of its units."""
 
-    num_kv_heads: Width  # KV groups (heads, for multi-head attention); 0 if its mixer has none
-    queries_per_group: Width  # query heads that share one KV head
-    head_dim: Width  # channels of a head
-    intermediate_size: Width  # MLP neurons, with experts those of one; 0 if none of them can go
-    kv_group_params: Count  # of one KV group: its q, k, v rows and biases, o columns
-    neuron_params: Count  # of one neuron: gate and up rows and biases, down column
-    fixed_params: Count  # that no unit owns, such as norms and output biases
-    num_experts: Width = 0  # of which each token takes a few; 0 if none of them can go
-    expert_neuron_params: Count = 0  # the part of `neuron_params` in one expert; 0 without experts
-    expert_fixed_params: Count = 0  # of one expert, owned by no neuron, such as the router's row
-    token_params: Count = 0  # the part of `fixed_params` of one token, in the layer's own embedding
+    num_kv_heads: Width
+    """KV groups (heads, for multi-head attention); 0 if its token mixer has none."""
+    queries_per_group: Width
+    """Query heads that share one KV head."""
+    head_dim: Width
+    """Channels of a head."""
+    intermediate_size: Width
+    """MLP neurons, with experts those of one; 0 if none of its neurons can go."""
+    kv_group_params: Count
+    """Parameters of one KV group (its q, k, v rows and biases, o columns)."""
+    neuron_params: Count
+    """Parameters of one neuron (gate and up rows and biases, down column)."""
+    fixed_params: Count
+    """Parameters that no unit owns, such as norms and output biases."""
+    num_experts: Width = 0
+    """Experts of which each token takes a few; 0 if none of them can go."""
+    expert_neuron_params: Count = 0
+    """The part of ``neuron_params`` in one expert; 0 without experts."""
+    expert_fixed_params: Count = 0
+    """Parameters of one expert that no neuron owns, such as the router's row."""
+    token_params: Count = 0
+    """The part of ``fixed_params`` that one token has in the layer's own embedding."""
 
     @property
     def num_heads(self) -> int:
