@@ -39,6 +39,10 @@ class Vllm:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         import vllm
 
+        draft: dict[str, Any] = {}
+        if asked.get("draft"):
+            how = {"method": "draft_model", "num_speculative_tokens": asked["proposed"]}
+            draft["speculative_config"] = {**how, "model": asked["draft"]}
         self._model = vllm.LLM(
             asked["checkpoint"],
             dtype=asked["dtype"],
@@ -47,8 +51,10 @@ class Vllm:
             max_model_len=asked["max_length"],
             max_num_seqs=asked["at_once"],
             **({"limit_mm_per_prompt": {"image": 1}} if asked["sees"] else {}),
+            **draft,
         )
         self._sampling: Any = vllm.SamplingParams
+        self.prompt_tokens: list[int] = []
 
     def answer(self, prompts: list[dict[str, Any]], new_tokens: int) -> list[Ids]:
         """Token ids of greedy replies."""
@@ -60,13 +66,12 @@ class Vllm:
             if prompt["picture"]:
                 given[-1]["multi_modal_data"] = {"image": Image.open(prompt["picture"])}
         how = self._sampling(temperature=0, max_tokens=new_tokens)
-        return [
-            list(found.outputs[0].token_ids)
-            for found in self._model.generate(given, how, use_tqdm=False)
-        ]
+        found = self._model.generate(given, how, use_tqdm=False)
+        self.prompt_tokens = [len(each.prompt_token_ids) for each in found]
+        return [list(each.outputs[0].token_ids) for each in found]
 
     def time(self, prompts: list[Ids], new_tokens: int, clock: str) -> list[list[float]]:
-        """When each step of each reply came, in seconds."""
+        """When each step of each reply came, in seconds; with a draft, a step is a round."""
         engine, now = self._model.llm_engine, CLOCKS[clock]
         start = now()
         for number, ids in enumerate(prompts):
@@ -239,6 +244,7 @@ def answer(module: str, folders: list[str]) -> None:
         try:
             engine = ENGINES[module](asked)
             written["replies"] = engine.answer(asked["prompts"], asked["max_new_tokens"])
+            written["prompt_tokens"] = getattr(engine, "prompt_tokens", [])
             del engine
         except Exception as error:  # engines raise almost anything
             written["error"] = message(error)

@@ -77,7 +77,10 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class Compared:
-    """Replies of an engine and of transformers; ``error`` if it did not load the checkpoint."""
+    """Replies of an engine and of transformers; ``error`` if it did not load the checkpoint.
+
+    ``prompt_tokens`` are counted by the engine, those of pictures included, if it tells.
+    """
 
     model: str
     engine: str
@@ -86,6 +89,7 @@ class Compared:
     expected: tuple[str, ...]
     found: tuple[str, ...] = ()
     error: str = ""
+    prompt_tokens: tuple[int, ...] = ()
 
     @property
     def same(self) -> int:
@@ -140,11 +144,13 @@ def compare(
     questions: Sequence[Question] | None = None,
     max_new_tokens: int = 16,
     original: str | Path | None = None,
+    draft: str | Path | None = None,
 ) -> list[Compared]:
     """Compare greedy replies of an engine, started once for some checkpoints, with transformers'.
 
     Both compute in float32, or in bfloat16 if weights are quantised, where replies may differ.
-    ``original`` is that of models that lost tokens, for llama.cpp.
+    ``original`` is that of models that lost tokens, for llama.cpp; ``draft`` proposes four tokens
+    at a time, in vLLM alone.
     """
     python, engine = interpreter_of(name), ENGINES[name]
     with tempfile.TemporaryDirectory(prefix="slimvlm-engine-") as folder:
@@ -167,6 +173,8 @@ def compare(
                 "sees": any(question.images for question in chosen),
                 "picture_text": GGUF_PICTURES.get(loaded.config.model_type),
                 "prompts": [_prompt(processor, question, work) for question in chosen],
+                "draft": None if draft is None else str(draft),
+                "proposed": 4,
             }
             (work / "request.json").write_text(json.dumps(request))
             batches = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
@@ -185,6 +193,7 @@ def compare(
             one,
             version=found["version"],
             error=found.get("error", ""),
+            prompt_tokens=tuple(found.get("prompt_tokens", ())),
             found=tuple(
                 (r if isinstance(r, str) else words.decode(r, skip_special_tokens=True)).strip()
                 for r in found.get("replies", ())
@@ -271,7 +280,7 @@ def bench_engine(
                 "sees": side.shape.vision_params > 0,
             }
             (work / "request.json").write_text(json.dumps(request))
-            served.append(stack.enter_context(_Served(engine, python, work, clock)))
+            served.append(stack.enter_context(Served(engine, python, work, clock)))
             version = served[-1].read()["version"]
         for one, side in zip(served, sides, strict=True):  # to warm up
             one.time(random_prompts(side.shape, workload, 1).tolist(), 2)
@@ -302,8 +311,8 @@ def _side(name: str) -> Side:
     return Side(name, shape, dtype, weight_bytes(shape, dtype), read * BYTES[dtype])
 
 
-class _Served:
-    """A process of an engine with one loaded checkpoint."""
+class Served:
+    """A process of an engine with one loaded checkpoint, that of a folder's ``request.json``."""
 
     def __init__(self, engine: Engine, python: Path, work: Path, clock: str) -> None:
         self._engine, self._clock, self._log = engine, clock, work / "log"
@@ -321,18 +330,24 @@ class _Served:
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def time(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
-        """Let it answer a batch."""
+    def steps(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[float]]:
+        """Let it answer a batch; return when each step of each reply came, in seconds."""
         assert self._process.stdin is not None
         request = {"prompts": prompts, "new_tokens": new_tokens, "clock": self._clock}
         print(json.dumps(request), file=self._process.stdin, flush=True)
         came = self.read()
         self.peak_bytes = came["peak_bytes"]
-        first, last = (fmean(steps[at] for steps in came["seconds"]) for at in (0, -1))
+        seconds: list[list[float]] = came["seconds"]
+        return seconds
+
+    def time(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
+        """Let it answer a batch, one token a step; return the mean of the replies."""
+        seconds = self.steps(prompts, new_tokens)
+        first, last = (fmean(steps[at] for steps in seconds) for at in (0, -1))
         step = 1e3 * (last - first) / (new_tokens - 1)
         return 1e3 * first, *[step] * (new_tokens - 1)
 
-    def __enter__(self) -> "_Served":
+    def __enter__(self) -> "Served":
         return self
 
     def __exit__(self, *error: Any) -> None:

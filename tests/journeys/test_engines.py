@@ -14,15 +14,21 @@ from filelock import FileLock
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import write_text
-from slimvlm.core.options import Workload
+from slimvlm.core.options import TrainingData, Workload
+from slimvlm.data.samples import Question
+from slimvlm.demo.questions import load_passages
 from slimvlm.evaluation.bench import bench
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.export.quantize import quantize
+from slimvlm.export.text_only import export_text
 from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.load import load_config, load_processor
+from slimvlm.models.pictures import picture_tokens
 from slimvlm.models.serving import GGUF_PICTURES, OPENVINO_REFUSES, RAN, check
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import save
+from slimvlm.runs.verbs import images
 from tests import tiny_folder
 from tests.export import served
 from tests.export.engines import (
@@ -35,34 +41,40 @@ from tests.export.engines import (
 )
 from tests.handmade import plan_by_hand, random_scores
 
-PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, ALONE, BUDGETS = DOCS / "engines.md", DOCS / "text-only.md", DOCS / "images-budget.md"
 AXES = ("as it is", "depth", "width", "both", "tokens")
 SAME = "same"
 WRITES = "SLIMVLM_WRITE_ENGINE_TABLE"
-"""Set by ``make test-engines``; other runs of the tests leave the page alone."""
+"""Set by ``make test-engines``; other runs of the tests leave the pages as they are."""
 _LONGEST = 120
 _BEGIN, _END = "<!-- written by make test-engines -->\n", "<!-- end -->\n"
 
 Table = dict[tuple[str, str], dict[str, str]]
-"""Results by axis, for each engine with its version, and model."""
+"""Results by column, for each engine with its version, and model."""
 
 
 def read_table(page=PAGE):
     text = page.read_text()
-    lines = text[text.index(_BEGIN) + len(_BEGIN) : text.index(_END)].splitlines()
-    assert _cells(lines[0]) == ["engine", "model", *AXES]
-    found = {}
-    for line in lines[2:]:
+    head, _, *lines = text[text.index(_BEGIN) + len(_BEGIN) : text.index(_END)].splitlines()
+    named, columns, found = _cells(head)[:2], _cells(head)[2:], {}
+    assert named == ["engine", "model"]
+    for line in lines:
         engine, model, *said = _cells(line)
-        found[engine, model] = dict(zip(AXES, said, strict=True))
+        found[engine, model] = dict(zip(columns, said, strict=True))
     return found
 
 
-def record(model, compared, page=PAGE):
-    """Write an engine's result for a model, by axis; rows of its other versions are removed."""
+def record(model, compared, page=PAGE, **more):
+    """Write an engine's result for a model, by column; rows of its other versions are removed.
+
+    ``more`` are texts of further columns.
+    """
     if WRITES not in os.environ:
         return
-    table = read_table(page)
+    text, table = page.read_text(), read_table(page)
+    begin, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
+    head = _cells(text[begin:end].splitlines()[0])
     for axis, one in compared.items():
         title = ENGINES[one.engine].title
         engine = f"{title} {one.version}"
@@ -72,11 +84,12 @@ def record(model, compared, page=PAGE):
         cell = SAME if one.is_same else f"{one.same} of {len(one.found)}"
         if one.error:
             cell = one.error[:_LONGEST].replace("|", "/").replace("`", "'")
-        table.setdefault((engine, model), dict.fromkeys(AXES, ""))[axis] = cell
-    text = page.read_text()
-    begin, end = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
-    rows = [["engine", "model", *AXES], ["---"] * (2 + len(AXES))]
-    rows += [[*key, *said.values()] for key, said in sorted(table.items())]
+        table.setdefault((engine, model), dict.fromkeys(head[2:], "")).update({axis: cell, **more})
+    rows = [
+        head,
+        ["---"] * len(head),
+        *([*key, *said.values()] for key, said in sorted(table.items())),
+    ]
     lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     write_text(page, text[:begin] + lines + text[end:])
 
@@ -234,6 +247,81 @@ def test_answers_of_the_pruned_demo_model_are_transformers(engine, tmp_path):
     assert engine in ("onnx", "gguf") or all(len(each.found) >= 18 for each in found)
 
 
+TEXTS = {
+    "demo model": "demo",
+    "demo model, pruned in depth": "depth",
+    **{f"small `{kind}`": kind for kind in served.SEEING},
+}
+"""Models that see, whose language models are asked alone, by their names on the page."""
+
+
+@pytest.mark.slow
+@on("vllm")
+def test_vllm_answers_as_transformers_from_a_language_model_alone(engine, tmp_path):
+    asked = [*plain_questions(sees=False), *(q for q in demo_questions() if not q.images)]
+    folders = []
+    for kind in TEXTS.values():
+        whole = pruned_demo(kind, tmp_path) if kind == "depth" else kind
+        if kind in served.SEEING:
+            whole = tmp_path / "whole" / kind
+            save(*served.build(kind), whole)
+        folders.append(tmp_path / "text" / kind)
+        export_text(whole, folders[-1])
+    found = compare(folders, engine, asked, max_new_tokens=3 * TOKENS)
+    for name, folder, one in zip(TEXTS, folders, found, strict=True):
+        written_as = f"`{sv.anatomy(folder).model_type}`"
+        record(name, {"greedy replies": one}, ALONE, **{"written as": written_as})
+    assert differing(found) == []
+
+
+@pytest.mark.slow
+@on("vllm")
+def test_vllm_answers_the_same_with_a_pruned_model_as_its_draft(engine, tmp_path):
+    whole, small = tmp_path / "whole", tmp_path / "small"
+    export_text("demo", whole)
+    export_text(pruned_demo("depth", tmp_path), small)
+    asked = [Question(prompt, prompt, ()) for prompt, _ in load_passages()[:2]]
+    assert differing(compare([whole], engine, asked, 3 * TOKENS, draft=small)) == []
+
+
+SMALLER = (
+    *("qwen2_vl/qwen2_vl_text", "qwen2_5_vl/qwen2_5_vl_text", "idefics3/llama", "internvl/qwen2"),
+)
+"""Kinds whose pictures take fewer tokens."""
+WIDE = (448, 224)
+
+
+@pytest.mark.slow
+@on("vllm")
+def test_vllm_counts_as_few_picture_tokens_as_a_folder_asks_for(engine, tmp_path):
+    rows = tiny_folder.write_llava_data(tmp_path / "data", 2)
+    shown = [(), *((tiny_folder.picture(number, WIDE),) for number in (0, 1))]
+    for number, (picture,) in enumerate(shown[1:]):
+        picture.save(rows.parent / f"{number}.png")
+    prompts = ("What is shown here?", "Which colours are there?")
+    asked = [Question(f"{p} {len(its)}", p, (), its) for p in prompts for its in shown]
+    folders, expected = [], []
+    for kind in SMALLER:
+        whole, half = tmp_path / "whole" / kind, tmp_path / "half" / kind
+        save(*served.build(kind), whole)
+        data = TrainingData(data=str(rows))
+        images(str(whole), data, (), None, None, 0.5, half, False, print)
+        for folder in (whole, half):
+            folders.append(folder)
+            expected.append(picture_tokens(load_processor(str(folder), load_config(folder)), WIDE))
+    found = compare(folders, engine, asked, max_new_tokens=TOKENS)
+    counted = [one.prompt_tokens[1] - one.prompt_tokens[0] for one in found if not one.error]
+    for kind, *pair, full, few in zip(
+        SMALLER, found[::2], found[1::2], counted[::2], counted[1::2], strict=True
+    ):
+        compared = dict(zip(("whole pictures", "half of the tokens"), pair, strict=True))
+        record(f"small `{kind}`", compared, BUDGETS, **{"tokens of a picture": f"{full} to {few}"})
+    assert differing(found) == []
+    assert counted == expected
+    halves = zip(counted[1::2], counted[::2], strict=True)
+    assert all(few <= full / 2 for few, full in halves)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("to", ["int8", "int4", "fp8"])
@@ -288,6 +376,15 @@ def test_the_page_says_what_was_run(target):
     alike = [model for model, said in rows if {said["depth"], said["width"]} == {SAME}]
     found = {kind for model in alike for kind in re.findall("`([^`]+)`", model)}
     assert found == set(RAN[target].kinds)
+
+
+def test_pages_on_text_alone_and_on_budgets_say_what_was_run():
+    smaller = {f"small `{kind}`" for kind in SMALLER}
+    for page, models in ((ALONE, set(TEXTS)), (BUDGETS, smaller)):
+        table = read_table(page)
+        assert {model for _, model in table} == models
+        assert {engine for engine, _ in table} == {RAN["vllm"].version}
+        assert all(SAME in said.values() for said in table.values())
 
 
 def test_the_table_takes_what_an_engine_said(tmp_path, monkeypatch):
