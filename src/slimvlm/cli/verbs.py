@@ -345,7 +345,7 @@ def advise(
 
 def demo(
     what: Annotated[Literal["build", "run"], tyro.conf.Positional],
-    out: Path = Path("runs/demo"),
+    out: Path | None = None,
     model: str = "demo",
     delta: Path | None = None,
     short: bool = False,
@@ -358,7 +358,8 @@ def demo(
 
     Args:
         what: build writes the model into the cache; run compresses it and shows what was kept.
-        out: Folder for the runs, or for the model of a delta.
+        out: Folder for the runs, or for the model of a delta; runs/demo if not given, or
+            runs/demo-short with --short.
         model: For run: another model that knows the demo's tasks, such as another training seed.
         delta: For build: what slimvlm_tools.demo_training.train exported, instead of the delta in
             the package.
@@ -369,6 +370,7 @@ def demo(
     from slimvlm.demo.build import build_demo, build_from_delta
     from slimvlm.demo.run import run_demo
 
+    out = out or Path("runs/demo-short" if short else "runs/demo")
     if what == "build":
         print(build_demo() if delta is None else build_from_delta(delta, out, force))
         return
