@@ -203,6 +203,10 @@ def bad_requests():
         "nothing said": ("compress", "Missing from slimvlm compress: MODEL --out PATH$"),
         "no verb": ("compres MODEL", "'compres' must be one of: advise, compress, report"),
         "old help": ("compress --help-all", "--help-all was removed: --help shows"),
+        "a flag of prune": (
+            "compress MODEL --out run --gradient batch",
+            "--gradient is no flag of compress; give it in a file of --config$",
+        ),
     }
 
 
@@ -306,6 +310,13 @@ def test_help_explains_every_option(verb, run, monkeypatch):
         meaning = re.search(rf"^\s+{name}: (.+)$", about, re.MULTILINE)
         told = meaning[1] if meaning else USUAL.get(name) or groups_of(verb)[name].__doc__
         assert " ".join(told.split("\n")[0].split()[:4]) in words, name
+
+
+@pytest.mark.parametrize(("verb", "most"), [("compress", 45), ("recover", 25)])
+def test_a_verb_has_no_more_options_than_people_read(verb, most, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = re.findall(r"^│ --[a-z]", run(verb, "--help").out, re.MULTILINE)
+    assert 20 < len(shown) <= most
 
 
 def test_help_has_groups_of_options_and_score_the_criterion_of_widths(run):

@@ -91,8 +91,11 @@ def test_a_bound_in_pixels_is_told_as_llama_cpps_option(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "run_converter", lambda program, source, out, outtype: out.touch())
     seeing = export_gguf(tiny_folder.folder("qwen2_5_vl"), tmp_path / "out.gguf")
     assert seeing.losses[-1].endswith("--image-max-tokens 9")  # 48 x 48 pixels, 16 x 16 each
-    tiled = export_gguf(tiny_folder.folder("idefics3"), tmp_path / "other.gguf")
+    card = (tmp_path / "README.md").read_text()
+    assert "llama-server -m out.gguf --mmproj mmproj-out.gguf --image-max-tokens 9\n" in card
+    tiled = export_gguf(tiny_folder.folder("idefics3"), tmp_path / "tiled" / "out.gguf")
     assert not any("--image-max-tokens" in line for line in tiled.losses)
+    assert "--image-max-tokens" not in (tmp_path / "tiled" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from slimvlm.pruning.save import PLAN_FILE
 from slimvlm.runs.compress import read_times
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.training import recover as recovery
-from tests import pretended_gpu, tiny, tiny_words
+from tests import pretended_gpu, tiny, tiny_pictures, tiny_words
 from tests import tiny_folder as folders
 from tests.gpu.alike import ROUNDING, assert_close
 from tests.handmade import refused
@@ -97,6 +97,7 @@ CASES = {
     "--json",
     "bench": "bench {smaller} --baseline {llava} --prompt-tokens 8 --new-tokens 3 --repeats 1 "
     "--json",
+    "images": "images {pixels} --data {data} --budgets 0.5 --json",
     "quantize": "quantize {smaller} --backend torchao",
     "study": "study {study}",
 }
@@ -110,10 +111,10 @@ TABLE = {
     **{name: name for name in ("compress", "prune", "prune --low-memory")},
     **{"score": "score taylor", "recover": "recover lora sft+hidden"},
     **{name: name for name in ("evaluate --tasks", "evaluate --data --baseline")},
-    **{name: name for name in ("compare", "chat", "bench", "quantize", "study")},
+    **{name: name for name in ("compare", "chat", "bench", "images", "quantize", "study")},
 }
 """Rows of the table in docs/gpu.md."""
-PRINTS = ("compare", "chat", "bench")
+PRINTS = ("compare", "chat", "bench", "images")
 """Verbs whose outcome is what they print."""
 
 
@@ -185,6 +186,19 @@ def same_counts(found, expected):
         assert ours["model"][name] == theirs["model"][name]
 
 
+def same_budgets(found, expected):
+    """Times differ; settings, tokens and figures of answers do not."""
+    ours, theirs = (json.loads(out.read_text())["budgets"] for out in (found, expected))
+    assert len(ours) == len(theirs) == 2
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("settings", "tokens", "kv_cache_bytes"):
+            assert one[name] == other[name]
+        for name, value in (other["held_out"]["data"] or {}).items():
+            if isinstance(value, dict):
+                said = one["held_out"]["data"][name]["value"]
+                assert said == pytest.approx(value["value"], rel=ROUNDING, abs=1e-6)
+
+
 def same_study(found, expected):
     ours, theirs = (stable(pd.read_parquet(out / "results.parquet")) for out in (found, expected))
     assert set(theirs["status"]) == {"done"}
@@ -194,7 +208,7 @@ def same_study(found, expected):
 SAME = {
     **{"compress": same_run, "score": same_scores, "evaluate": same_answers, "study": same_study},
     **dict.fromkeys(("prune", "recover", "quantize"), same_checkpoint),
-    **{"compare": same_text, "chat": same_text, "bench": same_counts},
+    **{"compare": same_text, "chat": same_text, "bench": same_counts, "images": same_budgets},
 }
 
 
@@ -247,6 +261,7 @@ def filled(tmp_path_factory):
     }
     places = {
         **{"llava": folders.folder("llava"), "words": tiny_words.folder("text")},
+        "pixels": tiny_pictures.folder("qwen2_5_vl"),
         "data": folders.write_llava_data(root / "data", count=12),
         **{name: root / name for name in makes},
         "stones": root / "stones.jsonl",

@@ -117,7 +117,7 @@ def test_a_run_meets_its_latency(data, tmp_path, unhurried):
     left = prefill_flops(plan.after, PROMPT) / prefill_flops(plan.before, PROMPT)
     assert 0.65 < left < 0.71  # groups and neurons share anew once they are tried
     assert "target_latency 0.7: here it is 1.00 [1.00, 1.00]" in said  # times are made up
-    with pytest.raises(ConfigError, match=r"target_latency 0\.7: there is a ratio, 0\.3"):
+    with pytest.raises(ConfigError, match=r"target_latency 0\.7: it does not go with ratio 0\.3"):
         CompressConfig(target_latency=0.7, ratio=0.3)
     with pytest.raises(ImpossiblePlanError, match=r"target_latency 0\.01"):
         compress(model, CompressConfig(target_latency=0.01, **shown), tmp_path / "no", say=silent)

@@ -56,6 +56,8 @@ GATE = (
 IMAGES = [
     "slimvlm images MODEL --data mix.json --images coco/ --budgets 1 0.5 0.25",
     "slimvlm images MODEL --data mix.json --images coco/ --budgets --keep 0.5 --out half",
+    "slimvlm compress MODEL --ratio 0.3 --image-tokens 0.5 --data mix.json --images coco/ "
+    "--out run",
 ]
 ELSEWHERE = {
     "slimvlm demo run --short --out runs/demo": "a minute or more; .ci/run runs it",

@@ -10,7 +10,6 @@ from slimvlm.models.hidden import as_inputs
 from slimvlm.models.load import load_processor, sharing_copy
 from slimvlm.models.pictures import (
     budgets_for,
-    in_config,
     knobs_of,
     picture_tokens,
     steps_down,
@@ -48,10 +47,9 @@ def test_a_family_keeps_the_most_tokens_within_each_budget_and_reads_them(name, 
     model, processor = tiny_pictures.made(name)
     sample, config = sample_of(name), model.config
     shares = SHARES.get(name, (0.5, 0.25))
-    choose, size = budgets_for(config, processor, [sample])
-    (unchanged, full), *budgets = map(choose, (1.0, *shares))
-    assert size == sample.images[0].size
-    assert unchanged == {}
+    whole, *budgets = map(budgets_for(config, processor, [sample]), (1.0, *shares))
+    full, size = whole.tokens, sample.images[0].size
+    assert whole.settings == {}
     steps = steps_down(processor, knobs_of(config))
     possible = {
         picture_tokens(with_settings(processor, step), size)
@@ -59,23 +57,24 @@ def test_a_family_keeps_the_most_tokens_within_each_budget_and_reads_them(name, 
     }
     inputs = chat.encode_samples(processor, [sample])
     before = seen(name, processor, inputs)
-    for share, (settings, tokens) in zip(shares, budgets, strict=True):
-        assert tokens <= share * full
-        assert tokens >= max(each for each in possible if each <= share * full)
-        changed = with_settings(processor, settings)
+    for share, budget in zip(shares, budgets, strict=True):
+        assert (budget.share, budget.tokens_before, budget.size) == (share, full, size)
+        assert budget.tokens <= share * full
+        assert budget.tokens >= max(each for each in possible if each <= share * full)
+        small = sharing_copy(model)
+        changed = budget.apply_(small, processor)
         changed.save_pretrained(tmp_path / str(share))
         (tmp_path / str(share) / "config.json").write_text("{}")
         again = load_processor(str(tmp_path / str(share)), config)
         assert again.image_processor.to_dict() == changed.image_processor.to_dict()
         again.chat_template = processor.chat_template  # Phi-4's class does not read it
-        small, fewer = sharing_copy(model), chat.encode_samples(again, [sample])
-        vars(small.config).update(in_config(config, settings))
+        fewer = chat.encode_samples(again, [sample])
         assert 0 < seen(name, again, fewer) < before
         with torch.no_grad():  # a model counts the tokens that it has features for
             logits = small(**as_inputs(small, fewer)).logits
         assert logits.isfinite().all()
         before = seen(name, again, fewer)
-    same = chat.encode_samples(with_settings(processor, unchanged), [sample])
+    same = chat.encode_samples(with_settings(processor, whole.settings), [sample])
     assert all(torch.equal(inputs[key], same[key]) for key in inputs)
 
 
@@ -97,6 +96,6 @@ def test_text_models_and_text_have_no_budget():
     model, processor = tiny_pictures.made("qwen2_vl")
     with pytest.raises(DataError, match="no sample has a picture"):
         budgets_for(model.config, processor, tiny_folder.short_samples(2, False))
-    choose, _ = budgets_for(model.config, processor, [sample_of("qwen2_vl")])
+    choose = budgets_for(model.config, processor, [sample_of("qwen2_vl")])
     with pytest.raises(ConfigError, match=r"0\.01 must be from 0\.\d+ to 1: .* 26 tokens"):
         choose(0.01)

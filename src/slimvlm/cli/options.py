@@ -117,8 +117,15 @@ class QuestionFlags(core.Questions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruneFlags(core.PruneConfig):
+    """What to remove, and how to choose and to mend."""
+
+    gradient: Annotated[core.Gradient, core.FILE_ONLY] = "per_sample"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFlags(core.RunOptions):
-    """What models are asked, and how much is trained on."""
+    """What models are asked and shown, and how much is trained on."""
 
     batch_size: Annotated[int, tyro.conf.arg(name=core.TASK_BATCH_SIZE)] = 16
     """Questions answered at once."""
@@ -136,7 +143,7 @@ class TrainingFlags(core.TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetFlags(core.TargetOptions, core.LatencyOptions):
+class SizeFlags(core.TargetOptions, core.LatencyOptions):
     """How small or fast the model must become."""
 
 
@@ -152,5 +159,5 @@ def defaults_from(file: str, verb: str) -> dict[str, Any]:
     if config.recover is not None:
         names = {row.name for row in fields(TrainingFlags)} & set(learning or {}) - {"seed"}
         given = {name: getattr(config.recover, name) for name in names}
-    parts = {"pruning": part_of(config, core.PruneConfig), "evaluation": part_of(config, RunFlags)}
+    parts = {"pruning": part_of(config, PruneFlags), "evaluation": part_of(config, RunFlags)}
     return {"model": model, "training": TrainingFlags(**given), **parts}

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from slimvlm.cli.options import Model, QuestionFlags, RunFlags, TargetFlags, TrainingFlags
+from slimvlm.cli.options import Model, PruneFlags, QuestionFlags, RunFlags, SizeFlags, TrainingFlags
 from slimvlm.cli.printing import note, print_held_out, print_json, print_results, print_table, show
 from slimvlm.core import options
 from slimvlm.core.errors import ConfigError, printable
@@ -164,7 +164,7 @@ def evaluate(
 def compress(
     model: Model,
     out: Path,
-    pruning: options.PruneConfig = options.PruneConfig(),
+    pruning: PruneFlags = PruneFlags(),
     training: TrainingFlags = TrainingFlags(),
     evaluation: RunFlags = RunFlags(),
     config: Path | None = None,
@@ -202,9 +202,9 @@ def compress(
         if not json:
             print_table((), dry_run_rows(needs))
             return
-        values = {name: value for name, value in vars(needs).items() if name != "plan"}
+        values = {name: value for name, value in asdict(needs).items() if name != "plan"}
         plan = {"ratio": needs.plan.ratio, "total_params": needs.plan.after.total_params}
-        print_json({**values, **plan, "cost": asdict(needs.cost)})
+        print_json({**values, **plan})
         return
     done = run(model, whole, out, force, note)
     held_out, times = done.held_out, done.times
@@ -295,7 +295,7 @@ def report(
 
 def advise(
     model: Model,
-    target: TargetFlags = TargetFlags(),
+    target: SizeFlags = SizeFlags(),
     data: tuple[str, ...] | None = None,
     no_data: bool = False,
     gpu: bool = False,

@@ -476,8 +476,11 @@ class TrainingShare(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
-    """What models are asked, and how much is trained on."""
+    """What models are asked and shown, and how much is trained on."""
 
+    image_tokens: Annotated[float | None, INSIDE] = None
+    """Share of the tokens that the data's pictures take now; the smaller model sees them with so
+    many from calibration on, the original in reports with all. See docs/images-budget.md."""
     tasks: str | None = None  # type: ignore[assignment]
     """Evaluate on these tasks before, between and after; demo for the built-in ones."""
     baseline: Annotated[str | None, FILE_ONLY] = None
@@ -492,15 +495,17 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
 class CompressConfig(RunOptions, PruneConfig):
     """Everything a run depends on; written into the run folder and compared when it goes on."""
 
+    gradient: Annotated[Gradient, FILE_ONLY] = "per_sample"
     recover: RecoverConfig | None = None
     """Recovery options; None for no recovery. Its seed is the run's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_latency is not None and self.ratio is not None:
-            raise ConfigError(
-                f"target_latency {self.target_latency}: there is a ratio, {self.ratio}"
-            )
+        if self.target_latency is not None:
+            for name in ("ratio", "image_tokens"):
+                if (value := getattr(self, name)) is not None:
+                    told = f"target_latency {self.target_latency}: it does not go with"
+                    raise ConfigError(f"{told} {name} {value}")
         if self.recover is not None and self.recover.keep_adapter:
             raise ConfigError(
                 "keep_adapter True: compress writes merged weights alone; use recover"

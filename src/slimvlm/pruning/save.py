@@ -34,6 +34,7 @@ from slimvlm.models.files import file_if_reachable, write_weights
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.losses import CHUNK
 from slimvlm.models.parts import Parts, text_config_of
+from slimvlm.models.pictures import PictureBudget, llama_cpp_option
 from slimvlm.models.serving import check as check_serving
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import MULTI_TOKEN_FIELDS, Cut, cuts_of, prune_
@@ -72,9 +73,17 @@ class CardFacts:
     format: tuple[str, ...] = ()  # type of rounded weights, and the library that reads them
     files: tuple[str, ...] = ()  # GGUF files: the language model, and the vision tower if written
     is_text_of: str = ""  # type of the whole model, where only its language model is written
+    pictures: PictureBudget | None = None  # if pictures take fewer tokens than the base's
+    copied: bool = False  # whether weights and configuration are the base's files
 
 
-def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts) -> None:
+def write_card(
+    folder: Path,
+    model: PreTrainedModel,
+    plan: Plan | None,
+    facts: CardFacts,
+    processor: Any = None,
+) -> None:
     """Write a model's card; original, license and data go on from the card of its base."""
     config, shape, handed_on = model.config, read_anatomy(model), base_card(facts.base)
     data = handed_on.pop("datasets", [])
@@ -86,7 +95,7 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
         handed_on["base_model"] = facts.base
     if "base_model" in handed_on:
         handed_on["base_model_relation"] = "quantized" if facts.format else "finetune"
-    is_rounded = bool(facts.format) and not facts.files
+    is_rounded = (bool(facts.format) or models.is_quantized(config)) and not facts.files
     sees = Parts(model).family.vision is not None and len(facts.files) != 1
     task = "image-text-to-text" if sees else "text-generation"
     tags = ["slimvlm", *["pruned"] * (plan is not None), "compressed", config.model_type]
@@ -117,6 +126,7 @@ def write_card(folder: Path, model: PreTrainedModel, plan: Plan | None, facts: C
         plan=plan,
         criteria=CRITERIA,
         found=check_serving(shape, ("vllm", "sglang", "gguf"), is_rounded),
+        llama_cpp_option=llama_cpp_option(processor, config),
         auto_class=models.auto_class(config).__name__,
         needs_code=models.is_uneven(config),
         layout=None if facts.format else layout_of(config),
@@ -313,7 +323,7 @@ def write_folder(
                     read, known = (t.decode(t(text)["input_ids"]) for t in (again, ours))
                     if read != known:
                         raise ReloadError(f"{where}: the tokenizer that reads back changes texts")
-        write_card(folder, model, plan, check(folder))
+        write_card(folder, model, plan, check(folder), processor)
         mark_checkpoint(folder)
 
 

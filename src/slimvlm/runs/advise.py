@@ -18,6 +18,7 @@ from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, free_memory, params_of_target, weight_bytes
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.load import load_config, load_processor, resolve
+from slimvlm.models.pictures import PictureBudget, with_settings
 from slimvlm.planning.make import ratio_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import request as requests
@@ -317,6 +318,7 @@ class DryRun:
     training: int
     report: int  # samples held out for the end
     tokens: float  # mean length of a sample
+    pictures: PictureBudget | None  # if pictures are to take fewer tokens
     dtype: str  # of the weights
     device: str
     free_bytes: int  # on the device now
@@ -335,6 +337,8 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     first = replace(first, report_samples=len(samples.report))
     described = load_config(model, config.trust_remote_code)
     processor = load_processor(resolve(model), described, config.trust_remote_code)
+    if request.pictures is not None:
+        processor = with_settings(processor, request.pictures.settings)
     given = [*samples.calibration, *samples.training]
     some = given[:: -(-len(given) // _ENCODED)] if given else []
     lengths = [encode_samples(processor, [each])["input_ids"].shape[1] for each in some]
@@ -361,6 +365,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         training=sizes.samples,
         report=len(samples.report),
         tokens=sizes.tokens,
+        pictures=request.pictures,
         dtype=dtype,
         device=str(device),
         free_bytes=free_memory(device),
@@ -388,6 +393,7 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
         ["parameters", f"{after.total_params:,} of {before.total_params:,}"],
         ["weights", f"{smaller} of {held} in {found.dtype}"],
         ["samples", samples],
+        *([["pictures", f"take {found.pictures}"]] if found.pictures is not None else []),
         *_needs("pruning", memory(spent.calibration_bytes, _LESS_TO_PRUNE), spent.pruning_hours),
     ]
     if spent.hidden_states:

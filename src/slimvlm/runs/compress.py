@@ -24,20 +24,20 @@ from slimvlm.core.files import discard_replacement, held, replacement, require_f
 from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig, part_of
 from slimvlm.core.progress import Say
 from slimvlm.data.read import identity_of_data
-from slimvlm.evaluation import gates, on_data
+from slimvlm.evaluation import on_data
 from slimvlm.evaluation.bench import PairedTimes, paired_times
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
 from slimvlm.models.hidden import head_weights_of
-from slimvlm.models.load import anatomy, load, load_as, resolve
+from slimvlm.models.load import anatomy, load_as, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import CardFacts, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.runs import stages, tables
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.runs.request import Request, check_questions, ratio_of, scored_by, tokens_alone
+from slimvlm.runs.request import Request, ratio_of, scored_by, tokens_alone
 from slimvlm.runs.stages import ORIGINAL, PRUNED, RECOVERED, Calibration, SampleSplit
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
@@ -53,19 +53,16 @@ def request_of(model: str, config: CompressConfig) -> Request:
     prune = part_of(config, PruneConfig)
     if prune.axis is None and prune.data is not None and config.recover is not None:
         prune = replace(prune, axis="auto")
-    questions = part_of(config, options.Questions) if config.tasks else None
-    if config.require:
-        tasks = {} if questions is None else check_questions(questions)
-        has_unseen = prune.data is not None and config.unseen(config.samples) > 0
-        gates.parse(config.require, gates.in_percent(tasks, has_unseen))
     return Request(
         model=model,
         prune=prune,
         recover=config.recover,
         training_samples=config.training_samples,
         report_samples=config.unseen(config.samples),
-        questions=questions,
+        questions=part_of(config, options.Questions) if config.tasks else None,
+        require=config.require,
         latency=config.target_latency,
+        image_tokens=config.image_tokens,
     )
 
 
@@ -153,8 +150,6 @@ def compress(
         if config.baseline:
             read_baseline(config.baseline, floors=config.floors)
         request, given, samples = stages.settled(request_of(model, config), None, say)
-        if not samples.report:  # so few that none stays unseen
-            request_of(model, replace(config, report_samples=0))
         if given is not None:
             say("the tokens alone give the ratio: nothing else goes")
         elif request.prune.axis == "auto":
@@ -177,12 +172,14 @@ def compress(
         run = Run(folder, place.name, config, request, samples, trains, say)
         original, processor = stages.load_original(request)
         _measure(run, ORIGINAL, original, processor)
+        if request.pictures is not None:  # from here on
+            processor = request.pictures.apply_(original, processor)
         plan = _prune(run, original, processor)
         del original  # before two models are read for recovery
         release_memory()
         if run.trains and not (folder / "checkpoint").exists():
             assert request.recover is not None
-            student, processor = load(folder / "pruned", config.dtype, config.device)
+            student, processor = load_as(config, folder / "pruned")
             where = (samples.training, folder / "training")
             history = stages.recover_(request, student, processor, plan, *where)
             history.save(folder / "history.json")
@@ -251,7 +248,7 @@ def _prune(run: Run, model: PreTrainedModel, processor: Any) -> Plan:
     walked.plan.save(folder / "plan.json")
     trimmed = trimmed_processor(processor, walked.plan)
     _measure(run, PRUNED, model, trimmed)
-    _time(run, model, trimmed, processor)
+    _time(run, model, trimmed)
     save(model, trimmed, target, walked.plan, facts=_card_facts(run))
     write_text(target.with_suffix(".sha256"), _identity(target))
     shutil.rmtree(folder / "walk", ignore_errors=True)
@@ -293,9 +290,9 @@ def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> No
             on_data.evaluate_data(model, processor, samples, original, name=stage).save(path)
 
 
-def _time(run: Run, model: PreTrainedModel, processor: Any, whole_processor: Any) -> None:
+def _time(run: Run, model: PreTrainedModel, processor: Any) -> None:
     """Time the smaller model beside the original, which is read once more."""
-    results, say = run.folder / "results", run.say
+    results, say, pictures = run.folder / "results", run.say, run.request.pictures
     if (results / TIMES_FILE).exists():
         return
     needed = weight_bytes(anatomy(run.request.model), str(model.dtype).removeprefix("torch."))
@@ -305,9 +302,8 @@ def _time(run: Run, model: PreTrainedModel, processor: Any, whole_processor: Any
         return
     say("time the original and the pruned model in turn")
     try:
-        found = paired_times(
-            model, processor, stages.load_original(run.request)[0], whole_processor
-        )
+        shown = (336, 336) if pictures is None else pictures.size
+        found = paired_times(model, processor, *stages.load_original(run.request), shown)
     except Exception as error:  # a run goes on without times, and says why it has none
         if is_out_of_memory(error):
             why = f"both models do not fit on {model.device} together ({one_line(error)})"
@@ -338,13 +334,16 @@ def _card_facts(run: Run) -> CardFacts:
         results=tables.as_markdown(*tables.result_rows(results)) if results else "",
         scores={name: (task.metric, task.score) for name, task in measured.items()},
         held_out=tables.held_out_text(read_held_out(run.folder), read_times(run.folder)),
+        pictures=run.request.pictures,
     )
 
 
 def finish(run: Run, plan: Plan) -> None:
     """Write the summary, remove what only a resume needs."""
-    folder, results = run.folder, read_results(run.folder)
+    folder, results, pictures = run.folder, read_results(run.folder), run.request.pictures
     lines = [f"# {run.request.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
+    if pictures is not None:
+        lines += [f"Pictures take {pictures}. The original is measured with all of them.", ""]
     if results:
         lines.append(tables.as_markdown(*tables.result_rows(results)))
     if held_out := tables.held_out_text(read_held_out(folder), read_times(folder)):
@@ -387,9 +386,6 @@ def read_times(folder: Path) -> PairedTimes | None:
     """Read the times of a run's model beside the original's, if they were measured."""
     path = folder / "results" / TIMES_FILE
     return PairedTimes.load(path) if path.exists() else None
-
-
-_RECIPE = ("axis", "train", "loss")  # which a recipe chooses when they are not given
 
 
 def compress_command(model: str, config: CompressConfig, out: str | Path) -> str:
@@ -438,7 +434,8 @@ def _unusual(config: Any) -> dict[str, Any]:
     for row in fields(config):
         value = getattr(config, row.name)
         default = row.default if row.default_factory is MISSING else row.default_factory()
-        is_given = value is not None and (value != default or row.name in _RECIPE)
+        is_chosen = row.name in ("axis", "train", "loss")  # by a recipe, unless it is given
+        is_given = value is not None and (value != default or is_chosen)
         if is_given and not isinstance(value, RecoverConfig):
             found[row.name] = list(value) if isinstance(value, tuple) else value
     return found

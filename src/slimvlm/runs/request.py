@@ -23,6 +23,7 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import prefill_flops
+from slimvlm.models.pictures import PictureBudget
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import token_ids_of
@@ -46,11 +47,14 @@ class Request:
     training_samples: int | None = None  # at most; None for all that do not calibrate
     report_samples: int = 0  # held out for the end, at most
     questions: Questions | None = None
+    require: tuple[str, ...] = ()  # of the result
     made_from: tuple[str, ...] = ()  # hashes of model and data, so that exchanged files are noticed
     tokens: tuple[int, ...] | None = None  # ids to keep, once they are chosen
     # ids to keep in a further try of axis auto, () for none
     fewer_tokens: tuple[int, ...] | None = None
     latency: float | None = None  # share of the original's time, which gives each axis its ratio
+    image_tokens: float | None = None  # share of the tokens of a picture
+    pictures: PictureBudget | None = None  # the settings that give it, once they are chosen
 
     @property
     def trains(self) -> bool:

@@ -13,17 +13,20 @@ import torch
 from transformers import PreTrainedModel
 
 from slimvlm.core.documents import digest
+from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Axis, DataConfig, part_of
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data.read import estimated_length, load_samples
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample, identifying_bytes
+from slimvlm.evaluation import gates
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.results import Result
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.parts import context_of
+from slimvlm.models.pictures import budgets_for, knobs_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import lost_heads
 from slimvlm.pruning.tokens import trimmed_processor
@@ -131,17 +134,30 @@ def settled(
 ) -> tuple[Request, Plan | None, SampleSplit]:
     """Resolve a request, check it against model and data, choose its tokens; read no weights."""
     shape, has_data = models.anatomy(request.model), request.prune.data is not None
+    described = models.load_config(request.model, request.prune.trust_remote_code)
+    if request.image_tokens is not None:
+        knobs_of(described)
+        if not has_data:
+            raise ConfigError(f"image_tokens {request.image_tokens} needs --data")
     request = requests.resolved(request, say, shape if given is None else None)
     config = request.prune
-    if request.questions is not None:
-        requests.check_questions(request.questions)
+    asked = {} if request.questions is None else requests.check_questions(request.questions)
+    has_unseen = config.data is not None and request.report_samples > 0
+    gates.parse(request.require, gates.in_percent(asked, has_unseen))
     requests.check_options(config)
     if given is None:
         requests.require_possible(request, shape, silent if config.loses_tokens else say)
-    line = lost_heads(models.load_config(request.model, config.trust_remote_code))
-    if line is not None:
+    if (line := lost_heads(described)) is not None:
         say(line)
     samples = read_split(request, say)
+    gates.parse(request.require, gates.in_percent(asked, bool(samples.report)))
+    if request.image_tokens is not None:
+        name = models.resolve(request.model)
+        processor = models.load_processor(name, described, config.trust_remote_code)
+        shown = [*samples.calibration, *samples.training]
+        chosen = budgets_for(described, processor, shown)(request.image_tokens)
+        say(f"pictures take {chosen}; the original is measured with all of them")
+        request = replace(request, pictures=chosen)
     if given is None:  # only the user's own data says which tokens are needed
         request = with_tokens(request, samples.counted(request) if has_data else [], say)
         given = tokens_alone(request, shape)
@@ -349,7 +365,9 @@ def recover_(
     assert request.recover is not None
     teacher = None
     if request.recover.needs_teacher:
-        teacher, _ = load_original(request, "cpu")  # what it shares with the model stays there
+        teacher, whole = load_original(request, "cpu")  # what it shares with the model stays there
+        if request.pictures is not None:
+            request.pictures.apply_(teacher, whole)
     return train(model, teacher, list(samples), request.recover, processor, folder, plan)
 
 

@@ -18,6 +18,7 @@ from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import TIMES, Result
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
+from slimvlm.models.pictures import PictureBudget
 
 GIB = 1024**3
 MIB = 1024**2
@@ -183,14 +184,11 @@ def held_out_notes(results: Mapping[str, DataResult]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class AtBudget:
+class AtBudget(PictureBudget):
     """A model with an image-token budget, beside itself with all tokens of its pictures."""
 
-    share: float  # of these tokens
-    settings: Mapping[str, Any]  # of the image processor that are changed, a dot before keys
-    tokens: float  # of a picture on average, with the marks around it
     kv_cache_bytes: int  # of a picture
-    times: PairedTimes | None  # with a picture of the usual size
+    times: PairedTimes | None
     held_out: Mapping[str, DataResult]  # of the data, and of the first answers of each task
 
 

@@ -6,6 +6,7 @@ Each checks its options before weights are read.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -42,7 +43,7 @@ from slimvlm.models.pictures import in_config
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.layout import write_processor
-from slimvlm.pruning.save import CARD_FILE, CardFacts, plan_of, prune_checkpoint, save
+from slimvlm.pruning.save import CARD_FILE, CardFacts, plan_of, prune_checkpoint, save, write_card
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.runs import request as requests
@@ -166,10 +167,6 @@ def plan(
     return made
 
 
-Pruned = tuple[Walked, dict[str, DataResult]]
-"""What was pruned, and the results of original and smaller model, if samples were held out."""
-
-
 def prune(
     model: str,
     config: options.PruneConfig,
@@ -179,8 +176,8 @@ def prune(
     report: options.ReportOptions = options.ReportOptions(),
     force: bool = False,
     say: Say = print,
-) -> Pruned:
-    """Write a smaller checkpoint, from a plan or a request, in memory or layer by layer."""
+) -> tuple[Walked, dict[str, DataResult]]:
+    """Write a smaller checkpoint, from a plan or a request; return results on held-out samples."""
     require_free(out, force)
     if (plan_file is None) != (config.ratio is not None or config.tokens_first):
         raise ConfigError(
@@ -225,7 +222,7 @@ def _prune_from_files(
     scratch: Path,
     force: bool,
     say: Say,
-) -> Pruned:
+) -> tuple[Walked, dict[str, DataResult]]:
     """Prune with one layer in memory at a time; the same scratch folder resumes."""
     config, model, unseen = request.prune, request.model, samples.report
     device, (opened, processor) = device_named(config.device), _opened(request)
@@ -452,19 +449,35 @@ def images(
         raise ConfigError(f"keep {keep}: it needs --out, and --out needs it")
     named = [] if tasks is None else find_tasks(tasks)
     check_models(source, model)
-    config = models.load_config(model, source.trust_remote_code)
+    base, trusted = models.resolve(model), source.trust_remote_code
+    config = models.load_config(model, trusted)
     pictures.knobs_of(config)
     groups = {"data": stages.samples_for(model, source, None, say)}
-    processor = models.load_processor(models.resolve(model), config, source.trust_remote_code)
-    choose, usual = pictures.budgets_for(config, processor, groups["data"])
+    processor = models.load_processor(base, config, trusted)
+    choose = pictures.budgets_for(config, processor, groups["data"])
     if keep is not None and out is not None:
-        settings, tokens = choose(keep)
-        changed, also = pictures.with_settings(processor, settings), in_config(config, settings)
-        _write_with(models.folder_of(model), out, changed, also, force)
-        said = ", ".join(f"{name} {value}" for name, value in settings.items())
-        say(f"{out}: {tokens:.0f} tokens a picture, by {said}")
-        if hint := pictures.llama_cpp(str(out), config):
-            say(hint)
+        budget, small = choose(keep), models.empty_model(config)
+        changed = budget.apply_(small, processor)
+        words = ["slimvlm", "images", model, "--data", source.data, "--budgets", "--keep"]
+        command = shlex.join([*words, str(keep), "--out", out.name])
+        facts = CardFacts(base=base, name=out.name, command=command, pictures=budget, copied=True)
+        with new_folder(out, force) as folder:
+            others = shutil.ignore_patterns(CARD_FILE, HELD_OUT_FILE)  # measured with all tokens
+            shutil.copytree(models.folder_of(model), folder, ignore=others, dirs_exist_ok=True)
+            write_processor(changed, folder)
+            if (folder / IMAGE_PROCESSOR_NAME).is_file():  # which older readers read
+                changed.image_processor.save_pretrained(folder)
+            values = read_object(folder / CONFIG_NAME, "model")
+            values |= in_config(config, budget.settings)
+            write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
+            again = models.load_processor(str(folder), models.load_config(folder, trusted), trusted)
+            if again.image_processor.to_dict() != changed.image_processor.to_dict():
+                raise ReloadError(f"{str(out)!r}: the processor reads back with other settings")
+            write_card(folder, small, plan_of(folder), facts, changed)
+            mark_checkpoint(folder)
+        say(f"{out}: pictures take {budget}")
+        if option := pictures.llama_cpp_option(changed, config):
+            say(f"llama.cpp resizes pictures by itself: give it {option}")
     chosen = {1.0: choose(1.0)} if shares else {}
     for share in sorted({*shares} - {1.0}, reverse=True):
         try:
@@ -479,30 +492,14 @@ def images(
         groups[task.name] = [answered_sample(q, q.answers[0]) for q in task.load(limit)]
     full = {name: on_data.predictions_of(loaded, processor, its) for name, its in groups.items()}
     dtype, found = str(loaded.dtype).removeprefix("torch."), []
-    for share, (settings, tokens) in chosen.items():
-        times, cache = None, tokens * kv_cache_bytes_per_token(models.anatomy(config), dtype)
+    for budget in chosen.values():
+        times, cache = None, budget.tokens * kv_cache_bytes_per_token(models.anatomy(config), dtype)
         held_out = {n: result_of(full[n], groups[n], loaded.device) for n in groups}
-        if settings:
+        if budget.settings:
             small = models.sharing_copy(loaded)
-            changed = pictures.with_settings(processor, settings)
-            vars(small.config).update(in_config(config, settings))
-            times = paired_times(small, changed, loaded, processor, usual)
+            changed = budget.apply_(small, processor)
+            times = paired_times(small, changed, loaded, processor, budget.size)
             held_out = {n: evaluate_data(small, changed, groups[n], full[n]) for n in groups}
-        found.append(AtBudget(share, settings, tokens, round(cache), times, held_out))
+        given = {**vars(budget), "kv_cache_bytes": round(cache), "times": times}
+        found.append(AtBudget(**given, held_out=held_out))
     return found
-
-
-def _write_with(source: Path, out: Path, processor: Any, also: dict[str, Any], force: bool) -> None:
-    """Copy a model's folder with another processor, and other values in its configuration."""
-    with new_folder(out, force) as folder:
-        measured = shutil.ignore_patterns(CARD_FILE, HELD_OUT_FILE)  # with more tokens a picture
-        shutil.copytree(source, folder, ignore=measured, dirs_exist_ok=True)
-        write_processor(processor, folder)
-        if (folder / IMAGE_PROCESSOR_NAME).is_file():  # which older readers read
-            processor.image_processor.save_pretrained(folder)
-        values = read_object(folder / CONFIG_NAME, "model") | also
-        write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
-        again = models.load_processor(str(folder), models.load_config(folder))
-        if again.image_processor.to_dict() != processor.image_processor.to_dict():
-            raise ReloadError(f"{str(out)!r}: the processor reads back with other settings")
-        mark_checkpoint(folder)
