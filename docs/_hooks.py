@@ -27,7 +27,7 @@ SECTIONS = {
     "How-to": (
         *("compress", "tokens", "images-budget", "experts", "recovery", "resume", "low-memory"),
         *("gpu", "scale-out", "studies", "tasks", "gates", "serving", "text-only", "convert"),
-        "report",
+        *("draft-model", "report"),
         *("add-a-criterion", "add-a-family"),
     ),
     "Reference": (
