@@ -33,19 +33,16 @@ def collect(
     token_weights: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Statistics:
-    """Run the capture that a criterion needs.
+    """Run the capture that a criterion needs; the model is unchanged afterwards.
 
-    Args:
-        model: The model; its parameters and their flags are unchanged afterwards.
-        batches: Model inputs (``input_ids`` or ``inputs_embeds``, ``attention_mask``, ``labels``,
-            ``pixel_values``, ...). Read once, in order. Without ``labels`` the whole text counts.
-        criterion: A name from ``CRITERIA``.
-        token_weights: Weight of each token by role (``image``, ``prompt``, ``answer``; roles that
-            are not named weigh 1), for any criterion that needs data. None: sums run over all
-            valid tokens, losses over the labelled ones. Given: sums and losses are weighted;
-            losses are those of prompt and answer tokens, since tokens of pictures are never
-            predicted.
-        **options: The criterion's options.
+    ``batches`` are model inputs (``input_ids`` or ``inputs_embeds``, ``attention_mask``,
+    ``labels``, ``pixel_values``, ...), read once, in order; without ``labels`` the whole text
+    counts. ``criterion`` is a name from ``CRITERIA``, and ``options`` are its own.
+
+    ``token_weights`` are weights of tokens by role (``image``, ``prompt``, ``answer``; roles that
+    are not named weigh 1), for any criterion that needs data. Without them sums run over all valid
+    tokens, losses over the labelled ones. With them sums and losses are weighted; losses are those
+    of prompt and answer tokens, since tokens of pictures are never predicted.
 
     Raises:
         ConfigError: If the criterion, an option or a role is unknown, or a weight cannot be used.
