@@ -25,7 +25,8 @@ PAGES = {
 SECTIONS = {
     "Start": ("index", "quickstart"),
     "How-to": (
-        *("compress", "tokens", "images-budget", "experts", "recovery", "resume", "low-memory"),
+        *("compress", "loading"),
+        *("tokens", "images-budget", "experts", "recovery", "resume", "low-memory"),
         *("gpu", "scale-out", "studies", "tasks", "gates", "serving", "text-only", "convert"),
         *("draft-model", "report"),
         *("add-a-criterion", "add-a-family"),

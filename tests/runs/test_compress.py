@@ -417,6 +417,10 @@ def test_options_mean_the_same_in_python_and_in_a_file(options, tmp_path, compre
         ({"out": "run", "ratio": 0.3, "config": FULL}, "either config or options"),
         ({"out": "run", "ratio": 0.3, "data": "d", "recover": "half"}, "recover: train 'half'"),
         ({"out": "run", "ratio": 0.3, "recover": "lora"}, "train 'lora' needs --data"),
+        (
+            {"out": "run", "ratio": 0.3, "data": "d", "recover": True},
+            "recover True must be options",
+        ),
         ({"out": "run", "ratio": "much"}, "ratio 'much' must be a number"),
     ],
 )

@@ -20,7 +20,10 @@ def convert(original: str, *arguments: str) -> None:
     """Run the converter with the tokenizer of another model."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(original, trust_remote_code=False)
+    from slimvlm.models.files import split_revision
+
+    place, revision = split_revision(original)
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **revision)
     text_model: Any = import_module("conversion.base").TextModel
     recognised = text_model.get_vocab_base_pre
     text_model.get_vocab_base_pre = lambda self, _: recognised(self, tokenizer)

@@ -134,7 +134,7 @@ def quantize(
         small: PreTrainedModel = (
             models.class_of(config)
             .from_pretrained(
-                name,
+                models.folder_of(name),
                 dtype="auto",
                 use_safetensors=True,
                 quantization_config=settings,

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
+from huggingface_hub import errors as hub
 from safetensors import safe_open
 from torch import Tensor
 from transformers import core_model_loading as loading
@@ -45,6 +46,7 @@ _SETTINGS = (
     "chat_template.json",
 )
 """Files that must hold names and values if they are there."""
+_HUB_ID = r"\w[\w.-]*/[\w.-]+"
 _ONLY = ["tokenizer.json"]  # the tokenizer that is checked before it is read, and thus no other
 _MOST_SETTINGS, _MOST_TEMPLATE = 64 * 2**20, 2**20  # bytes of settings, and of a chat template
 _LIMITS: tuple[tuple[str, int, int], ...] = (
@@ -63,6 +65,18 @@ _LIMITS: tuple[tuple[str, int, int], ...] = (
 row that a name fits counts."""
 
 
+_TOKEN = "your token (hf auth login, or HF_TOKEN)"
+_AWAY = "no such folder, not in the hub's cache, and the hub cannot be reached"
+_OF_HUB: dict[type[BaseException], str] = {
+    hub.GatedRepoError: f"gated: accept its licence on its page on the hub, then give {_TOKEN}",
+    hub.RepositoryNotFoundError: f"no such folder, and not on the hub; if private, give {_TOKEN}",
+    hub.RevisionNotFoundError: "the hub has no such branch, tag or commit of it",
+    hub.LocalEntryNotFoundError: _AWAY,
+    hub.OfflineModeIsEnabled: _AWAY,
+}
+"""Errors of the hub's library, and what a user is told."""
+
+
 @contextmanager
 def unreadable(model: str | Path, what: str) -> Iterator[None]:
     """Inside, raise a one-line `ConfigError` where a library cannot read ``what`` of a model."""
@@ -74,8 +88,22 @@ def unreadable(model: str | Path, what: str) -> Iterator[None]:
     except Exception as error:  # broken files make libraries raise almost anything
         if errors.is_out_of_memory(error):
             raise
-        cause = errors.one_line(error)[: errors.LONGEST]
-        raise ConfigError(f"model {str(model)!r}: {what} cannot be read ({cause})") from error
+        told = f"{what} cannot be read ({errors.one_line(error)[: errors.LONGEST]})"
+        cause: BaseException | None = None if Path(model).is_dir() else error
+        while cause is not None:  # transformers wraps what the hub's library raises
+            told = next((cure for kind, cure in _OF_HUB.items() if isinstance(cause, kind)), told)
+            cause = cause.__cause__ or cause.__context__
+        raise ConfigError(f"model {str(model)!r}: {told}") from error
+
+
+def split_revision(model: str | Path) -> tuple[str, dict[str, Any]]:
+    """Split ``OWNER/NAME@REVISION`` into a hub id and arguments; the name of a folder is whole."""
+    name, sign, revision = str(model).partition("@")
+    if not sign or not re.fullmatch(_HUB_ID, name) or Path(model).exists():
+        return str(model), {}
+    if ".." in revision or not re.fullmatch(r"\w[\w./-]{0,199}", revision, re.ASCII):
+        raise ConfigError(f"model {name!r}: revision {shortened(revision)} cannot be one")
+    return name, {"revision": revision}
 
 
 def check_folder(model: str | Path) -> None:
@@ -219,7 +247,8 @@ def file_if_reachable(model: str, name: str) -> str | None:
         return str(folder / name) if (folder / name).is_file() else None
     causes = ("gated_repo", "missing_entries", "connection_errors")
     quiet: dict[str, Any] = {f"_raise_exceptions_for_{cause}": False for cause in causes}
-    path: str | None = cached_file(model, name, **quiet)
+    repository, revision = split_revision(model)
+    path: str | None = cached_file(repository, name, **quiet, **revision)
     return path
 
 

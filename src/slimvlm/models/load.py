@@ -21,7 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from slimvlm.core.documents import digest, read_object
-from slimvlm.core.errors import ConfigError, shortened
+from slimvlm.core.errors import ConfigError, UnsupportedModelError, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.options import Dtype, LoadConfig
 from slimvlm.core.progress import local_rank, num_ranks, to_log
@@ -29,7 +29,14 @@ from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.templates import check_tokenizer
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.files import check_folder, file_if_reachable, unreadable, weight_files
+from slimvlm.models.families import FAMILIES
+from slimvlm.models.files import (
+    check_folder,
+    file_if_reachable,
+    split_revision,
+    unreadable,
+    weight_files,
+)
 from slimvlm.models.hidden import shard_config
 from slimvlm.models.modeling_pruned import PREFIX, cut_layers_
 from slimvlm.models.parts import Parts, backbone_of, family_of, text_config_of
@@ -183,11 +190,11 @@ def resolve(model: str | Path) -> str:
         from slimvlm.demo.build import build_demo
 
         return str(build_demo())
-    path = path_of(model, "model")
+    path, name = path_of(model, "model"), split_revision(model)[0]
     if (path / "checkpoint" / "config.json").is_file():
         return str(path / "checkpoint")  # a run folder
-    looks_local = str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
-    looks_local = looks_local or path.parent.is_dir()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    looks_local = looks_local or Path(name).parent.is_dir()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"model {str(model)!r}: the folder has no config.json")
@@ -199,7 +206,11 @@ def resolve(model: str | Path) -> str:
 def folder_of(model: str | Path) -> Path:
     """Return the folder of a model; files of a hub id are downloaded."""
     name = resolve(model)
-    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+    if Path(name).is_dir():
+        return Path(name)
+    repository, revision = split_revision(name)
+    with unreadable(model, "files"):
+        return Path(snapshot_download(repository, **revision))
 
 
 def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -208,9 +219,17 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
     where = "" if Path(name).is_dir() else "no such folder, and not found on the hub; "
     with unreadable(model, f"{where}config"):
         check_folder(name)
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            name, trust_remote_code=trust_remote_code
-        )
+        place, how = split_revision(name)
+        kind = PreTrainedConfig.get_config_dict(place, **how)[0].get("model_type")
+        if kind is not None and kind not in transformers.CONFIG_MAPPING and kind not in FAMILIES:
+            raise UnsupportedModelError(
+                f"model {str(model)!r}: model_type {shortened(kind)} needs trust_remote_code, and "
+                "slimvlm prunes classes of transformers alone. Take a version that loads without "
+                "(often named -hf), or try slimvlm convert"
+            )
+        how["trust_remote_code"] = trust_remote_code
+        config: PreTrainedConfig = AutoConfig.from_pretrained(place, **how)
+        config._name_or_path = name  # with the revision
         backbone_of(config)
         check_widths(config)
     return config
@@ -226,7 +245,7 @@ def load(
     """Load a model and its processor as native transformers objects.
 
     Args:
-        model: A folder, a hub id, or ``demo``.
+        model: A folder, a hub id with or without ``@REVISION``, or ``demo``.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         device: Where to put it; by default this process's accelerator, else the CPU.
         trust_remote_code: Whether code that lies in the checkpoint may run. Layers of different
@@ -245,8 +264,8 @@ def load(
         raise ConfigError(f"dtype {dtype!r} must be one of: {', '.join(get_args(Dtype))}")
     place = device_named(device)
     config = load_config(model, trust_remote_code)
-    name = resolve(model)
-    source = class_of(config)
+    name, source = resolve(model), class_of(config)
+    repository, revision = split_revision(name)
     divided: dict[str, Any] = {"distributed_config": shard_config(config)} if shard else {}
     if is_quantized(config):  # some quantisers take the current card by default
         divided["device_map"] = {"": str(place)}
@@ -256,12 +275,13 @@ def load(
     try:
         with unreadable(model, "weights"):
             loaded, report = source.from_pretrained(
-                name,
+                repository,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **revision,
                 **divided,
             )
     finally:
@@ -277,6 +297,7 @@ def load(
         told = "config.json says tie_word_embeddings, but the files hold two different matrices"
         raise ConfigError(f"model {str(model)!r}: {told}; say false to keep both")
     set_class_(loaded)
+    loaded.config._name_or_path = name
     loaded.generation_config = plain_generation(loaded.generation_config)
     if not shard:  # shards lie where they belong
         loaded = loaded.to(place)
@@ -396,7 +417,8 @@ def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
         if (file := file_if_reachable(name, "tokenizer.json")) is not None:
             check_tokenizer(Path(file), name)
     with unreadable(name, "processor" if sees else "tokenizer"):
-        processor = auto.from_pretrained(name, trust_remote_code=trust_remote_code)
+        place, how = split_revision(name)
+        processor = auto.from_pretrained(place, trust_remote_code=trust_remote_code, **how)
         tokenizer_of(processor)("a")  # some settings fail at the first word
     return processor
 

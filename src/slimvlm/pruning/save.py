@@ -30,7 +30,7 @@ from slimvlm.models import load as models
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory
-from slimvlm.models.files import file_if_reachable, write_weights
+from slimvlm.models.files import file_if_reachable, split_revision, write_weights
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.losses import CHUNK
 from slimvlm.models.parts import Parts, text_config_of
@@ -92,7 +92,7 @@ def write_card(
     if facts.data is not None and "/" in facts.data and is_hub_id(facts.data):
         data = [*dict.fromkeys([*data, facts.data])]
     if is_hub_id(facts.base):
-        handed_on["base_model"] = facts.base
+        handed_on["base_model"] = split_revision(facts.base)[0]
     if "base_model" in handed_on:
         handed_on["base_model_relation"] = "quantized" if facts.format else "finetune"
     is_rounded = (bool(facts.format) or models.is_quantized(config)) and not facts.files
@@ -157,7 +157,8 @@ def base_card(model: str) -> dict[str, Any]:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is that of a model or a data set on the hub, and not a path here."""
-    return bool(re.fullmatch(_ID, name, re.ASCII)) and not Path(name).exists()
+    repository = split_revision(name)[0]
+    return bool(re.fullmatch(_ID, repository, re.ASCII)) and not Path(name).exists()
 
 
 Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no storage for them

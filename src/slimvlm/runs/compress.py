@@ -199,6 +199,8 @@ def config_from(given: Mapping[str, Any]) -> CompressConfig:
     config = documents.built(CompressConfig, {k: given[k] for k in given if k != "recover"})
     if recover is None or isinstance(recover, RecoverConfig):
         return replace(config, recover=recover)
+    if not isinstance(recover, str | Mapping):
+        raise ConfigError(f"recover {recover!r} must be options by name, a value of train, or None")
     how = {"train": recover} if isinstance(recover, str) else dict(recover)
     train, has_data = how.get("train"), config.data is not None
     if not has_data and train not in (None, _NOT_TRAINED):
