@@ -215,7 +215,7 @@ def test_the_reload_check_catches_spoilt_uneven_folders(change, tmp_path, monkey
         if change == "code":
             code.write_text(code.read_text() + "\n")
         elif change == "widths":
-            values["text_config"]["pruned_layers"][1]["intermediate_size"] -= 1
+            values["text_config"]["per_layer_config"]["0"]["intermediate_size"] -= 1
         else:
             values["auto_map"]["AutoModelForImageTextToText"] = "modeling_pruned.PrunedLlavaModel"
         config.write_text(json.dumps(values))

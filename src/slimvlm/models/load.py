@@ -38,13 +38,13 @@ from slimvlm.models.files import (
     weight_files,
 )
 from slimvlm.models.hidden import shard_config
-from slimvlm.models.modeling_pruned import PREFIX, cut_layers_
+from slimvlm.models.modeling_pruned import EARLIER, PREFIX, cut_layers_, standardise_
 from slimvlm.models.parts import Parts, backbone_of, family_of, text_config_of
 
-UNEVEN_FIELD = "pruned_layers"
-"""Text configuration field that holds the widths of every layer when they differ."""
-WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-"""Keys of each of its entries."""
+_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""Fields of the text configuration of which layers may have their own values."""
+# native classes read these of the whole model, on purpose, before layers are cut to their own
+logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ERROR)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -56,8 +56,10 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def is_uneven(config: PreTrainedConfig) -> bool:
-    """Whether a configuration gives every decoder layer its own widths."""
-    return getattr(text_config_of(config), UNEVEN_FIELD, None) is not None
+    """Whether a configuration gives decoder layers their own widths."""
+    text_config = text_config_of(config)
+    has_own = text_config.is_heterogeneous or hasattr(text_config, EARLIER)
+    return has_own and backbone_of(config).can_be_uneven
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:
@@ -86,23 +88,21 @@ def require_undivided(
         )
 
 
-def check_widths(config: PreTrainedConfig) -> None:
-    """Check the widths of every layer in a configuration from a file."""
-    text_config = text_config_of(config)
-    rows = getattr(text_config, UNEVEN_FIELD, None)
-    if rows is None:
+def check_widths_(config: PreTrainedConfig) -> None:
+    """Check layers' own widths in a configuration from a file, also one of earlier versions."""
+    if not is_uneven(config):
         return
-    most = {name: getattr(text_config, name) for name in WIDTHS}
-    count = text_config.num_hidden_layers
-    if not isinstance(rows, list) or len(rows) != count:
-        raise ConfigError(f"config: {UNEVEN_FIELD} must be a list of {count} entries, one a layer")
-    for index, row in enumerate(rows):
-        is_good = isinstance(row, dict) and row.keys() == most.keys()
-        if not is_good or any(
-            type(value) is not int or not 1 <= value <= most[name] for name, value in row.items()
-        ):
-            limits = ", ".join(f"{name} (1 to {limit})" for name, limit in most.items())
-            raise ConfigError(f"config: {UNEVEN_FIELD}[{index}] is {row!r} but must give {limits}")
+    standardise_(config)
+    text_config, literal = text_config_of(config), backbone_of(config).width_fields
+    most = {name: getattr(text_config, name) for name in _WIDTHS}
+    for index, fields in text_config.to_dict()["per_layer_config"].items():
+        for name, value in fields.items():
+            is_width = type(value) is int and 1 <= value <= most.get(name, 0)
+            if not is_width and (name, value) not in literal.items():
+                limits = ", ".join(f"{name} (1 to {limit})" for name, limit in most.items())
+                raise ConfigError(
+                    f"config: per_layer_config[{int(index)}] is {fields!r} but may give {limits}"
+                )
 
 
 def class_of(config: PreTrainedConfig) -> Any:
@@ -139,6 +139,7 @@ def set_class_(model: PreTrainedModel) -> None:
     """Give a model its native or uneven class by its config, instead of a checkpoint's own code."""
     config: Any = model.config
     if is_uneven(config):
+        standardise_(config)
         model.__class__ = class_of(config)
         config.auto_map = auto_map_of(config)
         cut_layers_(model)
@@ -231,7 +232,7 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
         config: PreTrainedConfig = AutoConfig.from_pretrained(place, **how)
         config._name_or_path = name  # with the revision
         backbone_of(config)
-        check_widths(config)
+        check_widths_(config)
     return config
 
 
@@ -434,8 +435,8 @@ def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
         return read_anatomy(model)
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
     backbone_of(config)
-    check_widths(config)
     with unreadable(config._name_or_path, "config"):
+        check_widths_(config)
         return read_anatomy(empty_model(config))
 
 

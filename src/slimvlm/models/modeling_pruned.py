@@ -1,10 +1,11 @@
 # Copyright the slimvlm contributors. SPDX-License-Identifier: Apache-2.0
 """Transformers models whose decoder layers have different widths.
 
-A transformers configuration has one head count and one MLP width for all layers. Here the text
-configuration has one entry for each layer in ``pruned_layers``, and ``PrunedX`` is the class ``X``
-of transformers with its decoder layers cut to these widths before weights are loaded. Nothing else
-differs: ``PrunedLlavaForConditionalGeneration`` is a ``LlavaForConditionalGeneration``.
+The text configuration says in transformers' own ``per_layer_config`` which fields have another
+value in which layer, as in ``{"3": {"intermediate_size": 512}}``. Native classes build all layers
+alike. ``PrunedX`` is the class ``X`` of transformers with its decoder layers cut to their own
+widths before weights are loaded. Nothing else differs: ``PrunedLlavaForConditionalGeneration`` is a
+``LlavaForConditionalGeneration``.
 
 This file is copied into the checkpoints that need it. It reads no files and imports only torch and
 transformers.
@@ -20,19 +21,35 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 PREFIX = "Pruned"
+EARLIER = "pruned_layers"  # field of earlier versions: a list of the widths of every layer
+READS_GLOBAL = "allow_global_per_layer_attribute_access"  # without it native classes raise
+
+
+def standardise_(config: Any) -> None:
+    """Give a configuration ``per_layer_config`` for `EARLIER`, and let native classes read it."""
+    text_config = config.get_text_config()
+    setattr(text_config, READS_GLOBAL, True)
+    rows = vars(text_config).pop(EARLIER, None)
+    if rows is not None:
+        layers = range(text_config.num_hidden_layers)
+        text_config.per_layer_config = dict(zip(layers, rows, strict=True))
 
 
 def cut_layers_(model: PreTrainedModel) -> None:
-    """Give every decoder layer the widths that ``pruned_layers`` of the configuration says.
+    """Give decoder layers the widths that ``per_layer_config`` of the configuration says.
 
     Only shapes are set; which rows a layer keeps is up to the weights that are loaded.
     """
     for module in model.modules():
-        widths = getattr(getattr(module, "config", None), "pruned_layers", None)
-        layers = getattr(module, "layers", None)
-        if widths is not None and isinstance(layers, nn.ModuleList):
-            for layer, its_widths in zip(layers, widths, strict=True):
-                _cut_layer_(layer, **its_widths)
+        config, layers = (getattr(module, name, None) for name in ("config", "layers"))
+        if config is None or not isinstance(layers, nn.ModuleList):
+            continue
+        for index, fields in config.to_dict().get("per_layer_config", {}).items():
+            its_config = copy.copy(config)
+            its_config.per_layer_config = None
+            for name, value in fields.items():
+                setattr(its_config, name, value)
+            _cut_layer_(layers[int(index)], its_config)
 
 
 def set_counts_(attention: Any, config: Any, num_heads: int, num_kv_heads: int) -> None:
@@ -49,17 +66,17 @@ def set_counts_(attention: Any, config: Any, num_heads: int, num_kv_heads: int) 
             setattr(attention, name, count)
 
 
-def _cut_layer_(
-    layer: Any, num_attention_heads: int, num_key_value_heads: int, intermediate_size: int
-) -> None:
+def _cut_layer_(layer: Any, config: Any) -> None:
     """Cut what the layer has: some have no ``self_attn`` but another mixer, which stays whole."""
     mlp = layer.mlp if hasattr(layer, "mlp") else layer.feed_forward
-    rows = dict.fromkeys(("gate_proj", "up_proj", "fc1", "w1", "w3"), intermediate_size)
-    _cut_linears_(mlp, {**rows, "gate_up_proj": 2 * intermediate_size}, intermediate_size)
+    neurons = config.intermediate_size
+    rows = dict.fromkeys(("gate_proj", "up_proj", "fc1", "w1", "w3"), neurons)
+    _cut_linears_(mlp, {**rows, "gate_up_proj": 2 * neurons}, neurons)
     attention = getattr(layer, "self_attn", None)
     if attention is None:
         return
-    query, key_value = (n * attention.head_dim for n in (num_attention_heads, num_key_value_heads))
+    counts = config.num_attention_heads, config.num_key_value_heads
+    query, key_value = (count * attention.head_dim for count in counts)
     rows = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), key_value)
     rows["qkv_proj"] += query + key_value
     (output,) = (
@@ -69,10 +86,7 @@ def _cut_layer_(
     )
     if hasattr(attention, "q_proj"):  # with an output gate it has two rows for each channel
         rows["q_proj"] = query * (attention.q_proj.out_features // output.in_features)
-    config = copy.copy(attention.config)
-    config.num_attention_heads = num_attention_heads
-    config.num_key_value_heads = num_key_value_heads
-    set_counts_(attention, config, num_attention_heads, num_key_value_heads)
+    set_counts_(attention, config, *counts)
     _cut_linears_(attention, rows, query)
 
 
@@ -81,14 +95,14 @@ def _cut_linears_(block: nn.Module, rows: dict[str, int], columns: int) -> None:
     for name, linear in block.named_children():
         if not isinstance(linear, nn.Linear):
             continue
-        out_features = rows.get(name, linear.out_features)
-        in_features = linear.in_features if name in rows else columns
-        if (out_features, in_features) == linear.weight.shape:
+        weight = linear.weight.detach()
+        kept = weight[: rows[name]] if name in rows else weight[:, :columns]
+        if kept.shape == weight.shape:
             continue
-        linear.weight = nn.Parameter(linear.weight.detach()[:out_features, :in_features].clone())
+        linear.weight = nn.Parameter(kept.clone())
+        linear.out_features, linear.in_features = kept.shape
         if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias.detach()[:out_features].clone())
-        linear.out_features, linear.in_features = out_features, in_features
+            linear.bias = nn.Parameter(linear.bias.detach()[: linear.out_features].clone())
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
@@ -98,6 +112,7 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        standardise_(config)
         base.__init__(self, config, *args, **kwargs)
         cut_layers_(self)
 

@@ -18,7 +18,7 @@ from slimvlm.models import load as models
 from slimvlm.models.anatomy import LAYER_UNITS, Anatomy, channels_of, read_anatomy, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
 from slimvlm.models.hidden import layer_input
-from slimvlm.models.modeling_pruned import set_counts_
+from slimvlm.models.modeling_pruned import EARLIER, READS_GLOBAL, set_counts_
 from slimvlm.models.parts import Parts, family_of, layer_matrices, text_config_of
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.tokens import renumber_config_, renumber_modules_, require_named_tokens
@@ -35,11 +35,14 @@ _FROM_PYTHON = (
 def smaller_text_config(
     config: PreTrainedConfig, plan: Plan, uneven: bool = False
 ) -> PreTrainedConfig:
-    """Build the pruned model's language configuration; ``uneven`` gives each layer an entry."""
+    """Build the pruned model's language configuration; ``uneven`` gives layers their own widths."""
     old: PreTrainedConfig = text_config_of(config)
     after, row = plan.after, plan.before.backbone
     new: PreTrainedConfig = copy.deepcopy(old)
-    vars(new).pop(models.UNEVEN_FIELD, None)
+    if row.can_be_uneven:
+        new.per_layer_config = None
+        for name in (EARLIER, READS_GLOBAL):
+            vars(new).pop(name, None)
     if plan.needs_retype:
         values, target = new.to_dict(), CONFIG_MAPPING[after.text_type]
         dropped = {"model_type", "architectures", "transformers_version"}
@@ -66,13 +69,11 @@ def smaller_text_config(
         setattr(new, name, 0)
     renumber_config_(new, plan)
     if uneven:
-        rows = []
-        for shape in after.layers:
-            counts = (shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
-            named = zip(models.WIDTHS, counts, strict=True)
-            # a layer without such units keeps the field
-            rows.append({name: count or getattr(old, name, 1) for name, count in named})
-        setattr(new, models.UNEVEN_FIELD, rows)
+        own = [_changed_widths(new, after.with_layers([shape])) for shape in after.layers]
+        if head_dims := {fields.pop("head_dim") for fields in own if "head_dim" in fields}:
+            (new.head_dim,) = head_dims
+        new.per_layer_config = dict(enumerate(own))
+        setattr(new, READS_GLOBAL, True)
         return new
     for name, value in _changed_widths(new, after).items():
         setattr(new, name, value)
@@ -202,8 +203,13 @@ def require_expressible(
     require_match(model, plan)
     require_named_tokens(model, plan)
     uneven = not plan.after.is_uniform or (allow_uneven and plan.file_format == "uneven")
+    if uneven and not plan.before.backbone.can_be_uneven:
+        raise ImpossiblePlanError(
+            f"plan: layers of {plan.before.text_type!r} must stay equally wide, since "
+            "modeling_pruned.py cannot cut them one by one. Plan with allocation 'uniform'"
+        )
     config, text_config = model.config, smaller_text_config(model.config, plan, uneven)
-    if not getattr(text_config, models.UNEVEN_FIELD, None):
+    if not uneven:
         legal = plan.before.legal_neurons()
         for neurons in plan.after.mlp_widths:
             if neurons not in legal:
@@ -214,11 +220,6 @@ def require_expressible(
                     f"in a layer; the nearest that it can have: {', '.join(map(str, nearest))}"
                     + also
                 )
-    elif not plan.before.backbone.can_be_uneven:
-        raise ImpossiblePlanError(
-            f"plan: layers of {plan.before.text_type!r} must stay equally wide, since "
-            "modeling_pruned.py cannot cut them one by one. Plan with allocation 'uniform'"
-        )
     cause: Exception | None = None
     try:
         checked = type(text_config).from_dict(text_config.to_dict())
