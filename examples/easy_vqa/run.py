@@ -1,7 +1,7 @@
 """Compress a model that was fine-tuned on easy-vqa, and ask it every test question.
 
 Command:  pip install 'slimvlm[demo]' easy-vqa==1.0 && python examples/easy_vqa/run.py
-Expect:   six hours on two CPU cores; --short takes a few minutes. A stopped run goes on.
+Expect:   half a day of one CPU core; --short takes a few minutes. A stopped run goes on.
 
 easy-vqa (MIT licence, by Victor Zhou) has 4,000 training and 1,000 test pictures of one coloured
 shape. The demo model is fine-tuned on a share of the training split, as a user fine-tunes a model
@@ -29,6 +29,8 @@ RATIOS = (0.15, 0.30, 0.45, 0.60)
 TURNS = 3  # questions in a conversation about one picture
 T_OF_THREE = 4.303
 """Quantile of Student's t for the 95 % interval of a mean of three."""
+BATCH_GRADIENT = "batch_gradient.yaml"
+"""Scores of LLM-Pruner are gradients of a whole batch, which a file says."""
 UNTRAINED = ["--train", "none", "--repair", "none", "--vocab-size", "all", "--report-samples", "0"]
 ARMS = {
     "slimvlm": [],  # its defaults
@@ -37,7 +39,7 @@ ARMS = {
         *("--repair", "none", "--vocab-size", "all", "--report-samples", "0"),
     ],
     "LLM-Pruner": [
-        *("--axis", "width", "--criterion", "taylor", "--gradient", "batch"),
+        *("--axis", "width", "--criterion", "taylor", "--config", BATCH_GRADIENT),
         *("--allocation", "protect", *UNTRAINED),
     ],
     "ShortGPT": ["--axis", "depth", "--criterion", "block_influence", *UNTRAINED],
@@ -172,6 +174,7 @@ def main() -> None:
         slimvlm(
             "recover", "demo", "--data", data, *train, "--fraction", share, "--out", tuned, *dtype
         )
+    (out / BATCH_GRADIENT).write_text(yaml.safe_dump({"model": str(tuned), "gradient": "batch"}))
     if not result.exists():
         slimvlm("evaluate", tuned, *ask, "--out", result)
     for seed in range(1 if short else options.seeds):
@@ -181,6 +184,7 @@ def main() -> None:
                 result = out / "results" / f"{arm}-{ratio}-{seed}.json"
                 if result.exists():
                     continue
+                words = [out / word if word == BATCH_GRADIENT else word for word in words]
                 how = [*read, *words, *(["--local-steps", 0] if short else []), "--seed", seed]
                 where = ["--data", data, "--out", run]
                 if not (run / "summary.md").exists():
