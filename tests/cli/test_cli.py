@@ -337,6 +337,38 @@ def test_help_has_groups_of_options_and_score_the_criterion_of_widths(run):
     assert (default,) == DEFAULT_CRITERIA["width"]
 
 
+@pytest.mark.parametrize(
+    "verb", ["chat", "bench", "compare", "evaluate", "score", "prune", "images"]
+)
+def test_verbs_with_few_options_take_how_a_model_is_read(verb):
+    assert {"attn_implementation", "device_map"} <= set(options_of(verb))
+
+
+@pytest.mark.parametrize("verb", ["compress", "recover"])
+def test_verbs_with_many_options_take_it_from_a_file(verb, run, tmp_path):
+    assert {"attn_implementation", "device_map"}.isdisjoint(options_of(verb))
+    file = tmp_path / "run.yaml"
+    values = {"model": "m", "data": "d.json", "attn_implementation": "eager", "recover": "none"}
+    file.write_text(json.dumps(values))
+    words = ["--out", "out", "--config", str(file)]
+    given = cli.parsed(verb, words if verb == "compress" else ["m", *words])
+    group = given["pruning" if verb == "compress" else "source"]
+    assert (group.attn_implementation, group.device_map) == ("eager", None)
+    file.write_text(json.dumps(values | {"attn_implementation": "fast"}))
+    result = run(verb, "m", *words)
+    assert result.code == 2
+    assert "attn_implementation 'fast' must be one of: eager" in result.err
+
+
+def test_low_memory_reads_its_own_way(run, home, llava, data):
+    words = ("prune", llava, "--ratio", "0.3", "--data", data, "--samples", "2", "--low-memory")
+    result = run(*words, "--device-map", "auto", "--out", "small")
+    assert (result.code, (home / "small").exists()) == (2, False)
+    assert result.err.splitlines()[-1] == (
+        "slimvlm: device_map 'auto': --low-memory reads one layer at a time"
+    )
+
+
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
 def test_help_says_what_every_verb_is_for(words, run):
     result = run(*words)

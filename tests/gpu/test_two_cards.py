@@ -170,3 +170,13 @@ def test_accelerates_own_division(card):
     data = list(sv.calibration_batches(processor, folders.short_samples(6)))
     found = [sv.walk_(each, data, 0.25).plan for each in (ours, model.to(card))]
     assert found[0] == found[1]
+
+
+def test_an_option_divides_a_model_that_is_read(card):
+    folder = str(folders.folder("llava"))
+    (ours, processor), (alone, _) = sv.load(folder, device_map="balanced"), sv.load(folder)
+    assert set(ours.hf_device_map.values()) == {0, 1}
+    data = list(sv.calibration_batches(processor, folders.short_samples(2)))
+    for batch in data:
+        inputs = {key: value.to(card) for key, value in batch.items()}
+        assert_close(logits(ours, inputs), logits(alone, inputs), FORWARD)

@@ -68,6 +68,7 @@ ELSEWHERE = {
     "slimvlm export MODEL --text-only --out text.gguf": "likewise; see test_gguf",
     "slimvlm export recovered --out recovered.gguf --outtype f16": "likewise; see test_gguf",
     "slimvlm inspect owner/name@v1.0": "needs the hub; see models/test_files.py",
+    "slimvlm compress my-adapter --ratio 0.3 --data data.json --out small": "likewise",
     GATE: "a tiny model does not pass; see test_gates",
     **dict.fromkeys(IMAGES, "a picture of MODEL takes the same tokens always; see test_images"),
     "slimvlm study studies/llava-1.5-7b.yaml --out runs/llava --engine ray": "days",

@@ -1,7 +1,10 @@
-"""Models on the hub: their revisions, and what the hub refuses."""
+"""Models as users have them: adapters, revisions of a hub id, and what the hub refuses."""
 
+import copy
 import json
 import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,10 +21,182 @@ from slimvlm.core.progress import silent
 from slimvlm.models.files import split_revision
 from slimvlm.models.load import check_models, folder_of, load_config, resolve
 from slimvlm.pruning.save import is_hub_id
+from slimvlm.scoring.layerwise import open_checkpoint
 from tests import tiny_folder as folders
 from tests.handmade import logits
+from tests.tolerances import FORWARD, assert_close
 
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TEXT = {"input_ids": torch.tensor([[5, 9, 30, 31, 77]])}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIMVLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_adapter(kind, out, **options):
+    """A random adapter of a tiny model; returns what PEFT merges."""
+    model, _ = sv.load(folders.folder(kind))
+    how = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"], **options}
+    trained = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(init_lora_weights=False, **how)
+    )
+    for name, parameter in trained.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += torch.randn_like(parameter) / 10
+    trained.save_pretrained(out, save_embedding_layers=False)
+    return trained.merge_and_unload().eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("text", {}),
+        ("text", {"use_rslora": True, "rank_pattern": {"down_proj": 2}}),
+        ("llava", {"modules_to_save": ["linear_1"]}),
+        ("qwen2_5_vl", {}),
+    ],
+)
+def test_a_merged_adapter_says_what_peft_s_own_merge_says(kind, options, tmp_path, capsys):
+    expected = write_adapter(kind, tmp_path / "adapter", **options)
+    model, words = sv.load(tmp_path / "adapter")
+    assert words is not None
+    assert_close(logits(model, TEXT), logits(expected, TEXT), FORWARD)
+    plain, _ = sv.load(folders.folder(kind))
+    assert float((logits(plain, TEXT) - logits(model, TEXT)).abs().max()) > 1e-3
+    said = [line for line in capsys.readouterr().err.splitlines() if "merged" in line]
+    assert len(said) == 1  # however often it is used
+    assert str(tmp_path / "adapter") in said[0]
+    assert str(folders.folder(kind)) in said[0]
+    by_layer = open_checkpoint(tmp_path / "adapter")
+    for name, value in expected.state_dict().items():
+        assert_close(by_layer.read(name), value, FORWARD)
+
+
+def test_a_changed_adapter_and_its_tokenizer_are_read_anew(tmp_path):
+    write_adapter("text", tmp_path / "adapter")
+    first = resolve(tmp_path / "adapter")
+    assert resolve(tmp_path / "adapter") == first
+    words = copy.deepcopy(folders.processor("text"))
+    words.chat_template = "{{ 'changed' }}"
+    words.save_pretrained(tmp_path / "adapter")
+    second = resolve(tmp_path / "adapter")
+    assert second != first
+    assert sv.load(tmp_path / "adapter")[1].chat_template == "{{ 'changed' }}"
+    assert not (Path(second) / ADAPTER).exists()
+
+
+def test_an_adapter_is_compressed_like_any_model(tmp_path):
+    write_adapter("text", tmp_path / "adapter")
+    out, how = tmp_path / "run", {"axis": "width", "criterion": "magnitude", "repair": "none"}
+    model, _, run = sv.compress(str(tmp_path / "adapter"), ratio=0.3, out=out, say=silent, **how)
+    assert run.plan.ratio > 0.2
+    assert sv.anatomy(model).total_params < sv.anatomy(tmp_path / "adapter").total_params
+
+
+def of_config(**fields):
+    return lambda folder: folders.edit_json(folder / ADAPTER, lambda v: v.update(fields))
+
+
+def of_weights(edit):
+    def change(folder):
+        tensors = load_file(folder / WEIGHTS)
+        edit(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return change
+
+
+def renamed(old, new):
+    return lambda tensors: tensors.update(
+        {k.replace(old, new, 1): tensors.pop(k) for k in list(tensors) if old in k}
+    )
+
+
+def widened(tensors):
+    key = next(key for key in tensors if "lora_B" in key)
+    tensors[key] = torch.ones(len(tensors[key]) + 1, tensors[key].shape[1])
+
+
+def not_finite(tensors):
+    tensors[next(iter(tensors))].fill_(torch.inf)
+
+
+def nested(folder):
+    shutil.copytree(folder, folder.parent / "other")
+    of_config(base_model_name_or_path=str(folder.parent / "other"))(folder)
+
+
+SPOILED = {
+    "another kind": (of_config(peft_type="IA3"), "peft_type 'IA3'"),
+    "no kind": (of_config(peft_type=None), "peft_type None"),
+    "DoRA": (of_config(use_dora=True), "use_dora True"),
+    "a field of tomorrow": (of_config(use_better_lora=[1]), "use_better_lora"),
+    "other scales": (of_config(alpha_pattern={"(a+)+$": 4}), "alpha_pattern"),
+    "a module to import": (of_config(megatron_config={"a": 1}), "megatron_config"),
+    "a changed base": (of_config(init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
+    "a scale in words": (of_config(lora_alpha="much"), WEIGHTS),
+    "no base": (of_config(base_model_name_or_path=None), "base_model_name_or_path None"),
+    "a lost base": (of_config(base_model_name_or_path="/home/me/base"), "'/home/me/base' must be"),
+    "the base is a file": (of_config(base_model_name_or_path="/etc/passwd"), "must be a model's"),
+    "the base is a word": (of_config(base_model_name_or_path="demo"), "'demo' must be"),
+    "the base is an adapter": (nested, "base_model_name_or_path .*other"),
+    "the base is above": (of_config(base_model_name_or_path=".."), r"no config\.json"),
+    "a revision that leads out": (
+        of_config(base_model_name_or_path="own/tiny", revision="../../x"),
+        r"revision '\.\./\.\./x'",
+    ),
+    "a pickle": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"),
+        "'adapter_model.bin'",
+    ),
+    "other weights": (
+        lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors"),
+        "'model.safetensors'",
+    ),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "half a pair": (of_weights(renamed("lora_B", "lora_C")), "lora_B"),
+    "an unknown layer": (of_weights(renamed("layers.0", "layers.99")), r"layers\.99.*no weight"),
+    "another shape": (of_weights(widened), "becomes"),
+    "not a number": (of_weights(not_finite), "NaN or infinity"),
+    "a link": (lambda folder: (folder / "x").symlink_to("/etc/passwd"), "leads out"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_strange_adapter_is_refused_in_one_line(name, tmp_path, cache):
+    spoil, named = SPOILED[name]
+    write_adapter("text", tmp_path / "adapter")
+    spoil(tmp_path / "adapter")
+    with pytest.raises(SlimError, match=named) as caught:
+        sv.load(tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+    assert not list(cache.glob("merged/*"))
+
+
+def test_a_tied_or_quantised_base_is_refused(tmp_path):
+    base = folders.copied("text", tmp_path / "base")
+    write_adapter("text", tmp_path / "adapter", target_modules=["lm_head"])
+    of_config(base_model_name_or_path=str(base))(tmp_path / "adapter")
+    folders.edit_json(base / "config.json", lambda v: v.update(tie_word_embeddings=True))
+    tensors = load_file(base / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"ties or stacks 'lm_head\.weight'"):
+        sv.load(tmp_path / "adapter")
+    bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    folders.edit_json(base / "config.json", lambda v: v.update(quantization_config=bits))
+    with pytest.raises(ConfigError, match="quantised, so it cannot be merged with an adapter"):
+        sv.load(tmp_path / "adapter")
+
+
+# The hub.
+
+
 REVISIONS = {"v1.0": "1" * 40, "refs/pr/3": "2" * 40}
 """The branches, tags and requests of a model on the hub, with their commits."""
 RESPONSE = SimpleNamespace(headers={}, request=None)
@@ -87,6 +262,19 @@ def test_a_folder_with_an_at_sign_stays_a_folder(tmp_path, monkeypatch):
     for name in ("a/b@", "a/b@../c", "a/b@x y", "a/b@-x"):
         with pytest.raises(ConfigError, match="model 'a/b': revision"):
             load_config(name)
+
+
+def test_the_base_of_an_adapter_may_be_a_revision_on_the_hub(reached, tmp_path):
+    expected = write_adapter("text", tmp_path / "adapter")
+    of_config(base_model_name_or_path="own/tiny", revision="v1.0")(tmp_path / "adapter")
+    model, _ = sv.load(tmp_path / "adapter")
+    assert_close(logits(model, TEXT), logits(expected, TEXT), FORWARD)
+    folder = resolve(tmp_path / "adapter")
+    assert metadata_load(Path(folder) / "README.md")["base_model"] == "own/tiny"
+    write_adapter("text", tmp_path / "more")
+    shutil.copytree(tmp_path / "more", reached / REVISIONS["refs/pr/3"], dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="makes it an adapter; give the folder of hf download"):
+        load_config("own/tiny@refs/pr/3")
 
 
 REFUSED = {

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 import slimvlm as sv
 from slimvlm.core.documents import asked
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import CompressConfig, LoadConfig
+from slimvlm.core.options import CompressConfig, LoadConfig, RecoverConfig
 from slimvlm.core.progress import silent
 from slimvlm.models.cost import free_memory
 from slimvlm.models.load import (
@@ -17,14 +18,19 @@ from slimvlm.models.load import (
     computes_bfloat16,
     default_device,
     device_named,
+    load_as,
     with_float64,
 )
+from slimvlm.models.parts import text_config_of
 from slimvlm.runs.compress import compress_command, config_text, read_config
 from slimvlm.runs.study import prepared
 from slimvlm.runs.study.config import Grid, StudyConfig
 from tests import tiny_folder as folders
+from tests.handmade import logits
+from tests.tolerances import FORWARD, assert_close
 
 CPU = torch.device("cpu")
+TEXT = {"input_ids": torch.tensor([[5, 9, 30, 31, 77]])}
 
 
 @pytest.fixture
@@ -109,6 +115,75 @@ def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
     assert "--device cuda:1" in compress_command("demo", config, "out")
     (tmp_path / "run.yaml").write_text(config_text("demo", config))
     assert read_config(tmp_path / "run.yaml")[1].device == "cuda:1"
+
+
+@pytest.mark.parametrize("kind", ["text", "llava"])
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_attention_and_device_map_are_those_that_were_asked_for(kind, name, tmp_path):
+    model, words = sv.load(folders.folder(kind), device="cpu")
+    chosen, _ = load_as(LoadConfig(attn_implementation=name, device="cpu"), folders.folder(kind))
+    assert chosen.config._attn_implementation == name
+    assert text_config_of(chosen.config)._attn_implementation == name
+    assert_close(logits(chosen, TEXT), logits(model, TEXT), FORWARD)
+    sv.save(chosen, words, tmp_path / "out")
+    assert "_attn" not in (tmp_path / "out" / "config.json").read_text()
+    placed, _ = load_as(LoadConfig(device_map="auto"), folders.folder(kind))
+    on = {key: value.to(placed.device) for key, value in TEXT.items()}
+    assert_close(logits(placed, on).cpu(), logits(model, TEXT), FORWARD)
+    whole, _ = load_as(LoadConfig(device_map="auto"), folders.folder(kind), "cpu")
+    assert not hasattr(whole, "hf_device_map")  # a teacher's place is told
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"attn_implementation": "fast"}, "attn_implementation 'fast' must be one of: eager, sdpa"),
+        ({"attn_implementation": "evil/kernel"}, "must be one of: eager"),
+        ({"attn_implementation": "flash_attention_2"}, "'flash_attention_2' needs its package"),
+        ({"attn_implementation": "flash_attention_3"}, "'flash_attention_3' needs its package"),
+        ({"device_map": "cpu"}, "device_map 'cpu' must be one of: auto, balanced"),
+        ({"device_map": "auto", "device": "cpu"}, "device_map 'auto': there is a device, 'cpu'"),
+    ],
+)
+def test_how_a_model_is_read_is_checked_before_its_weights(values, told, tmp_path, monkeypatch):
+    for number in (2, 3):
+        name = f"transformers.utils.import_utils.is_flash_attn_{number}_available"
+        monkeypatch.setattr(name, lambda: False)
+    folder = folders.copied("text", tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    for work in (
+        lambda: sv.load(folder, **values),
+        lambda: check_models(LoadConfig(**values), str(folder)),
+    ):
+        with pytest.raises(ConfigError, match=told) as refusal:
+            work()
+        assert "\n" not in str(refusal.value)
+
+
+def test_attention_that_a_class_lacks_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_supports_flex_attn", False)
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_supports_flex_attn", False)
+    with pytest.raises(ConfigError, match="attn_implementation 'flex_attention' cannot be") as told:
+        sv.load(folders.folder("text"), attn_implementation="flex_attention")
+    assert "\n" not in str(told.value)
+
+
+def test_how_a_model_is_read_is_no_part_of_what_is_asked(tmp_path):
+    plain = CompressConfig(ratio=0.3)
+    chosen = replace(plain, attn_implementation="eager", device_map="auto")
+    assert chosen == plain
+    assert asked(chosen) == asked(plain)
+    assert compress_command("demo", chosen, "out") == (
+        "slimvlm compress --config out/run.yaml --out out"
+    )
+    (tmp_path / "run.yaml").write_text(config_text("demo", chosen))
+    again = read_config(tmp_path / "run.yaml")[1]
+    assert (again.attn_implementation, again.device_map) == ("eager", "auto")
+    with pytest.raises(ConfigError, match="device_map 'auto': a model that is trained is whole"):
+        replace(chosen, recover=RecoverConfig())
+    study = StudyConfig(grids=(Grid(ratio=(0.3,), model=("m",)),), prune={"device_map": "auto"})
+    with pytest.raises(ConfigError, match="'device_map' changes no result"):
+        prepared(study, silent)
 
 
 def test_bfloat16_and_float64_are_used_where_they_are_native(monkeypatch):

@@ -117,7 +117,7 @@ class QuestionFlags(core.Questions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneFlags(core.PruneConfig):
+class PruneFlags(core.FileLoading, core.PruneConfig):
     """What to remove, and how to choose and to mend."""
 
     gradient: Annotated[core.Gradient, core.FILE_ONLY] = "per_sample"
@@ -129,6 +129,11 @@ class RunFlags(core.RunOptions):
 
     batch_size: Annotated[int, tyro.conf.arg(name=core.TASK_BATCH_SIZE)] = 16
     """Questions answered at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFlags(core.FileLoading, core.TrainingData):
+    """What is learnt from, and how models are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +158,7 @@ def defaults_from(file: str, verb: str) -> dict[str, Any]:
 
     model, config, learning = read_config(file)
     if verb == "recover":
-        data = {} if config.data is None else {"source": part_of(config, core.TrainingData)}
+        data = {} if config.data is None else {"source": part_of(config, SourceFlags)}
         return {"teacher": model, "training": config.recover or core.RecoverConfig(), **data}
     given: dict[str, Any] = {"train": "none"} if learning is None else {}
     if config.recover is not None:

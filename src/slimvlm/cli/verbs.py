@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from slimvlm.cli.options import Model, PruneFlags, QuestionFlags, RunFlags, SizeFlags, TrainingFlags
+from slimvlm.cli import options as flags
+from slimvlm.cli.options import Model
 from slimvlm.cli.printing import note, print_held_out, print_json, print_results, print_table, show
 from slimvlm.core import options
 from slimvlm.core.errors import ConfigError, printable
@@ -89,7 +90,7 @@ def prune(
 
 def recover(
     model: Model,
-    source: options.TrainingData,
+    source: flags.SourceFlags,
     out: Path,
     teacher: str | None = None,
     training: options.RecoverConfig = options.RecoverConfig(),
@@ -122,7 +123,7 @@ def recover(
 
 def evaluate(
     model: Model,
-    questions: QuestionFlags = QuestionFlags(),
+    questions: flags.QuestionFlags = flags.QuestionFlags(),
     baseline: str | None = None,
     out: Path | None = None,
     source: options.DataConfig = options.DataConfig(),
@@ -164,9 +165,9 @@ def evaluate(
 def compress(
     model: Model,
     out: Path,
-    pruning: PruneFlags = PruneFlags(),
-    training: TrainingFlags = TrainingFlags(),
-    evaluation: RunFlags = RunFlags(),
+    pruning: flags.PruneFlags = flags.PruneFlags(),
+    training: flags.TrainingFlags = flags.TrainingFlags(),
+    evaluation: flags.RunFlags = flags.RunFlags(),
     config: Path | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -295,7 +296,7 @@ def report(
 
 def advise(
     model: Model,
-    target: SizeFlags = SizeFlags(),
+    target: flags.SizeFlags = flags.SizeFlags(),
     data: tuple[str, ...] | None = None,
     no_data: bool = False,
     gpu: bool = False,

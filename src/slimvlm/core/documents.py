@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of, write_text
+from slimvlm.core.options import NO_RESULT
 from slimvlm.core.removed import same_without_removed, without_removed
 
 T = TypeVar("T")
@@ -180,7 +181,7 @@ def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
 
 def asked(options: Any) -> dict[str, Any]:
     """Convert a dataclass to dictionaries without empty mappings and what decides no result."""
-    others = {"device", "require"}
+    others = {*NO_RESULT, "require"}
     return asdict(
         options, dict_factory=lambda pairs: {k: v for k, v in pairs if k not in others and v != {}}
     )

@@ -51,6 +51,11 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 """Files that mark a folder as written by slimvlm, and what they must contain."""
 
 
+def cache_dir() -> Path:
+    """Return the folder of what is made once: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
+    return Path(os.environ.get("SLIMVLM_CACHE") or Path.home() / ".cache" / "slimvlm")
+
+
 def mark_checkpoint(folder: Path) -> None:
     """Mark a folder as a checkpoint of slimvlm's, which ``--force`` may replace."""
     write_text(folder / "slimvlm_checkpoint.json", '{"format": "slimvlm-checkpoint/1"}\n')

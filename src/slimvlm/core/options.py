@@ -86,6 +86,8 @@ OutType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 """How GGUF files store weights."""
 Repair = Literal["none", "width", "depth", "both", "auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Train = Literal["projector", "lora", "full"]
 Positions = Literal["answer", "text", "all"]
 TooLong = Literal["refuse", "cut"]
@@ -264,6 +266,27 @@ class LoadConfig(DeviceOptions):
     """Data type of the weights."""
     trust_remote_code: bool = False
     """Run code that lies in the checkpoint."""
+    attn_implementation: Attention | None = field(default=None, compare=False)
+    """How attention is computed; by default as transformers chooses."""
+    device_map: DeviceMap | None = field(default=None, compare=False)
+    """Divide the model over all GPUs, then host and disk, instead of a device. Not for training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device_map is not None and self.device is not None:
+            raise ConfigError(f"device_map {self.device_map!r}: there is a device, {self.device!r}")
+
+
+NO_RESULT = ("device", "attn_implementation", "device_map")
+"""Options of `LoadConfig` that decide no result, but for rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileLoading(LoadConfig):
+    """How models are read by verbs that have many options."""
+
+    attn_implementation: Annotated[Attention | None, FILE_ONLY] = field(default=None, compare=False)
+    device_map: Annotated[DeviceMap | None, FILE_ONLY] = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -492,7 +515,7 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig(RunOptions, PruneConfig):
+class CompressConfig(RunOptions, FileLoading, PruneConfig):
     """Everything a run depends on; written into the run folder and compared when it goes on."""
 
     gradient: Annotated[Gradient, FILE_ONLY] = "per_sample"
@@ -506,6 +529,8 @@ class CompressConfig(RunOptions, PruneConfig):
                 if (value := getattr(self, name)) is not None:
                     told = f"target_latency {self.target_latency}: it does not go with"
                     raise ConfigError(f"{told} {name} {value}")
+        if self.recover is not None and self.device_map is not None:
+            raise ConfigError(f"device_map {self.device_map!r}: a model that is trained is whole")
         if self.recover is not None and self.recover.keep_adapter:
             raise ConfigError(
                 "keep_adapter True: compress writes merged weights alone; use recover"

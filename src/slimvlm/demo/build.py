@@ -7,7 +7,6 @@ plain Hugging Face folder, made once and kept in a cache.
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.files import held, new_file, new_folder
+from slimvlm.core.files import cache_dir, held, new_file, new_folder
 from slimvlm.demo.scenes import ASSETS, GRID, PATCH, SIDE
 from slimvlm.pruning.save import write_model
 
@@ -48,11 +47,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-def cache_dir() -> Path:
-    """Return the folder of downloads and of the model: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
-    return Path(os.environ.get("SLIMVLM_CACHE") or Path.home() / ".cache" / "slimvlm")
 
 
 def build_demo() -> Path:

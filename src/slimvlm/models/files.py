@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
+import torch
 from huggingface_hub import errors as hub
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -39,8 +41,8 @@ from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.models.hidden import require_finite_values
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_ADAPTER, _TEMPLATE = "adapter_config.json", "chat_template.jinja"
-_SETTINGS = (
+ADAPTER, TEMPLATE = "adapter_config.json", "chat_template.jinja"
+SETTINGS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
     "chat_template.json",
@@ -112,14 +114,31 @@ def check_folder(model: str | Path) -> None:
     Refused are links out of the folder (but to the hub's cache), an index that names anything but
     safetensors files in it, adapters, and malformed files. Of a hub id the small files are read.
     """
-    small = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *_SETTINGS)
+    small = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *SETTINGS)
     folder = Path(model)
     if not folder.is_dir():
-        found = [file_if_reachable(str(model), name) for name in small]
-        if found[0] is None:
+        found = [file_if_reachable(str(model), name) for name in (*small, ADAPTER)]
+        if (first := found[0] or found[-1]) is None:
             return
-        folder = Path(found[0]).parent
+        folder = Path(first).parent
     where = f"model {str(model)!r}"
+    _require_no_links(folder, where)
+    if (folder / ADAPTER).exists():
+        raise ConfigError(f"{where}: {ADAPTER} makes it an adapter; give the folder of hf download")
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, *SETTINGS):
+        if (folder / name).exists() or name == CONFIG_NAME:
+            values = read_object(folder / name, "model", _MOST_SETTINGS)
+            _require_plausible(values, f"{where}: {name}:")
+            if values.get("fast_tokenizer_files", _ONLY) != _ONLY:
+                raise ConfigError(f"{where}: {name}: fast_tokenizer_files must be {_ONLY}")
+    if (folder / TEMPLATE).exists():
+        read_text(folder / TEMPLATE, "model", _MOST_TEMPLATE)
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        weight_files(folder)
+
+
+def _require_no_links(folder: Path, where: str) -> None:
+    """Refuse links that lead out of a folder, but to the hub's cache, and what is no file."""
     allowed = [folder.resolve()]
     if allowed[0].parent.name == "snapshots":  # of the hub's cache
         allowed.append(allowed[0].parent.parent / "blobs")
@@ -130,18 +149,82 @@ def check_folder(model: str | Path) -> None:
             raise ConfigError(f"{where}: {path.name!r} is a link that leads out of the folder")
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ConfigError(f"{where}: {path.name!r} is neither a file nor a folder")
-    if (folder / _ADAPTER).exists():
-        raise ConfigError(f"{where}: {_ADAPTER} makes it an adapter; merge it first")
-    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, *_SETTINGS):
-        if (folder / name).exists() or name == CONFIG_NAME:
-            values = read_object(folder / name, "model", _MOST_SETTINGS)
-            _require_plausible(values, f"{where}: {name}:")
-            if values.get("fast_tokenizer_files", _ONLY) != _ONLY:
-                raise ConfigError(f"{where}: {name}: fast_tokenizer_files must be {_ONLY}")
-    if (folder / _TEMPLATE).exists():
-        read_text(folder / _TEMPLATE, "model", _MOST_TEMPLATE)
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
-        weight_files(folder)
+
+
+_LORA = {
+    *("peft_type", "base_model_name_or_path", "revision", "lora_alpha", "use_rslora", "bias", "r"),
+    *("init_lora_weights", "rank_pattern", "target_modules", "exclude_modules", "modules_to_save"),
+    *("layers_pattern", "layers_to_transform", "auto_mapping", "peft_version", "task_type"),
+    *("inference_mode", "lora_dropout", "megatron_core", "qalora_group_size"),
+}
+"""Fields of an adapter that are read, or that the names and shapes of its tensors say, too."""
+_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+LORA_WEIGHTS = "adapter_model.safetensors"
+_BESIDE = {LORA_WEIGHTS, "training_args.bin", "optimizer.bin", "scheduler.bin"}
+
+
+def read_adapter(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Check a folder that PEFT wrote; return the id or folder of its base, and its settings.
+
+    Refused by name is all that could change more than ``W + scale * B @ A`` says.
+    """
+    where = f"model {str(folder)!r}"
+    _require_no_links(folder, where)
+    values = read_object(folder / ADAPTER, "model", 2**20)
+    start, base, revision = map(
+        values.get, ("init_lora_weights", "base_model_name_or_path", "revision")
+    )
+    odd = [name for name, value in values.items() if value and name not in _LORA]
+    odd += [] if values.get("peft_type") == "LORA" else ["peft_type"]
+    odd += [] if start in _KEEPS_BASE else ["init_lora_weights"]
+    if odd:
+        told = shortened(values.get(odd[0]))
+        raise ConfigError(f"{where}: {ADAPTER}: {odd[0]} {told} is not merged here; use PEFT")
+    weights = {f.name for f in folder.iterdir() if f.suffix in (".bin", ".safetensors")}
+    if others := weights - _BESIDE:
+        raise ConfigError(f"{where}: beside {ADAPTER} lies {min(others)!r}, which is not merged")
+    if isinstance(base, str) and Path(base).is_dir() and not (Path(base) / ADAPTER).exists():
+        return base, values
+    if not isinstance(base, str) or not re.fullmatch(_HUB_ID, base) or Path(base).exists():
+        told = f"base_model_name_or_path {shortened(base)} must be a model's folder here or hub id"
+        raise ConfigError(f"{where}: {ADAPTER}: {told}")
+    return f"{base}@{revision}" if revision else base, values
+
+
+def write_merged(
+    adapter: Path, values: Mapping[str, Any], source: Path, skeleton: Any, folder: Path
+) -> None:
+    """Write the weights of a base model with an adapter's in them, one file at a time."""
+    files, changes = weight_files(source), dict[str, tuple[Tensor, ...]]()
+    with unreadable(adapter, LORA_WEIGHTS):
+        for name, tensor in load_file(adapter / LORA_WEIGHTS).items():
+            changes[name.removeprefix("base_model.model.")] = (tensor,)
+        for module in [n.removesuffix(".lora_A.weight") for n in changes if ".lora_A." in n]:
+            (a,), (b,) = (changes.pop(f"{module}.lora_{side}.weight") for side in "AB")
+            scale = values["lora_alpha"] / len(a) ** (0.5 if values.get("use_rslora") else 1)
+            changes[f"{module}.weight"] = (scale * b.float(), a.float())
+        theirs, ours = origins_in_files(skeleton, files), origins_in_files(skeleton, changes)
+        users = Counter(origin.keys for origin in theirs.values())
+        if unknown := changes.keys() - {key for each in ours.values() for key in each.keys}:
+            raise ValueError(f"{min(unknown)!r} is for no weight of the base")
+        by_key: dict[str, tuple[Tensor, ...]] = {}
+        for name, origin in ours.items():
+            keys, convert = theirs[name]
+            if users[keys] > 1 or not isinstance(convert, itemgetter):
+                raise ValueError(f"the base ties or stacks {name!r}")
+            by_key[keys[0]] = changes[origin.keys[0]]
+    for path in dict.fromkeys(files.values()):
+        tensors = load_file(path)
+        for key in tensors.keys() & by_key.keys():
+            old, change = tensors[key], by_key[key]
+            with unreadable(adapter, LORA_WEIGHTS):
+                shape = reduce(torch.matmul, (each.to("meta") for each in change)).shape
+                if shape != old.shape or (len(change) > 1 and old.dim() != 2):
+                    raise ValueError(f"{key!r} becomes {list(shape)}, not {list(old.shape)}")
+            made = reduce(torch.matmul, change)
+            tensors[key] = (made if len(change) == 1 else old.float() + made).to(old.dtype)
+            require_finite_values(tensors[key], f"weight {key!r}")
+        save_file(tensors, folder / path.name, {"format": "pt"})
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

@@ -6,24 +6,26 @@ import copy
 import importlib
 import inspect
 import logging
+import shutil
 from collections.abc import Mapping
+from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
+from huggingface_hub import metadata_load, metadata_save, snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, import_utils
 
-from slimvlm.core.documents import digest, read_object
+from slimvlm.core.documents import digest, identity_of_files, read_object
 from slimvlm.core.errors import ConfigError, UnsupportedModelError, shortened
-from slimvlm.core.files import path_of
-from slimvlm.core.options import Dtype, LoadConfig
+from slimvlm.core.files import cache_dir, file_name, held, new_folder, path_of
+from slimvlm.core.options import LoadConfig, part_of
 from slimvlm.core.progress import local_rank, num_ranks, to_log
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.templates import check_tokenizer
@@ -31,11 +33,17 @@ from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.families import FAMILIES
 from slimvlm.models.files import (
+    ADAPTER,
+    LORA_WEIGHTS,
+    SETTINGS,
+    TEMPLATE,
     check_folder,
     file_if_reachable,
+    read_adapter,
     split_revision,
     unreadable,
     weight_files,
+    write_merged,
 )
 from slimvlm.models.hidden import shard_config
 from slimvlm.models.modeling_pruned import EARLIER, PREFIX, cut_layers_, standardise_
@@ -194,6 +202,8 @@ def resolve(model: str | Path) -> str:
     path, name = path_of(model, "model"), split_revision(model)[0]
     if (path / "checkpoint" / "config.json").is_file():
         return str(path / "checkpoint")  # a run folder
+    if (path / ADAPTER).is_file():
+        return _merged(path.absolute(), tuple(f.lstat().st_mtime_ns for f in path.iterdir()))
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     looks_local = looks_local or Path(name).parent.is_dir()
     if path.is_dir():
@@ -202,6 +212,38 @@ def resolve(model: str | Path) -> str:
     elif looks_local or path.exists():
         raise ConfigError(f"model {str(model)!r}: no such folder")
     return str(model)
+
+
+@cache
+def _merged(adapter: Path, stamp: tuple[int, ...]) -> str:
+    """Return a folder in the cache: the base model of an adapter, with the adapter in its weights.
+
+    A tokenizer and settings that lie beside the adapter replace the base's. ``stamp`` tells one
+    state of the adapter from another.
+    """
+    base, values = read_adapter(adapter)
+    config = load_config(base)
+    require_full_precision(config, "merged with an adapter")
+    source, known = folder_of(base), {*SETTINGS, *_PROCESSOR_FILES, TEMPLATE, "merges.txt"}
+    words = [file for file in sorted(adapter.iterdir()) if file.name in known]
+    files = [source, adapter / ADAPTER, adapter / LORA_WEIGHTS, *words]
+    made_from = [identity_of_files(path.name, str(path)) for path in files]
+    target = cache_dir() / "merged" / f"{file_name(adapter.name)}-{digest([made_from])[:16]}"
+    if num_ranks() > 1 and not target.exists():
+        raise ConfigError(f"model {str(adapter)!r}: merge it first: slimvlm inspect {adapter}")
+    with held(target, wait=600):
+        if not target.exists():
+            with new_folder(target) as folder:
+                write_merged(adapter, values, source, empty_model(config), folder)
+                for path in (*source.iterdir(), *words):
+                    if path.suffix in (".json", ".jinja", ".model", ".txt", ".md"):
+                        shutil.copy(path, folder)
+                if not Path(base).is_dir():
+                    (card := folder / "README.md").touch()
+                    original = {"base_model": split_revision(base)[0]}
+                    metadata_save(card, (metadata_load(card) or {}) | original)
+    to_log(f"adapter {str(adapter)!r} is merged into its base {base!r}, in {str(target)!r}")
+    return str(target)
 
 
 def folder_of(model: str | Path) -> Path:
@@ -242,17 +284,24 @@ def load(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     shard: bool = False,
+    attn_implementation: str | None = None,
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its processor as native transformers objects.
 
     Args:
-        model: A folder, a hub id with or without ``@REVISION``, or ``demo``.
+        model: A folder (a LoRA adapter's is merged into its base), a hub id with or without
+            ``@REVISION``, or ``demo``.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         device: Where to put it; by default this process's accelerator, else the CPU.
         trust_remote_code: Whether code that lies in the checkpoint may run. Layers of different
             widths need none here: slimvlm has that code itself and never runs the folder's copy.
         shard: Divide the weights among the processes that ``torchrun`` started (FSDP2); each reads
             its part alone.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ``flash_attention_3`` or
+            ``flex_attention``; by default transformers chooses.
+        device_map: ``auto``, ``balanced``, ``balanced_low_0`` or ``sequential`` divides the model
+            over all GPUs, then the host and a disk.
 
     Returns:
         The model in evaluation mode, and its processor (its tokenizer, for a text model).
@@ -261,15 +310,19 @@ def load(
         ConfigError: If it cannot be found or read, or there is no such device.
         UnsupportedModelError: If slimvlm does not know the family.
     """
-    if dtype not in get_args(Dtype):
-        raise ConfigError(f"dtype {dtype!r} must be one of: {', '.join(get_args(Dtype))}")
+    asked: Any = {"attn_implementation": attn_implementation, "device_map": device_map}
+    LoadConfig(**(asked | {"dtype": dtype, "device": None if device is None else str(device)}))
     place = device_named(device)
     config = load_config(model, trust_remote_code)
+    check_attention(model, config, attn_implementation)
     name, source = resolve(model), class_of(config)
-    repository, revision = split_revision(name)
-    divided: dict[str, Any] = {"distributed_config": shard_config(config)} if shard else {}
+    repository, how = split_revision(name)
+    how |= {key: value for key, value in asked.items() if value is not None}
     if is_quantized(config):  # some quantisers take the current card by default
-        divided["device_map"] = {"": str(place)}
+        how.setdefault("device_map", {"": str(place)})
+    if shard:
+        how["distributed_config"] = shard_config(config)
+    is_placed = not how.keys().isdisjoint(("device_map", "distributed_config"))
     skeleton = require_buildable(name, config)
     reporter = logging.getLogger("transformers.modeling_utils")
     was_disabled, reporter.disabled = reporter.disabled, True  # it would print names in the files
@@ -282,8 +335,7 @@ def load(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **revision,
-                **divided,
+                **how,
             )
     finally:
         reporter.disabled = was_disabled
@@ -294,13 +346,13 @@ def load(
         raise ConfigError(f"model {str(model)!r}: weights {shortened(first)}{more} {told}")
     if unused := sorted(report["unexpected_keys"]):
         to_log(f"model {str(model)!r}: {len(unused)} tensors are not read: {shortened(unused[0])}")
-    if _ties_head(skeleton) and not _ties_head(loaded) and not divided:
+    if _ties_head(skeleton) and not _ties_head(loaded) and not is_placed:
         told = "config.json says tie_word_embeddings, but the files hold two different matrices"
         raise ConfigError(f"model {str(model)!r}: {told}; say false to keep both")
     set_class_(loaded)
     loaded.config._name_or_path = name
     loaded.generation_config = plain_generation(loaded.generation_config)
-    if not shard:  # shards lie where they belong
+    if not shard and device_map is None:  # parts lie where they belong
         loaded = loaded.to(place)
     return loaded.eval(), load_processor(name, config, trust_remote_code)
 
@@ -359,17 +411,34 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_as(
-    options: LoadConfig, model: str | Path, device: str | torch.device | None = None
+    options: LoadConfig, model: str | Path, device: str | None = None, shard: bool = False
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model with options, on their device unless another one is given."""
-    return load(model, options.dtype, device or options.device, options.trust_remote_code)
+    how = vars(part_of(options, LoadConfig))
+    if device is not None:
+        how |= {"device": device, "device_map": None}
+    return load(model, **how, shard=shard)
 
 
 def check_models(options: LoadConfig, *models: str) -> None:
     """Refuse devices that are absent and models that cannot be read, before any weight is read."""
     device_named(options.device)
     for model in models:
-        load_config(model, options.trust_remote_code)
+        config = load_config(model, options.trust_remote_code)
+        check_attention(model, config, options.attn_implementation)
+
+
+def check_attention(model: str | Path, config: PreTrainedConfig, name: str | None) -> None:
+    """Refuse a kind of attention that this machine or the model's class lacks; else set it."""
+    if name is None:
+        return
+    # without their package, transformers fetches code from the hub
+    is_there = getattr(import_utils, f"is_flash_attn_{name[-1]}_available", lambda: True)
+    if not is_there():
+        raise ConfigError(f"attn_implementation {name!r} needs its package, flash-attn, and a GPU")
+    with unreadable(model, f"config with attn_implementation {name!r}"):
+        config._attn_implementation = name
+        empty_model(config)
 
 
 def default_device() -> torch.device:

@@ -100,6 +100,9 @@ def score(
 def _opened(request: Request) -> tuple[LazyCheckpoint, Any]:
     """Open the original to read it layer by layer, and load its processor."""
     config = request.prune
+    for option in options.NO_RESULT[1:]:
+        if (value := getattr(config, option)) is not None:
+            raise ConfigError(f"{option} {value!r}: --low-memory reads one layer at a time")
     opened = open_checkpoint(request.model, config.dtype, config.trust_remote_code)
     name, described = str(opened.folder), opened.model.config
     return opened, models.load_processor(name, described, config.trust_remote_code)
@@ -318,7 +321,7 @@ def recover(
     def loaded(name: str, device: str | None = None) -> tuple[PreTrainedModel, Any]:
         """Load shards in float32, or a model; what a teacher shares must never go to a GPU."""
         if shard:
-            return models.load(name, "float32", None, source.trust_remote_code, shard=True)
+            return load_as(replace(source, dtype="float32"), name, shard=True)
         return load_as(source, name, device)
 
     def add_files(folder: Path) -> None:

@@ -190,8 +190,8 @@ def expand(study: StudyConfig) -> list[Cell]:
 
 def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
     options = {**study.prune, **grid.prune}
-    if "device" in options:
-        raise ConfigError("prune: 'device' changes no result, and a study keeps only results")
+    for name in options.keys() & {*core.NO_RESULT}:
+        raise ConfigError(f"prune: {name!r} changes no result, and a study keeps only results")
     if "trust_remote_code" in options:
         raise ConfigError("prune: 'trust_remote_code' is not taken from a file; load such a model")
     _check_home("prune", options, _PRUNE_KEYS)
