@@ -97,6 +97,20 @@ def test_scores_follow_from_the_replies_and_limit_asks_the_first_questions(llava
         few.retention(result)
 
 
+def test_answers_are_offered_where_the_prompt_gives_them_or_the_likeliest_is_taken(llava, result):
+    asked = [replace(q, images=(), choices=WORDS) for q in questions(2)]
+    told = [replace(q, prompt=f"{q.prompt} red, blue or green?") for q in asked]
+    for given, likeliest, offered in (
+        (asked, False, False),
+        (asked, True, True),
+        (told, False, True),
+        ([told[0], asked[1]], False, False),
+    ):
+        found = task(load=lambda limit, given=given: given, by_likelihood=likeliest)
+        assert evaluate(*llava, [found]).tasks["colours"].offered is offered
+    assert result.tasks["colours"].offered is False
+
+
 def test_perplexity_is_exp_of_the_mean_token_loss(llava, result):
     model, processor = llava
     total, count = 0.0, 0

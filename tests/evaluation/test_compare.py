@@ -113,7 +113,9 @@ def test_rows_mark_a_significant_difference_and_json_names_answers():
     header, rows = comparison_rows(two("1" * 40, "1" * 20 + "0" * 20)[0])
     assert header[0] == "task"
     assert header[-5:] == ["flips", *CHANGES]
-    assert [row[0] for row in rows] == ["pets", "all"]
+    assert [row[0] for row in rows] == ["pets", "all", "AVG-% free, floor 0.0"]
+    assert rows[-1][1] == "100.0"
+    assert re.fullmatch(r"50\.0 \[\d+\.\d, \d+\.\d\]", rows[-1][2])
     assert all(len(row) == len(header) for row in rows)
     assert rows[0][1:3] == ["100.0", "50.0"]
     assert re.fullmatch(r"-50\.0 \[-\d+\.\d, -\d+\.\d\] \*", rows[0][3])
@@ -128,6 +130,9 @@ def test_rows_mark_a_significant_difference_and_json_names_answers():
     assert pets["points"] == -25
     assert pets["significant"] is False
     assert values["all"]["counts"] == pets["counts"]
+    assert list(values["retention_by_kind"]) == ["free"]
+    assert values["retention_by_kind"]["free"]["percent"] == pytest.approx(200 / 3)
+    assert values["retention_by_kind"]["free"]["floor"] == 0
 
 
 @pytest.mark.parametrize(
@@ -157,4 +162,5 @@ def test_a_blind_result_shows_the_pictures_that_were_seen(a, b):
     start = "A and B were asked blind" if a and b else f"{'A' if a else 'B'} was asked blind"
     assert found.note.startswith(start)
     assert comparison_json(found)["note"] == found.note
+    assert list(found.kept) == (["free"] if a == b else [])
     assert two("1", "0")[0].note == ""

@@ -99,6 +99,7 @@ def same(theirs, own):
     assert theirs.ids == own.ids
     assert theirs.replies == own.replies
     assert theirs.scores == own.scores
+    assert theirs.offered == own.offered
     assert theirs.score == pytest.approx(own.score, abs=1e-9)
 
 

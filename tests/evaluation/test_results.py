@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.evaluation.results import Result, TaskResult, read_baseline
+from slimvlm.evaluation.results import Result, TaskResult, kind_of, read_baseline
 
 PASSAGES = TaskResult("perplexity", 12.0, 0.0, False, ("p",), ("",), (2.5,))
 TIMES = {"prefill_range_ms": (2.0, 2.5), "decode_range_ms": (1.0, 1.0)}
@@ -29,16 +29,65 @@ def test_a_file_gives_the_same_result_and_one_without_later_fields_loads(tmp_pat
     assert Result.load(tmp_path / "result.json") == found
     values = json.loads((tmp_path / "result.json").read_text())
     assert values["average"] == found.average
+    assert values["average_by_kind"] == {"free": found.average}
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-    for name in ("blind", "limit", "batch_size", "dtype"):
+    for name in ("blind", "limit", "batch_size", "dtype", "average_by_kind"):
         del values[name]
     for task in values["tasks"].values():
-        del task["majority"], task["blind_scores"]
+        del task["majority"], task["blind_scores"], task["offered"]
     (tmp_path / "old.json").write_text(json.dumps(values))
     old = Result.load(tmp_path / "old.json")
     assert (old.blind, old.limit, old.tasks["colours"].majority) == (False, None, None)
     kept = old.retention(old)
     assert kept.above_floor == kept.above_chance == pytest.approx(100)
+    assert list(old.retention_by_kind(old)) == ["free"]
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "offered", "kind"),
+    [
+        ("colours", "exact_match", False, "free"),
+        ("colours", "exact_match", True, "chosen"),
+        ("colours", "yes_no", False, "chosen"),
+        ("colours", "letter", False, "chosen"),
+        ("list", "set_f1", False, "free"),
+        ("pope", "pope_accuracy", False, "chosen"),
+        ("docvqa", "anls", False, "free"),
+    ],
+)
+def test_a_task_is_of_one_kind(name, metric, offered, kind):
+    colours = result(KNOWN).tasks["colours"]
+    assert kind_of(name, replace(colours, metric=metric, offered=offered)) == kind
+
+
+def both_kinds(chosen, free, blind=""):
+    """A result of a task with choices (chance 25 %) and of one without (majority 10 %)."""
+    one = result(chosen, majority=None).tasks["colours"]
+    one = replace(one, metric="yes_no", blind_scores=tuple(map(float, blind)))
+    other = replace(result(free, majority=10.0).tasks["colours"], chance=0.0)
+    return replace(result(KNOWN), tasks={"there": one, "name": other, "passages": PASSAGES})
+
+
+def test_chosen_and_free_answers_are_kept_apart_with_their_floors():
+    whole, small = both_kinds("11111111", "1111100000"), both_kinds("11111100", "1000000000")
+    assert {kind: list(part.tasks) for kind, part in whole.by_kind().items()} == {
+        "chosen": ["there"],
+        "free": ["name"],
+    }
+    kept = small.retention_by_kind(whole)
+    assert [each.percent for each in kept.values()] == pytest.approx([75, 20])
+    assert [each.floor for each in kept.values()] == pytest.approx([25, 20])
+    for name, kind in (("there", "chosen"), ("name", "free")):
+        alone = replace(small, tasks={name: small.tasks[name]})
+        assert alone.retention_by_kind(whole) == {kind: kept[kind]}
+        assert alone.retention(whole) == kept[kind]
+    assert small.retention(whole).percent == pytest.approx(100 * (75 + 10) / (100 + 50))
+    blind = both_kinds("11111111", "1111100000", blind="11110000")
+    assert small.retention_by_kind(blind)["chosen"].floor == pytest.approx(50)
+    nothing = both_kinds("11111111", "0000000000")  # of which no share can be kept
+    assert list(small.retention_by_kind(nothing)) == ["chosen"]
+    passages = replace(small, tasks={"passages": PASSAGES})
+    assert passages.by_kind() == passages.retention_by_kind(whole) == {}
 
 
 @pytest.mark.parametrize(

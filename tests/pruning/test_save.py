@@ -345,7 +345,9 @@ def carded(tmp_path_factory):
     said |= {"training": ("lora", "sft+hidden", 1234), "data": "some/set"}
     found = {"results": "| task | score |", "scores": {"count": ("exact_match", 41.234)}}
     found |= {"held_out": "| 4 samples |", "share": {"percent": 92.34, "low": 90.0, "high": 94.5}}
-    facts = CardFacts(base=str(original), name="small", **said, **found)
+    kinds = {kind: {"retention": {**found["share"], "floor": 51.23}} for kind in ("chosen", "free")}
+    del kinds["free"]["retention"]  # of which the original has none right
+    facts = CardFacts(base=str(original), name="small", kinds=kinds, **said, **found)
     save(net, None, root / "small", plan, facts=facts)
     return root / "small"
 
@@ -372,6 +374,8 @@ def test_a_card_has_the_hub_s_metadata_and_what_people_read(carded):
         "| task | score |",
         "| layers | 4 | 3 |",
         "92.3 % [90.0, 94.5] of the original's",
+        "Of chosen answers (yes or no, or one of those given) it keeps 92.3 % [90.0, 94.5]",
+        "would keep 51.2 %",
         "trained on 1,234 conversations (`lora`, loss `sft+hidden`)",
         "AutoModelForImageTextToText.from_pretrained(folder)",
     ):
@@ -388,6 +392,7 @@ def test_the_first_screen_says_what_went_what_stayed_how_to_load_and_how_to_serv
     kept = text.split("## What was kept")[1].split("\n## ")[0]
     assert "| 4 samples |" in kept
     assert "92.3 %" in kept
+    assert "free answers" not in kept
 
 
 def test_a_card_needs_neither_an_original_nor_facts_and_names_the_first_of_a_chain(

@@ -131,6 +131,7 @@ def test_a_study_shows_every_cell(study):
     cells = next(t for t in record.tables if t.caption == "All cells")
     assert len(cells.rows) == len(done) == 9
     assert all(len(row) == len(cells.header) for row in cells.rows)
+    assert not {"AVG-% chosen", "AVG-% free"} & {*cells.header}  # of an earlier version
     published_for = {row[0]: row[cells.header.index("the study")] for row in cells.rows}
     bunny = float(published_for["tiny width 30%, untrained"].rpartition("/")[2])
     assert bunny == pytest.approx(75.58, abs=1)
@@ -171,6 +172,16 @@ def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(study):
         html = report_html(read_record(study))
         assert "0 of 9 cells" in html
         assert "Answers side by side" not in html
+
+
+def test_a_study_shows_what_is_kept_of_each_kind_that_was_asked_for(study):
+    table = pd.read_parquet(study / "results.parquet")
+    numbers = {"free_percent": 61.0, "free_low": 58.25, "free_high": 64.5, "free_floor": 9.75}
+    table.assign(**numbers, chosen_percent=None).to_parquet(study / "results.parquet", index=False)
+    cells = next(t for t in read_record(study).tables if t.caption == "All cells")
+    place = cells.header.index("AVG-% free")
+    assert {row[place] for row in cells.rows} == {"61.0 [58.2, 64.5], floor 9.8"}
+    assert "AVG-% chosen" not in cells.header
 
 
 def test_charts_mix_neither_shares_of_the_data_nor_other_options(study):
@@ -237,6 +248,9 @@ def test_the_report_shows_the_numbers_of_the_files_and_refuses_broken_ones(run):
     assert (kept["recovered"].low, kept["recovered"].high) == (expected.low, expected.high)
     assert (kept["recovered"].train, kept["pruned"].train) == ("lora", None)
     assert kept["recovered"].ratio == plan.ratio
+    words = f"{expected.low:.1f} to {expected.high:.1f}, floor 0.0"
+    assert record.cards[1] == ("Kept of free answers", "80.0", words)
+    assert not any("chosen" in label for label, *_ in record.cards)
     html = report_html(record)
     text = unescape(re.sub(r"<[^>]+>", " ", html))
     kept_text = f"80.0 [{expected.low:.1f}, {expected.high:.1f}]"

@@ -136,6 +136,34 @@ def measured(model, right, **changes):
     return result(model, pets=replace(pets, **changes), text=TEXT)
 
 
+def test_tables_show_what_is_kept_of_each_kind_of_answers_and_its_floor():
+    asked = questions("pets", 8)
+    names = {"large": "1" * 8, "small": "1" * 6 + "00"}
+    models = {
+        name: result(
+            name,
+            there=replace(answered(asked, right), metric="yes_no", chance=50.0),
+            pets=replace(answered(asked, right[4:] + right[:4]), majority=25.0),
+        )
+        for name, right in names.items()
+    }
+    cells = {row[0]: row[3:] for row in result_rows(models)[1]}
+    for kind, floor in (("chosen", 50), ("free", 25)):
+        whole, small = cells[f"AVG-% {kind}, floor {floor}.0 [95 % interval]"]
+        assert whole == "100.0"
+        assert re.fullmatch(r"75\.0 \[\d+\.\d, \d+\.\d\]", small)
+    values = result_json(models)
+    assert [task["kind"] for task in values["small"]["tasks"].values()] == ["chosen", "free"]
+    assert values["large"]["by_kind"] == {kind: {"average": 100.0} for kind in ("chosen", "free")}
+    assert values["small"]["by_kind"]["chosen"]["retention"]["floor"] == 50
+    few = {n: replace(m, tasks={"pets": m.tasks["pets"]}) for n, m in models.items()}
+    told = [row[0] for row in result_rows(few)[1] if "floor" in row[0]]
+    assert told == [
+        "AVG-% above floor [95 % interval]",
+        "AVG-% free, floor 25.0 [95 % interval]",
+    ]
+
+
 def test_tables_show_the_floors_that_are_known_and_mark_what_differs():
     plain = {n: measured(n, right) for n, right in (("large", "1" * 8), ("small", "1" * 6 + "00"))}
     header, rows = result_rows(plain)

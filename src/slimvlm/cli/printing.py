@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from slimvlm.evaluation.results import Result
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
+_OF_KINDS = ("chosen_percent", "free_percent")  # where such answers were asked for
 _OF_A_CELL = (
     *("model", "axis", "ratio", "recovery", "fraction"),
-    *("seed", "avg", "avg_percent", "status"),
+    *("seed", "avg", "avg_percent", *_OF_KINDS, "status"),
 )
 
 
@@ -90,6 +91,7 @@ def print_study(table: "pd.DataFrame", as_json: bool) -> None:
     if as_json:
         print_json(study_json(table))
         return
-    print_table(_OF_A_CELL, [[cell(row[n]) for n in _OF_A_CELL] for _, row in table.iterrows()])
+    names = [n for n in _OF_A_CELL if n not in _OF_KINDS or table[n].notna().any()]
+    print_table(names, [[cell(row[n]) for n in names] for _, row in table.iterrows()])
     claims = [[claim.name, claim.statement, claim.verdict] for claim in claims_of(table)]
     print_table(["claim", "says", "here"], claims)

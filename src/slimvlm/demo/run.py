@@ -61,9 +61,10 @@ def run_demo(
     header = ["", "original", "small"]
     rows = [[name, *(f"{each.tasks[name].score:.1f}" for each in (original, small))] for name in
             small.tasks]  # fmt: skip
-    kept = small.retention(original)
+    rows.append(["kept of all scores, %", "100", str(small.retention(original))])
+    for kind, kept in small.retention_by_kind(original).items():
+        rows.append([f"kept of {kind} answers (floor {kept.floor:.1f})", "100", str(kept)])
     rows += [
-        ["kept of all scores, %", "100", f"{kept.percent:.1f} [{kept.low:.1f}, {kept.high:.1f}]"],
         ["parameters", *(tables.millions(each.total_params) for each in (original, small))],
         ["weights", *(tables.size(each.weight_bytes or 0) for each in (original, small))],
     ]

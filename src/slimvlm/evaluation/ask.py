@@ -123,6 +123,8 @@ def _score_replies(
         scores=tuple(scores),
         details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
         majority=metrics.majority_score(task.metric, questions),
+        offered=task.by_likelihood
+        or all(q.choices and all(c in q.prompt for c in q.choices) for q in questions),
     )
 
 

@@ -10,7 +10,7 @@ from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.ask import with_other_pictures
 from slimvlm.evaluation.metrics import LIKELIHOODS, Difference, normalise, paired_difference, signed
-from slimvlm.evaluation.results import Result
+from slimvlm.evaluation.results import Kind, Result
 
 Change = Literal["lost", "gained", "both wrong", "both right"]
 CHANGES: tuple[Change, ...] = ("lost", "gained", "both wrong", "both right")
@@ -76,6 +76,7 @@ class Comparison(_Answered):
     params_b: int
     tasks: Mapping[str, TaskComparison]
     left_out: Mapping[str, str]  # why a task is not compared, by its name
+    kept: Mapping[Kind, metrics.Retention]  # AVG-% of B; empty if only one was asked blind
 
 
 def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
@@ -154,6 +155,7 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         pairs=pairs,
         difference=paired_difference([p.score_a for p in pairs], [p.score_b for p in pairs]),
         left_out=left_out,
+        kept=b.retention_by_kind(a) if a.blind == b.blind else {},
         note=note,
     )
 
@@ -176,6 +178,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     return {
         **{"a": comparison.name_a, "b": comparison.name_b, "tasks": tasks},
         "all": figures(comparison),
+        "retention_by_kind": {kind: kept.as_json() for kind, kept in comparison.kept.items()},
         "left_out": dict(comparison.left_out),
         "note": comparison.note,
     }
@@ -191,4 +194,7 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
         change = f"{points} [{low}, {high}] {'*' if row['significant'] else ' '}"
         counts = [str(row["counts"][kind]) for kind in CHANGES]
         rows.append([name, *scores, change, str(row["flips"]), *counts])
+    for kind, kept in comparison.kept.items():
+        label, blank = f"AVG-% {kind}, floor {kept.floor:.1f}", [""] * (2 + len(CHANGES))
+        rows.append([label, "100.0", str(kept), *blank])
     return ["task", "A", "B", "B - A [95 % interval]", "flips", *CHANGES], rows

@@ -91,8 +91,7 @@ def judge(
             raise ConfigError(f"require {name!r}: the baseline has nothing to compare it with")
         about = f" ({bound:g} times the baseline's {times:.4f})" if unit == "x" else ""
         bound *= times
-        ends = "" if estimate.low is None else f" [{estimate.low:.4f}, {estimate.high:.4f}]"
-        told = f"{name}{' in percent' * known[name]} is {estimate.value:.4f}{ends}"
+        told = f"{name}{' in percent' * known[name]} is {estimate:.4f}"
         is_met = estimate.value >= bound if sign == ">=" else estimate.value <= bound
         words = f"{'at least' if sign == '>=' else 'at most'} {bound:.4f}{about}"
         if is_met:

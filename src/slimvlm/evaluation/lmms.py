@@ -210,6 +210,7 @@ def evaluate_with_lmms(
                     replies=tuple(replies[index] for index in scored),
                     scores=tuple(row.read([samples[index][metric] for index in scored])),
                     details={k: scale * float(totals[other]) for k, other in row.details.items()},
+                    offered=task.OUTPUT_TYPE == "multiple_choice",
                 )
             if results.keys().isdisjoint(asked):
                 wanted = ", ".join(row.metric for row in asked.values())

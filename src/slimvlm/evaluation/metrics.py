@@ -190,9 +190,11 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
-    def __str__(self) -> str:
-        """Format figure and interval."""
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+    def __format__(self, spec: str) -> str:
+        """Format figure and interval alike."""
+        known = (number for number in (self.value, self.low, self.high) if number is not None)
+        value, *ends = (format(number, spec or ".2f") for number in known)
+        return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,7 @@ class Retention:
     percent: float  # AVG-%: the ratio of the two averages (a ratio of means)
     low: float
     high: float
+    floor: float  # AVG-% of the floors: without doing the tasks
     # the same ratio with the tasks' chance levels, or floors, subtracted from both averages; NaN if
     # the original is not above them
     above_chance: float
@@ -223,6 +226,14 @@ class Retention:
     # NaN if the original is above the floor in fewer than 97.5 % of draws: the ratio has no bounds
     above_floor_low: float = float("nan")
     above_floor_high: float = float("nan")
+
+    def __str__(self) -> str:
+        """Format AVG-% and its interval."""
+        return f"{Estimate(self.percent, self.low, self.high):.1f}"
+
+    def as_json(self) -> dict[str, float | None]:
+        """Give the figures as plain values, None for NaN."""
+        return {name: None if math.isnan(v) else v for name, v in vars(self).items()}
 
 
 def retention(
@@ -256,8 +267,9 @@ def retention(
     if reached.mean() >= 0.975:
         ratios = 100 * (ours - floor)[reached] / (theirs - floor)[reached]
         above_floor_bounds = np.percentile(ratios, [2.5, 97.5]).tolist()
-    percent, bounds = 100 * mean / max(base, 1e-9), (float(low), float(high))
-    return Retention(percent, *bounds, above_chance, above_floor, *above_floor_bounds)
+    percent, floor_percent = (100 * level / max(base, 1e-9) for level in (mean, floor_mean))
+    above = (above_chance, above_floor, *above_floor_bounds)
+    return Retention(percent, float(low), float(high), floor_percent, *above)
 
 
 def average_difference(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,12 @@ from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError, NumericalError, SlimError, shortened
 from slimvlm.core.files import write_text
 from slimvlm.evaluation import metrics
+
+Kind = Literal["chosen", "free"]
+KINDS: tuple[Kind, ...] = ("chosen", "free")
+"""Answers chosen out of given ones, and answers in the model's own words."""
+CHOICE_BENCHMARKS = ("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception")
+"""Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class TaskResult:
     details: Mapping[str, float] = field(default_factory=dict)  # in percent
     majority: float | None = None  # the best constant answer, in percent; None if not ours to score
     blind_scores: tuple[float, ...] = ()  # with the pictures of other questions; empty if unknown
+    offered: bool = False  # every question gives the answers to choose from
 
     def __post_init__(self) -> None:
         numbers = (self.score, *self.scores, *self.blind_scores, *self.details.values())
@@ -46,6 +53,12 @@ class TaskResult:
     def blind(self) -> float | None:
         """The blind floor: mean of `blind_scores` in percent; None if not measured."""
         return 100 * fmean(self.blind_scores) if self.blind_scores else None
+
+
+def kind_of(name: str, task: TaskResult) -> Kind:
+    """Say whether the answers of a task are chosen or free."""
+    is_chosen = task.offered or task.metric in ("letter", "yes_no") or name in CHOICE_BENCHMARKS
+    return "chosen" if is_chosen else "free"
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,22 @@ class Result:
         chance = {name: task.chance for name, task in ours.items()}
         return metrics.retention(_scores(ours), _scores(theirs), chance, floor_of)
 
+    def by_kind(self) -> dict[Kind, Result]:
+        """Split the tasks that count: a result for each kind of answers that was asked for."""
+        kinds = {n: kind_of(n, task) for n, task in self.tasks.items() if task.in_average}
+        return {
+            kind: replace(self, tasks={n: self.tasks[n] for n in kinds if kinds[n] == kind})
+            for kind in sorted({*kinds.values()})
+        }
+
+    def retention_by_kind(self, baseline: Result) -> dict[Kind, metrics.Retention]:
+        """Compute `retention` for each kind of answers of which the baseline has some right."""
+        return {
+            kind: part.retention(baseline)
+            for kind, part in self.by_kind().items()
+            if any(any(baseline.tasks[n].scores) for n in part.tasks if n in baseline.tasks)
+        }
+
     def difference(self, baseline: Result) -> metrics.Difference:
         """Compute AVG minus that of another model, over the tasks that both answered."""
         ours, theirs = self._shared_tasks(baseline)
@@ -169,14 +198,16 @@ class Result:
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, answers included."""
-        values = {**asdict(self), "average": self.average}
+        by_kind = {kind: part.average for kind, part in self.by_kind().items()}
+        values = {**asdict(self), "average": self.average, "average_by_kind": by_kind}
         write_text(Path(path), json.dumps(values, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
         """Read what `save` wrote; raise ConfigError if the file is missing or not a result."""
         where, values = f"result {str(path)!r}", read_object(path, "result")
-        values.pop("average", None)
+        for derived in ("average", "average_by_kind"):
+            values.pop(derived, None)
         try:
             result = built(cls, values)
         except SlimError as error:

@@ -65,6 +65,7 @@ class CardFacts:
     name: str
     command: str = ""
     share: Mapping[str, float | None] | None = None  # AVG-%: percent, low, high
+    kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the same of each kind
     held_out: str = ""  # a Markdown table of results on held-out samples
     results: str = ""  # a Markdown table
     scores: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # metric, percent

@@ -327,12 +327,14 @@ def _card_facts(run: Run) -> CardFacts:
     """Collect the facts of the model card; its scores are those of the last stage."""
     results, model = read_results(run.folder), run.request.model
     measured = list(results.values())[-1].tasks if len(results) > 1 else {}
+    figures = list(tables.result_json(results).values())[-1] if measured else {}
     return CardFacts(
         base=resolve(model),
         name=run.name,
         data=run.config.data,
         command=compress_command(model, run.config, run.name),
-        share=tables.result_json(results)[[*results][-1]].get("retention") if measured else None,
+        share=figures.get("retention"),
+        kinds=figures.get("by_kind", {}),
         results=tables.as_markdown(*tables.result_rows(results)) if results else "",
         scores={name: (task.metric, task.score) for name, task in measured.items()},
         held_out=tables.held_out_text(read_held_out(run.folder), read_times(run.folder)),

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from slimvlm.core.errors import printable
 from slimvlm.evaluation.bench import PairedTimes
-from slimvlm.evaluation.metrics import LIKELIHOODS, paired_difference
+from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, paired_difference
 from slimvlm.evaluation.on_data import DataResult
-from slimvlm.evaluation.results import TIMES, Result
+from slimvlm.evaluation.results import KINDS, TIMES, Result, kind_of
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
 from slimvlm.models.pictures import PictureBudget
@@ -29,6 +29,7 @@ FLOORS = ("chance", "majority", "blind")
 """Scores without doing a task: guessing, the best constant answer, other pictures."""
 INTERVALS = "In brackets: 95 % intervals (bootstrap over samples)."
 UNSEEN = "On samples of the data that neither calibrated nor trained."
+_SHARE = "{percent:.1f} [{low:.1f}, {high:.1f}]"
 _OF_A_MODEL = (
     *("total_params", "backbone_params", "weight_bytes", *TIMES),
     *("blind", "limit", "batch_size", "dtype"),
@@ -64,6 +65,7 @@ def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
         for task, each in result.tasks.items():
             row = tasks[task] = {
                 **{"score": each.score, "n": len(each.ids), "metric": each.metric},
+                "kind": kind_of(task, each),
                 **{"chance": each.chance, "majority": each.majority, "blind": each.blind},
                 **each.details,
             }
@@ -76,13 +78,16 @@ def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
         values: dict[str, Any] = {
             **{"model": result.model, "tasks": tasks},
             "average": None if math.isnan(result.average) else result.average,
+            "by_kind": {k: {"average": part.average} for k, part in result.by_kind().items()},
             **{name: getattr(result, name) for name in _OF_A_MODEL},
         }
         if first is not None and found and not math.isnan(first.average):
-            kept, change = result.retention(first), result.difference(first)
-            values["retention"] = {k: None if math.isnan(v) else v for k, v in vars(kept).items()}
+            change = result.difference(first)
+            values["retention"] = result.retention(first).as_json()
             values["average_difference"] = vars(change)
             values["average_significant"] = change.significant
+            for kind, kept in result.retention_by_kind(first).items():
+                values["by_kind"][kind]["retention"] = kept.as_json()
         found[name] = values
     return found
 
@@ -110,13 +115,10 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
     shown = [i for i, name in enumerate(FLOORS) if name == "chance" or any(f[i] for f in floors)]
     rows = [[row[0], *(f[i] for i in shown), *row[1:]] for row, f in zip(rows, floors, strict=True)]
 
-    averages = [_marked(model, "average", mark="average_significant") for model in models]
-    figures = [["AVG", *averages]]
+    figures = [["AVG", *(_marked(m, "average", mark="average_significant") for m in models)]]
     if kept := [model["retention"] for model in models if "retention" in model]:
-        percents = [f"{k['percent']:.1f} [{k['low']:.1f}, {k['high']:.1f}]" for k in kept]
-        figures.append(["AVG-% [95 % interval]", "100.0", *percents])
-        above = [_number(k["above_chance"]) for k in kept]
-        figures.append(["AVG-% above chance", "100.0", *above])
+        figures.append(["AVG-% [95 % interval]", "100.0", *map(_SHARE.format_map, kept)])
+        figures.append(["AVG-% above chance", "100.0", *(_number(k["above_chance"]) for k in kept)])
     if kept and len(shown) > 1:
         cells = []
         for k in kept:
@@ -124,15 +126,19 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
             bounds = "no bounds" if low is None else f"{low:.1f}, {high:.1f}"
             cells.append("-" if k["above_floor"] is None else f"{k['above_floor']:.1f} [{bounds}]")
         figures.append(["AVG-% above floor [95 % interval]", "100.0", *cells])
-    weights = [m["weight_bytes"] and m["weight_bytes"] / MIB for m in models]
+    for kind in KINDS:
+        parts = [model["by_kind"].get(kind, {}).get("retention") for model in models[1:]]
+        if some := [*filter(None, parts)]:
+            label = f"AVG-% {kind}, floor {some[0]['floor']:.1f} [95 % interval]"
+            figures.append([label, "100.0", *(_SHARE.format_map(p) if p else "-" for p in parts)])
     figures += [
         ["backbone parameters", *(millions(m["backbone_params"]) for m in models)],
         ["all parameters", *(millions(m["total_params"]) for m in models)],
-        ["weights MiB", *map(_number, weights)],
+        ["weights MiB", *(_number(m["weight_bytes"] and m["weight_bytes"] / MIB) for m in models)],
     ]
     for label, name in (("prefill ms (batch 1)", "prefill"), ("decode ms a token", "decode")):
         times = [(m[f"{name}_ms"], m[f"{name}_range_ms"]) for m in models]
-        figures.append([label, *(f"{middle:.1f}{_bounds(ends)}" for middle, ends in times)])
+        figures.append([label, *(f"{Estimate(middle, *ends or ()):.1f}" for middle, ends in times)])
     rows += [[label, *[""] * len(shown), *cells] for label, *cells in figures]
     return ["task", *(FLOORS[i] for i in shown), *results], rows
 
@@ -154,12 +160,8 @@ def held_out_rows(results: Mapping[str, DataResult]) -> tuple[list[str], list[li
     """Make a row for each figure of held-out samples, a column for each stage."""
     rows, first = [], next(iter(results.values()))
     for name, (label, digits) in _HELD_OUT.items():
-        cells = []
-        for figure in (getattr(result.figures, name) for result in results.values()):
-            ends = None if figure is None or figure.low is None else (figure.low, figure.high)
-            cells.append(
-                "" if figure is None else f"{figure.value:.{digits}f}{_bounds(ends, digits)}"
-            )
+        figures = [getattr(result.figures, name) for result in results.values()]
+        cells = ["" if figure is None else f"{figure:.{digits}f}" for figure in figures]
         if any(cells):
             rows.append([label, *cells])
     return [f"{len(first.samples)} samples, {first.tokens:,} answer tokens", *results], rows
@@ -197,7 +199,7 @@ def image_rows(found: Sequence[AtBudget]) -> tuple[list[str], list[list[str]]]:
     rows = [
         ["tokens of a picture", *(f"{each.tokens:.1f}" for each in found)],
         ["KV cache of a picture", *(size(each.kv_cache_bytes) for each in found)],
-        ["time to the first token", *(str(e.times.prefill) if e.times else "1" for e in found)],
+        ["time to the first token", *(f"{e.times.prefill}" if e.times else "1" for e in found)],
     ]
     for name in found[0].held_out:
         results = {str(each.share): each.held_out[name] for each in found}
@@ -316,10 +318,6 @@ def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if any(cell.endswith(MARK) for row in rows for cell in row):
         lines += ["", LEGEND.replace("*", r"\*", 1)]
     return "\n".join(lines) + "\n"
-
-
-def _bounds(ends: Sequence[float] | None, digits: int = 1) -> str:
-    return f" [{', '.join(f'{end:.{digits}f}' for end in ends)}]" if ends else ""
 
 
 def _number(value: float | None, digits: int = 1, nothing: str = "-") -> str:

@@ -28,13 +28,13 @@ from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
 from slimvlm.data.samples import open_image
 from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair, compare
-from slimvlm.evaluation.metrics import signed
-from slimvlm.evaluation.results import Result
+from slimvlm.evaluation.metrics import Estimate, signed
+from slimvlm.evaluation.results import KINDS, Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as runs
 from slimvlm.runs.recipes import published
-from slimvlm.runs.study import DONE, FAILED, ORIGINAL, STUDY, TABLE
+from slimvlm.runs.study import DONE, FAILED, OF_A_KIND, ORIGINAL, STUDY, TABLE
 from slimvlm.runs.tables import LEGEND, MARK, held_out_notes, held_out_rows, result_rows
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
@@ -290,6 +290,9 @@ def _read_run(folder: Path) -> Record:
     if last is not None and last.percent is not None:
         interval = f"95 % interval {last.low:.1f} to {last.high:.1f}"
         cards.append(("Kept (AVG-%)", f"{last.percent:.1f}", interval))
+        for kind, kept in list(results.values())[-1].retention_by_kind(results[ORIGINAL]).items():
+            interval = f"{kept.low:.1f} to {kept.high:.1f}, floor {kept.floor:.1f}"
+            cards.append((f"Kept of {kind} answers", f"{kept.percent:.1f}", interval))
     asked = "" if plan.asked_ratio is None else f"asked for {plan.asked_ratio:.1%}"
     before, after = plan.before.total_params / 1e6, plan.after.total_params / 1e6
     cards.append(("Backbone removed", f"{plan.ratio:.1%}", asked))
@@ -464,6 +467,10 @@ def _entry(
     percent, low, high = (_number(row.get(f"avg_percent{end}")) for end in ends)
     columns = {option: "" if original else str(row[option]) for option in varied}
     columns["above floor"] = _with_interval(*(_number(row.get(f"above_floor{e}")) for e in ends))
+    for kind in KINDS:
+        value, *bounds, floor = (_number(row.get(f"{kind}_{name}")) for name in OF_A_KIND)
+        if value is not None:
+            columns[f"AVG-% {kind}"] = f"{_with_interval(value, *bounds)}, floor {floor:.1f}"
     reference = _number(row.get("reference"))
     if reference is not None:
         columns["reference"] = f"{reference:.1f} ({row['reference_source']})"
@@ -498,8 +505,7 @@ def _number(value: Any) -> float | None:
 
 
 def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
-    bounds = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
-    return "" if value is None else f"{value:.1f}{bounds}"
+    return "" if value is None else f"{Estimate(value, low, high):.1f}"
 
 
 def _training(path: Path, title: str) -> list[tuple[str, str, Sequence[Mapping[str, float]]]]:

@@ -24,7 +24,7 @@ from slimvlm.core.options import PruneConfig, Questions, part_of
 from slimvlm.core.progress import Say, duration
 from slimvlm.evaluation.lmms import LMMS_TASKS, split_names
 from slimvlm.evaluation.metrics import average
-from slimvlm.evaluation.results import Result
+from slimvlm.evaluation.results import KINDS, Result
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import anatomy, device_named, load_config
 from slimvlm.planning.plan import Plan
@@ -36,14 +36,13 @@ from slimvlm.runs.study.schedule import STAGE_KINDS, Cache, Outcome, Schedule, S
 from slimvlm.training.recover import History
 
 _PATIENCE = 600.0  # seconds to wait for another worker that writes the table
-CHOICE_METRICS = ("letter", "yes_no")  # of answers chosen from a few; all others are of free ones
-CHOICE_BENCHMARKS = ("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception")
-"""Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
+OF_A_KIND = ("percent", "low", "high", "floor")  # columns of AVG-% of one kind of answers
 TABLE, STUDY = "results.parquet", "study.yaml"  # a study's measurements and its questions
 _MEASURED = (
     *("avg", "avg_free", "avg_choice", "avg_pictures", "avg_text", "perplexity"),
     *("avg_percent", "avg_percent_low", "avg_percent_high"),
     *("above_floor", "above_floor_low", "above_floor_high"),
+    *(f"{kind}_{name}" for kind in KINDS for name in OF_A_KIND),
     *("backbone_params", "total_params", "prefill_ms", "decode_ms"),
     *("result", "plan", "scores", "history"),
 )
@@ -294,10 +293,10 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     """Collect all measurements of a study so far.
 
     A row for the original of each model (``axis`` and ``recovery`` say original), then one for each
-    cell: its options, AVG-% and floor-corrected retention with intervals, a column ``score:TASK``
-    for each task, averages over groups of tasks, costs, paths of the files behind it, seconds by
-    stage, status (done, failed, open) and the error. Models of one shape take equally long: each
-    gets the median of their times.
+    cell: its options, AVG-% and floor-corrected retention with intervals, AVG-% of chosen and of
+    free answers with interval and floor, a column ``score:TASK`` for each task, averages over
+    groups of tasks, costs, paths of the files behind it, seconds by stage, status (done, failed,
+    open) and the error. Models of one shape take equally long: each gets the median of their times.
     """
 
     def place(stage: Stage, name: str) -> str:
@@ -364,24 +363,23 @@ def _ratio(plan: Path) -> float:
 @lru_cache(maxsize=4096)
 def _retention(result: Path, original: Path) -> Mapping[str, float]:
     """Compute the retention of two result files; cached, because bootstraps take long."""
-    kept = vars(Result.load(result).retention(Result.load(original)))
+    ours, theirs = Result.load(result), Result.load(original)
+    kept, kinds = vars(ours.retention(theirs)), ours.retention_by_kind(theirs).items()
     named = {"percent": "avg_percent", "low": "avg_percent_low", "high": "avg_percent_high"}
-    return {named.get(name, name): kept[name] for name in kept if name != "above_chance"}
+    row = {named.get(n, n): kept[n] for n in kept if n not in ("above_chance", "floor")}
+    return row | {f"{kind}_{name}": getattr(of, name) for kind, of in kinds for name in OF_A_KIND}
 
 
 @lru_cache(maxsize=4096)
 def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
     result = Result.load(path)
     scores = {name: task.score for name, task in result.tasks.items() if task.in_average}
-    chosen = {name for name, task in result.tasks.items() if task.metric in CHOICE_METRICS}
-    chosen |= {*CHOICE_BENCHMARKS}
     perplexities = [t.score for t in result.tasks.values() if t.metric == "perplexity"]
     row: dict[str, Any] = {"avg": None if math.isnan(result.average) else result.average}
-    for group, names, are_in in (
-        *(("avg_free", chosen, False), ("avg_choice", chosen, True)),
-        *(("avg_pictures", sighted, True), ("avg_text", sighted, False)),
-    ):
-        some = {name: score for name, score in scores.items() if (name in names) == are_in}
+    named = {"chosen": "avg_choice", "free": "avg_free"}
+    row |= {named[kind]: part.average for kind, part in result.by_kind().items()}
+    for group, are_in in (("avg_pictures", True), ("avg_text", False)):
+        some = {name: score for name, score in scores.items() if (name in sighted) == are_in}
         row[group] = average(some) if some else None
     row |= {f"score:{name}": task.score for name, task in result.tasks.items()}
     row["perplexity"] = perplexities[0] if perplexities else None
