@@ -278,7 +278,8 @@ def vllm_rows(options: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def random_rows(options: argparse.Namespace) -> Iterator[list[str]]:
-    """Drafts of a model with random weights: what a round costs."""
+    """Drafts of a model with random weights: what a round costs, for one question."""
+    options = argparse.Namespace(**{**vars(options), "new_tokens": 12})
     shape, kind = (SHAPES["tiny"], LlamaForCausalLM) if options.short else (QWEN, Qwen2ForCausalLM)
     name = "tiny" if options.short else "0.5b"
 
@@ -289,7 +290,7 @@ def random_rows(options: argparse.Namespace) -> Iterator[list[str]]:
         return made
 
     model = built()
-    ids = torch.randint(shape.vocab_size, (options.questions, 16))
+    ids = torch.randint(shape.vocab_size, (1, 16))
     batches = [{"input_ids": each[None], "attention_mask": torch.ones(1, 16)} for each in ids]
     for axis in options.axes:
         for ratio in options.ratios:
