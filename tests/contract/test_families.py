@@ -285,7 +285,7 @@ def test_retyping_changes_no_bit(name, tmp_path, monkeypatch):
     plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2, 3], neurons=range(7, 77))
     assert plan.needs_retype
     prune_(model, plan)
-    monkeypatch.setattr("slimvlm.pruning.cut.retype_modules_", lambda *_: None)
+    monkeypatch.setattr("slimvlm.models.load.retype_modules_", lambda *_: None)
     prune_(stays_llama, plan)
     batch = tiny.batch(model, TEXT_TOKENS)
     assert torch.equal(logits(model, batch), logits(stays_llama, batch))

@@ -270,8 +270,9 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
                 "slimvlm prunes classes of transformers alone. Take a version that loads without "
                 "(often named -hf), or try slimvlm convert"
             )
-        how["trust_remote_code"] = trust_remote_code
-        config: PreTrainedConfig = AutoConfig.from_pretrained(place, **how)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            place, trust_remote_code=trust_remote_code, **how
+        )
         config._name_or_path = name  # with the revision
         backbone_of(config)
         check_widths_(config)
