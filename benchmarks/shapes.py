@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
 
+from slimvlm.demo.build import make_text_config
+
 SHAPES = {
     "tiny": LlamaConfig(
         hidden_size=128,
@@ -13,22 +15,7 @@ SHAPES = {
         num_key_value_heads=2,
         vocab_size=1024,
     ),
-    "135m": LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 100000.0, "rope_type": "default"},
-        vocab_size=49152,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    ),
+    "135m": make_text_config(),
     "1b": LlamaConfig(
         hidden_size=2048,
         intermediate_size=5632,

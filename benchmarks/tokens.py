@@ -15,9 +15,7 @@ how much it rose, and AVG how the demo's questions were answered. Nothing is tra
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
-import inspect
 import json
 import random
 import sysconfig
@@ -46,8 +44,6 @@ SIZES = (16384, 8192, 4096)
 RATIOS = (0.15, 0.3)
 LEFT_OUT, BEGINNING = {"site-packages", "test", "tests", "lib2to3", "idlelib"}, 150
 """Folders of the standard library that are not counted; characters that tell a passage."""
-DOCUMENTED = 150
-"""Characters that a docstring has at least."""
 SMALL = 12288
 """Tokens that stay where those alone do not reach a ratio."""
 
@@ -83,22 +79,16 @@ class Subject:
         return found
 
 
-def docstrings(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            yield inspect.cleandoc(ast.get_docstring(node) or "")
-
-
 def text_subject() -> Subject:
     from slimvlm.demo.build import make_base
-    from slimvlm.demo.questions import load_passages
+    from slimvlm.demo.questions import docstrings, load_passages
 
     model, tokenizer = make_base()
     passages = [text[:LONGEST] for _, text in load_passages() if len(text) > 200]
     random.Random(0).shuffle(passages)
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [p for p in sorted(root.rglob("*.py")) if not LEFT_OUT & {*p.relative_to(root).parts}]
-    texts = [text for path in files for text in docstrings(path) if len(text) > DOCUMENTED]
+    texts = [text for path in files for _, text in docstrings(path)]
     begun = [text[:BEGINNING] for text in passages[:UNSEEN]]
     counted = [text for text in texts if not any(begin in text for begin in begun)]
     known, unseen = passages[UNSEEN:], passages[:UNSEEN]

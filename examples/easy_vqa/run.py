@@ -1,7 +1,7 @@
 """Compress a model that was fine-tuned on easy-vqa, and ask it every test question.
 
 Command:  pip install 'slimvlm[demo]' easy-vqa==1.0 && python examples/easy_vqa/run.py
-Expect:   half a day of one CPU core; --short takes a few minutes. A stopped run goes on.
+Expect:   about five hours of one CPU core (estimated), --short: minutes. A stopped run goes on.
 
 easy-vqa (MIT licence, by Victor Zhou) has 4,000 training and 1,000 test pictures of one coloured
 shape. The demo model is fine-tuned on a share of the training split, as a user fine-tunes a model

@@ -117,13 +117,6 @@ class QuestionFlags(core.Questions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneFlags(core.FileLoading, core.PruneConfig):
-    """What to remove, and how to choose and to mend."""
-
-    gradient: Annotated[core.Gradient, core.FILE_ONLY] = "per_sample"
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunFlags(core.RunOptions):
     """What models are asked and shown, and how much is trained on."""
 
@@ -164,5 +157,5 @@ def defaults_from(file: str, verb: str) -> dict[str, Any]:
     if config.recover is not None:
         names = {row.name for row in fields(TrainingFlags)} & set(learning or {}) - {"seed"}
         given = {name: getattr(config.recover, name) for name in names}
-    parts = {"pruning": part_of(config, PruneFlags), "evaluation": part_of(config, RunFlags)}
+    parts = {"pruning": part_of(config, core.RunPruning), "evaluation": part_of(config, RunFlags)}
     return {"model": model, "training": TrainingFlags(**given), **parts}

@@ -165,7 +165,7 @@ def evaluate(
 def compress(
     model: Model,
     out: Path,
-    pruning: flags.PruneFlags = flags.PruneFlags(),
+    pruning: options.RunPruning = options.RunPruning(),
     training: flags.TrainingFlags = flags.TrainingFlags(),
     evaluation: flags.RunFlags = flags.RunFlags(),
     config: Path | None = None,

@@ -277,7 +277,7 @@ class LoadConfig(DeviceOptions):
             raise ConfigError(f"device_map {self.device_map!r}: there is a device, {self.device!r}")
 
 
-NO_RESULT = ("device", "attn_implementation", "device_map")
+NO_RESULT = tuple(row.name for row in fields(LoadConfig) if not row.compare)
 """Options of `LoadConfig` that decide no result, but for rounding."""
 
 
@@ -515,10 +515,16 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressConfig(RunOptions, FileLoading, PruneConfig):
+class RunPruning(FileLoading, PruneConfig):
+    """What to remove, and how to choose and to mend."""
+
+    gradient: Annotated[Gradient, FILE_ONLY] = PruneConfig.gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(RunOptions, RunPruning):
     """Everything a run depends on; written into the run folder and compared when it goes on."""
 
-    gradient: Annotated[Gradient, FILE_ONLY] = "per_sample"
     recover: RecoverConfig | None = None
     """Recovery options; None for no recovery. Its seed is the run's."""
 

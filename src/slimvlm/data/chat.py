@@ -22,6 +22,7 @@ from slimvlm.data.samples import Message, Question, Sample, open_image
 from slimvlm.data.templates import check_texts, limited
 
 TOKENS_PER_BYTE = 64  # tokens that a byte of text may become, beside a thousand for the whole text
+USUAL_SIZE = (336, 336)  # of a picture that stands for any
 _MARK = "\ue000{}\ue001"
 """Placeholder of a text, between two characters of Unicode's private use area."""
 _MARKS = _MARK.format(r"(\d+)")
@@ -43,7 +44,7 @@ def question_messages(question: Question) -> list[Message]:
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": question.prompt}]}]
 
 
-def plain_question(processor: Any, size: tuple[int, int] = (336, 336)) -> Question:
+def plain_question(processor: Any, size: tuple[int, int] = USUAL_SIZE) -> Question:
     """Ask about a grey picture, or about none if the model takes no pictures."""
     shown = (Image.new("RGB", size, "grey"),) if can_see(processor) else ()
     return Question("latency", "What is shown here?", ("",), shown)

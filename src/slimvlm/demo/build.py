@@ -112,6 +112,24 @@ def fetch_language_model() -> Path:
     return folder
 
 
+def make_text_config() -> transformers.LlamaConfig:
+    """Return the configuration of SmolLM2-135M-Instruct."""
+    return transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 100000.0, "rope_type": "default"},
+        tie_word_embeddings=True,
+        **IDS,
+    )
+
+
 def make_base() -> tuple[Any, Any]:
     """Return the demo model in float32, with a random tower and projector, and its tokenizer."""
     if find_spec("gguf") is None:
@@ -144,23 +162,9 @@ def make_base() -> tuple[Any, Any]:
         projection_dim=192,
         hidden_act="gelu",
     )
-    text_config = transformers.LlamaConfig(  # of SmolLM2-135M-Instruct
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 100000.0, "rope_type": "default"},
-        tie_word_embeddings=True,
-        **IDS,
-    )
     config = transformers.LlavaConfig(
         vision_config=vision,
-        text_config=text_config,
+        text_config=make_text_config(),
         image_token_index=IMAGE_TOKEN_ID,
         image_seq_length=NUM_IMAGE_TOKENS,
         vision_feature_layer=-1,

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import sysconfig
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -324,6 +324,15 @@ _TURNS: dict[SceneKind, tuple[Callable[[Scene, Generator], _Asked | None], ...]]
 """The questions about a picture of each kind; those that do not apply are left out."""
 
 
+def docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the longer docstrings of a file with the names of what they document, if it has one."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text = inspect.cleandoc(ast.get_docstring(node) or "")
+            if len(text) > 150:
+                yield "" if isinstance(node, ast.Module) else f".{node.name}", text
+
+
 @cache
 def load_passages() -> tuple[tuple[str, str], ...]:
     """Return (prompt, passage) pairs of English: longer docstrings of Python's own library."""
@@ -333,16 +342,11 @@ def load_passages() -> tuple[tuple[str, str], ...]:
         path = root / f"{module}.py"
         if not path.is_file():
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                continue
-            text = inspect.cleandoc(ast.get_docstring(node) or "")
-            if len(text) > 150:
-                if len(text) > _PASSAGE_CHARS:
-                    text = text[:_PASSAGE_CHARS].rsplit(None, 1)[0]
-                name = module.replace("/__init__", "").replace("/", ".")
-                name += "" if isinstance(node, ast.Module) else f".{node.name}"
-                found.append((f"what does python say about {name}?", text))
+        about = module.replace("/__init__", "").replace("/", ".")
+        for name, text in docstrings(path):
+            if len(text) > _PASSAGE_CHARS:
+                text = text[:_PASSAGE_CHARS].rsplit(None, 1)[0]
+            found.append((f"what does python say about {about}{name}?", text))
     return tuple(found)
 
 

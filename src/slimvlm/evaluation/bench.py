@@ -123,7 +123,7 @@ def paired_times(
     processor: Any,
     original: PreTrainedModel,
     original_processor: Any,
-    size: tuple[int, int] = (336, 336),
+    size: tuple[int, int] = chat.USUAL_SIZE,
 ) -> PairedTimes:
     """Time a smaller model and its original in turn, each with its own processor."""
     pairs = [(original, original_processor), (model, processor)]

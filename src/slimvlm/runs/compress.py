@@ -23,6 +23,7 @@ from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_li
 from slimvlm.core.files import discard_replacement, held, replacement, require_free, write_text
 from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig, part_of
 from slimvlm.core.progress import Say
+from slimvlm.data.chat import USUAL_SIZE
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation import on_data
 from slimvlm.evaluation.bench import PairedTimes, paired_times
@@ -304,7 +305,7 @@ def _time(run: Run, model: PreTrainedModel, processor: Any) -> None:
         return
     say("time the original and the pruned model in turn")
     try:
-        shown = (336, 336) if pictures is None else pictures.size
+        shown = USUAL_SIZE if pictures is None else pictures.size
         found = paired_times(model, processor, *stages.load_original(run.request), shown)
     except Exception as error:  # a run goes on without times, and says why it has none
         if is_out_of_memory(error):

@@ -100,7 +100,7 @@ def score(
 def _opened(request: Request) -> tuple[LazyCheckpoint, Any]:
     """Open the original to read it layer by layer, and load its processor."""
     config = request.prune
-    for option in options.NO_RESULT[1:]:
+    for option in ("attn_implementation", "device_map"):
         if (value := getattr(config, option)) is not None:
             raise ConfigError(f"{option} {value!r}: --low-memory reads one layer at a time")
     opened = open_checkpoint(request.model, config.dtype, config.trust_remote_code)
