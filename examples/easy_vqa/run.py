@@ -1,7 +1,7 @@
 """Compress a model that was fine-tuned on easy-vqa, and ask it every test question.
 
 Command:  pip install 'slimvlm[demo]' easy-vqa==1.0 && python examples/easy_vqa/run.py
-Expect:   about five hours of one CPU core (estimated), --short: minutes. A stopped run goes on.
+Expect:   about six hours of one CPU core, with --short minutes. A stopped run goes on.
 
 easy-vqa (MIT licence, by Victor Zhou) has 4,000 training and 1,000 test pictures of one coloured
 shape. The demo model is fine-tuned on a share of the training split, as a user fine-tunes a model
@@ -141,7 +141,8 @@ def table(out: Path, seeds: int) -> str:
     axes.set_xlabel("removed share of the backbone, %")
     axes.set_ylabel("right answers, %")
     axes.set_ylim(0, 100)
-    axes.legend()
+    axes.set_xticks([100 * ratio for ratio in RATIOS])
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     figure.savefig(out / "easy_vqa.png", dpi=150, bbox_inches="tight")
     return "\n".join(lines) + "\n"
 
