@@ -1,8 +1,8 @@
 """A pruned model as the draft of its original: what is accepted, and whether it pays.
 
 Command:  PYTHONPATH=. .venv/bin/python benchmarks/draft.py --out runs/draft [--vllm] [--short]
-Expect:   four runs of `compress` on the demo model, then its questions; 1 h 42 min on two quiet cores
-          with --vllm --repeats 3 --questions 4.
+Expect:   four runs of `compress` on the demo model, then its questions; on two quiet cores 1 h
+          42 min with --vllm --repeats 3 --questions 4.
           Runs of `compress` that are there are taken. ``--vllm`` asks vLLM, too, whose program is
           on PATH; texts only. ``--short``: one training step, one draft of each axis, few tokens,
           and a tiny shape in place of 0.5b.
