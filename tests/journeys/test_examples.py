@@ -12,6 +12,7 @@ import pytest
 import slimvlm as sv
 from slimvlm.pruning.save import save
 from tests import tiny_folder
+from tests.contract.test_docs import slugs
 from tests.export import served
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -53,7 +54,9 @@ def test_an_example_is_short_and_listed_and_has_a_short_form(name):
 
 def test_the_table_names_files_that_are_there():
     links = re.findall(r"\]\(([^)]+)\)", (FOLDER / "README.md").read_text())
-    assert [link for link in links if not (FOLDER / link.partition("#")[0]).exists()] == []
+    for path, _, title in (link.partition("#") for link in links):
+        assert (FOLDER / path).exists()
+        assert not title or title in slugs((FOLDER / path).read_text())
     assert len(FILES) >= 7
 
 
