@@ -7,8 +7,9 @@ Expect:   hours: the 24 cells of "width" and "width, no local steps" took two bu
 
 Every recipe prunes the demo model at each ratio with each calibration seed (other conversations),
 then answers the same questions. --model text prunes the untouched SmolLM2-135M instead, calibrated
-on passages of Python's docstrings, and measures perplexity on Python's help texts. --model FOLDER
-repeats the demo's table on another training seed.
+on passages of Python's docstrings, and measures perplexity on Python's help texts. With --divide 8
+it does so in another form, whose matrices are smaller. --model FOLDER repeats the demo's table on
+another training seed.
 
 A recipe is a `slimvlm.PruneConfig`, so each row is also a command line: ``slimvlm prune demo --data
 demo`` with the options of `RECIPES`. "Lost" is AVG lost, or the logarithm of the perplexity gained;
@@ -38,6 +39,7 @@ from slimvlm.core.files import write_text
 from slimvlm.data.roles import IGNORE
 from slimvlm.evaluation.results import Result
 from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.models.parts import Parts
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.runs import stages
 from slimvlm.runs.request import Request, resolved, scored_by
@@ -127,7 +129,7 @@ def demo_subject(name: str, dtype: str) -> Subject:
     return Subject(model, processor, TASKS, sv.load_samples("demo", limit=POOL))
 
 
-def text_subject(dtype: str) -> Subject:
+def text_subject(dtype: str, divisor: int) -> Subject:
     from slimvlm.demo.build import make_base
     from slimvlm.demo.questions import load_passages
 
@@ -135,7 +137,23 @@ def text_subject(dtype: str) -> Subject:
     tokenizer.padding_side = "right"
     passages: list[Any] = [text for _, text in load_passages() if len(text) > 200]
     model = model.to(default_device(), getattr(torch, dtype)).eval()
+    for layer in Parts(model).layers:
+        divide_(layer, divisor)
     return Subject(model, tokenizer, "text_ppl", passages)
+
+
+@torch.no_grad()
+def divide_(layer: torch.nn.Module, divisor: int) -> None:
+    """Divide all matrices of a layer but v_proj and up_proj, and multiply its norms.
+
+    The layer computes the same, by a power of two to the last bit: queries, keys and gates stay as
+    they are, values and up become as many times larger as o_proj and down_proj smaller.
+    """
+    for name, parameter in layer.named_parameters():
+        if parameter.ndim == 1:
+            parameter.mul_(divisor)
+        elif "v_proj" not in name and "up_proj" not in name:
+            parameter.div_(divisor)
 
 
 class Sitting:
@@ -260,6 +278,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="demo", help="demo, text, or another demo's folder")
+    parser.add_argument("--divide", type=int, default=1, help="of text: see `divide_`")
     parser.add_argument("--limit", type=int, default=24)
     parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.3, 0.45, 0.6])
@@ -268,8 +287,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/retention"))
     options = parser.parse_args()
     dtype = "bfloat16" if computes_bfloat16(default_device()) else "float32"
-    subject = text_subject(dtype) if options.model == "text" else demo_subject(options.model, dtype)
-    figures = ["text_ppl"] if options.model == "text" else ["AVG", "text_ppl"]
+    is_text = options.model == "text"
+    subject = text_subject(dtype, options.divide) if is_text else demo_subject(options.model, dtype)
+    figures = ["text_ppl"] if is_text else ["AVG", "text_ppl"]
     original = measure_original(subject, options)
     cells: dict[tuple[float, str], list[Result]] = defaultdict(list)
     for seed in options.seeds:

@@ -313,6 +313,24 @@ def test_a_layer_learns_in_any_precision_and_keeps_its_own(dtype):
     assert all(torch.equal(a, b) for a, b in zip(known, before, strict=True))
 
 
+@pytest.mark.parametrize("scale", [1 / 64, 16.0])
+def test_a_layer_learns_alike_whatever_the_scale_of_its_matrices(scale):
+    ends = []
+    for factor in (1.0, scale):  # powers of two: the same function to the last bit
+        layer, target = pair(torch.float32)
+        for each in (layer, target):
+            each[1] = nn.ReLU()
+            with torch.no_grad():
+                each[0].weight.mul_(factor)
+                each[2].weight.div_(factor)
+            each[0].bias = each[2].bias = None
+        learnt, exams = lessons(layer, target, range(4)), lessons(layer, target, range(4, 6))
+        ends.append(distil_(layer, learnt, exams, count=60, rate=0.05))
+    (old, new), scaled = ends
+    assert new < 0.3 * old
+    assert scaled == pytest.approx((old, new), rel=1e-2)
+
+
 @pytest.mark.parametrize("is_too_fast", [False, True], ids=["nothing to learn", "destroyed"])
 def test_held_out_tokens_refuse_what_does_not_help_them(is_too_fast):
     layer, target = pair(torch.float32)

@@ -29,9 +29,10 @@ from slimvlm.scoring.obs import DAMPING, removal_order
 from slimvlm.scoring.stores import Store
 from slimvlm.scoring.unit_scores import Scores
 
-PASSES, RATE = 10.0, 4e-3
-"""Passes over the data and peak rate of Adam if all of the decoder went: both grow with the share
-that goes. The rate rises for a third of the steps, then falls. Measured in ``docs/results.md``."""
+PASSES, RATE = 10.0, 0.02
+"""Passes over the data, and peak rate of Adam as a share of a parameter's root mean square, if all
+of the decoder went: both grow with the share that goes. The rate rises for a third of the steps,
+then falls. Measured in ``docs/results.md``."""
 
 
 def steps_for(plan: Plan, batches: int) -> int:
@@ -76,6 +77,10 @@ def distil_(
 ) -> tuple[float, float]:
     """Train one layer alone; return its `relative_error` on held-out batches before and after.
 
+    A step of Adam changes an entry by about the learning rate, whatever the gradient. The peak is
+    ``rate`` times the root mean square of the parameter, for a bias of the matrix that it stands
+    beside: matrices of one model are ten times as large as those of another.
+
     It gets new parameters; the old ones stay as they are. Held-out tokens choose among the trained
     layer, the one halfway to it and the one before; without any the trained layer stays.
     """
@@ -87,16 +92,21 @@ def distil_(
             copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
             setattr(module, name, copied)
     flags = {name: (p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
-    parameters = list(layer.parameters())
-    for parameter in parameters:  # half precision learns in float32, and multiplies in bfloat16
+    peaks: dict[nn.Parameter, float] = {}
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            like = getattr(module, "weight", parameter) if name == "bias" else parameter
+            peaks[parameter] = rate * float(like.detach().float().square().mean().sqrt())
+    for parameter in peaks:  # half precision learns in float32, and multiplies in bfloat16
         if parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    kind = parameters[0].device.type  # without a cache: the weights change from step to step
+    kind = next(iter(peaks)).device.type  # without a cache: the weights change from step to step
     with torch.autocast(kind, torch.bfloat16, cache_enabled=False) if is_half else nullcontext():
-        optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
+        groups = [{"params": [parameter], "lr": peak} for parameter, peak in peaks.items()]
+        optimizer = torch.optim.Adam(groups, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rate, total_steps=count + 1, cycle_momentum=False
+            optimizer, list(peaks.values()), total_steps=count + 1, cycle_momentum=False
         )
         draw, waiting = random.Random(0), list[Lesson]()
         for _ in range(count):
@@ -144,7 +154,7 @@ class Steps(Options):
     count: Annotated[int, AT_LEAST_0] = 0
     """Optimizer steps on each layer alone; see `slimvlm.pruning.walk.engine`."""
     learning_rate: Annotated[float | None, ABOVE_0] = None
-    """Peak rate of these; by default `RATE` times the share that goes."""
+    """Peak rate of these, as in `distil_`; by default `RATE` times the share that goes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
