@@ -26,7 +26,7 @@ import random
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
     "image 0.1": {"token_weights": "image=0.1"},
     "image 0": {"token_weights": "image=0"},
+    "general text 0.1": {"general_text": 0.1},
+    "general text 0.2": {"general_text": 0.2},
+    "general text 0.3": {"general_text": 0.3},
+    "general text 0.2, no local steps": {"general_text": 0.2, "local_steps": 0},
     "answer 3": {"token_weights": "image=0.3,prompt=0.3,answer=1"},
 }
 ONE_SHOT = ("width, one-shot",)
@@ -180,7 +184,10 @@ class Sitting:
         )
         kind = TextCalibration if subject.tasks == "text_ppl" else Calibration
         request = resolved(Request(model=options.model, prune=config))
-        calibration = kind(subject.processor, self._shown, request.hold_out)
+        shown = self._shown
+        if kind is Calibration:
+            shown = stages.with_general_text(shown, replace(request.prune, seed=self._seed))
+        calibration = kind(subject.processor, shown, request.hold_out)
         model = copy.deepcopy(subject.model)
         try:
             walked = self._walked(recipe, request, model, calibration)
@@ -215,7 +222,8 @@ class Sitting:
 
     def _scored(self, request: Request, calibration: Calibration) -> list[Scores]:
         config = request.prune
-        key = (scored_by(config), config.gradient, config.token_weights, request.hold_out)
+        of_data = (config.gradient, config.token_weights, config.general_text, request.hold_out)
+        key = (scored_by(config), *of_data)
         if key not in self._scores:
             found = stages.calibrate(request, self._subject.model, calibration)
             self._scores[key] = list(found.values())

@@ -156,6 +156,14 @@ def bad_requests():
         "inspect hub": ("inspect some-body/some-model", "some-body/some-model"),
         "score taken stem": (changed("score", out="taken"), r"taken\.json' exists"),
         "score no data given": ("score MODEL --out out", "'obs' needs --data"),
+        "general text no data": (
+            "prune MODEL --ratio 0.3 --criterion magnitude --general-text 0.2 --out out",
+            "general_text 0.2 needs --data",
+        ),
+        "general text alone": (
+            changed("prune", general_text="1"),
+            "general_text 1.0 must be at least 0 and below 1",
+        ),
         "prune nothing": ("prune MODEL --out out", "--ratio or --plan"),
         "prune both": (changed("prune", plan="taken.json"), "--ratio or --plan"),
         "prune plan": ("prune MODEL --out out --plan taken.json", "taken.json"),

@@ -35,6 +35,7 @@ AT_LEAST_1 = Range(lambda value: value >= 1, "at least 1")
 SHARE = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
 FRACTION = Range(lambda value: 0 < value <= 1, "above 0 and at most 1")
 INSIDE = Range(lambda value: 0 < value < 1, "above 0 and below 1")
+BELOW_1 = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
 STEPS = Range(lambda value: value == -1 or value > 0, "above 0, or -1 for no limit")
 SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 MIN_NEW_TOKENS = 3
@@ -324,6 +325,9 @@ class CalibrationConfig(DataConfig):
     """Order of the data: 0 is that of the file, pictures and text in step where they stand apart,
     any other number shuffles it; training takes what comes after the calibration samples. Also
     seeds whatever is drawn, in scores and in training."""
+    general_text: Annotated[float, BELOW_1] = 0.0
+    """Share of general text among what calibrates, added to the data: passages of the descriptions
+    of installed Python packages. It keeps what narrow data do not ask for."""
     gradient: Gradient = "per_sample"
     """For taylor: one gradient over all samples, or one for each."""
     token_weights: str | None = None

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import compress, count, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from slimvlm.core.documents import identity_of_files, parse_json, read_object
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, raised_as, shortened
@@ -17,6 +17,8 @@ from slimvlm.core.options import TooLong
 from slimvlm.core.progress import Say
 from slimvlm.data.chat import can_see, length_of, num_images, rendered, require_readable
 from slimvlm.data.samples import Message, Sample, find_image
+
+Member = TypeVar("Member")
 
 MAX_LINE_BYTES = 64 * 2**20  # longest line of a ``.jsonl`` file
 BATCH, BATCH_BYTES = 64, 2**28
@@ -80,14 +82,14 @@ def stated_pictures(row: dict[str, Any]) -> Any:
     return row.get("images") if row.get("images") is not None else row.get("image")
 
 
-def interleaved(groups: Iterable[tuple[float, Sequence[int]]]) -> list[int]:
+def interleaved(groups: Iterable[tuple[float, Sequence[Member]]]) -> list[Member]:
     """Merge (offset u, members): the k-th of n members has the place (k + u) / n."""
     placed = [
-        ((k + offset) / len(members), member)
-        for offset, members in groups
+        ((k + offset) / len(members), order, member)
+        for order, (offset, members) in enumerate(groups)
         for k, member in enumerate(members)
     ]
-    return [member for _, member in sorted(placed)]
+    return [member for *_, member in sorted(placed, key=lambda row: row[:2])]
 
 
 def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:

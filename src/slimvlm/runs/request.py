@@ -210,6 +210,8 @@ def check_options(config: PruneConfig) -> None:
         raise ConfigError("vocab_size 'auto' needs --data or --vocab-text")
     if config.data is None and config.local_steps:
         raise ConfigError(f"local_steps {config.local_steps} needs --data")
+    if config.data is None and config.general_text:
+        raise ConfigError(f"general_text {config.general_text} needs --data")
 
 
 def require_possible(request: Request, anatomy: Anatomy, say: Say) -> None:

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from slimvlm.core.documents import digest
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import Axis, DataConfig, part_of
+from slimvlm.core.options import Axis, CalibrationConfig, DataConfig, part_of
 from slimvlm.core.progress import Say, progress, silent
-from slimvlm.data.read import estimated_length, load_samples
+from slimvlm.data.general import general_samples
+from slimvlm.data.read import estimated_length, interleaved, load_samples
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.evaluation import gates
@@ -90,7 +91,15 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
     shown, rest = used[: config.samples], used[config.samples :]
     # the first ones, too, where these are none or fewer than `training_samples`
     training = [*rest, *shown][: request.training_samples or len(rest) or None]
+    shown = with_general_text(shown, config)
     return SampleSplit(shown, training, not_among(last, used) if unseen else ())
+
+
+def with_general_text(samples: Sequence[Sample], config: CalibrationConfig) -> Sequence[Sample]:
+    """Add the share of general text that is asked for, evenly among the samples."""
+    count = round(len(samples) * config.general_text / (1 - config.general_text))
+    texts = general_samples(count, config.seed, config.max_length)
+    return interleaved([(0.5, samples), (0.5, texts)])
 
 
 def not_among(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:

@@ -1,0 +1,52 @@
+"""Read general text that every machine has: the descriptions of its installed Python packages."""
+
+import random
+from functools import cache
+from importlib.metadata import distributions
+
+from slimvlm.core.errors import ConfigError
+from slimvlm.data.samples import Message, Sample
+
+PASSAGE = 800  # characters of a passage at most, so that it is not longer than a usual sample
+_MARKUP = frozenset("<>{}[]|`#=")  # also what special tokens are written with
+_WORDS = 6  # of a line of prose at least
+
+
+def general_samples(count: int, seed: int, max_length: int | None = None) -> list[Sample]:
+    """Draw passages as answers to "Go on."; raise a `ConfigError` if there are too few.
+
+    With ``max_length`` a passage has at most so many characters, and so no more tokens.
+    """
+    known = _passages(min(PASSAGE, max_length or PASSAGE))
+    if count > len(known):
+        raise ConfigError(
+            f"general_text: {count} passages are needed, and the descriptions of the installed "
+            f"packages give {len(known)}"
+        )
+    return [_sample(n, text) for n, text in enumerate(random.Random(seed).sample(known, count))]
+
+
+@cache
+def _passages(characters: int) -> tuple[str, ...]:
+    """Divide the prose of all descriptions, in the order of the packages' names."""
+    about = [package.metadata.json for package in distributions()]
+    texts = {str(each.get("name")): str(each.get("description", "")) for each in about}
+    found: dict[str, None] = {}
+    for _, text in sorted(texts.items()):
+        whole = "\n".join(line.strip() for line in text.splitlines() if _is_prose(line))
+        parts = (whole[at : at + characters] for at in range(0, len(whole), characters))
+        found |= dict.fromkeys(part.strip() for part in parts)
+    return tuple(part for part in found if len(part) > characters // 2)
+
+
+def _is_prose(line: str) -> bool:
+    is_plain = line.isascii() and line.isprintable() and _MARKUP.isdisjoint(line)
+    return is_plain and "://" not in line and len(line.split()) >= _WORDS
+
+
+def _sample(number: int, text: str) -> Sample:
+    turns = {"user": "Go on.", "assistant": text}
+    messages: list[Message] = [
+        {"role": role, "content": [{"type": "text", "text": said}]} for role, said in turns.items()
+    ]
+    return Sample(f"general text {number}", tuple(messages))
