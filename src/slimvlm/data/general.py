@@ -12,12 +12,13 @@ _MARKUP = frozenset("<>{}[]|`#=")  # also what special tokens are written with
 _WORDS = 6  # of a line of prose at least
 
 
-def general_samples(count: int, seed: int, max_length: int | None = None) -> list[Sample]:
+def general_samples(count: int, seed: int, longest: int | None = None) -> list[Sample]:
     """Draw passages as answers to "Go on."; raise a `ConfigError` if there are too few.
 
-    With ``max_length`` a passage has at most so many characters, and so no more tokens.
+    A sample has at most ``longest`` tokens: no token of a passage is shorter than a character, and
+    a quarter is left for the chat template.
     """
-    known = _passages(min(PASSAGE, max_length or PASSAGE))
+    known = _passages(PASSAGE if longest is None else min(PASSAGE, longest * 3 // 4))
     if count > len(known):
         raise ConfigError(
             f"general_text: {count} passages are needed, and the descriptions of the installed "

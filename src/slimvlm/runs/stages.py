@@ -91,14 +91,18 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
     shown, rest = used[: config.samples], used[config.samples :]
     # the first ones, too, where these are none or fewer than `training_samples`
     training = [*rest, *shown][: request.training_samples or len(rest) or None]
-    shown = with_general_text(shown, config)
+    context = context_of(models.load_config(request.model, config.trust_remote_code))
+    shown = with_general_text(shown, config, context)
     return SampleSplit(shown, training, not_among(last, used) if unseen else ())
 
 
-def with_general_text(samples: Sequence[Sample], config: CalibrationConfig) -> Sequence[Sample]:
+def with_general_text(
+    samples: Sequence[Sample], config: CalibrationConfig, context: int | None = None
+) -> Sequence[Sample]:
     """Add the share of general text that is asked for, evenly among the samples."""
     count = round(len(samples) * config.general_text / (1 - config.general_text))
-    texts = general_samples(count, config.seed, config.max_length)
+    longest = [each for each in (config.max_length, context) if each is not None]
+    texts = general_samples(count, config.seed, min(longest, default=None))
     return interleaved([(0.5, samples), (0.5, texts)])
 
 
