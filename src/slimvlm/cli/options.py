@@ -137,7 +137,7 @@ class TrainingFlags(core.TrainingConfig):
     """What learns; none skips training."""
     loss: str | None = None
     """Weighted sum of sft, hidden, cosine, kl, rkl, jsd."""
-    fraction: Annotated[float, core.FRACTION, core.FILE_ONLY] = 1.0
+    paper_exact: Annotated[bool, core.FILE_ONLY] = False
     seed: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0  # a run has one, among those of pruning
 
 
