@@ -91,8 +91,9 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
     shown, rest = used[: config.samples], used[config.samples :]
     # the first ones, too, where these are none or fewer than `training_samples`
     training = [*rest, *shown][: request.training_samples or len(rest) or None]
-    context = context_of(models.load_config(request.model, config.trust_remote_code))
-    shown = with_general_text(shown, config, context)
+    if config.general_text:
+        context = context_of(models.load_config(request.model, config.trust_remote_code))
+        shown = with_general_text(shown, config, context)
     return SampleSplit(shown, training, not_among(last, used) if unseen else ())
 
 
