@@ -296,6 +296,8 @@ def main() -> None:
     options = parser.parse_args()
     dtype = "bfloat16" if computes_bfloat16(default_device()) else "float32"
     is_text = options.model == "text"
+    if options.divide > 1:  # cells of the other form are others
+        options.out /= f"divided-{options.divide}"
     subject = text_subject(dtype, options.divide) if is_text else demo_subject(options.model, dtype)
     figures = ["text_ppl"] if is_text else ["AVG", "text_ppl"]
     original = measure_original(subject, options)

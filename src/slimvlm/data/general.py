@@ -5,7 +5,8 @@ from functools import cache
 from importlib.metadata import distributions
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.data.samples import Message, Sample
+from slimvlm.data.chat import answered_sample
+from slimvlm.data.samples import Question, Sample
 
 PASSAGE = 800  # characters of a passage at most, so that it is not longer than a usual sample
 _MARKUP = frozenset("<>{}[]|`#=")  # also what special tokens are written with
@@ -24,7 +25,8 @@ def general_samples(count: int, seed: int, longest: int | None = None) -> list[S
             f"general_text: {count} passages are needed, and the descriptions of the installed "
             f"packages give {len(known)}"
         )
-    return [_sample(n, text) for n, text in enumerate(random.Random(seed).sample(known, count))]
+    drawn = enumerate(random.Random(seed).sample(known, count))
+    return [answered_sample(Question(f"general text {n}", "Go on.", ()), text) for n, text in drawn]
 
 
 @cache
@@ -43,11 +45,3 @@ def _passages(characters: int) -> tuple[str, ...]:
 def _is_prose(line: str) -> bool:
     is_plain = line.isascii() and line.isprintable() and _MARKUP.isdisjoint(line)
     return is_plain and "://" not in line and len(line.split()) >= _WORDS
-
-
-def _sample(number: int, text: str) -> Sample:
-    turns = {"user": "Go on.", "assistant": text}
-    messages: list[Message] = [
-        {"role": role, "content": [{"type": "text", "text": said}]} for role, said in turns.items()
-    ]
-    return Sample(f"general text {number}", tuple(messages))

@@ -77,9 +77,9 @@ def distil_(
 ) -> tuple[float, float]:
     """Train one layer alone; return its `relative_error` on held-out batches before and after.
 
-    A step of Adam changes an entry by about the learning rate, whatever the gradient. The peak is
-    ``rate`` times the root mean square of the parameter, for a bias of the matrix that it stands
-    beside: matrices of one model are ten times as large as those of another.
+    A step of Adam changes an entry by about the learning rate, whatever the gradient. So the peak
+    learning rate of a parameter is ``rate`` times its root mean square. A bias has that of its
+    module's weight.
 
     It gets new parameters; the old ones stay as they are. Held-out tokens choose among the trained
     layer, the one halfway to it and the one before; without any the trained layer stays.
