@@ -79,10 +79,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "uniform": {"allocation": "uniform"},
     "image 0.1": {"token_weights": "image=0.1"},
     "image 0": {"token_weights": "image=0"},
-    "general text 0.1": {"general_text": 0.1},
-    "general text 0.2": {"general_text": 0.2},
-    "general text 0.3": {"general_text": 0.3},
-    "general text 0.2, no local steps": {"general_text": 0.2, "local_steps": 0},
+    "data alone": {"general_text": 0.0},
+    "data alone, no local steps": {"general_text": 0.0, "local_steps": 0},
+    "general text 0.1, no local steps": {"general_text": 0.1, "local_steps": 0},
+    "general text 0.3, no local steps": {"general_text": 0.3, "local_steps": 0},
     "answer 3": {"token_weights": "image=0.3,prompt=0.3,answer=1"},
 }
 ONE_SHOT = ("width, one-shot",)

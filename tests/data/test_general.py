@@ -1,10 +1,10 @@
 """General text is prose that any chat template takes, and stands among what calibrates alone."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import PruneConfig
 from slimvlm.core.progress import silent
 from slimvlm.data.chat import encode_samples
@@ -34,21 +34,32 @@ def test_passages_are_short_plain_prose_drawn_by_seed(longest):
     assert longest is None or read["input_ids"].shape[1] <= longest
 
 
-def test_more_than_there_are_is_refused():
-    with pytest.raises(ConfigError, match=r"general_text: 1000000 passages are needed, and"):
-        general_samples(10**6, 0)
+def test_of_more_than_there_are_all_are_drawn():
+    assert len(passages(10**6, 0)) == len({*passages(10**6, 0)}) > 100
 
 
 def test_it_is_a_share_of_what_calibrates_and_nothing_else(tmp_path):
     data = str(folders.write_llava_data(tmp_path))
 
-    def read(share):
+    def read(share, say=silent):
         config = PruneConfig(ratio=0.2, data=data, samples=8, general_text=share)
         request = Request(model=str(folders.folder("llava")), prune=config, training_samples=2)
-        return stages.read_split(resolved(request), silent)
+        return stages.read_split(resolved(request), say)
 
-    plain, mixed = read(0.0), read(0.2)
+    said = []
+    plain, mixed = read(0.0), read(0.2, said.append)
     added = [place for place, s in enumerate(mixed.calibration) if s not in plain.calibration]
     assert added == [2, 7]  # evenly
     assert [s for s in mixed.calibration if s in plain.calibration] == list(plain.calibration)
     assert (mixed.training, mixed.report) == (plain.training, plain.report)
+    assert said[-1] == "2 passages of general text calibrate, too (general_text)"
+
+
+@pytest.mark.parametrize(
+    ("data", "repair", "share"), [("d", "auto", 0.2), ("d", "none", 0.0), (None, "auto", 0.0)]
+)
+def test_by_default_a_fifth_where_weights_are_repaired(data, repair, share):
+    config = PruneConfig(ratio=0.2, data=data, repair=repair, criterion=("magnitude",))
+    assert resolved(Request(model="m", prune=config)).prune.general_text == share
+    asked = replace(config, general_text=0.1)
+    assert resolved(Request(model="m", prune=asked)).prune.general_text == 0.1

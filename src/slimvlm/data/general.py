@@ -1,39 +1,48 @@
-"""Read general text that every machine has: the descriptions of its installed Python packages."""
+"""Read general text that every machine has: the descriptions of the packages that slimvlm needs."""
 
 import random
 from functools import cache
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, distribution
 
-from slimvlm.core.errors import ConfigError
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from slimvlm.data.chat import answered_sample
 from slimvlm.data.samples import Question, Sample
 
+SHARE = 0.2  # of what calibrates, where weights are repaired (docs/results.md)
 PASSAGE = 800  # characters of a passage at most, so that it is not longer than a usual sample
 _MARKUP = frozenset("<>{}[]|`#=")  # also what special tokens are written with
 _WORDS = 6  # of a line of prose at least
 
 
 def general_samples(count: int, seed: int, longest: int | None = None) -> list[Sample]:
-    """Draw passages as answers to "Go on."; raise a `ConfigError` if there are too few.
+    """Draw so many passages, or as many as there are, as answers to "Go on.".
 
     A sample has at most ``longest`` tokens: no token of a passage is shorter than a character, and
     a quarter is left for the chat template.
     """
     known = _passages(PASSAGE if longest is None else min(PASSAGE, longest * 3 // 4))
-    if count > len(known):
-        raise ConfigError(
-            f"general_text: {count} passages are needed, and the descriptions of the installed "
-            f"packages give {len(known)}"
-        )
-    drawn = enumerate(random.Random(seed).sample(known, count))
+    drawn = enumerate(random.Random(seed).sample(known, min(count, len(known))))
     return [answered_sample(Question(f"general text {n}", "Go on.", ()), text) for n, text in drawn]
 
 
 @cache
 def _passages(characters: int) -> tuple[str, ...]:
-    """Divide the prose of all descriptions, in the order of the packages' names."""
-    about = [package.metadata.json for package in distributions()]
-    texts = {str(each.get("name")): str(each.get("description", "")) for each in about}
+    """Divide the prose of the descriptions, in the order of the packages' names."""
+    texts, waiting = {"slimvlm": ""}, ["slimvlm"]
+    while waiting:
+        try:
+            package = distribution(name := waiting.pop())
+        except PackageNotFoundError:  # installed without what it needs
+            continue
+        if name != "slimvlm":  # its own changes too often
+            texts[name] = str(package.metadata.json.get("description", ""))
+        for needed in map(Requirement, package.requires or ()):
+            is_extra = needed.marker is not None and not needed.marker.evaluate({"extra": ""})
+            if not is_extra and (other := canonicalize_name(needed.name)) not in texts:
+                texts[other] = ""
+                waiting.append(other)
     found: dict[str, None] = {}
     for _, text in sorted(texts.items()):
         whole = "\n".join(line.strip() for line in text.splitlines() if _is_prose(line))

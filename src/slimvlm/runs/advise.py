@@ -12,6 +12,7 @@ from slimvlm.core.errors import LESS_TO_TRAIN, ConfigError, SlimError
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import Say, duration
 from slimvlm.data.chat import encode_samples
+from slimvlm.data.general import SHARE as GENERAL_TEXT
 from slimvlm.data.vocabulary import TokenizerFile
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
@@ -114,7 +115,7 @@ def advise(
         shape=shape,
         tokens=float(known.constants.text_tokens) + pictures,
         samples=given,
-        calibration=min(options.CalibrationConfig().samples, given),
+        calibration=round(min(options.CalibrationConfig().samples, given) / (1 - GENERAL_TEXT)),
         token_bytes={name: kept_bytes(load_config(model), name) for name in {dtype, "bfloat16"}},
         vocabulary=tokens,
     )

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
 from slimvlm.core.options import Axis, PruneConfig, Questions, RecoverConfig, SizeOptions
 from slimvlm.core.progress import Say, silent
+from slimvlm.data.general import SHARE as GENERAL_TEXT
 from slimvlm.data.roles import parse_token_weights
 from slimvlm.data.samples import Sample
 from slimvlm.data.vocabulary import Vocabulary, choose_vocabulary
@@ -111,6 +112,9 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
         config = replace(config, repair="none")
     if config.local_steps is None and config.repair != "auto":
         config = replace(config, local_steps=0)
+    if config.general_text is None:
+        is_repaired = config.data is not None and config.repair != "none"
+        config = replace(config, general_text=GENERAL_TEXT if is_repaired else 0.0)
     judges = config.repair == "auto" or config.local_steps != 0 or config.axis == "auto"
     recover = request.recover if config.data is not None else None
     recover = None if recover is None else replace(recover, seed=config.seed)

@@ -27,7 +27,7 @@ from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.parts import context_of
-from slimvlm.models.pictures import budgets_for, knobs_of
+from slimvlm.models.pictures import budgets_for, knobs_of, seen_once
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import lost_heads
 from slimvlm.pruning.tokens import trimmed_processor
@@ -91,7 +91,7 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
     shown, rest = used[: config.samples], used[config.samples :]
     # the first ones, too, where these are none or fewer than `training_samples`
     training = [*rest, *shown][: request.training_samples or len(rest) or None]
-    if config.general_text:
+    if config.general_text and shown:
         context = context_of(models.load_config(request.model, config.trust_remote_code))
         shown = with_general_text(shown, config, context)
     return SampleSplit(shown, training, not_among(last, used) if unseen else ())
@@ -101,7 +101,8 @@ def with_general_text(
     samples: Sequence[Sample], config: CalibrationConfig, context: int | None = None
 ) -> Sequence[Sample]:
     """Add the share of general text that is asked for, evenly among the samples."""
-    count = round(len(samples) * config.general_text / (1 - config.general_text))
+    share = config.general_text or 0.0
+    count = round(len(samples) * share / (1 - share))
     longest = [each for each in (config.max_length, context) if each is not None]
     texts = general_samples(count, config.seed, min(longest, default=None))
     return interleaved([(0.5, samples), (0.5, texts)])
@@ -134,6 +135,8 @@ def read_split(request: Request, say: Say) -> SampleSplit:
     source = part_of(request.prune, DataConfig)
     samples = samples_for(request.model, source, rows_to_read(request), say)
     found = split(samples, request)
+    if texts := {*map(id, found.calibration)} - {*map(id, samples)}:
+        say(f"{len(texts)} passages of general text calibrate, too (general_text)")
     if samples and request.report_samples and not found.report:
         enough = FEWEST_UNSEEN * UNSEEN_SHARE
         why = "the last ones also stand among the others"
@@ -281,19 +284,21 @@ def prune_(
     """Prune a model in place; a folder ``scratch`` keeps finished layers for a resume."""
     store: Store = Memory(torch.device("cpu")) if scratch is None else Scratch(scratch)
     notes: tuple[str, ...] = ()
+    known: dict[str, Any] = {}  # features of pictures
     if plan is None:
         request = with_tokens(request, SampleSplit(calibration.samples, ()).counted(request))
         plan = tokens_alone(request, read_anatomy(model))
     if plan is None and request.prune.axis == "auto":
         if not store.has(_AXIS):
-            losses = try_axes(request, model, calibration, scores, training)
+            losses = try_axes(request, model, calibration, scores, training, known)
             store.write(_AXIS, 0, {}, losses)
             store.finish(_AXIS)
         shape = read_anatomy(model)
         request, note = best_axis(request, store.about(_AXIS, 0), shape)
         plan = tokens_alone(request, shape)
         notes = (note,)
-    walked = walk(request, Live(model), store, model.device, calibration, scores, plan, say)
+    with seen_once(model, known):
+        walked = walk(request, Live(model), store, model.device, calibration, scores, plan, say)
     walked.apply_(model)
     return replace(walked, report=replace(walked.report, notes=(*notes, *walked.report.notes)))
 
@@ -304,6 +309,7 @@ def try_axes(
     calibration: Calibration,
     scores: Sequence[Scores],
     training: Sequence[Sample] = (),
+    known: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Measure the held-out loss after a short try along each axis; the model stays unchanged.
 
@@ -314,11 +320,13 @@ def try_axes(
     shape, shown = read_anatomy(model), replace(calibration)  # with fewer batches, of all lengths
     shown.fitted = calibration.fitted[:: max(len(calibration.fitted) // _TRIAL_BATCHES, 1)]
     shown.held_out = calibration.held_out
+    known = {} if known is None else known
 
     def tried(request: Request) -> float:
         brief = replace(request, prune=replace(request.prune, local_steps=0))
         alone, store = tokens_alone(brief, shape), Memory(torch.device("cpu"))
-        walked = walk(brief, Live(model), store, model.device, shown, scores, alone)
+        with seen_once(model, known):
+            walked = walk(brief, Live(model), store, model.device, shown, scores, alone)
         student, read = models.sharing_copy(model), shown.held_out
         walked.apply_(student)
         processor = trimmed_processor(shown.processor, walked.plan)
@@ -336,7 +344,7 @@ def try_axes(
                     parameter.requires_grad_(learns)
         if processor is not shown.processor:
             read = replace(shown, processor=processor).held_out
-        with evaluating(student):
+        with evaluating(student), seen_once(model, known):
             loss = answer_loss(student, read)
         pieces, theirs = (
             sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)

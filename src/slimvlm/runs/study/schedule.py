@@ -239,6 +239,7 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
         label = f"{name} {criterion}"
         known = {key: getattr(base.prune, key) for key in criterion_options(base.prune, criterion)}
         if CRITERIA[criterion].needs_data:
+            known["general_text"] = base.prune.general_text
             wanted = replace(_reading(base.prune), criterion=(criterion,), **known)
             request, label = replace(base, prune=wanted), f"{label} seed {config.seed}"
         else:
