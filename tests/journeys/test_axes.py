@@ -63,6 +63,16 @@ def test_the_axis_whose_smaller_model_answers_best_is_chosen(data):
     assert all(layer.distilled for layer in walked.report.layers)  # the trial alone is brief
 
 
+def test_each_picture_is_seen_once_for_all_axes_and_the_walk(data):
+    request, model, calibration = opened(data)
+    scores = list(stages.calibrate(request, model, calibration).values())
+    runs = []
+    model.model.vision_tower.register_forward_hook(lambda *call: runs.append(call))
+    stages.prune_(request, model, calibration, scores)
+    batches = [*calibration.fitted, *calibration.held_out]
+    assert len(runs) == sum("pixel_values" in batch for batch in batches) > 0
+
+
 @pytest.mark.parametrize("dtype", tiered(["float32", "bfloat16"], lambda name: name == "bfloat16"))
 def test_where_training_follows_each_axis_is_trained_a_little(dtype, data):
     """The original keeps its data type and flags, also where training computes in float32."""
