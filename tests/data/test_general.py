@@ -4,14 +4,19 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from PIL import Image
 
 from slimvlm.core.options import PruneConfig
 from slimvlm.core.progress import silent
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.general import PASSAGE, general_samples
+from slimvlm.data.samples import Sample
+from slimvlm.models.hidden import as_inputs
 from slimvlm.runs import stages
 from slimvlm.runs.request import Request, resolved
 from tests import tiny_folder as folders
+from tests import tiny_pictures
 
 
 def passages(*how):
@@ -63,3 +68,17 @@ def test_by_default_a_fifth_where_weights_are_repaired(data, repair, share):
     assert resolved(Request(model="m", prune=config)).prune.general_text == share
     asked = replace(config, general_text=0.1)
     assert resolved(Request(model="m", prune=asked)).prune.general_text == 0.1
+
+
+@pytest.mark.parametrize("name", sorted(tiny_pictures.FAMILIES))
+@torch.no_grad()
+def test_every_family_reads_it_beside_pictures(name):
+    model, processor = tiny_pictures.made(name)
+    shown = Image.linear_gradient("L").resize(tiny_pictures.FAMILIES[name].size).convert("RGB")
+    turns = folders.turn("user", None, "What is it?"), folders.turn("assistant", "It is red.")
+    samples = [*general_samples(3, 0, 120), *(Sample(f"{n}", turns, (shown,)) for n in range(3))]
+    batches = stages.Calibration(processor, samples, hold_out=False).fitted
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 3]  # apart
+    for batch in batches:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        assert model(**as_inputs(model, inputs)).logits.isfinite().all()

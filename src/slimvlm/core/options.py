@@ -326,9 +326,8 @@ class CalibrationConfig(DataConfig):
     any other number shuffles it; training takes what comes after the calibration samples. Also
     seeds whatever is drawn, in scores and in training."""
     general_text: Annotated[float | None, BELOW_1] = None
-    """Share of general text among what calibrates, added to the data: passages of the descriptions
-    of installed Python packages. It keeps what narrow data do not ask for. By default 0.2 where
-    weights are repaired, else 0."""
+    """Share of general text among what calibrates, beside the data: from the descriptions of the
+    packages that slimvlm needs. By default 0.2 where weights are repaired, else 0."""
     gradient: Gradient = "per_sample"
     """For taylor: one gradient over all samples, or one for each."""
     token_weights: str | None = None

@@ -113,8 +113,7 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
     if config.local_steps is None and config.repair != "auto":
         config = replace(config, local_steps=0)
     if config.general_text is None:
-        is_repaired = config.data is not None and config.repair != "none"
-        config = replace(config, general_text=GENERAL_TEXT if is_repaired else 0.0)
+        config = replace(config, general_text=0.0 if config.repair == "none" else GENERAL_TEXT)
     judges = config.repair == "auto" or config.local_steps != 0 or config.axis == "auto"
     recover = request.recover if config.data is not None else None
     recover = None if recover is None else replace(recover, seed=config.seed)

@@ -216,9 +216,12 @@ class Calibration:
         return self._encoded(_judging(self.samples), "encode held-out")
 
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
-        """Encode batches of samples with as many pictures and like length, for less padding."""
+        """Encode batches of as many pictures and like length; some processors take none beside."""
         alike = sorted(samples, key=lambda s: (len(s.images), estimated_length(s, 0)))
-        return list(calibration_batches(self.processor, alike, CALIBRATION_BATCH, description))
+        texts = sum(not sample.images for sample in alike)
+        groups = (group for group in (alike[:texts], alike[texts:]) if group or not alike)
+        how = (CALIBRATION_BATCH, description)
+        return [b for group in groups for b in calibration_batches(self.processor, group, *how)]
 
 
 def load_original(request: Request, device: str | None = None) -> tuple[PreTrainedModel, Any]:
