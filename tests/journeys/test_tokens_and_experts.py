@@ -246,7 +246,8 @@ def test_a_stage_of_a_study_chooses_from_its_own_samples(data):
 def opened(data, where="", **options):
     """A request whose axis is open, with what is said of its tokens."""
     heard = []
-    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, **options}
+    alone = {"samples": 16, "general_text": 0.0}  # whose tokens would count
+    asked = {"ratio": 0.4, "axis": "auto", "local_steps": 0, **alone, **options}
     request = resolved(Request(model=where or model(), prune=PruneConfig(data=data, **asked)))
     samples = stages.read_split(request, heard.append)
     return with_tokens(request, samples.counted(request), heard.append), heard
@@ -297,7 +298,7 @@ def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(tmp_path, data, 
 
 
 def test_a_dry_run_says_how_many_tokens_go_and_never_more_than_the_ratio(data):
-    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "report_samples": 0}
+    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "report_samples": 0, "general_text": 0.0}
     found = dry_run(model(), sv.CompressConfig(data=data, **asked), [].append)
     assert found.fewer_tokens == len(opened(data)[0].fewer_tokens or ())
     told = dict(row for row in dry_run_rows(found) if row[0])["axes"]
