@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -216,10 +217,9 @@ class Calibration:
         return self._encoded(_judging(self.samples), "encode held-out")
 
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
-        """Encode batches of as many pictures and like length; some processors take none beside."""
+        """Encode batches of like length, those with pictures apart: some processors demand it."""
         alike = sorted(samples, key=lambda s: (len(s.images), estimated_length(s, 0)))
-        texts = sum(not sample.images for sample in alike)
-        groups = (group for group in (alike[:texts], alike[texts:]) if group or not alike)
+        groups = [list(group) for _, group in groupby(alike, lambda s: bool(s.images))] or [alike]
         how = (CALIBRATION_BATCH, description)
         return [b for group in groups for b in calibration_batches(self.processor, group, *how)]
 
