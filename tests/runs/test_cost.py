@@ -30,9 +30,9 @@ MODEL = str(folders.folder("text"))
 SPEEDS = {torch.float32: 1e10, torch.bfloat16: 4e10}
 
 
-def cost_of(recover=None, dtype="float32", vocabulary=None):
+def cost_of(recover=None, dtype="float32", **sizes):
     config = CompressConfig(ratio=0.4, axis="width", data="demo", recover=recover)
-    sizes = Sizes(shape=anatomy(MODEL), tokens=100.0, samples=80, vocabulary=vocabulary)
+    sizes = Sizes(shape=anatomy(MODEL), **{"tokens": 100.0, "samples": 80, **sizes})
     return cost(resolved(request_of(MODEL, config)), sizes, torch.device("cpu"), dtype)
 
 
@@ -91,6 +91,16 @@ def test_a_training_costs_what_it_is_asked_for():
     assert hours(fraction=0.25) == pytest.approx(whole / 4)
     assert hours(epochs=3) == pytest.approx(3 * whole)
     assert hours(max_steps=5) == pytest.approx(whole / 4)
+
+
+def test_batches_are_as_long_as_their_longest_sample():
+    """One long sample among short ones takes the memory of long ones, and no more time."""
+    short, mixed, long = (
+        cost_of(RecoverConfig(bf16=False), **given)
+        for given in ({}, {"longest": 900.0}, {"tokens": 900.0})
+    )
+    assert mixed.training_bytes == long.training_bytes > short.training_bytes
+    assert mixed.training_hours == short.training_hours < long.training_hours
 
 
 @pytest.mark.parametrize("train", ["projector", "lora", "full"])

@@ -293,8 +293,7 @@ def advice_rows(advice: Advice) -> list[list[str]]:
 
 
 def _needs(stage: str, memory: str, hours: float) -> list[list[str]]:
-    time = f"about {duration(3600 * hours)}"
-    return [[f"memory of {stage}", memory], [f"time of {stage}", time]]
+    return [[f"memory of {stage}", memory], [f"time of {stage}", f"about {duration(3600 * hours)}"]]
 
 
 def _basis(spent: Cost) -> list[list[str]]:
@@ -351,6 +350,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     sizes = Sizes(
         shape=shape,
         tokens=fmean(lengths) if lengths else 0.0,
+        longest=max(lengths, default=0),
         samples=len(samples.training) if request.trains else 0,
         calibration=len(samples.calibration),
         token_bytes={name: kept_bytes(described, name) for name in {dtype, "bfloat16"}},

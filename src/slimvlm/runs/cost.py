@@ -41,6 +41,7 @@ class Sizes:
     shape: Anatomy  # of the unpruned model
     tokens: float  # mean of a conversation, those of its pictures included
     samples: int  # conversations to train on
+    longest: float = 0.0  # of the conversations; batches are padded to theirs
     calibration: int = CalibrationConfig().samples  # conversations to calibrate on
     token_bytes: Mapping[str, float] = field(default_factory=dict)  # `kept_bytes` by data type
     vocabulary: int | None = None  # tokens that stay in the smaller model; None for all
@@ -93,7 +94,8 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
     held, left = weight_bytes(shape, dtype), 1 - ratio * shape.backbone_params / shape.total_params
     smaller, free = held * left, max(room - held, 0.0)
     largest = max(shape.layers, key=lambda layer: layer.params)
-    batch = CALIBRATION_BATCH * sizes.tokens * sizes.token_bytes.get(dtype, 0.0)
+    longest = max(sizes.longest, sizes.tokens)
+    batch = CALIBRATION_BATCH * longest * sizes.token_bytes.get(dtype, 0.0)
     steps: list[float] = [held]
     if is_cpu:
         steps.append(2 * smaller)  # while it is read back
@@ -120,8 +122,7 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         if prune.local_steps != 0:
             learning = constants.learning_bytes * (1 - ratio) * largest.params
             learning += batch / shape.num_layers
-        of_layer = max(grams + inputs, learning)
-        steps.append(held + states.needed * are_here + new * is_cpu + of_layer)
+        steps.append(held + states.needed * are_here + new * is_cpu + max(grams + inputs, learning))
     if any(CRITERIA[name].capture.backward for name in prune.criterion):
         logits = rows_at_once(device, round(free)) * of_logits
         steps.append(held + batch + largest.params * BYTES[dtype] + logits)
@@ -169,7 +170,7 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         of_token /= shape.num_layers
         of_token += shape.num_layers * shape.hidden_size * BYTES[held_in]
     batch = min(config.batch_size, sizes.learnt(config))
-    activations = batch * sizes.tokens * of_token * (1 - sizes.decoder_share(ratio))
+    activations = batch * longest * of_token * (1 - sizes.decoder_share(ratio))
     beside = constants.learning_bytes * learn + activations
     logits = rows_at_once(device, round(room - models)) * of_logits
     about.append(
