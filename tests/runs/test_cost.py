@@ -95,10 +95,11 @@ def test_a_training_costs_what_it_is_asked_for():
 
 def test_batches_are_as_long_as_their_longest_sample():
     """One long sample among short ones takes the memory of long ones, and no more time."""
-    short, mixed, long = (
+    short, mixed, long, shown = (
         cost_of(RecoverConfig(bf16=False), **given)
-        for given in ({}, {"longest": 900.0}, {"tokens": 900.0})
+        for given in ({}, {"longest": (0.0, 900.0)}, {"tokens": 900.0}, {"longest": (900.0, 0.0)})
     )
+    assert shown.training_bytes == short.training_bytes  # only calibrates, as general text does
     assert mixed.training_bytes == long.training_bytes > short.training_bytes
     assert mixed.training_hours == short.training_hours < long.training_hours
 

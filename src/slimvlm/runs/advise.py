@@ -340,8 +340,9 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     if request.pictures is not None:
         processor = with_settings(processor, request.pictures.settings)
     given = [*samples.calibration, *samples.training]
-    some = given[:: -(-len(given) // _ENCODED)] if given else []
-    lengths = [encode_samples(processor, [each])["input_ids"].shape[1] for each in some]
+    step = max(-(-len(given) // _ENCODED), 1)
+    lengths = [encode_samples(processor, [each])["input_ids"].shape[1] for each in given[::step]]
+    shown = -(-len(samples.calibration) // step)  # of these calibrate; general text is among them
     dtype: str = config.dtype
     if dtype == "auto":
         stored = str(described.dtype).removeprefix("torch.")
@@ -350,7 +351,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     sizes = Sizes(
         shape=shape,
         tokens=fmean(lengths) if lengths else 0.0,
-        longest=max(lengths, default=0),
+        longest=(max(lengths[:shown], default=0), max(lengths[shown:], default=0)),
         samples=len(samples.training) if request.trains else 0,
         calibration=len(samples.calibration),
         token_bytes={name: kept_bytes(described, name) for name in {dtype, "bfloat16"}},

@@ -41,7 +41,7 @@ class Sizes:
     shape: Anatomy  # of the unpruned model
     tokens: float  # mean of a conversation, those of its pictures included
     samples: int  # conversations to train on
-    longest: float = 0.0  # of the conversations; batches are padded to theirs
+    longest: tuple[float, float] = (0.0, 0.0)  # length of those to calibrate and to train on
     calibration: int = CalibrationConfig().samples  # conversations to calibrate on
     token_bytes: Mapping[str, float] = field(default_factory=dict)  # `kept_bytes` by data type
     vocabulary: int | None = None  # tokens that stay in the smaller model; None for all
@@ -94,7 +94,7 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
     held, left = weight_bytes(shape, dtype), 1 - ratio * shape.backbone_params / shape.total_params
     smaller, free = held * left, max(room - held, 0.0)
     largest = max(shape.layers, key=lambda layer: layer.params)
-    longest = max(sizes.longest, sizes.tokens)
+    longest, longest_learnt = (max(each, sizes.tokens) for each in sizes.longest)
     batch = CALIBRATION_BATCH * longest * sizes.token_bytes.get(dtype, 0.0)
     steps: list[float] = [held]
     if is_cpu:
@@ -118,10 +118,9 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         most = most_kept(free) if are_here or is_cpu else 0.0
         read = [tokens * count * BYTES[dtype] for count in channels]
         inputs = sum(each for each in read if each <= most)
-        learning = 0.0
-        if prune.local_steps != 0:
-            learning = constants.learning_bytes * (1 - ratio) * largest.params
-            learning += batch / shape.num_layers
+        is_learning = prune.local_steps != 0
+        learning = is_learning * constants.learning_bytes * (1 - ratio) * largest.params
+        learning += is_learning * batch / shape.num_layers
         steps.append(held + states.needed * are_here + new * is_cpu + max(grams + inputs, learning))
     if any(CRITERIA[name].capture.backward for name in prune.criterion):
         logits = rows_at_once(device, round(free)) * of_logits
@@ -170,7 +169,7 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         of_token /= shape.num_layers
         of_token += shape.num_layers * shape.hidden_size * BYTES[held_in]
     batch = min(config.batch_size, sizes.learnt(config))
-    activations = batch * longest * of_token * (1 - sizes.decoder_share(ratio))
+    activations = batch * longest_learnt * of_token * (1 - sizes.decoder_share(ratio))
     beside = constants.learning_bytes * learn + activations
     logits = rows_at_once(device, round(room - models)) * of_logits
     about.append(
