@@ -31,6 +31,11 @@ ELIMINATION_SHARE_OF_MAXIMUM = 5e-4
 """The same where units went one by one: rounding errors of float32 add up."""
 
 
+def share_of(criterion: str) -> float:
+    """How far scores of a criterion may differ, as a share of the largest of them."""
+    return ELIMINATION_SHARE_OF_MAXIMUM if criterion == "obs" else SCORE_SHARE_OF_MAXIMUM
+
+
 def assert_close(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> None:
     """Equal shapes, and values within a tolerance once both have its data type."""
     dtype, atol, rtol = tolerance

@@ -17,13 +17,7 @@ from tests import tiny
 from tests.criteria_page import criteria_table
 from tests.handmade import assert_equal, assert_untouched, joined, logits, padded, snapshot
 from tests.tiers import tiered
-from tests.tolerances import (
-    ELIMINATION_SHARE_OF_MAXIMUM,
-    FORWARD,
-    SCORE_SHARE_OF_MAXIMUM,
-    assert_close,
-    assert_scores_close,
-)
+from tests.tolerances import FORWARD, assert_close, assert_scores_close, share_of
 
 UNITS = ("layer", "kv_group", "neuron", "expert")
 MODELS = ("llama", "llava-llama", "internvl-qwen2", "llava-phi", "llava-phi3", "qwen3_vl")
@@ -105,12 +99,6 @@ def assert_same_scores(actual, expected):
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert_scores_close(ours[name], theirs[name], share_of(actual.criterion))
-
-
-def share_of(criterion):
-    """How far scores may differ, as a share of the largest."""
-    is_eliminated = criterion == "obs"
-    return ELIMINATION_SHARE_OF_MAXIMUM if is_eliminated else SCORE_SHARE_OF_MAXIMUM
 
 
 @pytest.mark.parametrize("model_name", tiered(MODELS))
