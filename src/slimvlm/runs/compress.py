@@ -354,7 +354,8 @@ def finish(run: Run, plan: Plan) -> None:
     if held_out := tables.held_out_text(read_held_out(folder), read_times(folder)):
         lines += ["## What was kept", "", held_out]
     lines += [f"Peak memory: {peak_memory()}.", ""]
-    lines.append("The checkpoint is in `checkpoint/`; plain `from_pretrained` loads it.")
+    how = " with `trust_remote_code=True`" if plan.file_format == "uneven" else ""
+    lines.append(f"The checkpoint is in `checkpoint/`; `from_pretrained` loads it{how}.")
     write_text(folder / "summary.md", "\n".join(lines) + "\n")
     if (logs := folder / "training" / TRACKER_FOLDER).exists():
         logs.replace(folder / TRACKER_FOLDER)
