@@ -113,6 +113,12 @@ def stopped(asked, out, name="prune_", force=False):
     return out
 
 
+def test_the_summary_says_how_the_model_is_loaded(short, unhurried, tmp_path):
+    compress(*pruning(axis="width", protect=(1, 0)), tmp_path / "run", say=silent)
+    said = [(run / "summary.md").read_text() for run in (short, tmp_path / "run")]
+    assert ["loads it with `trust_remote_code=True`." in text for text in said] == [False, True]
+
+
 def test_a_run_leaves_what_repeats_it_and_the_planned_model(finished, data):
     found = {path.name for path in finished.iterdir()}
     kept = ("config.json", "plan.json", "scores", "results", "history.json", "checkpoint")

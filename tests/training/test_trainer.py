@@ -10,9 +10,9 @@ from tests.tiny_folder import short_samples
 
 
 def test_it_goes_where_accelerate_sends_the_batch():
-    model, processor = load(folders.folder("llava"))
+    _, processor = load(folders.folder("llava"))
     samples = short_samples(2)
-    batch = Collator(processor, model.config, "answer")(samples)
+    batch = Collator(processor, "answer")(samples)
     assert batch[SUPERVISION].ids == tuple(sample.id for sample in samples)
     assert "labels" not in batch
     sent = send_to_device(batch, torch.device("meta"), non_blocking=True)[SUPERVISION]

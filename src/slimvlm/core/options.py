@@ -35,7 +35,6 @@ AT_LEAST_1 = Range(lambda value: value >= 1, "at least 1")
 SHARE = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
 FRACTION = Range(lambda value: 0 < value <= 1, "above 0 and at most 1")
 INSIDE = Range(lambda value: 0 < value < 1, "above 0 and below 1")
-BELOW_1 = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
 STEPS = Range(lambda value: value == -1 or value > 0, "above 0, or -1 for no limit")
 SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 MIN_NEW_TOKENS = 3
@@ -90,7 +89,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Train = Literal["projector", "lora", "full"]
-Positions = Literal["answer", "text", "all"]
+Positions = Literal["answer", "all"]
 TooLong = Literal["refuse", "cut"]
 
 PassedOn = Annotated[Mapping[str, Any], FILE_ONLY]  # options of another library by name
@@ -325,7 +324,7 @@ class CalibrationConfig(DataConfig):
     """Order of the data: 0 is that of the file, pictures and text in step where they stand apart,
     any other number shuffles it; training takes what comes after the calibration samples. Also
     seeds whatever is drawn, in scores and in training."""
-    general_text: Annotated[float | None, BELOW_1] = None
+    general_text: Annotated[float | None, SHARE] = None
     """Share of general text among what calibrates, beside the data: from the descriptions of the
     packages that slimvlm needs. By default 0.2 where weights are repaired, else 0."""
     gradient: Gradient = "per_sample"

@@ -173,7 +173,7 @@ def recover(
             "layer_pairs": layer_pairs,
             "tokens": tokens,
             "train_dataset": learnt,
-            "data_collator": training.Collator(processor, model.config, config.positions),
+            "data_collator": training.Collator(processor, config.positions),
         }
         about_teacher = "none"
         with training.projector_in_every_graph(model), ExitStack() as teaching, stage("train"):

@@ -24,10 +24,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from slimvlm.core.errors import ConfigError, NumericalError, raised_as
 from slimvlm.core.files import write_text
-from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, RecoverConfig
+from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, Positions, RecoverConfig
 from slimvlm.core.progress import LoggedStage, num_ranks
 from slimvlm.data.chat import encode_samples
-from slimvlm.data.roles import predicts_label, role_masks
+from slimvlm.data.roles import predicts_label, valid_tokens
 from slimvlm.data.samples import Sample
 from slimvlm.models import losses
 from slimvlm.models.hidden import head_of, hidden_states, hold_in_, is_sharded, reshard
@@ -227,20 +227,14 @@ class Collator:
     """Encode samples as model inputs and their `Supervision`; distillation reads ``positions``."""
 
     processor: Any
-    model_config: Any
-    positions: str
+    positions: Positions
 
     def __call__(self, samples: list[Sample]) -> dict[str, Any]:
         """Encode and pad some samples."""
         inputs = encode_samples(self.processor, samples)
         labels = inputs.pop("labels")
-        if self.positions == "answer":
-            compared = predicts_label(labels)
-        else:
-            roles = role_masks(self.model_config, {**inputs, "labels": labels})
-            compared = roles["prompt"] | roles["answer"]
-            if self.positions == "all":
-                compared = compared | roles["image"]
+        is_all = self.positions == "all"
+        compared = valid_tokens(inputs).bool() if is_all else predicts_label(labels)
         ids = tuple(sample.id for sample in samples)
         return {**inputs, SUPERVISION: Supervision(ids, labels, compared)}
 

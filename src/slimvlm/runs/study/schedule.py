@@ -17,7 +17,7 @@ from uuid import uuid4
 from pydantic import Field
 
 from slimvlm.core.documents import asked, built, digest, identity_of_files, read_object
-from slimvlm.core.errors import ConfigError, InUseError, raised_as
+from slimvlm.core.errors import ConfigError, InUseError, one_line, raised_as
 from slimvlm.core.files import held, new_folder, write_text
 from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, part_of
 from slimvlm.core.progress import without_bars
@@ -164,8 +164,7 @@ class Cache:
 
     def failed(self, stage: Stage, error: Exception, seconds: float = 0.0) -> Outcome:
         """Record the error that ended a stage."""
-        text = " ".join(str(error).split()) or "no message"
-        line = f"{type(error).__name__}: {text}"[:_LONGEST_ERROR]
+        line = f"{type(error).__name__}: {one_line(error)}"[:_LONGEST_ERROR]
         path = self._failure(stage)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"label": stage.label, "error": line}) + "\n")
