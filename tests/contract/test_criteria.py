@@ -14,7 +14,6 @@ from slimvlm.models.parts import Parts
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.score_model import score
 from tests import tiny
-from tests.criteria_page import criteria_table
 from tests.handmade import assert_equal, assert_untouched, joined, logits, padded, snapshot
 from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close, assert_scores_close, share_of
@@ -437,12 +436,3 @@ def test_spacing_removes_layers_far_apart():
     for count in (2, 3):
         gone = sorted(order[:count])
         assert min(b - a for a, b in itertools.pairwise(gone)) >= 2
-
-
-def test_the_table_prints_every_row():
-    table = criteria_table()
-    for name, row in CRITERIA.items():
-        assert f"| `{name}` |" in table
-        assert row.paper in table
-        assert row.about in table
-    assert len(table.splitlines()) == len(CRITERIA) + 2

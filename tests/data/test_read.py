@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from slimvlm.cli import main
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data import read
 from slimvlm.data.chat import encode_samples, length_of
@@ -22,7 +21,6 @@ from slimvlm.data.read import Limit, estimated_length, fitted, load_samples, sub
 from slimvlm.data.samples import Sample, find_image, identifying_bytes, open_image
 from slimvlm.models.load import load_config
 from slimvlm.models.parts import context_of
-from tests.handmade import refused
 from tests.tiny_folder import folder, picture, processor, turn
 
 
@@ -641,12 +639,3 @@ def written(path, *samples):
         lines.append(json.dumps({"id": str(number), "messages": turns}) + "\n")
     path.write_text("".join(lines))
     return path
-
-
-@pytest.mark.usefixtures("unhurried")
-def test_the_command_line_finds_them_before_anything_runs(tmp_path, capsys):
-    data = written(tmp_path / "data.jsonl", *[talk(3 + k) for k in range(9)], talk(300))
-    words = ["evaluate", str(folder("text")), "--data", str(data)]
-    assert "the model reads 256" in refused(*words)
-    main([*words, "--too-long", "cut"])
-    assert "1 samples were cut" in capsys.readouterr().err

@@ -3,12 +3,8 @@
 import copy
 import itertools
 import re
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -432,30 +428,6 @@ def test_a_stop_while_a_checkpoint_is_written_costs_no_more_than_it(tmp_path, mo
         patch.setattr(TrainerState, "save_to_json", stops)
         with pytest.raises(Stopped):
             trained(work=tmp_path, **LONG)
-    assert_same(trained(work=tmp_path, **LONG), uninterrupted("lora"))
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from slimvlm.training import recover as recovery
-from tests.training import test_recover as here
-honest = recovery.DistillationTrainer.training_step
-def dies(self, *args, **kwargs):
-    if self.state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return honest(self, *args, **kwargs)
-recovery.DistillationTrainer.training_step = dies
-here.trained(work=Path(sys.argv[1]), **here.LONG)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)]
-    root = Path(__file__).parents[2]
-    killed = subprocess.run(command, cwd=root, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert_same(trained(work=tmp_path, **LONG), uninterrupted("lora"))
 
 

@@ -1,6 +1,7 @@
 """The walk: exact where it can be, never worse where it is fitted or judged."""
 
 import copy
+from itertools import accumulate
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from slimvlm.pruning.walk.walk import walk, walk_
 from slimvlm.scoring.batches import answer_loss
 from slimvlm.scoring.forward import capture_grams
 from slimvlm.scoring.layerwise import LayerwiseModel, Live
-from slimvlm.scoring.obs import DAMPING
 from slimvlm.scoring.score_model import score
 from slimvlm.scoring.stores import Memory
 from tests import tiny
@@ -31,6 +31,7 @@ from tests.handmade import (
     snapshot,
 )
 from tests.pruning.pruned import batches, build, doubled, narrow, sliced, with_determined_neurons_
+from tests.scoring.test_obs import by_inverting
 from tests.tolerances import FORWARD, SOLVE, assert_close
 
 FAMILIES = ["llama", "mistral", "phi", "phi3", "gemma3", "qwen2_5_vl", "qwen3_vl", "llava-phi"]
@@ -318,27 +319,6 @@ def test_balanced_takes_what_costs_nothing(unit, groups):
     assert_close(logits(student, data[0]), logits(model, data[0]), FORWARD)
 
 
-def greedy_costs(weight, gram, units):
-    """What is lost when 0, 1, ... units are gone, the cheapest first, by trying all of them."""
-    weight, gram = weight.double(), gram.double()
-    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
-    inverse, width = torch.linalg.inv(damped), len(gram) // units
-
-    def lost(gone):
-        channels = torch.cat([torch.arange(u * width, (u + 1) * width) for u in gone])
-        block = torch.linalg.inv(inverse[channels[:, None], channels])
-        return float((weight[:, channels] @ block * weight[:, channels]).sum())
-
-    gone = []
-    costs = [0.0]
-    for _ in range(units):
-        left = [unit for unit in range(units) if unit not in gone]
-        prices = [lost([*gone, unit]) for unit in left]
-        costs.append(min(prices))
-        gone.append(left[prices.index(min(prices))])
-    return costs
-
-
 @pytest.mark.parametrize("ratio", [0.25, 0.4])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_balanced_is_the_cheapest_of_all_plans(ratio, seed):
@@ -355,7 +335,8 @@ def test_balanced_is_the_cheapest_of_all_plans(ratio, seed):
         pairs = [(statistics.matrices[place], statistics.parts[place].gram) for place in places]
         written = sum(float((weight @ gram * weight).sum()) for weight, gram in pairs)
         of_groups, of_neurons = (
-            greedy_costs(*pair, units) for pair, units in zip(pairs, (4, 48), strict=True)
+            list(accumulate(by_inverting(weight.double(), gram.double(), width)[1], initial=0.0))
+            for (weight, gram), width in zip(pairs, (16, 1), strict=True)
         )
         for place, plan in enumerate(plans):
             gone = 4 - len(plan.kv_groups[index]), 48 - len(plan.neurons[index])
