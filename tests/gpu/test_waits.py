@@ -175,6 +175,7 @@ def trained(device, workers, monkeypatch, samples=SAMPLES, work=None, stop=None,
     return [float(row["loss"]) for row in history.steps], weights
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_batches_from_other_processes_are_the_same(card, monkeypatch, tmp_path):
     """Their order, too; and a training that was stopped in its second epoch goes on the same."""
     losses, weights = trained(card, 0, monkeypatch)
