@@ -1,6 +1,6 @@
 """Quantise a pruned model to 4 bits with GPTQ, calibrated on the samples that its run pruned on.
 
-    pip install slimvlm llmcompressor    # in an environment of its own: it pins transformers
+    pip install . llmcompressor    # in an environment of its own: it pins transformers
     python examples/gptq_llmcompressor.py --run runs/small --out runs/small-gptq
 
 The matrices of the decoder layers get 4 bits a weight, symmetric, in groups of 64, as `slimvlm

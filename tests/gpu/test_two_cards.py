@@ -18,7 +18,7 @@ from tests import tiny_folder as folders
 from tests.evaluation.test_ask import PERPLEXITY, task
 from tests.handmade import logits, plan_by_hand
 from tests.tiers import tiered
-from tests.tolerances import FORWARD, LOSS, assert_close, assert_scores_close, share_of
+from tests.tolerances import FORWARD, LOSS, assert_close, assert_scores_close
 
 pytestmark = pytest.mark.skipif(
     torch.accelerator.device_count() < 2, reason="needs two cards (PRETENDED_GPUS=2)"
@@ -80,7 +80,7 @@ def test_scores(name, criterion, last, card):
         for found, expected in zip(ours.of(unit), theirs.of(unit), strict=True):
             assert found.device.type == "cpu"
             if expected.numel():
-                assert_scores_close(found, expected, share_of(criterion))
+                assert_scores_close(found, expected)
 
 
 WALKS = [

@@ -1,5 +1,7 @@
 """Greedy removal with refits: against trying every unit with a least-squares fit."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -41,6 +43,18 @@ def channels_of(units, width):
     return [unit * width + i for unit in units for i in range(width)]
 
 
+def by_trying(matrix, x, width, damping):
+    ridge = damping * float(x.square().sum(0).mean())
+    left, order, errors = list(range(x.shape[1] // width)), [], [0.0]
+    while left:
+        tried = [
+            error_without(matrix, x, channels_of([*order, unit], width), ridge) for unit in left
+        ]
+        errors.append(min(tried))
+        order.append(left.pop(tried.index(min(tried))))
+    return order, [after - before for before, after in pairwise(errors)]
+
+
 def by_inverting(matrix, gram, width, damping=DAMPING):
     """The definition: at each step a new inverse of what is left, and all weights fitted anew."""
     ridge = damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
@@ -59,6 +73,17 @@ def by_inverting(matrix, gram, width, damping=DAMPING):
         order.append(left.pop(first))
         costs.append(prices[first])
     return order, costs
+
+
+@pytest.mark.parametrize(("units", "width"), [(6, 1), (5, 3)], ids=["neurons", "groups"])
+@pytest.mark.parametrize("damping", [1e-6, 0.01, 0.3])
+def test_it_is_the_exact_greedy_order(units, width, damping):
+    matrix, x = toy(units * width)
+    found = removal_order(matrix, x.T @ x, units, damping=damping)
+    expected_order, expected_costs = by_trying(matrix, x, width, damping)
+    assert found.order.tolist() == expected_order
+    expected = torch.tensor(expected_costs, dtype=torch.float64)
+    torch.testing.assert_close(found.costs, expected, rtol=1e-6, atol=1e-7 * float(expected.max()))
 
 
 def inputs(case, channels):
