@@ -23,6 +23,8 @@ FORWARD = Tolerance(torch.float32, 1e-5, 1e-5)
 """Logits of the same function computed along another path (mask against slice)."""
 LOSS = Tolerance(torch.float32, 1e-6, 1e-5)
 """Losses and block influence."""
+AFTER_ADAM = Tolerance(torch.float32, 1e-4, 1e-3)
+"""Weights after AdamW, whose first steps turn rounding of tiny gradients into real moves."""
 HALF = Tolerance(torch.bfloat16, 2e-2, 2e-2)
 """Anything in half precision."""
 SCORE_SHARE_OF_MAXIMUM = 2e-5

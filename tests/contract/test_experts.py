@@ -9,21 +9,17 @@ import torch
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
-from slimvlm.models.parts import Parts, text_config_of
+from slimvlm.models.parts import Parts
 from tests import tiny
-from tests.handmade import assert_equal, assert_untouched, random_scores, snapshot
+from tests.handmade import assert_untouched, random_scores, snapshot
 from tests.tiers import tiered
 
-FAMILIES = ["qwen3_vl_moe", "qwen3_moe", "qwen3_5_moe", "llama4", "gemma4-experts"]
 BY_DEFAULT = ("qwen3_vl_moe", "llama4", "gemma4-experts")
-TEXT_TOKENS = 24
 ROUTERS = {
     **dict.fromkeys(("qwen3_vl_moe", "qwen3_moe", "qwen3_5_moe"), ("mlp.gate", 2)),
     "gemma4-experts": ("router", 2),
 }
 """Where routers are, and which of their results are the experts that tokens take."""
-
-every_family = pytest.mark.parametrize("name", tiered(FAMILIES, lambda name: name in BY_DEFAULT))
 
 
 @cache
@@ -36,22 +32,6 @@ def pruned(name, plan):
     model = tiny.build(name)
     sv.prune_(model, plan)
     return model
-
-
-@every_family
-def test_the_configuration_and_the_modules_say_so(name):
-    model = pruned(name, plan_of(name))
-    row = sv.anatomy(model).backbone.experts
-    assert getattr(text_config_of(model.config), row.count_field) == 3
-    repeated = [
-        module.num_experts
-        for layer in Parts(model).layers
-        for path in (row.module, *(entry.path.rpartition(".")[0] for entry in row.entries))
-        if (module := dict(layer.named_modules()).get(path)) is not None
-        and "num_experts" in vars(module)
-    ]
-    assert repeated
-    assert set(repeated) == {3}
 
 
 @pytest.mark.parametrize("name", tiered(ROUTERS, lambda name: name in BY_DEFAULT))
@@ -112,10 +92,11 @@ def test_a_plan_file_keeps_experts_and_old_ones_keep_all(tmp_path):
     values = json.loads((tmp_path / "plan.json").read_text())
     assert values["experts"][0] == []
     assert len(values["experts"][1]) == 3
-    del values["experts"]
+    del values["experts"], values["tokens"]
     (tmp_path / "old.json").write_text(json.dumps(values))
     old = sv.Plan.load(tmp_path / "old.json")
     assert old.experts == ((), (0, 1, 2, 3)) * 2
+    assert old.tokens is None
     assert "experts" not in old.summary()
 
 
@@ -147,22 +128,6 @@ def test_what_cannot_be_is_refused_by_name_and_a_pruned_model_can_lose_more():
     sv.prune_(model, again)
     assert sv.anatomy(model) == again.after
     assert sv.anatomy(model).expert_counts == [2]
-
-
-def test_from_files_it_is_the_same_and_a_walk_teaches_the_rest(tmp_path):
-    model = tiny.build("llama4")
-    model.save_pretrained(tmp_path / "model")
-    plan = plan_of("llama4", 0.25, 0.3, "both")
-    sv.prune_checkpoint(tmp_path / "model", plan, tmp_path / "ours")
-    sv.prune_(model, plan)
-    sv.save(model, None, tmp_path / "theirs", plan)
-    assert_equal(tmp_path / "ours", tmp_path / "theirs")
-    model = tiny.build("qwen3_vl_moe")
-    data = [tiny.batch(model, 16, seed) for seed in range(4)]
-    plan = plan_of("qwen3_vl_moe")
-    walked = sv.walk_(model, data[:3], plan=plan, held_out=data[3:], local_steps=2)
-    assert walked.plan.experts == plan.experts
-    assert sv.anatomy(model) == plan.after
 
 
 @pytest.mark.parametrize("ratio", [0.4, 0.5, 0.6])

@@ -129,14 +129,14 @@ def bent(name):
     """A tiny model whose family's cap on logits, or scale, is far from doing nothing."""
     model = tiny.build(name)
     config = model.config.get_text_config()
-    if hasattr(config, "final_logit_softcapping"):
+    if hasattr(config, "final_logit_softcapping") or tiny.is_multimodal(model.config):
         config.final_logit_softcapping = 0.5
     if hasattr(model, "logit_scale"):
         config.logit_scale = model.logit_scale = 0.25
     return model
 
 
-BENT = ("llama", "gemma2", "llava-gemma2", "paligemma", "gemma3", "cohere2")
+BENT = ("llama", "gemma2", "llava-gemma2", "paligemma", "smolvlm", "gemma3", "cohere2")
 
 
 @pytest.mark.parametrize("name", BENT)

@@ -50,9 +50,6 @@ def samples(model):
 # The reference: gradients
 
 
-Gradients = dict[str, Tensor]
-
-
 def gradients(model, batch):
     """Gradients of transformers' mean loss over a batch."""
     model.zero_grad()
@@ -369,6 +366,8 @@ def test_angular_distances_are_those_of_the_last_tokens(name):
                 distances.append(math.acos(cosine) / math.pi)
             expected = sum(distances) / len(distances)
             assert float(runs[length - 1, start]) == pytest.approx(expected, abs=1e-5)
+    found = score(model, data, "angular")
+    assert torch.equal(found.layer, found.layer_runs[0])
 
 
 # Numerics
@@ -417,20 +416,3 @@ def test_identical_vectors_have_angle_zero_not_nan(dtype):
     assert distance.isfinite().all()
     assert distance.max() < 1e-7
     assert angular_distance(x, -x).min() > 1 - 1e-7
-
-
-def test_angular_finds_the_last_valid_token():
-    model = model_named("llama-gqa")
-    single = score(model, samples(model), "angular")
-    assert torch.equal(single.layer, single.layer_runs[0])
-    short, long = tiny.batch(model, 6, 0), tiny.batch(model, 11, 1)
-    expected = score(model, [short, long], "angular").layer_runs
-    ids = torch.full((2, 11), 5)
-    ids[0, :6], ids[1] = short["input_ids"], long["input_ids"]
-    mask = torch.ones(2, 11, dtype=torch.long)
-    mask[0, 6:] = 0
-    found = score(model, [{"input_ids": ids, "attention_mask": mask}], "angular").layer_runs
-    unmasked = score(model, [{"input_ids": ids}], "angular").layer_runs
-    fits = expected.isfinite()
-    assert_scores_close(found[fits], expected[fits])
-    assert (unmasked[fits] - expected[fits]).abs().max() > 1e-3

@@ -75,15 +75,14 @@ def test_labels_are_the_answers_and_lengths_those_of_the_encoded_sample(kind, na
     assert decoded_labels(processor, batch["labels"][0]) == expected_labels(kind, item)
     labelled = batch["labels"] != IGNORE
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
-    words, item = folders.processor(kind), samples_of(kind)[name]
-    length = chat.encode_samples(words, [item])["input_ids"].shape[1]
-    chat.require_readable(words, item)
-    assert chat.length_of(words, item) == length
-    assert fitted(words, item, Limit(length)) is item
+    length = batch["input_ids"].shape[1]
+    chat.require_readable(processor, item)
+    assert chat.length_of(processor, item) == length
+    assert fitted(processor, item, Limit(length)) is item
     with pytest.raises(
         DataError, match=rf"'{name}' has {length} tokens, --max-length is {length - 1}"
     ):
-        fitted(words, item, Limit(length - 1))
+        fitted(processor, item, Limit(length - 1))
 
 
 @every_kind

@@ -155,7 +155,6 @@ def test_a_broken_line_is_named_and_blank_ones_are_no_rows(home):
     assert len(load_samples(path, max_bad=1, warn=warnings.append)) == 2
     assert "line 2" in warnings[0]
     row = json.dumps({key: value for key, value in GOOD.items() if key != "id"})
-    path = home / "data.jsonl"
     path.write_text(f"\n{row}\n\n{row}\n")
     assert [sample.id for sample in load_samples(path, warn=silent)] == ["0", "1"]
 
@@ -390,8 +389,9 @@ def test_a_source_that_is_missing_or_cannot_be_read_is_named(home, monkeypatch):
             load_samples(name, warn=silent)
     path = write(home, GOOD)
     monkeypatch.setattr(Path, "read_text", denied)
-    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)"):
-        load_samples(path, warn=silent)
+    for place in (path, path.parent):
+        with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)"):
+            load_samples(place, warn=silent)
 
 
 def test_limit_counts_good_samples_from_the_start_also_of_the_demo(home):

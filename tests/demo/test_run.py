@@ -1,17 +1,18 @@
 """The table that the demo ends with: what is kept of each kind of answers, in 80 columns."""
 
 import re
+from dataclasses import replace
 from io import StringIO
 
 from rich.console import Console
 
 from slimvlm.demo.questions import TASKS
 from slimvlm.demo.run import ASKED, run_demo
-from slimvlm.evaluation import metrics
 from slimvlm.evaluation.on_data import DataResult, OnSample
-from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.results import Result
 from slimvlm.runs import compress
 from slimvlm.runs.tables import as_table
+from tests.evaluation.test_compare import answered as replied
 
 COUNT = 4
 
@@ -20,11 +21,7 @@ def answered(name, right):
     """The result of a demo task with so many right answers, the others empty."""
     task, asked = TASKS[name], TASKS[name].load(COUNT)
     replies = [q.answers[0] if i < right else "" for i, q in enumerate(asked)]
-    score = metrics.metric_named(task.metric)
-    scores = tuple(map(score, replies, asked))
-    ids = tuple(q.id for q in asked)
-    mean = 100 * sum(scores) / COUNT
-    return TaskResult(task.metric, mean, task.chance, True, ids, tuple(replies), scores)
+    return replace(replied(asked, replies, task.metric), chance=task.chance)
 
 
 def test_the_last_table_keeps_chosen_and_free_answers_apart(tmp_path, monkeypatch):

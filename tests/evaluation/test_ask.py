@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, OutputError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import ask as evaluation
 from slimvlm.evaluation.ask import answer, evaluate, with_other_pictures
@@ -214,15 +214,35 @@ def test_a_stopped_evaluation_asks_only_the_rest(llava, tmp_path, monkeypatch):
     assert asked == []
 
 
-@pytest.mark.slow
-def test_the_demo_model_gives_the_same_replies_in_any_batch():
-    """Real answers over prompts and replies of different lengths, in single precision."""
-    model, processor = load("demo", "float32")
-    names = "name,category_letter,presence,list_objects,text_sort,text_sum,text_ppl"
-    one = evaluate(model, processor, names, limit=4, batch_size=1)
-    many = evaluate(model, processor, names, limit=4, batch_size=16)
-    for name, found in one.tasks.items():
-        assert many.tasks[name] == found
-    assert many == evaluate(model, processor, names, limit=4, batch_size=16)
-    assert sum(len(found.ids) for found in one.tasks.values()) == 28
-    assert one.average > 60
+def test_a_log_answers_only_for_what_was_asked_in_the_same_way(tmp_path, monkeypatch):
+    """Weights alone are not enough: templates, pictures' sizes and settings change replies, too."""
+    model, processor = load(folders.folder("llava"))
+    asked = []
+    for name in ("answer", "choose"):
+        honest = getattr(evaluation, name)
+        monkeypatch.setattr(evaluation, name, lambda *a, f=honest: asked.append(1) or f(*a))
+
+    def is_asked_once(choices=WORDS, **changes):
+        load_ = lambda limit: [replace(q, choices=choices) for q in questions(2)]  # noqa: E731
+        again = [task(load=load_, **changes)] * 2
+        evaluate(model, processor, again, log_folder=tmp_path)
+        once = len(asked) == 1
+        asked.clear()
+        return once
+
+    assert is_asked_once()
+    assert not is_asked_once()
+    assert is_asked_once(by_likelihood=True)
+    assert is_asked_once(choices=WORDS[:2])
+    model.generation_config.repetition_penalty = 1.5
+    assert is_asked_once()
+    processor.chat_template = "{{ '' }}" + processor.chat_template
+    assert is_asked_once()
+    processor.image_processor.image_mean = [0.4, 0.4, 0.4]
+    assert is_asked_once()
+
+
+def test_a_log_that_cannot_be_written_is_named(llava, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file"):
+        evaluate(*llava, [task(count=1)], log_folder=tmp_path / "file" / "log")

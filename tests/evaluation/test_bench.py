@@ -73,6 +73,9 @@ def test_figures_of_a_benchmark_of_two_models_and_of_one(models):
     assert all(len(row) == len(header) for row in rows)
     values = json.loads(json.dumps(asdict(result)))
     assert values["speed_ups"][0]["prefill_share"] == result.speed_ups[0].prefill_share
+    precise = tiny.build("llama").double()
+    found = bench(precise, tiny.build("llama"), replace(SMALL, batch_sizes=(1,), repeats=1))
+    assert found.speed_ups[0].decode_ideal < 1  # it reads twice as much
     result = bench(models[0], workload=SMALL)
     assert (result.baseline, result.speed_ups) == (None, ())
     header, rows = bench_rows(result)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation.compare import CHANGES, compare, comparison_json, comparison_rows
 from slimvlm.evaluation.metrics import METRICS
@@ -135,10 +135,15 @@ def test_rows_mark_a_significant_difference_and_json_names_answers():
     assert values["retention_by_kind"]["free"]["floor"] == 0
 
 
+def gone(limit):
+    raise DataError("data 'q.jsonl': no such file")
+
+
 @pytest.mark.parametrize(
     ("known", "note"),
     [
         ({}, "the task is not known here"),
+        ({"pets": Task("pets", "exact_match", 0.0, gone)}, "'q.jsonl': no such file"),
         ({"pets": task_of("pets", [replace(q, answers=("dog",)) for q in TWO])}, "has changed"),
     ],
 )

@@ -21,7 +21,6 @@ from slimvlm.evaluation.lmms import (
     split_names,
 )
 from slimvlm.evaluation.metrics import MME_FULL_SCORES
-from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import read_task
 from slimvlm.models.load import load
 from tests import tiny_folder as folders
@@ -265,16 +264,6 @@ def test_mme_comes_in_halves_on_their_own_scales(shipped):
     assert list(shipped("mme", ["Yes", "No"] * 2, limit=4).tasks) == ["mme_perception"]
     with pytest.raises(ConfigError, match="gave no mme_cognition_score"):
         shipped("mme_cognition", ["Yes", "No"] * 2, limit=4)
-
-
-def test_a_whole_result_can_be_saved(shipped, tmp_path):
-    result = shipped("pope", CASES["pope"][0])
-    assert result.model == "tiny"
-    result.save(tmp_path / "result.json")
-    again = Result.load(tmp_path / "result.json")
-    assert again == result
-    assert again.retention(result).percent == pytest.approx(100)
-    assert again.prefill_ms > 0
 
 
 def test_missing_data_is_one_clear_line(loaded, tmp_path, monkeypatch):

@@ -107,7 +107,6 @@ def test_retention_is_a_ratio_of_means_in_a_paired_and_seeded_interval():
     found = (same.percent, same.low, same.high, same.above_chance)
     assert found == pytest.approx((100, 100, 100, 100))
     # answers that differ nowhere leave no doubt, however few they are
-    kept = metrics.retention(PRUNED, ORIGINAL, CHANCE)
     assert kept == metrics.retention(PRUNED, ORIGINAL, CHANCE)
     half = {n: [0.5 * value for value in values] for n, values in ORIGINAL.items()}
     paired = metrics.retention(half, ORIGINAL, CHANCE)

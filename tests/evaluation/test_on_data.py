@@ -74,8 +74,6 @@ def test_intervals_are_around_the_figures_and_a_model_differs_in_nothing_from_it
     assert evaluate_data(model, processor, samples, other, seed=1).figures != found.figures
     alone = evaluate_data(model, processor, samples[:1]).figures
     assert (alone.loss.low, alone.loss.high) == (None, None)
-    model, _, processor = pair
-    samples = samples_for(processor)
     figures = evaluate_data(model, processor, samples, model).figures
     assert (figures.increase.value, figures.increase.low, figures.increase.high) == (0, 0, 0)
     assert (figures.agreement.value, figures.agreement.low) == (100, 100)
@@ -109,18 +107,17 @@ def test_of_plain_text_every_token_counts_and_vocabularies_may_differ():
         loss = model(input_ids=ids, labels=ids).loss
     assert found.samples[0].loss == pytest.approx(float(loss), abs=1e-5)
     # one has another order and one more token, which no answer needs; one has no merges
-    model, words = load(folders.folder("text"))
     samples = folders.short_samples(6, sees=False)
-    turned, theirs = folders.with_turned_vocabulary(model, words)
-    found = evaluate_data(model, words, samples, turned, baseline_processor=theirs)
+    turned, theirs = folders.with_turned_vocabulary(model, tokenizer)
+    found = evaluate_data(model, tokenizer, samples, turned, baseline_processor=theirs)
     assert values_of(found)["increase"] == pytest.approx(0, abs=1e-6)
     assert values_of(found)["agreement"] == 100
     assert any("vocabularies differ" in note for note in found.notes)
-    coarse = folders.without_merges(words)
-    found = evaluate_data(model, words, samples, model, baseline_processor=coarse)
+    coarse = folders.without_merges(tokenizer)
+    found = evaluate_data(model, tokenizer, samples, model, baseline_processor=coarse)
     assert found.figures.agreement is None
     assert any("6 of 6 samples" in note for note in found.notes)
-    assert found.figures.loss == evaluate_data(model, words, samples).figures.loss
+    assert found.figures.loss == evaluate_data(model, tokenizer, samples).figures.loss
 
 
 def test_requests_that_are_refused_and_nan(pair):
@@ -135,7 +132,6 @@ def test_requests_that_are_refused_and_nan(pair):
     ):
         with pytest.raises(error, match=match):
             evaluate_data(model, processor, given, **options)
-    model, other, processor = pair
     spoilt = changed_copy(model)
     with torch.no_grad():
         next(iter(spoilt.parameters()))[:] = float("nan")

@@ -27,7 +27,7 @@ metric: exact_match
 chance: 25
 """
 MINE = """
-from os import system as theirs
+from shutil import which as theirs
 
 def first_letter(reply, question):
     return reply[:1] == question.answers[0][:1]
@@ -162,12 +162,16 @@ def test_a_function_of_ones_own_scores_replies(folder):
         ("metrics_of_mine:missing", "defines no function 'missing'"),
         ("metrics_of_mine:alone", "two arguments"),
         ("no_such_module:f", "cannot be imported"),
-        ("torch:load", "defines no function"),
+        ("slimvlm:load", "of a module of your own"),
+        ("torch:load", "of a module of your own"),
+        ("jinja2.utils:import_string", "of a module of your own"),
+        ("_pytest.config:main", "of a module of your own"),
         ("rouge_l", r"slimvlm\[rouge\]"),
     ],
 )
 def test_metrics_that_are_refused(metric, message, folder, monkeypatch):
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)  # no rouge-score
+    if metric == "rouge_l":
+        monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=message) as failure:
         read_task(changed(folder, f"exact_match|{metric}"))
     assert "colours" in str(failure.value)

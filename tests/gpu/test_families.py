@@ -4,11 +4,9 @@ import copy
 from functools import cache
 
 import pytest
-import torch
 
 import slimvlm as sv
 from slimvlm.models.parts import shares_keys
-from slimvlm.scoring.layerwise import open_checkpoint
 from tests import tiny
 from tests.gpu.alike import assert_close
 from tests.tiers import ARCHETYPES, tiered
@@ -71,20 +69,3 @@ def test_from_files(name, card, tmp_path):
     for criterion in criteria_of(name):
         found = sv.score_checkpoint(tmp_path, batches_of(name), criterion, device=card)
         assert_close(found.tensors(), sv.score(model, batches_of(name), criterion).tensors())
-
-
-def test_buffers_are_on_the_card_while_their_part_is_there(card, tmp_path):
-    """Rotary frequencies belong to no layer and lie in no file; positions of CLIP run first."""
-    model_of("llava-llama").save_pretrained(tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
-
-    def places():
-        return {buffer.device for buffer in checkpoint.model.buffers()}
-
-    expected = {name: value.clone() for name, value in checkpoint.model.named_buffers()}
-    assert any("position_ids" in name for name in expected)
-    for part in (checkpoint.loaded(name, card) for name in ("before", 1, "after")):
-        with part:
-            assert places() == {card}
-        assert places() == {torch.device("cpu")}
-    assert_close(dict(checkpoint.model.named_buffers()), expected)

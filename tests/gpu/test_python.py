@@ -1,7 +1,6 @@
 """Public functions with a model on the card, and batches there or on the CPU."""
 
 import copy
-from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -76,19 +75,6 @@ def test_a_cut(name, where, card):
     assert_close(models[1].state_dict(), models[0].state_dict())
 
 
-def test_a_mask_and_block_influence(card):
-    plan = plan_by_hand(sv.anatomy(original()), neurons=range(64))
-    said = []
-    for model in copies(card):
-        sv.mask_(model, plan)
-        given = {k: v.to(model.device) for k, v in batches()[0].items() if k != "labels"}
-        said.append({"hidden": hidden_states(model, given)[0].detach()})
-    assert_close(said[1], said[0])
-    x, y, mask = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.ones(2, 5).long()
-    found = sv.block_influence(x.to(card), y.to(card), mask.to(card))
-    torch.testing.assert_close(found.cpu(), sv.block_influence(x, y, mask))
-
-
 @where
 @pytest.mark.slow
 def test_a_checkpoint(where, card, tmp_path):
@@ -132,16 +118,6 @@ def pair():
     """A model, another one, and the processor of both, on the CPU. Tests must not change them."""
     model, processor = load(folders.folder("llava"), device="cpu")
     return model, changed_copy(model), processor
-
-
-def test_evaluate(pair, card):
-    model, _, processor = pair
-    there = copy.deepcopy(model).to(card)
-    tasks = sv.find_tasks("presence,text_ppl")
-    expected, found = (sv.evaluate(each, processor, tasks, limit=2) for each in (model, there))
-    for name, task in expected.tasks.items():
-        assert found.tasks[name].replies == task.replies
-        assert found.tasks[name].scores == pytest.approx(task.scores, rel=1e-4)
 
 
 @pytest.mark.parametrize("baseline", ["card", "cpu", "kept", "kept with its head"])
@@ -219,21 +195,3 @@ def test_chunks_grow_with_the_free_memory_of_a_card_and_change_nothing(card):
             torch.testing.assert_close(loss.cpu(), expected)
             torch.testing.assert_close(hidden.grad.cpu(), same.grad)
     assert found == [4 * CHUNK, 64, CHUNK // 4]
-
-
-def test_fewer_tokens(card):
-    model, words = load(folders.folder("text"), device="cpu")
-    keep = sv.choose_tokens(words, folders.short_samples(4, sees=False))
-    assert len(keep) < len(words)
-    plan = replace(plan_by_hand(sv.anatomy(model)), tokens=keep)
-    models = model, copy.deepcopy(model).to(card)
-    for model in models:
-        sv.prune_(model, plan)
-    assert models[1].get_input_embeddings().weight.device == card
-    assert_close(models[1].state_dict(), models[0].state_dict())
-
-
-def test_save_reads_back_a_model_on_the_card(pair, card, tmp_path):
-    model, _, processor = pair
-    sv.save(copy.deepcopy(model).to(card), processor, tmp_path / "out")
-    assert_close(load(tmp_path / "out", device="cpu")[0].state_dict(), model.state_dict())

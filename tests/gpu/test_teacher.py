@@ -8,8 +8,6 @@ import torch
 
 import slimvlm as sv
 from slimvlm.models.load import load
-from slimvlm.training.teacher import share_
-from slimvlm.training.trainer import prepare_training
 from tests import tiny_folder as folders
 from tests.handmade import plan_by_hand
 
@@ -68,18 +66,3 @@ def test_wherever_the_teacher_was_the_same_is_learnt(where, share, loss, card):
     assert line == same_line
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("where", ["card", "cpu"])
-def test_a_sharing_teacher_needs_what_was_pruned_alone(where, card):
-    student, teacher, _, plan = pruned(card)
-    if where == "card":
-        teacher.to(card)
-    trained = prepare_training(student, config())
-    sharing = share_(teacher, trained, plan)
-    assert {parameter.device for parameter in teacher.parameters()} == {card}
-    assert sharing.differing == ()
-    memory = {parameter.data_ptr() for parameter in student.parameters()}
-    own = sum(p.numel() for p in teacher.parameters() if p.data_ptr() not in memory)
-    assert own == sharing.own_params
-    assert own < 0.6 * sum(parameter.numel() for parameter in teacher.parameters())

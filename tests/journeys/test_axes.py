@@ -20,7 +20,7 @@ from slimvlm.runs.stages import Calibration
 from slimvlm.runs.verbs import prune
 from slimvlm.scoring.batches import answer_loss
 from tests import tiny_folder as folders
-from tests.handmade import assert_untouched, snapshot
+from tests.handmade import Stopped, assert_untouched, snapshot, stops
 from tests.tiers import tiered
 
 AXES = ["depth", "width", "both"]
@@ -153,18 +153,14 @@ def test_a_stopped_run_does_not_try_again(data, tmp_path, monkeypatch):
     config = CompressConfig(ratio=0.3, axis="auto", vocab_size="all", **shown)
     model, out = str(folders.folder("llava")), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "best_axis", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages, "best_axis", stops)
+        with pytest.raises(Stopped):
             compress(model, config, out, say=silent)
-    monkeypatch.setattr(stages, "try_axes", interrupted)
+    monkeypatch.setattr(stages, "try_axes", stops)
     said = []
     compress(model, config, out, say=said.append)
     assert any("depth, width and both are tried" in line for line in said)
     assert any(f"axis {Plan.load(out / 'plan.json').axis}: held-out loss" in line for line in said)
-
-
-def interrupted(*args, **kwargs):
-    raise KeyboardInterrupt
 
 
 def test_the_chart_decides_without_data_and_the_data_before_training(data):

@@ -18,7 +18,6 @@ from tests.export import served
 FOLDER = Path(__file__).parents[2] / "examples"
 NOTEBOOK = "slimvlm.ipynb"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".py", ".ipynb"))
-LONGEST = 80
 QUESTION = "What is a llama?"
 
 
@@ -37,27 +36,14 @@ def run(name, *words, refused=False, path=(), folder):
     return done.stderr if refused else done.stdout
 
 
-def lines_of(name):
-    """Lines of a file, or of a notebook's cells."""
-    text = (FOLDER / name).read_text()
-    if name != NOTEBOOK:
-        return text.splitlines()
-    return "".join("".join(cell["source"]) + "\n" for cell in json.loads(text)["cells"]).split("\n")
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_an_example_is_short_and_listed_and_has_a_short_form(name):
-    assert len(lines_of(name)) <= LONGEST
-    assert f"[{name}]({name})" in (FOLDER / "README.md").read_text()
-    assert name == NOTEBOOK or '"--short"' in (FOLDER / name).read_text()
-
-
-def test_the_table_names_files_that_are_there():
+def test_the_table_names_every_example_and_each_has_a_short_form():
     links = re.findall(r"\]\(([^)]+)\)", (FOLDER / "README.md").read_text())
     for path, _, title in (link.partition("#") for link in links):
         assert (FOLDER / path).exists()
         assert not title or title in slugs((FOLDER / path).read_text())
+    assert set(FILES) <= set(links)
     assert len(FILES) >= 7
+    assert all('"--short"' in (FOLDER / name).read_text() for name in FILES if name != NOTEBOOK)
 
 
 def test_the_notebook_is_stored_without_output():

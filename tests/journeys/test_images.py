@@ -258,7 +258,7 @@ def test_a_stopped_run_goes_on_with_its_budget_alone(more, tmp_path, monkeypatch
         ({"model": "llava"}, UnsupportedModelError, "llava has no image-token budget: "),
         ({"model": "text"}, UnsupportedModelError, "llama has no .*: it takes no pictures"),
         ({"data": None}, ConfigError, r"image_tokens 0\.5 needs --data"),
-        ({"image_tokens": 0.01}, ConfigError, r"budget 0\.01 must be from 0\.\d+ to 1"),
+        ({"image_tokens": 0.01}, ConfigError, r"budget 0\.01 must be from 0\.\d+ to 1: .* tokens"),
     ],
     ids=lambda each: str(each)[:20],
 )

@@ -1,17 +1,15 @@
 """The report in headless Chromium: no errors, filters, phone width, dark mode, print."""
 
 import shutil
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from slimvlm.evaluation.metrics import METRICS
-from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import builtin_tasks
 from slimvlm.models.load import anatomy
 from slimvlm.runs.report import read_record, report_html
 from tests import tiny
+from tests.evaluation.test_compare import answered as replied
 from tests.runs.test_report import write_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs slimvlm[test]: selenium")
@@ -23,7 +21,6 @@ pytestmark = [
         reason="needs chromium and chromedriver (Debian: apt-get install chromium-driver)",
     ),
 ]
-Open = Callable[..., Any]
 VISIBLE = (
     "return [...document.querySelectorAll('.card')].filter(card => card.offsetParent)"
     ".map(card => card.dataset.kind)"
@@ -46,17 +43,10 @@ return [...document.querySelectorAll('p, h1, h2, h3, th, td, dt, dd, li, button,
 
 def answered(name, right):
     """True answers to a demo task's questions where a digit is 1."""
-    questions = builtin_tasks()[name].load(len(right))
-    metric = builtin_tasks()[name].metric
-    replies = [
-        q.answers[0] if digit == "1" else "zebra crossing"
-        for q, digit in zip(questions, right, strict=True)
-    ]
-    scores = tuple(METRICS[metric](r, q) for r, q in zip(replies, questions, strict=True))
-    ids = tuple(question.id for question in questions)
-    return TaskResult(
-        metric, 100 * sum(scores) / len(scores), 0.0, True, ids, tuple(replies), scores
-    )
+    task, asked = builtin_tasks()[name], builtin_tasks()[name].load(len(right))
+    pairs = zip(asked, right, strict=True)
+    replies = [q.answers[0] if digit == "1" else "zebra crossing" for q, digit in pairs]
+    return replied(asked, replies, task.metric)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Units and channels: `channels_of`, `fold` and `spread` tell the same story."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,14 +8,10 @@ from slimvlm.models.anatomy import (
     LayerShape,
     channels_of,
     fold,
-    read_anatomy,
     segments,
     spread,
-    unit_of,
 )
 from slimvlm.models.families import BACKBONES
-from slimvlm.models.parts import Parts
-from tests import tiny
 
 PROJECTIONS = sorted(
     {p for row in BACKBONES.values() for p in (*row.attention, *row.mlp)},
@@ -95,19 +90,3 @@ def test_query_heads_of_a_group_are_neighbours_and_fused_matrices_cut_inside_blo
         [17.0, 21.0],
         [25.0, 29.0],
     ]
-
-
-@pytest.mark.parametrize("name", ["llama", "phi", "phi3", "gemma2", "qwen3_vl"])
-def test_segments_cover_the_real_matrices(name):
-    model = tiny.build(name)
-    anatomy = read_anatomy(model)
-    for index, projection, linear in Parts(model).projections():
-        width = linear.weight.shape[projection.dim]
-        assert num_channels(projection, anatomy.layers[index]) == width
-
-
-def test_unit_of_every_projection():
-    for row in BACKBONES.values():
-        assert {unit_of(p) for p in row.attention} <= {"kv_group"}
-        assert {unit_of(p) for p in row.mlp} <= {"neuron"}
-        assert row.attention or row.mlp

@@ -256,6 +256,8 @@ def test_a_folder_with_an_at_sign_stays_a_folder(tmp_path, monkeypatch):
     assert resolve("own/tiny@v1") == "own/tiny@v1"
     assert not is_hub_id("own/tiny@v1")
     assert is_hub_id("other/tiny@v1")
+    assert is_hub_id("gpt2")
+    assert not any(map(is_hub_id, ("", ".", "/no/such/folder")))
     for name in ("./here@v1", "/there/x@v1", "word@v1", "own/else@v1"):
         with pytest.raises(ConfigError, match="no such folder"):
             resolve(name)

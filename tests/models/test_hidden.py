@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from slimvlm.core.errors import ConfigError
+from slimvlm.evaluation.bench import stored_bytes
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.hidden import as_inputs, head_of, hidden_states
-from slimvlm.models.losses import token_cross_entropy
+from slimvlm.models.hidden import as_inputs, head_weights_of, hidden_states
+from slimvlm.models.load import digest_of_weights
 from slimvlm.pruning.cut import mask_, prune_
 from slimvlm.scoring.score_model import score
 from tests import tiny
@@ -51,6 +51,14 @@ def test_weights_on_disk_give_the_same_scores(case, tmp_path):
             assert_scores_close(ours, theirs)
 
 
+def test_weights_on_disk_are_told_apart_counted_and_judged_by_as_in_memory(tmp_path):
+    model = tiny.build("llama")
+    spread = on_disk(model, tmp_path)
+    assert digest_of_weights(spread) == digest_of_weights(model)
+    assert stored_bytes(spread) == stored_bytes(model)
+    assert torch.equal(head_weights_of(spread).weight, head_weights_of(model).weight)
+
+
 def test_inputs_go_where_weights_on_disk_are_used(tmp_path):
     model = tiny.build("llama")
     spread = on_disk(model, tmp_path, embed_tokens="disk")
@@ -66,27 +74,3 @@ def test_weights_on_disk_are_not_pruned(tmp_path):
     for change in (prune_, mask_):
         with pytest.raises(ConfigError, match=r"^model: its device_map divides it over cpu, disk"):
             change(spread, plan)
-
-
-@pytest.mark.parametrize("name", ["gemma2", "llava-gemma2", "paligemma", "smolvlm"])
-def test_the_loss_without_logits_is_that_of_the_models_logits(name):
-    model = tiny.build(name)
-    model.config.get_text_config().final_logit_softcapping = 0.5
-    batch = tiny.batch(model)
-    labels = batch.pop("labels")
-    (hidden,) = hidden_states(model, batch)
-    leaves = [hidden.detach().requires_grad_() for _ in range(2)]
-    ours = token_cross_entropy(leaves[0], head_of(model), labels)
-    theirs = of_logits(head_of(model)(leaves[1]), labels)
-    assert_close(ours, theirs, LOSS)
-    assert_close(ours, of_logits(model(**batch).logits, labels), LOSS)
-    weights = torch.rand(ours.shape, generator=torch.Generator().manual_seed(0))
-    for losses in (ours, theirs):
-        (losses * weights).sum().backward()
-    gradients = [leaf.grad for leaf in leaves]
-    assert_close(*gradients, LOSS)
-
-
-def of_logits(logits, labels):
-    """The cross-entropy of each next token, from logits that all exist at once."""
-    return F.cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")

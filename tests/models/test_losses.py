@@ -1,6 +1,5 @@
 """Losses against their textbook forms and against what the study's trainer computes."""
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from slimvlm.data.roles import IGNORE
@@ -16,7 +15,6 @@ from slimvlm.models import losses
 from tests.tolerances import HALF, LOSS, Tolerance, assert_close
 
 B, T, V, D = 3, 11, 17, 8
-Distance = Callable[..., Tensor]
 DIVERGENCES = {kind: partial(losses.divergence, kind=kind) for kind in ("kl", "rkl", "jsd")}
 kl, rkl, jsd = DIVERGENCES.values()
 KINDS = {**DIVERGENCES, "hidden_l2": losses.hidden_l2, "hidden_cosine": losses.hidden_cosine}

@@ -211,9 +211,6 @@ def test_the_newest_reads_the_layout_too(tmp_path):
     assert any(name.startswith("vision_tower.vision_model.encoder") for name in names)
     text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
     assert (text["rope_theta"], text["rope_scaling"]) == (10000.0, None)
-    again = auto_class(model.config).from_pretrained(tmp_path / "out")
-    batch = tiny.batch(model)
-    assert torch.equal(logits(again, batch), logits(model, batch))
 
 
 @pytest.mark.parametrize("name", ["llava-pixtral", "llava-gemma2", "gemma4"])

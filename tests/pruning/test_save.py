@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from slimvlm.core.errors import ConfigError, ReloadError, SlimError, UnsupportedModelError
+from slimvlm.core.errors import ConfigError, ReloadError, SlimError
 from slimvlm.data import chat
 from slimvlm.data.samples import Question
 from slimvlm.models.anatomy import read_anatomy
@@ -20,10 +20,10 @@ from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.pruning.save import CARD_FILE, PLAN_FILE, CardFacts, is_hub_id, save, write_card
+from slimvlm.pruning.save import CARD_FILE, PLAN_FILE, CardFacts, save, write_card
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.handmade import in_python, logits, plan_by_hand, random_scores
+from tests.handmade import assert_equal, in_python, logits, plan_by_hand, random_scores
 from tests.tiny_folder import KINDS, SEEING, picture
 
 READ_BACK = """
@@ -99,30 +99,19 @@ def test_plain_transformers_reads_the_same_model(kind, read_back):
     assert text == chat.tokenizer_of(processor).batch_decode(new, skip_special_tokens=True)[0]
     assert class_name == type(model).__name__
     assert Plan.load(work / "out" / PLAN_FILE) == plan
-
-
-@pytest.mark.usefixtures("code_cache")
-@pytest.mark.parametrize("is_uneven", [False, True], ids=["even", "uneven"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_written_and_read(kind, is_uneven, tmp_path):
-    model, processor, plan = uneven(kind) if is_uneven else pruned(kind)
-    save(model, processor, tmp_path / "out", plan)
-    again, its_processor = load(tmp_path / "out")
+    again, its_processor = load(work / "out")
     assert type(its_processor) is type(processor)
-    assert read_anatomy(again) == plan.after == anatomy(tmp_path / "out")
-    for name, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value)
     assert not again.training
-    files = list((tmp_path / "out").iterdir())
-    code = [path.name for path in files if path.suffix == ".py"]
-    assert code == ["modeling_pruned.py"] * is_uneven
-    others = {path.suffix for path in files} - {".py"}
-    assert others <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
+    assert read_anatomy(again) == plan.after == anatomy(work / "out")
+    assert_equal(again.state_dict(), model.state_dict())
+    suffixes = {path.suffix for path in (work / "out").iterdir()}
+    assert suffixes <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
 
 
 def test_half_precision_stays_half_also_without_a_processor(tmp_path):
     model, _ = load(folders.folder("llava"), dtype="bfloat16")
-    save(model, None, tmp_path / "out")
+    save(model.train(), None, tmp_path / "out")
+    assert model.training
     again, processor = load(tmp_path / "out")
     assert processor is None
     assert again.dtype == torch.bfloat16
@@ -177,25 +166,6 @@ def test_the_reload_check_catches_what_is_spoilt(kind, tmp_path, monkeypatch):
     assert model.training
 
 
-def test_an_existing_checkpoint_stays_and_the_model_is_as_it_was(tmp_path):
-    model, processor, plan = pruned("text")
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").write_text("")
-    with pytest.raises(ConfigError, match="--force"):
-        save(model, processor, out, plan)
-    with pytest.raises(ConfigError, match="did not write"):
-        save(model, processor, out, plan, force=True)
-    assert [path.name for path in out.iterdir()] == ["mine"]
-    (out / "mine").unlink()
-    save(model.train(), processor, out, plan, force=True)
-    assert model.training
-    (out / "mine").write_text("")  # beside what slimvlm wrote it goes, too
-    save(model, processor, out, plan, force=True)
-    assert not (out / "mine").exists()
-    assert (out / "config.json").exists()
-
-
 # Layers of different widths: the battery over all families is in tests/contract/test_uneven.py.
 def uneven(kind):
     model, processor = load(folders.folder(kind))
@@ -243,23 +213,11 @@ def test_a_missing_folder_and_an_unknown_dtype_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("read", [load, anatomy])
-@pytest.mark.parametrize("text", [None, "bert", "{", "[]", "{}", '{"model_type": 3}', '"llava"'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"model_type": 3}', '"llava"'])
 def test_a_config_that_cannot_be_read_is_named(text, read, tmp_path):
-    error = SlimError
-    message = "model"
-    if text is None:
-        error, message = ConfigError, r"has no config\.json"
-    elif text == "bert":
-        error, message = UnsupportedModelError, r"'bert' is not known.*llava"
-        hf.BertConfig(hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path)
-    else:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(error, match=message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SlimError, match="model"):
         read(tmp_path)
-
-
-def cut_off(file):
-    file.write_bytes(file.read_bytes()[:1000])
 
 
 def without_a_tensor(file):
@@ -272,7 +230,6 @@ def without_a_tensor(file):
 PICKLES = ("pytorch_model.bin", "consolidated.00.pth", "model.pt")
 BROKEN = {
     "no weights": (Path.unlink, "weights cannot be read"),
-    "cut off": (cut_off, "weights cannot be read"),
     "a tensor is missing": (without_a_tensor, r"layers\.1\.mlp\.down_proj"),
 }
 
@@ -289,21 +246,6 @@ def test_weights_that_cannot_be_loaded_are_named(case, tmp_path):
         load(out)
     if case not in PICKLES:
         assert anatomy(out) == anatomy(folders.folder("text"))
-
-
-@pytest.mark.parametrize("name", ["plan.json", "config.json"])
-def test_a_run_folder_stands_for_its_checkpoint(name, tmp_path):
-    """`compress` writes a config.json of its own beside the checkpoint."""
-    folders.copied("text", tmp_path / "run" / "checkpoint")
-    (tmp_path / "run" / name).write_text(json.dumps({"model": "x", "ratio": 0.3}))
-    assert resolve(tmp_path / "run") == str(tmp_path / "run" / "checkpoint")
-
-
-def test_an_anatomy_needs_no_weights(tmp_path):
-    config = hf.AutoConfig.from_pretrained(folders.folder("llava"))
-    config.save_pretrained(tmp_path)
-    model, _ = load(folders.folder("llava"))
-    assert anatomy(tmp_path) == anatomy(config) == anatomy(model) == read_anatomy(model)
 
 
 # Model cards: metadata that the hub reads, and what people read first.
@@ -523,11 +465,3 @@ def test_a_card_of_gguf_files_says_what_they_hold(files, tmp_path):
     assert ("--mmproj mmproj-a.gguf" in text) == sees
     assert ("it sees no pictures" in text) != sees
     assert "from_pretrained" not in text
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("owner/name", True), ("gpt2", True), ("", False), ("/no/such/folder", False), (".", False)],
-)
-def test_only_hub_ids_are_named_in_metadata(name, expected):
-    assert is_hub_id(name) is expected

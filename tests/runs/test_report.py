@@ -284,6 +284,14 @@ def test_an_unfinished_run_has_a_report_too(run, missing):
     assert all(error in html for error in told) is (missing != "walk.json")
 
 
+def test_a_run_of_losses_alone_has_a_report_without_answers(run):
+    for path in (run / "results").iterdir():
+        found = Result.load(path)
+        loss = replace(found.tasks["name"], metric="perplexity", in_average=False)
+        replace(found, tasks={"text_ppl": loss}).save(path)
+    assert "Answers side by side" not in report_html(read_record(run))
+
+
 def test_words_of_models_files_and_data_are_escaped_and_nothing_is_loaded(tmp_path, shape):
     folder = tmp_path / "run"
     write_run(folder, shape, model=EVIL.replace("/", "\\"))
@@ -342,6 +350,9 @@ def test_bars_are_as_high_as_what_is_kept_and_crosses_are_what_is_gone(shape, tm
     mlp = kept.intermediate_size * kept.neuron_params + 2 * layer.expert_fixed_params
     kept_bar, whole = (bars.of(look)[0].rows[1][3] for look in ("mlp", "whole"))
     assert kept_bar / whole == pytest.approx(mlp / layer.params)
+    (chart,) = score_maps(plan, [Scores("obs", neuron=scores.neuron)])
+    assert not any("nan" in text for marks in chart.of("heat") for text in marks.texts)
+    assert len(chart.of("cut")[0].rows) == sum(map(bool, map(len, scores.neuron or ())))
     alone = Scores("reap", expert=scores.expert)
     (chart,) = score_maps(plan, [alone])
     assert num_crosses(chart) == 4

@@ -150,6 +150,13 @@ def test_other_samples_or_other_files_are_other_work(data, tmp_path):
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert not names(study(data, {"model": str(model)})) & first
+    found, words = [], tmp_path / "words.txt"
+    for text in ("one", "one", "two"):
+        words.write_text(text)
+        prune = {"samples": 4, "vocab_size": "auto", "vocab_text": str(words)}
+        found.append(names(study(data, prune=prune)))
+    assert found[0] == found[1]
+    assert len(found[0] & found[2]) == 1  # the original
 
 
 def test_other_questions_are_other_work(data, tmp_path):

@@ -13,7 +13,6 @@ from slimvlm.evaluation.on_data import DataResult, evaluate_data
 from slimvlm.models.load import load
 from slimvlm.runs.verbs import prune
 from tests import tiny_folder as folders
-from tests.handmade import refused
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 
@@ -88,18 +87,3 @@ def test_a_model_is_evaluated_on_data_without_a_task(data, pruned, tmp_path, cap
     shown = capsys.readouterr().out
     assert "perplexity" in shown
     assert "agreement" not in shown
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--tasks", "presence"], "--tasks is for tasks"),
-        (["--floors"], "--floors is for tasks"),
-        (["--baseline", "RESULT"], "must be a model"),
-        (["--limit", "0"], "limit 0"),
-    ],
-)
-def test_options_that_do_not_go_with_data_are_refused(more, message, data, tmp_path):
-    (tmp_path / "result.json").write_text("{}")
-    more = [tmp_path / "result.json" if word == "RESULT" else word for word in more]
-    assert message in refused("evaluate", MODEL, "--data", data, *more)

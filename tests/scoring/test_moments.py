@@ -10,8 +10,8 @@ from slimvlm.scoring import moments
 from slimvlm.scoring.forward import capture_grams
 from slimvlm.scoring.moments import Moments, add_product_, invert_, mirror_
 from tests import tiny
-from tests.handmade import joined, padded, plan_by_hand
-from tests.tolerances import FORWARD, SOLVE, Tolerance, assert_close
+from tests.handmade import plan_by_hand
+from tests.tolerances import SOLVE, Tolerance, assert_close
 
 
 @pytest.fixture(autouse=True)
@@ -77,19 +77,6 @@ def test_grams_are_the_products_of_inputs_in_any_parts(name):
         assert weight.data_ptr() == matrix.data_ptr()
         assert not weight.requires_grad
     assert float(statistics.weight) == statistics.num_tokens == len(x)
-    model = tiny.build(name).double()
-    data = double(samples(name))
-    assert_same(capture_grams(model, data), capture_grams(model, [joined(data)]))
-
-
-@pytest.mark.parametrize("name", ["llama", "phi", "llava-phi3"])
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_padding_changes_nothing(name, left):
-    """Left padding moves positions, and rotary angles are float32 in any model."""
-    model = tiny.build(name).double()
-    data = double(samples(name, (9, 13, 17)))
-    alone, together = capture_grams(model, data), capture_grams(model, [padded(data, left)])
-    assert_same(together, alone, FORWARD if left else SOLVE)
 
 
 def test_roles_add_up_and_tokens_of_weight_zero_are_gone_exactly():
@@ -203,7 +190,3 @@ def test_a_product_is_whole_once_it_is_mirrored_and_the_inverse_is_one(size):
     assert invert_(inverse)
     assert_close(inverse, torch.linalg.inv(matrix), SOLVE)
     assert torch.equal(inverse, inverse.T)
-
-
-def test_an_indefinite_matrix_is_refused():
-    assert not invert_(torch.diag(torch.tensor([1.0, 2.0, -1e-3])))

@@ -135,18 +135,6 @@ def test_stopping_early_is_the_beginning_of_the_whole_order(width, stop):
         assert float(begun.prices.min()) == pytest.approx(float(whole.costs[stop]), rel=1e-8)
 
 
-@pytest.mark.parametrize(("units", "width"), [(24, 1), (8, 3)], ids=["neurons", "groups"])
-def test_costs_add_up_to_the_error_of_removing_all(units, width):
-    matrix, x = toy(units * width)
-    gram = x.T @ x
-    ridge = 0.01 * float(gram.diagonal().mean())
-    found = removal_order(matrix, gram, units)
-    assert sorted(found.order.tolist()) == list(range(units))
-    for count in (1, units // 2, units):
-        error = error_without(matrix, x, channels_of(found.order[:count].tolist(), width), ridge)
-        assert float(found.costs[:count].sum()) == pytest.approx(error, rel=1e-8)
-
-
 @pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 2), (torch.float64, 40)])
 def test_of_equal_units_the_first_goes(dtype, copies):
     """Also where rounding tells them apart, and of more than rows are prepared for at once."""

@@ -32,10 +32,10 @@ from slimvlm.training import trainer
 from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.handmade import Stopped, logits, plan_by_hand
+from tests.handmade import Stopped, assert_equal, logits, plan_by_hand
 from tests.tiers import tiered
 from tests.tiny_folder import KINDS, SEEING, short_samples
-from tests.tolerances import FORWARD, LOSS, Tolerance, assert_close
+from tests.tolerances import AFTER_ADAM, FORWARD, LOSS, assert_close
 
 TRAINED = {
     "projector": r"multi_modal_projector\.",
@@ -47,8 +47,6 @@ kinds = tiered(KINDS, lambda kind: kind in ("llava", "text"))
 SAMPLES = short_samples(8)
 NO_DROPOUT = {"lora_dropout": 0.0}
 STEADY = {"lr_scheduler_type": "constant", "warmup_steps": 0}
-AFTER_ADAM = Tolerance(torch.float32, 1e-4, 1e-3)
-"""Weights after AdamW, whose first steps turn rounding of tiny gradients into real moves."""
 
 
 def config(**changes):
@@ -88,11 +86,6 @@ def trained(**changes):
     work = changes.pop("work", None)
     recover(student, teacher, SAMPLES, config(**changes), processor, work)
     return weights(student)
-
-
-def assert_same(found, expected):
-    assert list(found) == list(expected)
-    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("train", TRAINED)
@@ -272,7 +265,7 @@ def test_the_seed_decides_everything():
     torch.manual_seed(1)
     first = trained(fraction=0.5)
     torch.manual_seed(2)
-    assert_same(trained(fraction=0.5), first)
+    assert_equal(trained(fraction=0.5), first)
     other = trained(fraction=0.5, seed=1)
     assert any(not torch.equal(other[name], first[name]) for name in first)
 
@@ -413,7 +406,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 3)  # the first steps must not be done again
         resumed = trained(train=train, work=tmp_path, **LONG)
-    assert_same(resumed, uninterrupted(train))
+    assert_equal(resumed, uninterrupted(train))
 
 
 def test_a_stop_while_a_checkpoint_is_written_costs_no_more_than_it(tmp_path, monkeypatch):
@@ -428,7 +421,7 @@ def test_a_stop_while_a_checkpoint_is_written_costs_no_more_than_it(tmp_path, mo
         patch.setattr(TrainerState, "save_to_json", stops)
         with pytest.raises(Stopped):
             trained(work=tmp_path, **LONG)
-    assert_same(trained(work=tmp_path, **LONG), uninterrupted("lora"))
+    assert_equal(trained(work=tmp_path, **LONG), uninterrupted("lora"))
 
 
 # Comforts.
@@ -537,7 +530,7 @@ def test_a_finished_training_is_not_trained_further(end, tmp_path):
     first = recover(student, teacher, SAMPLES, options, processor, tmp_path)
     again, teacher, processor = models()
     assert recover(again, teacher, SAMPLES, options, processor, tmp_path) == first
-    assert_same(weights(again), weights(student))
+    assert_equal(weights(again), weights(student))
 
 
 # PEFT reads what transformers renamed

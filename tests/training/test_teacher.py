@@ -5,19 +5,17 @@ import gc
 import re
 import shutil
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
 from torch import nn
 
 import slimvlm as sv
-from slimvlm.core.options import Divergence
 from slimvlm.data import chat
 from slimvlm.data.vocabulary import TokenizerFile
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.hidden import head_of, hidden_states
+from slimvlm.models.hidden import hidden_states
 from slimvlm.models.load import load
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.cut import prune_
@@ -124,49 +122,6 @@ def test_sharing_changes_nothing_that_a_teacher_says(name, axis):
     own = missing + projector + sum(slices.values())
     assert storages(plain_model(trained), teacher) - storages(trained) == own
     assert sharing.own_params == own
-
-
-HEADS = {"MHA": 8, "GQA": 4}
-
-
-@pytest.mark.parametrize("axis", ["depth", "width"])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize(
-    "backbone", [tiny.llama, tiny.phi, tiny.phi3], ids=["llama", "phi", "phi3"]
-)
-def test_a_shared_teacher_gives_the_losses_of_a_separate_one(backbone, heads, axis, monkeypatch):
-    """Values and gradients, as training computes them: from hidden states and the heads."""
-    made = backbone(num_key_value_heads=HEADS[heads])
-    monkeypatch.setitem(tiny.CONFIGS, "backbone", lambda: made)
-    student, separate, plan = pruned("backbone", axis)
-    shared = copy.deepcopy(separate)
-    batch = unmasked(tiny.batch(separate))
-    # larger adapters saturate the attention, whose gradients are then made of rounding
-    trained = disturbed(prepare_training(student, config()), 0.1)
-    share_(shared, trained, plan)
-    for name in ("hidden", "cosine", "kl", "rkl", "jsd"):
-        found = [loss_and_gradient(name, trained, teacher, batch) for teacher in (shared, separate)]
-        (loss, gradient), (expected, expected_gradient) = found
-        assert float(expected) > 1e-3, name
-        assert_close(loss, expected, FORWARD)
-        scale = expected_gradient.abs().max()
-        assert_close(gradient / scale, expected_gradient / scale, FORWARD)
-
-
-def loss_and_gradient(name, trained, teacher, batch):
-    """A distillation loss, and its gradient in all LoRA matrices."""
-    trained.zero_grad()
-    (ours,) = hidden_states(plain_model(trained), batch)
-    with torch.no_grad():
-        (theirs,) = hidden_states(teacher, batch)
-    if name in ("hidden", "cosine"):
-        loss = {"hidden": losses.hidden_l2, "cosine": losses.hidden_cosine}[name](ours, theirs)
-    else:
-        heads = head_of(plain_model(trained)), head_of(teacher)
-        loss = losses.divergence(ours, theirs, *heads, kind=cast(Divergence, name))
-    loss.backward()
-    gradients = [p.grad.flatten() for n, p in trained.named_parameters() if "lora_" in n]
-    return loss.detach(), torch.cat(gradients)
 
 
 SEEING_FAMILIES = [

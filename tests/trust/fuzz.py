@@ -27,8 +27,6 @@ from PIL import Image
 from pyarrow import parquet
 
 from slimvlm import cli
-from slimvlm.data.samples import Question
-from slimvlm.evaluation.ask import AnswerLog
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.load import anatomy
 from slimvlm.planning.plan import Plan
@@ -67,12 +65,8 @@ def make_plan(folder):
 
 def make_study(folder):
     folders.write_llava_data(folder, count=16, pictures=False)
-    grid = {
-        "model": str(folders.folder("text")),
-        "ratio": [0.2, 0.4],
-        "axis": "depth",
-        "prune": {"samples": 8},
-    }
+    grid = {"model": str(folders.folder("text")), "ratio": [0.2, 0.4], "axis": "depth"}
+    grid |= {"prune": {"samples": 8}}
     values = {
         "grids": [grid | {"seed": [0, 1]}],
         "recoveries": {"short": {"train": "lora", "loss": "sft", "max_steps": 3}},
@@ -106,11 +100,6 @@ def make_result(folder):
 def make_scores(folder):
     groups, neurons = ([torch.rand(2), torch.rand(3)] for _ in range(2))
     Scores("magnitude", torch.rand(2), groups, neurons).save(folder / "scores")
-
-
-def make_log(folder):
-    questions = [Question(str(i), "Why?", ("so",)) for i in range(3)]
-    AnswerLog(folder, "own", "key").add(questions, ["reply"] * 3)
 
 
 def hostile_template(draw):
@@ -191,10 +180,8 @@ def make_picture(folder, draw):
     """LLaVA's rows with pictures of odd sizes, formats and bytes."""
     path = folders.write_llava_data(folder, count=4)
     for picture in sorted(folder.glob("*.png")):
-        mode, form = (
-            draw.choice(("L", "RGB", "RGBA", "P", "1", "CMYK")),
-            draw.choice(("PNG", "GIF", "TIFF")),
-        )
+        mode = draw.choice(("L", "RGB", "RGBA", "P", "1", "CMYK"))
+        form = draw.choice(("PNG", "GIF", "TIFF"))
         size = draw.choice(((1, 1), (48, 32), (3000, 1), (1, 4000), (4000, 3000), (6000, 6000)))
         with contextlib.suppress(Exception):  # not every format has every mode
             Image.new(mode, size).save(picture, form)
@@ -213,12 +200,8 @@ def run_folder(folder, draw):
 
 def run_yaml(folder, draw):
     values = {"model": str(folders.folder("text")), "ratio": 0.3, "axis": "width", "seed": 1}
-    values |= {
-        "criterion": ["magnitude"],
-        "data": "demo",
-        "samples": 4,
-        "recover": {"train": "none"},
-    }
+    values |= {"criterion": ["magnitude"], "data": "demo", "samples": 4}
+    values |= {"recover": {"train": "none"}}
     values = mutated(values, draw)
     if draw.random() < 0.3 and isinstance(values, dict):
         name = draw.choice(("criterion", "force", "trust_remote_code", "data", "axis", "lora"))
@@ -279,20 +262,8 @@ def tokenizer(folder, draw):
 
 
 def words(folder, draw):
-    own = (
-        "x" * 300,
-        "\udcff",
-        "\x1b[2J",
-        "-1",
-        "--force",
-        "--",
-        "1e999",
-        "nan",
-        "",
-        "{a}",
-        "../..",
-        "\u202e",
-    )
+    own = ("x" * 300, "\udcff", "\x1b[2J", "-1", "--force", "--", "1e999", "nan", "", "{a}")
+    own += ("../..", "\u202e")
     verb = draw.choice(list(cli.VERBS))
     flags = ("--out", "--data", "--ratio", "--images", "--samples", "--seed", "--tasks", "--plan")
     chosen = [

@@ -12,10 +12,8 @@ from typing import get_args, get_type_hints
 
 import datasets
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from slimvlm import cli
 from slimvlm.core.errors import DataError, SlimError
@@ -25,9 +23,9 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import anatomy, load
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
-from slimvlm.pruning.save import save
+from slimvlm.pruning.save import PLAN_FILE, save
 from tests import tiny, tiny_folder
-from tests.handmade import refused
+from tests.handmade import assert_equal, refused
 from tests.trust.spoiled import spoil
 
 IS_LONG = os.environ.get("SLIMVLM_FAULTS") == "long"
@@ -62,15 +60,6 @@ def refusal_of(call):
 
 
 @given(kept=kept_units())
-@settings(max_examples=EXAMPLES)
-def test_any_plan_survives_its_file(kept, tmp_path_factory):
-    path = tmp_path_factory.mktemp("plan") / "plan.json"
-    plan = Plan(before=ANATOMY, axis="both", **kept)
-    plan.save(path)
-    assert Plan.load(path) == plan
-
-
-@given(kept=kept_units())
 @settings(max_examples=200 if IS_LONG else 8)
 def test_any_plan_makes_a_checkpoint_that_loads(kept, tmp_path_factory):
     """`save` itself loads it back and compares; here its shape."""
@@ -80,6 +69,7 @@ def test_any_plan_makes_a_checkpoint_that_loads(kept, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "model"
     save(model, None, out, plan)
     assert read_anatomy(load(out)[0]).layers == plan.after.layers
+    assert Plan.load(out / PLAN_FILE) == plan
 
 
 def test_a_damaged_plan_is_a_plan_or_one_line(tmp_path):
@@ -218,7 +208,6 @@ def test_kills_tear_nothing_and_every_restart_completes(verb, tmp_path):
     began = time.monotonic()
     assert finish(start(verb, model, *how, "--out", tmp_path / "whole")) == 0
     takes = time.monotonic() - began
-    expected = load_file(tmp_path / "whole" / "model.safetensors")
     rng = random.Random(0)
     killed = 0
     for attempt in range(KILLS):
@@ -230,23 +219,7 @@ def test_kills_tear_nothing_and_every_restart_completes(verb, tmp_path):
         killed += was_killed
         if not out.exists():
             assert finish(start(verb, model, *how, "--out", out)) == 0, "the restart failed"
-        found = load_file(out / "model.safetensors")
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert_equal(out, tmp_path / "whole")
         left = {p.name for p in tmp_path.iterdir() if p.name.startswith(f".{out.name}")}
         assert left <= ({f".{out.name}.training"} if was_killed else set()), left
     assert killed, "nothing was killed: the test shows nothing"
-
-
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_bits(tmp_path):
-    model = tiny_folder.folder("llava")
-    data = tiny_folder.write_llava_data(tmp_path / "data", count=6)
-    options = ["--ratio", "0.3", "--data", data, "--samples", "4", "--batch-size", "2"]
-    runs = tmp_path / "a", tmp_path / "b"
-    for run in runs:
-        assert finish(start("compress", model, *options, "--seed", "3", "--out", run)) == 0
-    for name in ("plan.json", "checkpoint/model.safetensors"):
-        assert len({(run / name).read_bytes() for run in runs}) == 1, name
-    ours, theirs = (json.loads((run / "history.json").read_text()) for run in runs)
-    assert ours["sample_ids"] == theirs["sample_ids"]
-    assert [row["loss"] for row in ours["steps"]] == [row["loss"] for row in theirs["steps"]]

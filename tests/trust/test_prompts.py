@@ -11,7 +11,6 @@ from slimvlm.core.errors import ConfigError, DataError, SlimError
 from slimvlm.data.read import load_samples, read_rows
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import AnswerLog, answer, choose
-from slimvlm.evaluation.metrics import metric_named
 from slimvlm.evaluation.tasks import TaskRow, read_task
 from slimvlm.models.load import load
 from tests.tiny_folder import edit_json, folder
@@ -164,18 +163,3 @@ def test_a_prompt_beyond_the_context_is_named():
     for ask in (answer, choose):
         with pytest.raises(DataError, match=r"question 'long' has .* tokens, the model reads"):
             ask(model, words, [long], 2)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "jinja2.utils:import_string",
-        "_pytest.config:main",
-        "os:system",
-        "slimvlm:load",
-        "torch:load",
-    ],
-)
-def test_a_metric_is_a_function_of_the_user_s_own(name):
-    with pytest.raises(ConfigError, match="of a module of your own"):
-        metric_named(name)

@@ -95,14 +95,12 @@ def interleaved(groups: Iterable[tuple[float, Sequence[Member]]]) -> list[Member
 def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:
     """Yield rows as plain values, or errors; ``outlined`` ones have numbers for stored pictures."""
     path = path_of(data, "data")
-    if path.is_file():
+    if path.exists():
         try:
-            yield from _rows_of_file(path, outlined)
+            for file in files_of_folder(path) if path.is_dir() else [path]:
+                yield from _rows_of_file(file, outlined)
         except OSError as error:
             raise ConfigError(f"data {str(data)!r}: cannot be read ({error.strerror})") from error
-    elif path.is_dir():
-        for file in files_of_folder(path):
-            yield from _rows_of_file(file, outlined)
     elif str(data).count("/") == 1 and not str(data).startswith((".", "/")):
         import datasets
 

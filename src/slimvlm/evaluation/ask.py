@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.core.documents import digest, parse_json, read_text
+from slimvlm.core.documents import digest, identity_of_files, parse_json, read_text
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
 from slimvlm.core.files import explained, file_name
+from slimvlm.core.options import Questions
 from slimvlm.core.progress import progress, steps
 from slimvlm.data import chat
 from slimvlm.data.samples import Question, Task, identifying_bytes
@@ -64,7 +65,15 @@ def evaluate(
         raise ConfigError("floors: a blind result is the floor; leave out one of blind and floors")
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     folder = None if log_folder is None else Path(log_folder)
-    weights = "" if folder is None else digest_of_weights(model)
+    weights = ""
+    if folder is not None:  # replies depend on settings that lie beside the weights as well
+        settings = [
+            model.generation_config.to_json_string(),
+            getattr(processor, "chat_template", None),
+        ]
+        if chat.can_see(processor):
+            settings.append(processor.image_processor.to_json_string())
+        weights = digest([digest_of_weights(model).encode(), settings])
     first: list[Question] = []
     results = {}
     with evaluating(model), steps("evaluate", len(tasks)) as reached:
@@ -281,10 +290,24 @@ def batches_by_length(
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
-    """Hash all that a task's replies depend on: weights' digest, questions, pictures, options."""
-    about = ([[q.id, q.prompt, q.answers], *map(identifying_bytes, q.images)] for q in questions)
-    asked: Iterator[Any] = chain.from_iterable(about)
-    return digest(chain([weights.encode(), [task.name, task.max_new_tokens, how]], asked))[:24]
+    """Hash all that a task's replies depend on: the model, its questions, pictures, options."""
+    how |= {"max_new_tokens": task.max_new_tokens, "by_likelihood": task.by_likelihood}
+    rows = ([q.id, q.prompt, q.answers, q.choices] for q in questions)
+    images = (map(identifying_bytes, q.images) for q in questions)
+    asked = chain.from_iterable((row, *shown) for row, shown in zip(rows, images, strict=True))
+    return digest(chain([weights.encode(), [task.name, how]], asked))[:24]
+
+
+def identities_of_tasks(asked: Questions) -> tuple[str, ...]:
+    """Hash what own tasks are made of: files, questions, pictures, and the folder of tasks."""
+    found = []
+    for path in (part.strip() for part in asked.tasks.split(",")):
+        if path.endswith((".yaml", ".yml")):
+            (task,) = find_tasks(path)
+            questions = digest_of_questions("", task, task.load(asked.limit))
+            found += [identity_of_files(path, path), questions]
+    folder = asked.task_folder
+    return (*found, *([] if folder is None else [identity_of_files(folder, folder)]))
 
 
 class AnswerLog:
@@ -312,7 +335,8 @@ class AnswerLog:
         self.replies |= {q.id: reply for q, reply in new}
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with explained(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
         with explained(self._path), self._path.open("a") as log:
             if self._cut_short:
                 log.write("\n")

@@ -149,7 +149,9 @@ def _summary(runs: Sequence[Run]) -> Times:
 def stored_bytes(*modules: nn.Module) -> int:
     """Count bytes of all weights, and of the scales of quantised ones; shared ones count once."""
     weights = _storages(tensor for each in modules for tensor in each.state_dict().values())
-    return sum({each.data_ptr(): each.nbytes() for each in weights}.values())
+    # offloaded ones have no address
+    found = {each.data_ptr() or -i: each.nbytes() for i, each in enumerate(weights)}
+    return sum(found.values())
 
 
 class PeakMemory(TorchDispatchMode):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.ask import with_other_pictures
@@ -109,20 +109,19 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         # the questions by id, with the pictures shown; or none, and why
         questions, why, task = dict[str, Question](), "the task is not known here", tasks.get(name)
         if task is not None:
-            loaded = list(task.load(len(ours.ids)))
-            shown = with_other_pictures(loaded) if a.blind and b.blind else loaded
-            known = {question.id: question for question in shown}
-            try:
+            try:  # its files may have gone
+                loaded = list(task.load(len(ours.ids)))
+                shown = with_other_pictures(loaded) if a.blind and b.blind else loaded
+                known = {question.id: question for question in shown}
                 score = metrics.metric_named(ours.metric)
-            except ConfigError:
-                why = f"metric {ours.metric!r} is not available"
-            else:
                 why = "the task has changed since it was answered"
                 if all(
                     key in known and abs(score(reply, known[key]) - stored) < 1e-6
                     for key, reply, stored in zip(ours.ids, ours.replies, ours.scores, strict=True)
                 ):
                     questions, why = known, ""
+            except SlimError as error:
+                why = str(error)
         asked = [questions.get(key, Question(key, "", ())) for key in ours.ids]
         answers = (asked, ours.replies, theirs.replies, ours.scores, theirs.scores)
         found[name] = TaskComparison(

@@ -130,19 +130,13 @@ def quantize(
             bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
             bits["bnb_4bit_compute_dtype"] = dtype
         settings = BitsAndBytesConfig(**bits, llm_int8_skip_modules=skipped)
+    how: Any = {"dtype": "auto", "use_safetensors": True, "quantization_config": settings}
+    where, of = models.folder_of(name), models.class_of(config)
     with unreadable(name, "weights"):
-        small: PreTrainedModel = (
-            models.class_of(config)
-            .from_pretrained(
-                models.folder_of(name),
-                dtype="auto",
-                use_safetensors=True,
-                quantization_config=settings,
-                device_map={"": str(target)},
-                trust_remote_code=False,
-            )
-            .eval()
+        read = of.from_pretrained(
+            where, device_map={"": str(target)}, trust_remote_code=False, **how
         )
+    small: PreTrainedModel = read.eval()
     processor = models.load_processor(name, config)
     is_ours = chosen == "compressed-tensors"
     with new_folder(out, force) as folder:

@@ -126,17 +126,13 @@ def export_text(model: str | Path, out: str | Path, force: bool = False) -> None
         both: tuple[Any, ...] = (whole, text)
         for each in both:  # one copy is in memory at a time
             each.to("meta")
-        save.require_same_logits(
-            folder, save.last_logits(save.read_back(folder, text), batch), expected
-        )
+        found = save.last_logits(save.read_back(folder, text), batch)
+        save.require_same_logits(folder, found, expected)
         if tokenizer is not None:  # which class reads it depends on the type of the model
             again = models.load_processor(str(folder), text.config)
-            are_same = (
-                again(save.PROBE_TEXT)["input_ids"] == tokenizer(save.PROBE_TEXT)["input_ids"]
-            )
-            if not are_same or not torch.equal(
-                save.probe(text, again)["input_ids"], batch["input_ids"]
-            ):
+            ours, theirs = (each(save.PROBE_TEXT)["input_ids"] for each in (tokenizer, again))
+            ids = save.probe(text, again)["input_ids"]
+            if ours != theirs or not torch.equal(ids, batch["input_ids"]):
                 raise ReloadError(f"{str(folder)!r}: the tokenizer reads back with other tokens")
         base = described._name_or_path
         return save.CardFacts(base=base, name=Path(out).name, is_text_of=described.model_type)

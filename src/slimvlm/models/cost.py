@@ -50,12 +50,13 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # bytes of one w
 
 def weight_bytes(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
     """Count bytes of all weights of the model."""
-    return anatomy.total_params * BYTES[dtype]
+    return int(anatomy.total_params * getattr(torch, dtype).itemsize)
 
 
 def kv_cache_bytes_per_token(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
     """Count bytes of keys and values that one token adds to the cache."""
-    return sum(2 * s.num_kv_heads * s.head_dim for s in anatomy.layers) * BYTES[dtype]
+    values = sum(2 * s.num_kv_heads * s.head_dim for s in anatomy.layers)
+    return int(values * getattr(torch, dtype).itemsize)
 
 
 def prefill_flops(anatomy: Anatomy, tokens: int, batch_size: int = 1) -> int:

@@ -5,8 +5,6 @@
 of transformers; each names the version that it was tried with.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 import warnings

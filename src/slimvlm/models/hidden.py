@@ -175,11 +175,19 @@ def head_on(device: torch.device, head: Head) -> Head:
     return replace(head, weight=head.weight.to(device), bias=bias)
 
 
+def weight_of(owner: Any, name: str = "weight") -> Tensor:
+    """Return a parameter, fetched to its module's device if accelerate has offloaded it."""
+    weight: Tensor = getattr(owner, name).detach()
+    if weight.is_meta:
+        weight = owner._hf_hook.weights_map[name].to(owner._hf_hook.execution_device)
+    return weight
+
+
 def head_weights_of(model: PreTrainedModel) -> HeadWeights:
     """Return the head of a model that is whole and in memory. Its tensors are the model's own."""
     module = Parts(model).head
     bias: Tensor | None = None if module.bias is None else module.bias.detach()
-    return HeadWeights(module.weight.detach(), bias, *_scale_and_cap(model))
+    return HeadWeights(weight_of(module), bias, *_scale_and_cap(model))
 
 
 def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:

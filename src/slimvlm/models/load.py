@@ -1,7 +1,5 @@
 """Read models, processors and configurations from folders and the hub, in their right class."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import inspect
@@ -45,7 +43,7 @@ from slimvlm.models.files import (
     weight_files,
     write_merged,
 )
-from slimvlm.models.hidden import shard_config
+from slimvlm.models.hidden import shard_config, weight_of
 from slimvlm.models.modeling_pruned import EARLIER, PREFIX, cut_layers_, standardise_
 from slimvlm.models.parts import Parts, backbone_of, family_of, text_config_of
 
@@ -531,6 +529,9 @@ def digest_of_weights(model: nn.Module) -> str:
     """Hash shapes, data types and up to 64 evenly spaced values of every weight."""
     parts = []
     for name, tensor in model.state_dict().items():
+        if tensor.is_meta:  # accelerate has offloaded it
+            place, _, own = name.rpartition(".")
+            tensor = weight_of(model.get_submodule(place), own)
         flat = tensor.detach().flatten()
         parts.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         parts.append(flat[:: max(len(flat) // _SAMPLED, 1)].float().cpu().numpy().tobytes())

@@ -1,7 +1,5 @@
 """Choose and set how many tokens a picture becomes: the knobs of `Family.pictures`."""
 
-from __future__ import annotations
-
 import copy
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence

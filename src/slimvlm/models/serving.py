@@ -82,6 +82,11 @@ class Case:
         return "/".join(dict.fromkeys((self.shape.model_type, self.shape.text_type)))
 
     @property
+    def head_dim(self) -> int:
+        """Channels of a head; layers without attention have none."""
+        return max(layer.head_dim for layer in self.shape.layers)
+
+    @property
     def has_own_head_dim(self) -> bool:
         """Whether ``head_dim`` is not hidden size / heads."""
         layers = self.shape.layers
@@ -130,8 +135,7 @@ class Finding:
 
 
 def _head_dim(case: Case) -> str:
-    shape = case.shape
-    return f"head_dim {shape.layers[0].head_dim}, {case.heads}, hidden size {shape.hidden_size}"
+    return f"head_dim {case.head_dim}, {case.heads}, hidden size {case.shape.hidden_size}"
 
 
 def _tower(case: Case) -> str:
@@ -225,7 +229,7 @@ RULES: tuple[Rule, ...] = (
          "SGLang has no class of its own for the transformers InternVL"),
     Rule("attention kernels", ("vllm", "sglang"), "fail",
          lambda c: any(s.head_dim % 8 or s.head_dim > MAX_HEAD_DIM for s in c.shape.layers),
-         lambda c: f"head_dim {c.shape.layers[0].head_dim}",
+         lambda c: f"head_dim {c.head_dim}",
          f"attention kernels want a multiple of 8 up to {MAX_HEAD_DIM}"),
     Rule("query heads", (TENSOR_PARALLEL,), "fail",
          lambda c: any(s.num_heads % c.tp for s in c.shape.layers), lambda c: c.heads,

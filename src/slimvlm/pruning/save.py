@@ -1,7 +1,5 @@
 """Write Hugging Face checkpoint folders, from memory or from files, and read each one back."""
 
-from __future__ import annotations
-
 import random
 import re
 import shlex
@@ -79,11 +77,7 @@ class CardFacts:
 
 
 def write_card(
-    folder: Path,
-    model: PreTrainedModel,
-    plan: Plan | None,
-    facts: CardFacts,
-    processor: Any = None,
+    folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts, processor: Any = None
 ) -> None:
     """Write a model's card; original, license and data go on from the card of its base."""
     config, shape, handed_on = model.config, read_anatomy(model), base_card(facts.base)

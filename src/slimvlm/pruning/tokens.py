@@ -137,8 +137,8 @@ def renumber_modules_(model: PreTrainedModel, plan: Plan) -> None:
     text_model = model.get_submodule(plan.before.family.backbone)
     embeddings = (holder for stack, holder in Parts(model).stacks() if stack.rows)
     for owner in (text_model, text_model.get_submodule("embed_tokens"), *embeddings):
-        if vars(owner).get("padding_idx") is not None:
-            owner.padding_idx = new[owner.padding_idx]  # type: ignore[index,assignment]
+        if (padding := vars(owner).get("padding_idx")) is not None:
+            owner.padding_idx = new.get(padding)  # type: ignore[assignment]
     for owner, _, name, value in list(_fields(model.generation_config, "")):
         setattr(owner, name, _renumbered(value, new, name))
 

@@ -4,8 +4,6 @@ Every stage writes its output whole and is skipped where that exists, so that a 
 when the same command is given again.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil
@@ -26,7 +24,9 @@ from slimvlm.core.progress import Say
 from slimvlm.data.chat import USUAL_SIZE
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation import on_data
+from slimvlm.evaluation.ask import identities_of_tasks
 from slimvlm.evaluation.bench import PairedTimes, paired_times
+from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.anatomy import read_anatomy
@@ -216,9 +216,13 @@ def config_from(given: Mapping[str, Any]) -> CompressConfig:
 
 
 def _about(model: str, config: CompressConfig) -> dict[str, Any]:
-    """Describe a run by its options and by hashes of its model and data, which are read."""
+    """Describe a run by its options and by hashes of the files that they name, which are read."""
     made_from = [documents.identity_of_files(model, resolve(model))]
     made_from += [] if config.data is None else [identity_of_data(config.data)]
+    if config.vocab_text is not None:
+        made_from.append(documents.identity_of_files(config.vocab_text, config.vocab_text))
+    if (questions := request_of(model, config).questions) is not None:
+        made_from += identities_of_tasks(questions)
     return {"model": model, **documents.asked(config), "made_from": made_from}
 
 
@@ -266,16 +270,16 @@ def _identity(made: Path) -> str:
 
 def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:
     """Evaluate the model of a stage on the tasks and on held-out samples, unless it was."""
-    request, samples, results = run.request, run.samples.report, run.folder / "results"
+    questions, samples, results = run.request.questions, run.samples.report, run.folder / "results"
     path = results / f"{stage}.json"
-    if request.questions is not None and not path.exists():
+    if questions is not None and not path.exists():
         if stage == ORIGINAL and run.config.baseline:
             result = Result.load(run.config.baseline)
         else:
             run.say(f"evaluate the {stage} model")
             if stage != ORIGINAL:  # floors are the original's
-                request = replace(request, questions=replace(request.questions, floors=False))
-            result = stages.evaluate(request, model, processor, stage, run.folder / "answers")
+                questions = replace(questions, floors=False)
+            result = evaluate_all(model, processor, questions, stage, run.folder / "answers")
         pruned = results / f"{PRUNED}.json"
         if stage == RECOVERED and pruned.exists():  # training changes no shape
             result = result.timed_as(Result.load(pruned))
@@ -356,13 +360,13 @@ def finish(run: Run, plan: Plan) -> None:
     lines += [f"Peak memory: {peak_memory()}.", ""]
     how = " with `trust_remote_code=True`" if plan.file_format == "uneven" else ""
     lines.append(f"The checkpoint is in `checkpoint/`; `from_pretrained` loads it{how}.")
-    write_text(folder / "summary.md", "\n".join(lines) + "\n")
     if (logs := folder / "training" / TRACKER_FOLDER).exists():
         logs.replace(folder / TRACKER_FOLDER)
     for name in (_PREDICTIONS, "pruned.sha256", "checkpoint.sha256"):
         (folder / name).unlink(missing_ok=True)
     for name in ("pruned", "training", "walk"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    write_text(folder / "summary.md", "\n".join(lines) + "\n")  # the last: it ends the run
 
 
 # What a run folder says: its results, and its configuration as YAML and as a command.

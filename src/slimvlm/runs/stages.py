@@ -22,8 +22,6 @@ from slimvlm.data.read import estimated_length, interleaved, load_samples
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.evaluation import gates
-from slimvlm.evaluation.lmms import evaluate_all
-from slimvlm.evaluation.results import Result
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.hidden import evaluating
@@ -394,11 +392,3 @@ def recover_(
         if request.pictures is not None:
             request.pictures.apply_(teacher, whole)
     return train(model, teacher, list(samples), request.recover, processor, folder, plan)
-
-
-def evaluate(
-    request: Request, model: PreTrainedModel, processor: Any, name: str, log_folder: Path | None
-) -> Result:
-    """Ask a model the request's questions; ``log_folder`` keeps replies as they come."""
-    assert request.questions is not None
-    return evaluate_all(model, processor, request.questions, name, log_folder)

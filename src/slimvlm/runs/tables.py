@@ -1,7 +1,5 @@
 """Make tables of results: for the terminal, as Markdown, and as plain values for JSON."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Each checks its options before weights are read.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil
@@ -198,6 +196,7 @@ def prune(
         with scratch_folder(memory.scratch_beside(out)) as folder:
             return _prune_from_files(request, plan, samples, out, folder, force, say)
     loaded, processor = stages.load_original(request)
+    models.require_undivided(loaded, "pruned")
     held_out: dict[str, DataResult] = {}
     if unseen := samples.report:
         how = (stages.HELD_OUT_BATCH, ORIGINAL, head_weights_of(loaded))  # which outlive it

@@ -118,14 +118,6 @@ def forward_backbone(model: Any, batch: Batch) -> None:
     model.base_model(**without_labels(batch), use_cache=False)
 
 
-def weight_of(owner: Any, name: str = "weight") -> Tensor:
-    """Return a parameter, fetched to its module's device if accelerate has offloaded it."""
-    weight: Tensor = getattr(owner, name).detach()
-    if weight.is_meta:
-        weight = owner._hf_hook.weights_map[name].to(owner._hf_hook.execution_device)
-    return weight
-
-
 @torch.no_grad()
 def mean_answer_loss(states: Iterable[tuple[Hidden, Tensor]], head: Head) -> float:
     """Average the cross-entropy over all labelled tokens, from final hidden states and labels."""

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from slimvlm.core import removed
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
+from slimvlm.models.hidden import weight_of
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, layer_matrices
 from slimvlm.scoring import forward, gradients
-from slimvlm.scoring.batches import Batch, weight_of
+from slimvlm.scoring.batches import Batch
 from slimvlm.scoring.obs import score_obs
 from slimvlm.scoring.unit_scores import Place, Statistics, Values, per_layer, per_unit
 

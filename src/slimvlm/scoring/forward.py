@@ -18,10 +18,16 @@ from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy, unit_of
 from slimvlm.models.cost import BYTES
 from slimvlm.models.families import INPUT_COLUMNS, Projection
-from slimvlm.models.hidden import layer_input, layer_output, main_stream, require_finite_values
+from slimvlm.models.hidden import (
+    layer_input,
+    layer_output,
+    main_stream,
+    require_finite_values,
+    weight_of,
+)
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Matrix, Parts, backbone_of
-from slimvlm.scoring.batches import Batch, Pass, TokenWeights, weight_of
+from slimvlm.scoring.batches import Batch, Pass, TokenWeights
 from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.unit_scores import Place, Statistics, Values, per_unit
 

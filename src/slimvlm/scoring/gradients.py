@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from slimvlm.models.anatomy import Anatomy, read_anatomy, spread, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
-from slimvlm.models.hidden import frozen, layer_input, require_finite_values
+from slimvlm.models.hidden import frozen, layer_input, require_finite_values, weight_of
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts
-from slimvlm.scoring.batches import Batch, Pass, TokenWeights, batches_with_targets, weight_of
+from slimvlm.scoring.batches import Batch, Pass, TokenWeights, batches_with_targets
 from slimvlm.scoring.forward import linear_matrices
 from slimvlm.scoring.unit_scores import Place, Statistics, Values, per_layer, per_unit
 

@@ -113,7 +113,7 @@ def recover(
             ``adapter`` holds the adapter afterwards, and ``runs`` what TensorBoard wrote.
         plan: The plan that pruned the model, for sharing weights with the teacher, for comparing
             inner layers, and for telling a teacher the numbers of tokens where the model has fewer.
-        share: Let the teacher read the model's weights; False leaves it as it was.
+        share: Let the teacher read the model's weights, so that it is changed; False keeps its own.
 
     Raises:
         ConfigError: If a teacher or processor is needed and missing, or the teacher does not fit.

@@ -430,15 +430,3 @@ def test_a_walk_that_stops_leaves_the_model_alone(index, monkeypatch):
         walk_(model, data, 0.4, local_steps=1, round_to=1)
     assert_untouched(model, before)
     assert torch.equal(logits(model, data[0]), said)
-
-
-def test_a_walk_that_is_not_applied_leaves_the_model_alone():
-    model = tiny.build("phi")
-    data = [tiny.batch(model, 12, seed) for seed in range(5)]
-    before, said = snapshot(model), logits(model, data[0])
-    steps = Steps(repair="both", count=2)
-    found = outcome(model, narrow(model, [0, 1, 3]), data[:4], data[4:], steps)
-    assert_untouched(model, before)
-    assert torch.equal(logits(model, data[0]), said)
-    found.apply_(model)
-    assert not torch.equal(logits(model, data[0]), said)

@@ -59,10 +59,6 @@ def test_the_numbers_are_the_papers():
         ("width", 0.60, "sft+rkl"): 79,
     }.items():
         assert by_cell[cell].retention == number
-    cells = expand(shipped("demo"))  # has cells for its claims
-    assert len(cells) >= 24
-    assert {cell.prune.axis for cell in cells} == {"depth", "width"}
-    assert {cell.prune.ratio for cell in cells} == {0.15, 0.30, 0.45, 0.60}
 
 
 def test_cells_are_every_combination_once_told_apart_by_their_options(tmp_path):

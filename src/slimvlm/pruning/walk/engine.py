@@ -87,16 +87,14 @@ def distil_(
     is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in layer.parameters())
     judges = exams or lessons
     before = {name: p.detach() for name, p in layer.named_parameters()}
+    peaks: dict[nn.Parameter, float] = {}
     for module in layer.modules():
         for name, parameter in module.named_parameters(recurse=False):
             copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
             setattr(module, name, copied)
+            like = getattr(module, "weight", copied) if name == "bias" else copied
+            peaks[copied] = rate * float(like.detach().float().square().mean().sqrt())
     flags = {name: (p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
-    peaks: dict[nn.Parameter, float] = {}
-    for module in layer.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            like = getattr(module, "weight", parameter) if name == "bias" else parameter
-            peaks[parameter] = rate * float(like.detach().float().square().mean().sqrt())
     for parameter in peaks:  # half precision learns in float32, and multiplies in bfloat16
         if parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()

@@ -18,7 +18,7 @@ from slimvlm.models.hidden import device_of, evaluating, frozen
 from slimvlm.models.parts import shares_keys, text_config_of
 from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.cut import require_expressible, require_match
+from slimvlm.pruning.cut import require_expressible
 from slimvlm.pruning.repair import RIDGE
 from slimvlm.pruning.save import prune_checkpoint
 from slimvlm.pruning.walk.engine import Steps, Walk, WalkConfig
@@ -96,9 +96,6 @@ def walk_(
     fitted, judges, steps = _prepared(list(batches), held_out, repair, ridge, local_steps)
     models.require_full_precision(model.config, "pruned")
     models.require_undivided(model, "pruned")
-
-    if plan is not None:
-        require_match(model, plan)
     given = [scores] if isinstance(scores, Scores) else scores
     by = DEFAULT_CRITERIA["depth"][0]
     asked = (ratio, axis, allocation, lambda: [score(model, fitted, by, token_weights)])

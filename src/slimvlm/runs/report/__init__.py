@@ -28,7 +28,7 @@ from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
 from slimvlm.data.samples import open_image
 from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair, compare
-from slimvlm.evaluation.metrics import Estimate, signed
+from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, signed
 from slimvlm.evaluation.results import KINDS, Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
@@ -315,7 +315,9 @@ def _read_run(folder: Path) -> Record:
         command = runs.compress_command(model, options, folder)
     comparison = None
     if ORIGINAL in results and len(results) > 1:
-        comparison = _compared(results[ORIGINAL], list(results.values())[-1], config)
+        original, smaller = results[ORIGINAL], list(results.values())[-1]
+        if any(task.metric not in LIKELIHOODS for task in original.tasks.values()):
+            comparison = _compared(original, smaller, config)
     scores = [Scores.load(path) for path in sorted((folder / "scores").glob("*.safetensors"))]
     learns = f"{recover.get('train')} from {recover.get('loss')}"
     return Record(

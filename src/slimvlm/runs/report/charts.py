@@ -377,7 +377,8 @@ def score_maps(plan: Plan, found: Sequence[Scores]) -> list[Chart]:
                 bins = []  # mean logarithm of the scores in each row
                 for of in values:
                     logs = of.clamp(min=1e-30).log10().sort(descending=True).values
-                    bins.append(torch.stack([part.mean() for part in logs.tensor_split(n)]))
+                    means = [part.mean() for part in logs.tensor_split(n)]
+                    bins.append(torch.stack(means) if len(of) else of)  # some layers have none
                 shares = [len(s) / max(len(of), 1) for s, of in zip(kept, values, strict=True)]
                 cells = {
                     (layer, row): f"layer {layer}, best {row / n:.0%} to {(row + 1) / n:.0%}: "
@@ -385,8 +386,9 @@ def score_maps(plan: Plan, found: Sequence[Scores]) -> list[Chart]:
                     for layer, column in enumerate(bins)
                     for row, value in enumerate(column.tolist())
                 }
-                rows = [(i, n * share, i + 1, n * share) for i, share in enumerate(shares)]
-                texts = [f"layer {layer}: {share:.0%} kept" for layer, share in enumerate(shares)]
+                cut = {i: share for i, share in enumerate(shares) if len(values[i])}
+                rows = [(i, n * share, i + 1, n * share) for i, share in cut.items()]
+                texts = [f"layer {layer}: {share:.0%} kept" for layer, share in cut.items()]
                 style = {"colors": COLOURS["lost"], "linewidths": 2.5}
                 cuts = Marks("spans", rows, "cut", texts, style=style)
                 caption = "Each layer's neurons, best on top. Line: so many were kept."

@@ -23,8 +23,8 @@ from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions,
 from slimvlm.core.progress import without_bars
 from slimvlm.data.read import estimated_length, identity_of_data
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.ask import digest_of_questions
-from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.evaluation.ask import identities_of_tasks
+from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.models.cost import release_memory
 from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
@@ -185,21 +185,16 @@ class Cache:
         return self.root / "failed" / f"{stage.kind}-{stage.name}.json"
 
 
-@lru_cache(maxsize=64)
-def _identity_of_task(path: str, limit: int | None) -> str:
-    (task,) = find_tasks(path)
-    return f"{_identity(path, path)} {digest_of_questions('', task, task.load(limit))}"
-
-
 _identity = lru_cache(maxsize=64)(identity_of_files)
 _identity_of_data = lru_cache(maxsize=64)(identity_of_data)
+_identities_of_tasks = lru_cache(maxsize=64)(identities_of_tasks)
 _shape_of = lru_cache(maxsize=64)(anatomy)
 """Files are read once for all cells of a study."""
 
 
 def forget_files() -> None:
     """Clear cached files: another study may find others in the same place."""
-    for remembered in (_identity, _identity_of_data, _shape_of, _identity_of_task):
+    for remembered in (_identity, _identity_of_data, _identities_of_tasks, _shape_of):
         remembered.cache_clear()
 
 
@@ -224,6 +219,7 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     """List the stages of a cell; each request holds only the options that change its outcome."""
     name, config = short_name(cell.model), cell.prune
     data = [_identity_of_data(config.data)] if config.data else []
+    data += [_identity(config.vocab_text, config.vocab_text)] if config.vocab_text else []
     whole = Request(
         model=cell.model,
         prune=config,
@@ -264,17 +260,12 @@ def _reading(config: PruneConfig) -> PruneConfig:
 
 def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) -> Stage:
     questions = part_of(study, Questions)
-    folder, names = study.task_folder, [part.strip() for part in study.tasks.split(",")]
-    made_from = [
-        _identity(cell.model, resolve(cell.model)),
-        *(_identity_of_task(n, study.limit) for n in names if n.endswith((".yaml", ".yml"))),
-        *([] if folder is None else [_identity(folder, folder)]),
-    ]
+    made_from = _identity(cell.model, resolve(cell.model)), *_identities_of_tasks(questions)
     request = Request(
         model=cell.model,
         prune=PruneConfig(**vars(part_of(cell.prune, LoadConfig))),
         questions=replace(questions, floors=questions.floors and of is None),
-        made_from=tuple(made_from),
+        made_from=made_from,
     )
     return Stage("evaluate", request, () if of is None else (of,), label)
 
@@ -321,7 +312,9 @@ def _fill(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> 
         save(model, processor, folder / CHECKPOINT, plan)
         plan.save(folder / PLAN)
     else:
-        stages.evaluate(request, model, processor, stage.label, scratch).save(folder / RESULT)
+        assert request.questions is not None
+        result = evaluate_all(model, processor, request.questions, stage.label, scratch)
+        result.save(folder / RESULT)
 
 
 @dataclass(frozen=True)
