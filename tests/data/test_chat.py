@@ -1,13 +1,16 @@
 """Labels stand on the assistant turns, exactly; every processor expands pictures its own way."""
 
+import copy
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+import transformers as hf
 
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data import chat
-from slimvlm.data.read import Limit, fitted
+from slimvlm.data.read import fitted
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Question, Sample
 from slimvlm.models.load import load
@@ -37,6 +40,44 @@ def samples_of(kind):
         }
     counts = {name: str(each).count("'image'") for name, each in turns.items()}
     return {name: sample(name, *each, images=counts[name]) for name, each in turns.items()}
+
+
+@every_kind
+def test_tokenizers_are_written_as_they_were_read(kind):
+    """Sides and tokens of padding are the model's own, whatever batches need."""
+    processor = copy.deepcopy(folders.processor(kind))
+    words = chat.tokenizer_of(processor)
+
+    def said():
+        return words.padding_side, words.pad_token, words.backend_tokenizer.to_str()
+
+    for pad in (words.pad_token, None):
+        words.pad_token = pad
+        before = said()
+        for name in ("multi", "single"):
+            chat.encode_samples(processor, [samples_of(kind)[name]] * 2)
+            chat.encode_questions(processor, [Question("q", "Which?", ("red",))] * 2)
+            assert said() == before
+
+
+@every_kind
+def test_an_answer_ends_alike_whoever_speaks_last(kind):
+    processor, item = folders.processor(kind), samples_of(kind)["single"]
+    asks = replace(item, messages=(*item.messages, turn("user", "Sure?")))
+    alone, both = (chat.encode_samples(processor, [each])["labels"][0] for each in (item, asks))
+    assert labelled_runs(both) == labelled_runs(alone)
+
+
+def test_paligemma_reads_the_prompt_in_both_directions_and_never_answers():
+    llava = copy.deepcopy(folders.processor("llava"))
+    pictures = hf.SiglipImageProcessor(size={"height": 32, "width": 32})
+    pictures.image_seq_length = 4
+    how = {"chat_template": llava.chat_template}
+    processor = hf.PaliGemmaProcessor(pictures, llava.tokenizer, **how)
+    batch = chat.encode_samples(processor, [samples_of("llava")["seen"]])
+    first = int((batch["labels"][0] != IGNORE).nonzero()[0])
+    rest = batch["labels"].shape[1] - first
+    assert batch["token_type_ids"][0].tolist() == [0] * first + [1] * rest
 
 
 CASES = [(kind, name) for kind in KINDS for name in samples_of(kind)]
@@ -78,11 +119,11 @@ def test_labels_are_the_answers_and_lengths_those_of_the_encoded_sample(kind, na
     length = batch["input_ids"].shape[1]
     chat.require_readable(processor, item)
     assert chat.length_of(processor, item) == length
-    assert fitted(processor, item, Limit(length)) is item
+    assert fitted(processor, item, length) is item
     with pytest.raises(
         DataError, match=rf"'{name}' has {length} tokens, --max-length is {length - 1}"
     ):
-        fitted(processor, item, Limit(length - 1))
+        fitted(processor, item, length - 1)
 
 
 @every_kind
@@ -280,7 +321,7 @@ def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
     with pytest.raises(DataError, match=told):
         chat.encode_samples(words, [item])
     with pytest.raises(DataError, match=told):
-        fitted(words, item, Limit(1000))
+        fitted(words, item, 1000)
 
 
 @pytest.mark.parametrize("name", ["gemma", "mistral"])

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
+from transformers.image_utils import load_image
 
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data import read
 from slimvlm.data.chat import encode_samples, length_of
-from slimvlm.data.read import Limit, estimated_length, fitted, load_samples, subset
+from slimvlm.data.read import estimated_length, fitted, load_samples, subset
 from slimvlm.data.samples import Sample, find_image, identifying_bytes, open_image
 from slimvlm.models.load import load_config
 from slimvlm.models.parts import context_of
@@ -525,20 +526,17 @@ def test_subsets_are_stratified_nested_and_of_the_right_size(texts, ones, severa
     assert chosen == samples
 
 
-def test_lengths_are_estimated_and_counted_where_the_lower_limit_asks(monkeypatch):
+def test_lengths_are_estimated_and_counted_where_the_limit_asks(monkeypatch):
     said = (turn("user", None, "x" * 40), turn("assistant", "y" * 40), turn("user", None, "z"))
     picture_path = Path("a.png")
     assert estimated_length(Sample("a", said[:2])) == 20
     assert estimated_length(Sample("a", said, (picture_path,) * 2), image_tokens=100) == 220
-    assert Limit.of(None, None, cuts=False) is None
-    assert Limit.of(10, 20, cuts=False) == Limit(10, is_asked=True)
-    assert Limit.of(30, 20, cuts=True) == Limit(20, is_asked=False, cuts=True)
     counted = []
     monkeypatch.setattr("slimvlm.data.read.length_of", lambda *a: counted.append(a) or 0)
     words, short = processor("llava"), talk(3, sees=True)
-    assert fitted(words, short, Limit(4096, is_asked=False)) is short
+    assert fitted(words, short, 4096, is_asked=False) is short
     assert not counted
-    fitted(words, short, Limit(256, is_asked=False))
+    fitted(words, short, 256, is_asked=False)
     assert len(counted) == 1
 
 
@@ -593,9 +591,9 @@ def test_turns_go_from_the_end_with_their_pictures(kind):
     words = processor(kind)
     sample = talk(3, 4, 5, sees=kind != "text")
     two = Sample("s", sample.messages[:4], sample.images[:2])
-    limit = Limit(length_of(words, sample) - 1, cuts=True)
-    assert fitted(words, sample, limit) == two
-    assert fitted(words, sample, Limit(length_of(words, sample), cuts=True)) is sample
+    length = length_of(words, sample)
+    assert fitted(words, sample, length - 1, cuts=True) == two
+    assert fitted(words, sample, length, cuts=True) is sample
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -603,11 +601,11 @@ def test_turns_go_from_the_end_with_their_pictures(kind):
 def test_the_end_of_the_only_answer_goes(kind, tokens):
     words = processor(kind)
     sample = talk(60, sees=kind != "text")
-    limit = Limit(length_of(words, sample) - tokens, cuts=True)
-    found = fitted(words, sample, limit)
+    most = length_of(words, sample) - tokens
+    found = fitted(words, sample, most, cuts=True)
     said, whole = (s.messages[-1]["content"][0]["text"] for s in (found, sample))
     assert whole.startswith(said)
-    assert limit.tokens - 3 < length_of(words, found) <= limit.tokens
+    assert most - 3 < length_of(words, found) <= most
     assert found.messages[:-1] == sample.messages[:-1]
     assert (encode_samples(words, [found])["labels"] != -100).any()
 
@@ -615,14 +613,17 @@ def test_the_end_of_the_only_answer_goes(kind, tokens):
 def test_too_long_is_named_with_its_cure_counted_and_said(tmp_path):
     words, sample = processor("text"), talk(60)
     with pytest.raises(DataError, match=r"'s' has \d+ tokens, --max-length is 20 .*--too-long cut"):
-        fitted(words, sample, Limit(20))
+        fitted(words, sample, 20)
     with pytest.raises(DataError, match=r"the model reads 20"):
-        fitted(words, sample, Limit(20, is_asked=False))
+        fitted(words, sample, 20, is_asked=False)
     with pytest.raises(DataError, match="nothing of its answer"):
-        fitted(words, sample, Limit(5, cuts=True))
+        fitted(words, sample, 5, cuts=True)
     data = written(tmp_path / "data.jsonl", talk(3), talk(200), talk(300), talk(4))
     words, context = processor("text"), context_of(load_config(folder("text")))
     assert context == 256
+    for asked, told in ((10, "--max-length is 10 "), (300, "the model reads 256 ")):  # the lower
+        with pytest.raises(DataError, match=told):
+            load_samples(data, processor=words, max_length=asked, context=context)
     said = []
     found = load_samples(data, warn=said.append, processor=words, context=context, too_long="cut")
     assert [length_of(words, sample) <= 256 for sample in found] == [True] * 4
@@ -639,3 +640,15 @@ def written(path, *samples):
         lines.append(json.dumps({"id": str(number), "messages": turns}) + "\n")
     path.write_text("".join(lines))
     return path
+
+
+def test_a_turned_photo_is_read_as_transformers_reads_it(tmp_path):
+    shown = Image.new("RGB", (8, 4), "red")
+    exif = shown.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    shown.save(tmp_path / "photo.jpg", exif=exif)
+    theirs = load_image(str(tmp_path / "photo.jpg"))
+    for source in (tmp_path / "photo.jpg", Image.open(tmp_path / "photo.jpg")):
+        ours = open_image(source)
+        assert ours.size == theirs.size == (4, 8)
+        assert ours.tobytes() == theirs.tobytes()

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import redirect_stderr
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -219,3 +220,11 @@ def test_a_run_that_misses_what_its_file_requires_is_whole_and_ends_with_three(h
         assert f"- loss <= {bound}" in (home / name / "run.yaml").read_text()
     assert "regression: loss is" in said
     capsys.readouterr()
+
+
+def test_other_questions_give_no_multiple():
+    tasks = on_tasks(5, 5)
+    fewer = replace(tasks["model"].tasks["pets"], ids=("0",), replies=("",), scores=(1.0,))
+    tasks["model"] = replace(tasks["model"], tasks={"pets": fewer})
+    with pytest.raises(ConfigError, match="the baseline has nothing to compare it with"):
+        judge(["pets >= 0.9x"], tasks, {}, silent)

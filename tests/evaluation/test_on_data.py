@@ -1,6 +1,8 @@
 """Losses on samples of the user's own: against whole logits, in any batch and vocabulary."""
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from slimvlm import evaluate_data
 from slimvlm.core.errors import ConfigError, DataError, NumericalError
 from slimvlm.data.chat import encode_samples
+from slimvlm.evaluation import on_data
 from slimvlm.evaluation.on_data import DataResult, Predictions, predictions_of
 from slimvlm.models.hidden import head_weights_of
 from slimvlm.models.load import load
@@ -140,3 +143,21 @@ def test_requests_that_are_refused_and_nan(pair):
         evaluate_data(spoilt, processor, samples_for(processor))
     with pytest.raises(NumericalError, match="NaN"):
         evaluate_data(other, processor, samples_for(processor), spoilt)
+
+
+def test_rows_beyond_the_vocabulary_are_no_tokens(pair):
+    model, _, processor = pair
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(model.get_input_embeddings().num_embeddings + 8)
+    samples = samples_for(processor)
+    found = evaluate_data(model, processor, samples, larger, baseline_processor=processor)
+    assert found.figures.agreement.value == 100
+    assert found.figures.divergence.value == pytest.approx(0, abs=1e-6)
+
+
+def test_samples_with_pictures_are_batched_apart():
+    processor = folders.processor("llava")
+    seen, blind = folders.short_samples(3), folders.short_samples(2, sees=False)
+    samples = [*blind, *(replace(each, id=f"seen {each.id}") for each in seen)]
+    for places, _ in on_data.batches_of(processor, samples, 4):
+        assert len({bool(samples[place].images) for place in places}) == 1

@@ -31,6 +31,8 @@ def test_a_file_gives_the_same_result_and_one_without_later_fields_loads(tmp_pat
     assert values["average"] == found.average
     assert values["average_by_kind"] == {"free": found.average}
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    replace(found, tasks={"passages": PASSAGES}).save(tmp_path / "loss.json")
+    assert json.loads((tmp_path / "loss.json").read_text())["average"] is None  # JSON has no NaN
     for name in ("blind", "limit", "batch_size", "dtype", "average_by_kind"):
         del values[name]
     for task in values["tasks"].values():
@@ -162,3 +164,10 @@ def test_a_blind_result_as_baseline(tmp_path):
         read_baseline(tmp_path / "blind.json")
     with pytest.raises(ConfigError, match="evaluate that model with --floors"):
         read_baseline(tmp_path / "blind.json", blind=True, floors=True)
+
+
+def test_scores_of_two_metrics_are_not_compared():
+    ours = result(KNOWN)
+    other = replace(ours.tasks["colours"], metric="set_f1")
+    with pytest.raises(ConfigError, match="scored by another metric"):
+        replace(ours, tasks={"colours": other}).retention(ours)

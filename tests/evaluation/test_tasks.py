@@ -119,6 +119,16 @@ def test_a_wrong_field_column_or_picture_is_named(folder, change, message):
         read_task(changed(folder, change)).load(None)
 
 
+def test_no_answer_and_a_name_twice_are_refused(folder):
+    (folder / "other.yaml").write_text((folder / "task.yaml").read_text())
+    with pytest.raises(ConfigError, match="two tasks have this name"):
+        find_tasks(f"{folder / 'task.yaml'},{folder / 'other.yaml'}")
+    for nothing in (None, [], [None]):
+        write_rows(folder, [{"id": "a", "hint": "one word", "colour": nothing}])
+        with pytest.raises(DataError, match="has no answer"):
+            read_task(folder / "task.yaml").load(None)
+
+
 def test_repeated_ids_are_refused(folder):
     """They would share one answer. Rows without an id are numbered."""
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]

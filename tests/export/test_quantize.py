@@ -138,6 +138,14 @@ def test_a_quantised_model_is_not_changed_further(verb, original, tmp_path):
         quantize(tmp_path / "small", tmp_path / "smaller", device="cpu")
 
 
+@pytest.mark.parametrize("name", ["mllama", "lfm2"])
+def test_matrices_outside_units_keep_the_names_that_others_have(name, tmp_path):
+    """Cross-attention and convolutions have matrices named as those of attention and MLPs are."""
+    tiny.build(name).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    quantize(tmp_path / "model", tmp_path / "small", "fp8", device="cpu")
+    assert (tmp_path / "small" / "config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -90,6 +90,23 @@ def test_where_training_follows_each_axis_is_trained_a_little(dtype, data):
     assert all(trained[axis] != untrained[axis] for axis in trained)
 
 
+def test_a_trial_trains_on_a_share_of_what_training_reads_and_on_no_judge(data, monkeypatch):
+    how = {"batch_size": 1, "fraction": 0.5, "epochs": 12}
+    recover = RecoverConfig(train="lora", loss="sft", **how)
+    request, model, calibration = opened(data, recover=recover)
+    seen = []
+    monkeypatch.setattr(
+        stages, "train", lambda _, __, samples, few, *___, **____: seen.append((samples, few))
+    )
+    scores = list(stages.calibrate(request, model, calibration).values())
+    stages.try_axes(request, model, calibration, scores, calibration.samples)
+    judges = calibration.samples[stages.HELD_OUT_EVERY - 1 :: stages.HELD_OUT_EVERY]
+    for samples, few in seen:
+        assert len(samples) == len(calibration.samples) - len(judges)
+        assert not {*map(id, samples)} & {*map(id, judges)}
+        assert few.max_steps == max(round(12 * round(len(samples) / 2) / 6), 2)
+
+
 def test_only_axes_that_remove_as_much_are_tried_and_none_with_low_memory(data, tmp_path):
     """Of four layers no twentieth can go, and every layer keeps a group and some neurons."""
     for ratio, axes in ((RATIO, AXES), (0.05, ["width", "both"]), (0.7, ["both"])):

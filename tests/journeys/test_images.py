@@ -199,7 +199,8 @@ def compression(name, more, **changes):
         **{"samples": 4, "repair": "none", "local_steps": 0, "recover": "none"},
         **{"image_tokens": KNOBS[name]},
     }
-    return str(tiny_pictures.folder(name)), config_from({**values, **changes})
+    model = str(tiny_pictures.folder(name))
+    return model, config_from({**values, **changes}, model)
 
 
 @pytest.mark.usefixtures("unhurried")

@@ -204,17 +204,6 @@ def test_jsd_is_the_mean_divergence_from_the_mixture_bounded_and_symmetric(scale
     assert_close(jsd(student, teacher), 4 * expected.sum(-1).mean(), LOSS)
 
 
-@pytest.mark.parametrize("distance", [losses.hidden_l2, losses.hidden_cosine])
-def test_a_mean_over_layers_is_the_distance_of_all_in_a_row(distance):
-    """The study lays the layers end to end in one long sequence."""
-    ours, theirs = ([torch.randn(B, T, D) for _ in range(3)] for _ in range(2))
-    mask = torch.rand(B, T) < 0.6
-    expected = distance(torch.cat(ours, 1), torch.cat(theirs, 1), mask.repeat(1, 3))
-    assert_close(losses.mean_over_layers(distance, ours, theirs, mask), expected, LOSS)
-    with pytest.raises(ValueError, match="shorter"):
-        losses.mean_over_layers(distance, ours, theirs[:2], mask)
-
-
 @given(st.sets(st.integers(0, 11), min_size=1))
 def test_a_layer_answers_for_the_removed_run_behind_it(kept):
     layers = sorted(kept)

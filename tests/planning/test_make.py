@@ -16,6 +16,7 @@ from slimvlm.planning.make import (
     channels_to_remove,
     default_multiple,
     make_plan,
+    make_plan_for_params,
     ratio_for_params,
     width_candidates,
 )
@@ -463,3 +464,22 @@ def test_counting_by_layer_needs_no_kv_groups():
         neurons = shape.intermediate_size
         assert len(kept) == neurons - channels_to_remove(neurons, 0.3)
     assert not any(plan.kv_groups)
+
+
+def test_layers_of_different_sizes_go_as_near_as_they_can():
+    """Every second layer has experts, eight times as large as the others."""
+    anatomy = read_anatomy(tiny.build("llama4"))
+    small, large = (shape.params for shape in anatomy.layers[:2])
+    assert large > small
+    for seed in range(8):
+        order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+        for ratio in (0.2, 0.4, 0.6):
+            plan = make_plan(anatomy, Scores("by-hand", layer=order.float()), ratio, "depth")
+            assert abs(plan.ratio - ratio) * anatomy.backbone_params <= large
+
+
+def test_a_size_that_no_legal_shape_has_is_refused():
+    anatomy = read_anatomy(tiny.build("llama"))
+    least = anatomy.total_params - anatomy.backbone_params
+    with pytest.raises(ImpossiblePlanError, match="smallest legal shape has"):
+        make_plan_for_params(anatomy, random_scores(anatomy), least + 50, round_to=4096)

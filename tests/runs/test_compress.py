@@ -54,6 +54,9 @@ RECOVER = RecoverConfig(
 )
 
 
+MODEL = str(folders.folder("llava"))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return folders.write_llava_data(tmp_path_factory.mktemp("data"))
@@ -361,15 +364,39 @@ def test_a_bad_request_writes_nothing_and_leaves_what_force_would_replace(
     assert contents(short) == before
 
 
+@pytest.mark.parametrize(("kind", "learns"), [("llava", "projector"), ("text", "lora")])
+def test_what_learns_by_default_is_there(kind, learns, tmp_path):
+    """The chart trains the projector at small ratios: text models have none, texts reach none."""
+    data = folders.write_llava_data(tmp_path / "data", count=24, pictures=False)
+    model, given = str(folders.folder(kind)), {"ratio": 0.15, "data": str(data), "samples": 8}
+    config = config_from(given, model)
+    assert config.recover.train == learns
+    for recover in (config.recover, replace(config.recover, train="projector")):
+        asked = replace(config, recover=replace(recover, max_steps=1))
+        if recover.train == "lora":
+            compress(model, asked, tmp_path / "run", say=silent)
+        else:
+            with pytest.raises(ConfigError, match=r"has no projector|learns from pictures"):
+                compress(model, asked, tmp_path / "no", say=silent)
+            assert not (tmp_path / "no").exists()
+
+
+def test_a_small_learning_rate_survives_the_run_s_own_file(short, tmp_path):
+    values = json.loads((short / "config.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**values, "recover": {"learning_rate": 5e-5}}))  # 5e-05
+    assert read_config(path)[2] == {"learning_rate": 5e-5}
+
+
 def test_a_baseline_saves_asking_again(finished, data, tmp_path, monkeypatch):
     asked = []
-    honest = stages.evaluate
+    honest = compression.evaluate_all
 
     def counts(*args, **kwargs):
         asked.append(args[3])
         return honest(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "evaluate", counts)
+    monkeypatch.setattr(compression, "evaluate_all", counts)
     baseline = finished / "results" / "original.json"
     config = request_for(data, recover=None, baseline=str(baseline))
     run = compress(*config, tmp_path / "run", say=silent)
@@ -417,9 +444,9 @@ def test_a_run_of_options_alone_gives_the_model_the_processor_and_itself(
 )
 def test_options_mean_the_same_in_python_and_in_a_file(options, tmp_path, compressed):
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({"model": "m", **options}))
+    path.write_text(yaml.safe_dump({"model": MODEL, **options}))
     cli.main(["compress", "--config", str(path), "--out", "out"])
-    assert config_from(options) == compressed[1]
+    assert config_from(options, MODEL) == compressed[1]
 
 
 @pytest.mark.parametrize(
@@ -498,7 +525,7 @@ def test_the_command_line_comes_on_top_of_a_file(tmp_path, compressed):
     path.write_text(config_text("my model", FULL))
     cli.main(["compress", "other", f"--config={path}", "--ratio", "0.4", "--out", "out"])
     assert compressed[:2] == ["other", replace(FULL, ratio=0.4)]
-    path.write_text(yaml.safe_dump({"model": "m", "ratio": 0.1, "data": "d.json"}))
+    path.write_text(yaml.safe_dump({"model": MODEL, "ratio": 0.1, "data": "d.json"}))
     cli.main(["compress", "--config", str(path), "--out", "out"])
     assert compressed[1].recover.train == "projector"  # the file is silent, the chart is not
 

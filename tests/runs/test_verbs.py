@@ -10,9 +10,11 @@ from slimvlm.core.options import MemoryOptions, PruneConfig, ReportOptions
 from slimvlm.core.progress import silent
 from slimvlm.data.read import load_samples
 from slimvlm.evaluation.on_data import DataResult, evaluate_data
-from slimvlm.models.load import load
+from slimvlm.models.load import anatomy, load
+from slimvlm.runs import verbs
 from slimvlm.runs.verbs import prune
 from tests import tiny_folder as folders
+from tests.handmade import Stopped, plan_by_hand, stops
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 
@@ -87,3 +89,24 @@ def test_a_model_is_evaluated_on_data_without_a_task(data, pruned, tmp_path, cap
     shown = capsys.readouterr().out
     assert "perplexity" in shown
     assert "agreement" not in shown
+
+
+def test_a_stopped_prune_from_files_goes_on_with_its_own_plan_and_samples_alone(
+    data, tmp_path, monkeypatch
+):
+    """Another plan starts anew, and so do other samples that stay unseen."""
+    shape, memory = anatomy(MODEL), MemoryOptions(low_memory=True)
+    plans = [plan_by_hand(shape, neurons=range(count)) for count in (48, 32)]
+    for number, plan in enumerate(plans):
+        plan.save(tmp_path / f"{number}.json")
+    out, more = tmp_path / "out", {"memory": memory, "say": silent}
+    config = PruneConfig(data=str(data), samples=4, local_steps=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(verbs, "prune_checkpoint", stops)
+        report = ReportOptions(report_samples=4)
+        with pytest.raises(Stopped):
+            prune(MODEL, config, out, tmp_path / "0.json", report=report, **more)
+    report = ReportOptions(report_samples=2)
+    walked, held_out = prune(MODEL, config, out, tmp_path / "1.json", report=report, **more)
+    assert walked.plan.neurons == plans[1].neurons
+    assert len(held_out["original"].samples) == 2

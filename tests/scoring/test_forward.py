@@ -165,3 +165,15 @@ def test_criteria_that_cannot_score_experts_are_refused(criterion):
     model = tiny.build("qwen3_vl_moe")
     with pytest.raises(UnsupportedModelError, match=r"layer 0 has experts.*activation, wanda"):
         sv.score(model, [tiny.batch(model)], criterion)
+
+
+@pytest.mark.parametrize("name", ["mllama"])
+def test_layers_that_pictures_alone_reach_are_skipped_without_one(name):
+    model = tiny.build(name)
+    batch = tiny.batch(model, 12)
+    blind = {key: batch[key] for key in ("input_ids", "attention_mask", "labels") if key in batch}
+    blind["input_ids"] = blind["input_ids"].clamp(max=63)
+    scores = sv.score(model, [blind], "block_influence")
+    assert scores.layer.isfinite().all()
+    assert (scores.layer == 0).any()
+    assert sv.score(model, [blind, batch], "angular").layer.isfinite().any()

@@ -565,6 +565,8 @@ def test_the_more_was_pruned_the_larger_are_the_steps(monkeypatch):
     assert rate(severe, train="full") == pytest.approx(3 * rate(mild, train="full"))
     assert rate(mild, train="full") == pytest.approx(4e-4 / 4)
     assert rate(None, train="full") == rate(mild, train="full")  # a quarter of the decoder
+    fewer = replace(plan_by_hand(whole), tokens=tuple(range(whole.vocab_size - 8)))
+    assert rate(fewer, train="full") == rate(None, train="full")  # the decoder stays whole
     narrow = rate(mild, train="full")
     monkeypatch.setattr(recovery, "read_anatomy", lambda _: replace(whole, hidden_size=4 * 576))
     assert rate(mild, train="full") == pytest.approx(narrow / 4)

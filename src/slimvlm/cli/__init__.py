@@ -14,8 +14,6 @@ from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
-
 from slimvlm.cli import verbs
 from slimvlm.cli.options import defaults_from, parse
 from slimvlm.core import errors
@@ -169,7 +167,7 @@ def overview() -> str:
     for title, group in GROUPS.items():
         lines += [f"{title}:", ""]
         for verb in group:
-            purpose = docstring_parser.parse(verb.__doc__ or "").short_description or ""
+            purpose = (verb.__doc__ or "").partition("\n")[0]
             name = f"  {verb.__name__}".ljust(17)
             lines += textwrap.wrap(purpose, width, initial_indent=name, subsequent_indent=" " * 17)
         lines.append("")

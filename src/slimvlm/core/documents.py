@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of, write_text
 from slimvlm.core.options import NO_RESULT
-from slimvlm.core.removed import same_without_removed, without_removed
+from slimvlm.core.removed import without_removed
 
 T = TypeVar("T")
 
@@ -227,8 +227,8 @@ def _differing(
 
 
 def _comparable(request: Mapping[str, Any] | None) -> Any:
-    """Convert a request as JSON would (tuples become lists), without options that are removed."""
-    return same_without_removed(json.loads(json.dumps(request)))
+    """Convert a request as JSON would: tuples become lists."""
+    return json.loads(json.dumps(request))
 
 
 def digest(parts: Iterable[Any]) -> str:

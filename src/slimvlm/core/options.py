@@ -41,7 +41,6 @@ MIN_NEW_TOKENS = 3
 ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
 FILE_ONLY = "file only"  # in an option's type: it has no flag on the command line
 
-
 _hints = cache(partial(get_type_hints, include_extras=True))
 
 
@@ -93,7 +92,6 @@ Positions = Literal["answer", "all"]
 TooLong = Literal["refuse", "cut"]
 
 PassedOn = Annotated[Mapping[str, Any], FILE_ONLY]  # options of another library by name
-
 
 Divergence = Literal["kl", "rkl", "jsd"]
 DIVERGENCES = get_args(Divergence)  # losses between next-token distributions
@@ -193,7 +191,7 @@ def _require_passable(
     module, _, name = kind.rpartition(".")
     if not isinstance(values, Mapping):
         raise ConfigError(f"{option} {values!r} must map names to values")
-    known = {row.name for row in fields(getattr(import_module(module), name)) if row.init}
+    known = {r.name: r.default for r in fields(getattr(import_module(module), name)) if r.init}
     for key, value in values.items():
         if key in ours:
             raise ConfigError(f"{option}: {key} {value!r} cannot be given: slimvlm sets {key}")
@@ -201,6 +199,8 @@ def _require_passable(
             raise ConfigError(
                 f"{option}: {key} {value!r}: {key} must be an argument that {name} knows"
             )
+        if isinstance(value, str) and type(known[key]) in (int, float):
+            raise ConfigError(f"{option}: {key} {value!r} must be a number, in YAML like 1.0e-2")
     try:
         json.dumps(values)
     except TypeError as error:

@@ -82,16 +82,3 @@ def without_removed(values: Mapping[str, Any], allowed: Sequence[str]) -> dict[s
             value = without_removed(value, [])
         found[name] = value
     return found
-
-
-def same_without_removed(values: Any) -> Any:
-    """Drop removed options with their old default at every depth, to compare stored requests."""
-    if isinstance(values, list):
-        return [same_without_removed(value) for value in values]
-    if not isinstance(values, dict):
-        return values
-    return {
-        name: same_without_removed(value)
-        for name, value in values.items()
-        if name not in OPTIONS or value != OPTIONS[name][0]
-    }

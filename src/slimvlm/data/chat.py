@@ -64,11 +64,10 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
     if getattr(processor, "chat_template", None) is None:
         turns = [str(_text_only(message)["content"]) for message in messages]
         return "\n".join(turns) + ("\n" if generate else "")
+    how = {"tokenize": False, "add_generation_prompt": generate}
     try:
         with limited():
-            text: str = processor.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=generate
-            )
+            return str(processor.apply_chat_template(chat, **how))
     except TemplateSyntaxError as error:
         raise ConfigError(f"model: its chat template is malformed ({one_line(error)})") from error
     except errors.SlimError:
@@ -77,7 +76,6 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
         raise DataError(
             f"the chat template refuses the conversation ({one_line(error)})"
         ) from error
-    return text
 
 
 def _text_only(message: Message) -> Message:
@@ -125,6 +123,8 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
             labels[row, start:stop] = inputs["input_ids"][row, start:stop]
         if not (labels[row] != IGNORE).any():
             raise DataError(f"sample {sample.id!r} has no assistant turn to learn from")
+    if "labels" in inputs:  # PaliGemma's: tokens of type 0, the prompt's, see each other both ways
+        inputs["token_type_ids"] = ((labels != IGNORE).cumsum(1) > 0).long()
     return {**inputs, "labels": labels}
 
 
@@ -158,9 +158,10 @@ def process(
 ) -> dict[str, Tensor]:
     """Run the processor over a batch of rendered conversations."""
     tokenizer = tokenizer_of(processor)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = padding_side
+    side, pad = tokenizer.padding_side, tokenizer.pad_token  # the model's own, written beside it
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    padding = None if backend is None else backend.padding
+    tokenizer.pad_token, tokenizer.padding_side = pad or tokenizer.eos_token, padding_side
     # some processors have a default side that beats the tokenizer's
     how = {"return_tensors": "pt", "padding": True, "padding_side": padding_side}
     adds = adds_special_tokens(tokenizer, texts[0])
@@ -178,6 +179,10 @@ def process(
     except Exception as error:  # a text with the model's own token for pictures, wrong settings
         reason = one_line(error)[:LONGEST]
         raise DataError(f"the processor refuses the conversation ({reason})") from error
+    finally:
+        tokenizer.pad_token, tokenizer.padding_side = pad, side
+        if backend is not None:
+            backend.no_padding() if padding is None else backend.enable_padding(**padding)
 
 
 def adds_special_tokens(tokenizer: Any, text: str) -> bool:
@@ -218,6 +223,9 @@ def _answers(processor: Any, sample: Sample, text: str) -> list[tuple[int, int, 
         prompt = waiting[len(list(same)) :] or waiting
     # an answer ends as the conversation does, up to its first special token
     last, added = around[-1], tokenizer_of(processor).added_tokens_decoder.values()
+    count = max((n for n, m in enumerate(marked, 1) if m["role"] == "assistant"), default=0)
+    if 0 < count < len(marked):  # a question stands last, and may end in another way
+        last = re.split(_MARKS, render(processor, marked[:count]))[-1]
     ends = [(last.find(t.content), -len(t.content)) for t in added if t.content in last]
     at, negative_length = min(ends, default=(len(last.rstrip()), 0))
     end = last[: at - negative_length]

@@ -58,20 +58,10 @@ def compiled(template: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: Any = None,
-        separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
+    def tojson(value: Any, *given: Any, **named: Any) -> str:
+        names = ("ensure_ascii", "indent", "separators", "sort_keys")
+        how = {"ensure_ascii": False, **dict(zip(names, given, strict=False)), **named}
+        return json.dumps(value, **how)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]

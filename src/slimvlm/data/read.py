@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress, count, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -273,7 +273,11 @@ def load_samples(
         raise ConfigError(f"samples {limit} must be at least 1")
     if max_length is not None and processor is None:
         raise ConfigError(f"max_length {max_length} needs a processor to count tokens with")
-    longest = None if processor is None else Limit.of(max_length, context, too_long == "cut")
+    if max_length is not None and max_length < 1:
+        raise ConfigError(f"max_length {max_length} must be at least 1")
+    given = [value for value in (max_length, context) if value is not None]
+    most = min(given, default=None) if processor is not None else None
+    is_asked, cuts = most == max_length, too_long == "cut"
     samples: list[Sample] = []
     bad = cut = 0
     for found in _samples(data, images, limit, warn, processor):
@@ -282,7 +286,7 @@ def load_samples(
                 raise found
             if processor is not None:
                 require_readable(processor, found)
-            short = found if longest is None else fitted(processor, found, longest)
+            short = found if most is None else fitted(processor, found, most, is_asked, cuts)
             samples.append(short)
             cut += short is not found
         except DataError as error:
@@ -294,8 +298,8 @@ def load_samples(
             break
     if bad:
         warn(f"data {str(data)!r}: {bad} broken rows skipped, {len(samples)} samples read")
-    if cut and longest is not None:
-        warn(f"data {str(data)!r}: {cut} samples were cut to {longest.tokens} tokens")
+    if cut:
+        warn(f"data {str(data)!r}: {cut} samples were cut to {most} tokens")
     if not samples:
         raise DataError(f"data {str(data)!r}: no usable sample")
     return samples
@@ -417,45 +421,30 @@ def _parts(content: list[Any], name: str) -> tuple[list[dict[str, Any]], list[An
     return parts, sources
 
 
-@dataclass(frozen=True)
-class Limit:
-    """Limit on the tokens of a sample."""
+def fitted(
+    processor: Any, sample: Sample, most: int, is_asked: bool = True, cuts: bool = False
+) -> Sample:
+    """Return a sample of at most so many tokens; to cut it, drop last turns, then its answer's end.
 
-    tokens: int  # those of pictures included
-    # by a user; else it is the model's context, and samples that cannot exceed it are not tokenised
-    is_asked: bool = True
-    cuts: bool = False  # longer samples are cut, else refused
-
-    @classmethod
-    def of(cls, asked: int | None, context: int | None, cuts: bool) -> "Limit | None":
-        """Return the lower of the two limits; None if there is neither."""
-        if asked is not None and asked < 1:
-            raise ConfigError(f"max_length {asked} must be at least 1")
-        given = [value for value in (asked, context) if value is not None]
-        return cls(min(given), min(given) == asked, cuts) if given else None
-
-
-def fitted(processor: Any, sample: Sample, limit: Limit) -> Sample:
-    """Return a sample within the limit; to cut it, drop last turns, then the end of its answer."""
-    if not limit.is_asked:  # no token of text is shorter than a byte; a tokenizer adds a few
-        most = len(rendered(processor, sample).encode()) + LARGE_PICTURE * len(sample.images) + 8
-        if most <= limit.tokens:
+    A limit that no user asked for is the model's context; what cannot exceed it is not tokenised.
+    """
+    if not is_asked:  # no token of text is shorter than a byte; a tokenizer adds a few
+        size = len(rendered(processor, sample).encode()) + LARGE_PICTURE * len(sample.images) + 8
+        if size <= most:
             return sample
     length = length_of(processor, sample)
-    if length <= limit.tokens:
+    if length <= most:
         return sample
-    which = "--max-length is" if limit.is_asked else "the model reads"
-    if not limit.cuts:
-        raise DataError(
-            f"sample {sample.id!r} has {length} tokens, {which} {limit.tokens} (--too-long cut "
-            "shortens it)"
-        )
+    which = "--max-length is" if is_asked else "the model reads"
+    told = f"sample {sample.id!r} has {length} tokens, {which} {most}"
+    if not cuts:
+        raise DataError(f"{told} (--too-long cut shortens it)")
     answered = [n for n, message in enumerate(sample.messages, 1) if message["role"] == "assistant"]
     for kept in reversed(answered):
         turns = sample.messages[:kept]
         pictures = sample.images[: sum(map(num_images, turns))]
         shorter = replace(sample, messages=turns, images=pictures)
-        if length_of(processor, shorter) <= limit.tokens:
+        if length_of(processor, shorter) <= most:
             return shorter
     # cut the last answer at the last character that fits, found by bisection
     *before, last = shorter.messages
@@ -468,15 +457,12 @@ def fitted(processor: Any, sample: Sample, limit: Limit) -> Sample:
     fits, beyond = 0, len(answer)
     while beyond - fits > 1:  # so many characters fit, so many do not
         middle = (fits + beyond) // 2
-        if length_of(processor, with_answer(middle)) <= limit.tokens:
+        if length_of(processor, with_answer(middle)) <= most:
             fits = middle
         else:
             beyond = middle
     if not answer[:fits].strip():
-        raise DataError(
-            f"sample {sample.id!r} has {length} tokens, {which} {limit.tokens}: nothing of its "
-            "answer is left when it is cut"
-        )
+        raise DataError(f"{told}: nothing of its answer is left when it is cut")
     return with_answer(fits)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from slimvlm.core.errors import DataError, raised_as
 
@@ -91,7 +91,9 @@ def open_image(image: Image.Image | Path) -> Image.Image:
         if isinstance(image, Path):
             return _decoded(image)
         content = _file_of(image)
-        return image.convert("RGB") if content is None else _decoded(io.BytesIO(content))
+        if content is not None:
+            return _decoded(io.BytesIO(content))
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def identifying_bytes(image: Image.Image | Path, may_move: bool = False) -> bytes:
@@ -122,9 +124,8 @@ def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
         if not isinstance(place, str):
             raise DataError("image must be a path or a picture")
         shown = repr(place if len(place) < 100 else f"{place[:100]}...")
-        with raised_as(
-            DataError, (OSError, ValueError, RuntimeError), f"image {shown} is not a path"
-        ):
+        told = f"image {shown} is not a path"
+        with raised_as(DataError, (OSError, ValueError, RuntimeError), told):
             path = (root / place).resolve()
             is_file = path.is_file()
         if not path.is_relative_to(root.resolve()):
@@ -151,4 +152,4 @@ def _decoded(source: Path | io.BytesIO, glance: bool = False) -> Image.Image:
             opened.draft("RGB", _GLANCE)
         elif opened.width * opened.height > LARGE_PIXELS:
             opened.thumbnail(LARGE_SIZE)
-        return opened.convert("RGB")
+        return ImageOps.exif_transpose(opened).convert("RGB")  # as transformers reads files

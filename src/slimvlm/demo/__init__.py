@@ -1,3 +1,1 @@
 """The demo: a small real vision-language model, its data and its benchmarks, without a hub."""
-
-from __future__ import annotations

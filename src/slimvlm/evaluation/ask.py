@@ -22,7 +22,7 @@ from slimvlm.data import chat
 from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.bench import stored_bytes, times_of
-from slimvlm.evaluation.on_data import answer_losses
+from slimvlm.evaluation.on_data import answer_losses, divided
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
@@ -113,8 +113,9 @@ def _score_replies(
 ) -> TaskResult:
     """Score replies; batches are the same whatever the log holds."""
     reply = choose if task.by_likelihood else answer
+    sees = [bool(question.images) for question in questions]
     prompts = [question.prompt for question in questions]
-    for batch in batches_by_length(prompts, batch_size, task.name, reached):
+    for batch in batches_by_length(prompts, batch_size, task.name, reached, sees):
         picked = [questions[i] for i in batch]
         if any(question.id not in log.replies for question in picked):
             log.add(picked, reply(model, processor, picked, task.max_new_tokens))
@@ -229,7 +230,8 @@ def answer(
     _require_context(model, inputs, questions[0].id)
     tokenizer, generator = chat.tokenizer_of(processor), cast(Any, model)
     names = shortened(", ".join(question.id for question in questions[:3]))
-    greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": tokenizer.pad_token_id}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    greedy = {"do_sample": False, "num_beams": 1, "pad_token_id": pad}
 
     def finite(_: Tensor, scores: Tensor) -> Tensor:
         """Raise if logits are NaN: argmax would return a token regardless."""
@@ -281,12 +283,16 @@ def _require_context(model: PreTrainedModel, inputs: Mapping[str, Tensor], name:
 
 
 def batches_by_length(
-    prompts: Sequence[str], batch_size: int, name: str, reached: Reached | None = None
+    prompts: Sequence[str],
+    batch_size: int,
+    name: str,
+    reached: Reached | None = None,
+    sees: Sequence[bool] = (),
 ) -> Iterator[list[int]]:
     """Batch the indices of prompts of similar length, longest first, and show progress."""
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    yield from progress(batches, name, reached=reached)
+    kinds = sees or [True] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (not kinds[i], -len(prompts[i]), i))
+    yield from progress(divided(order, kinds, batch_size), name, reached=reached)
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:

@@ -37,7 +37,6 @@ from slimvlm.models.parts import Parts
 
 REPEATS, NEW_TOKENS = 6, 8  # runs of each model, and new tokens after the first
 
-
 Run = tuple[float, ...]  # milliseconds of a generation: to the first token, then of each other one
 
 

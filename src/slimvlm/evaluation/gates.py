@@ -69,7 +69,8 @@ def judge(
         for name, task in tasks.items():
             spread = metrics.paired_difference([0.0] * len(task.scores), task.scores)
             bounds = () if task.metric in LIKELIHOODS else (spread.low, spread.high)
-            theirs = first.tasks[name].score if name in first.tasks else None
+            other = first.tasks.get(name)
+            theirs = other.score if other is not None and other.ids == task.ids else None
             found[name] = Estimate(task.score, *bounds), theirs
         if "avg" in known:
             ours = {name: task.scores for name, task in tasks.items() if task.in_average}

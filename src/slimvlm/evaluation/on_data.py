@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
@@ -162,6 +163,9 @@ def _compared(
     ]
     if shared is not None:
         ours, theirs = ours[:, shared[:, 0]], theirs[:, shared[:, 1]]
+    elif ours.shape != theirs.shape:  # rows beyond the vocabulary are no tokens
+        least = min(ours.shape[-1], theirs.shape[-1])
+        ours, theirs = ours[:, :least], theirs[:, :least]
     same = (ours.argmax(-1) == theirs.argmax(-1)).float()
     log_p, log_q = F.log_softmax(theirs, dim=-1), F.log_softmax(ours, dim=-1)
     return torch.stack([*losses, same, (log_p.exp() * (log_p - log_q)).sum(-1)], dim=-1)
@@ -376,10 +380,16 @@ def _live(
     return Predictions.of(name or str(model.config._name_or_path), states(), head, processor)
 
 
+def divided(order: Sequence[int], kinds: Sequence[bool], size: int) -> list[list[int]]:
+    """Divide an order into batches of one kind: some processors refuse pictures beside none."""
+    groups = [list(group) for _, group in groupby(order, kinds.__getitem__)]
+    return [each[i : i + size] for each in groups for i in range(0, len(each), size)]
+
+
 def batches_of(
     processor: Any, samples: Sequence[Given], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Encode samples with labels; those with as many pictures and a similar length run together."""
+    """Encode samples with labels; those of like length run together, with pictures or without."""
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size} must be at least 1")
     if not samples:
@@ -391,8 +401,8 @@ def batches_of(
     lengths = [(0, len(text)) for text in texts]
     lengths += [(len(each.images), estimated_length(each, 0)) for each in conversations]
     order = sorted(range(len(samples)), key=lambda place: lengths[place])
-    for start in progress(range(0, len(order), batch_size), "evaluate samples"):
-        places = order[start : start + batch_size]
+    kinds = [count > 0 for count, _ in lengths]
+    for places in progress(divided(order, kinds, batch_size), "evaluate samples"):
         if conversations:
             yield places, encode_samples(processor, [conversations[place] for place in places])
             continue

@@ -1,7 +1,5 @@
 """Store a model's replies to a benchmark and their scores; compare the averages of two models."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -117,7 +115,7 @@ class Result:
         counted = {name: task.score for name, task in self.tasks.items() if task.in_average}
         return metrics.average(counted) if counted else float("nan")
 
-    def retention(self, baseline: Result, floors: Result | None = None) -> metrics.Retention:
+    def retention(self, baseline: "Result", floors: "Result | None" = None) -> metrics.Retention:
         """Compute AVG-% relative to another model, over the tasks that both answered.
 
         The floor of a task, which `Retention.above_floor` takes off both models, is the highest of
@@ -139,7 +137,7 @@ class Result:
         chance = {name: task.chance for name, task in ours.items()}
         return metrics.retention(_scores(ours), _scores(theirs), chance, floor_of)
 
-    def by_kind(self) -> dict[Kind, Result]:
+    def by_kind(self) -> "dict[Kind, Result]":
         """Split the tasks that count: a result for each kind of answers that was asked for."""
         kinds = {n: kind_of(n, task) for n, task in self.tasks.items() if task.in_average}
         return {
@@ -147,7 +145,7 @@ class Result:
             for kind in sorted({*kinds.values()})
         }
 
-    def retention_by_kind(self, baseline: Result) -> dict[Kind, metrics.Retention]:
+    def retention_by_kind(self, baseline: "Result") -> dict[Kind, metrics.Retention]:
         """Compute `retention` for each kind of answers of which the baseline has some right."""
         return {
             kind: part.retention(baseline)
@@ -155,12 +153,12 @@ class Result:
             if any(any(baseline.tasks[n].scores) for n in part.tasks if n in baseline.tasks)
         }
 
-    def difference(self, baseline: Result) -> metrics.Difference:
+    def difference(self, baseline: "Result") -> metrics.Difference:
         """Compute AVG minus that of another model, over the tasks that both answered."""
         ours, theirs = self._shared_tasks(baseline)
         return metrics.average_difference(_scores(theirs), _scores(ours))
 
-    def with_blind_floors(self, blind: Result) -> Result:
+    def with_blind_floors(self, blind: "Result") -> "Result":
         """Add the floors of the same model's result from ``evaluate(..., blind=True)``."""
         if self.blind or not blind.blind:
             raise ConfigError("floors: must be a blind result of a model that was not blind")
@@ -172,14 +170,14 @@ class Result:
             found[name] = replace(task, blind_scores=other.blind_scores)
         return replace(self, tasks=found)
 
-    def timed_as(self, other: Result) -> Result:
+    def timed_as(self, other: "Result") -> "Result":
         """Take over the times of a result whose model is as large: measuring again adds noise."""
         facts = ("total_params", "backbone_params", "weight_bytes", "dtype")
         if any(getattr(self, name) != getattr(other, name) for name in facts):
             return self
         return replace(self, **{name: getattr(other, name) for name in TIMES})
 
-    def _shared_tasks(self, baseline: Result) -> list[dict[str, TaskResult]]:
+    def _shared_tasks(self, baseline: "Result") -> list[dict[str, TaskResult]]:
         """Return the tasks that both answered; refuse other questions and other pictures."""
         if self.blind != baseline.blind:
             blind, other = ("this", "that") if self.blind else ("that", "this")
@@ -194,16 +192,19 @@ class Result:
         for name in shared:
             if self.tasks[name].ids != baseline.tasks[name].ids:
                 raise ConfigError(f"baseline: task {name!r} asked other questions (see --limit)")
+            if self.tasks[name].metric != baseline.tasks[name].metric:
+                raise ConfigError(f"baseline: task {name!r} was scored by another metric")
         return [{name: of.tasks[name] for name in shared} for of in (self, baseline)]
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, answers included."""
         by_kind = {kind: part.average for kind, part in self.by_kind().items()}
-        values = {**asdict(self), "average": self.average, "average_by_kind": by_kind}
+        average = None if math.isnan(self.average) else self.average  # JSON has no NaN
+        values = {**asdict(self), "average": average, "average_by_kind": by_kind}
         write_text(Path(path), json.dumps(values, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Result:
+    def load(cls, path: str | Path) -> "Result":
         """Read what `save` wrote; raise ConfigError if the file is missing or not a result."""
         where, values = f"result {str(path)!r}", read_object(path, "result")
         for derived in ("average", "average_by_kind"):

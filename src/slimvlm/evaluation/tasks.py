@@ -93,6 +93,8 @@ def find_tasks(names: str) -> list[Task]:
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name.endswith((".yaml", ".yml")):
             task = read_task(name)
+            if task.name in {**known, **chosen}:
+                raise ConfigError(f"task {task.name!r}: two tasks have this name")
             chosen[task.name] = task
         elif name == "demo" or name in known:
             chosen.update(known if name == "demo" else {name: known[name]})
@@ -136,14 +138,15 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
             raise DataError(f"{where} has no column {shortened(error.args[0])}") from error
         if row.choices and not (isinstance(choices, list) and choices):
             raise DataError(f"{where}: {shortened(row.choices)} must be a list of choices")
-        if isinstance(answer, list) and not answer:
+        accepted = answer if isinstance(answer, list) else [answer]
+        if not accepted or None in accepted:
             raise DataError(f"{where} has no answer")
         shown = values.get(row.image)
         pictures = [] if shown is None else shown if isinstance(shown, list) else [shown]
         question = Question(
             id=name,
             prompt=prompt,
-            answers=tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),),
+            answers=tuple(map(str, accepted)),
             images=tuple(find_image(p, name, folder / row.images) for p in pictures),
             choices=tuple(map(str, choices)),
         )

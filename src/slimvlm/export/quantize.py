@@ -1,6 +1,7 @@
 """Write checkpoints whose decoder layers have weights of fewer bits, for ``from_pretrained``."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.evaluation.bench import stored_bytes
 from slimvlm.models import load as models
 from slimvlm.models.cost import free_memory
-from slimvlm.models.files import unreadable
+from slimvlm.models.files import unreadable, weight_files
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, plan_of, write_card
@@ -111,7 +112,8 @@ def quantize(
         and not any(name == part or name.startswith(f"{part}.") for part in skipped)
     ]
     dtype = getattr(config, "dtype", None) or torch.bfloat16
-    needed = sum(file.stat().st_size for file in models.folder_of(name).glob("*.safetensors"))
+    files = set(weight_files(models.folder_of(name)).values())
+    needed = sum(file.stat().st_size for file in files)
     if target.type != "cpu" and needed > (free := free_memory(target)):
         raise ConfigError(
             f"device {str(target)!r}: {needed / 2**30:.2f} GiB of weights do not fit into "
@@ -194,9 +196,13 @@ def compressed(model: PreTrainedModel, to: str, skipped: Sequence[str]) -> Itera
     if scheme.weights.group_size is not None:
         scheme.weights.group_size = GROUP
     # readers differ in the path to a part and share its name
-    ignored = sorted({f"re:.*{path.rpartition('.')[2]}.*" for path in skipped})
+    ignored = set()
+    for path in skipped:  # of a layer, the path inside it: others may have the same name
+        *outer, inside = re.split(r"\blayers\.\d+\.", path)
+        name = f".*{path.rpartition('.')[2]}.*"
+        ignored.add("re:" + (rf".*layers\.\d+\.{re.escape(inside)}$" if outer else name))
     groups_of = {"decoder": scheme}
-    settings = quantization.QuantizationConfig(config_groups=groups_of, ignore=ignored)
+    settings = quantization.QuantizationConfig(config_groups=groups_of, ignore=sorted(ignored))
     quantization.apply_quantization_config(model, settings)
     matrices: list[Any] = [linear for _, _, linear in Parts(model).projections()]
     for module in matrices:

@@ -10,7 +10,7 @@ of segments (`slimvlm.models.families.Projection`). In a segment, unit ``u`` own
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Annotated, Any
 
@@ -278,12 +278,11 @@ class Anatomy:
     def with_tokens(self, count: int) -> "Anatomy":
         """Return the anatomy with another number of tokens."""
         gone = self.vocab_size - count
-        layers = [
-            replace(s, fixed_params=s.fixed_params - gone * s.token_params) for s in self.layers
-        ]
         return replace(
             self,
-            layers=tuple(layers),
+            layers=tuple(
+                replace(s, fixed_params=s.fixed_params - gone * s.token_params) for s in self.layers
+            ),
             vocab_size=count,
             embedding_params=self.embedding_params // self.vocab_size * count,
             head_params=self.head_params // self.vocab_size * count,
@@ -299,10 +298,6 @@ class Anatomy:
         assert text_type is not None
         model_type = text_type if self.family.text_config is None else self.model_type
         return replace(self, text_type=text_type, model_type=model_type, retypable=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 def read_anatomy(model: nn.Module) -> Anatomy:
@@ -357,9 +352,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         pinned_layers=pinned,
         retypable=backbone.retype is not None
         and all(getattr(text_config, name) == value for name, value in required),
-        fixed_neurons=(
-            getattr(text_config, backbone.neuron_field) if family.fixed_neurons else None
-        ),
+        fixed_neurons=getattr(text_config, backbone.neuron_field) if family.fixed_neurons else None,
         other_params=count(set(parts.text_model.parameters()) - listed),
         experts_per_token=experts_per_token,
     )

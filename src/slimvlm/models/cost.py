@@ -72,11 +72,15 @@ def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:
 def _forward_flops(anatomy: Anatomy, tokens: int, context: int) -> int:
     """Count FLOPs of tokens that attend to a context, with the head for one of them."""
     flops = 2 * anatomy.hidden_size * anatomy.vocab_size
-    rows = (*anatomy.backbone.attention, *anatomy.backbone.mlp)
+    rows, experts = (*anatomy.backbone.attention, *anatomy.backbone.mlp), anatomy.backbone.experts
+    if experts is not None:
+        rows = tuple(row for row in rows if not row.path.startswith(f"{experts.module}."))
     for shape in anatomy.layers:
         blocks = [shape.block(segment) for row in rows for segment in row.segments]
         channels = sum(count * width for count, width in blocks)
         flops += tokens * 2 * anatomy.hidden_size * channels  # one side is the hidden size
+        taken = anatomy.experts_per_token * shape.intermediate_size * shape.expert_neuron_params
+        flops += tokens * 2 * (taken + shape.num_experts * shape.expert_fixed_params)
         flops += 4 * tokens * context * shape.num_heads * shape.head_dim  # scores and values
     return flops
 

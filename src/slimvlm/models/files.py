@@ -64,7 +64,6 @@ _LIMITS: tuple[tuple[str, int, int], ...] = (
 """Names of numbers and their limits: far above every known model, low enough to build it. The first
 row that a name fits counts."""
 
-
 _TOKEN = "your token (hf auth login, or HF_TOKEN)"
 _AWAY = "no such folder, not in the hub's cache, and the hub cannot be reached"
 _OF_HUB: dict[type[BaseException], str] = {
@@ -169,9 +168,8 @@ def read_adapter(folder: Path) -> tuple[str, dict[str, Any]]:
     where = f"model {str(folder)!r}"
     _require_no_links(folder, where)
     values = read_object(folder / ADAPTER, "model", 2**20)
-    start, base, revision = map(
-        values.get, ("init_lora_weights", "base_model_name_or_path", "revision")
-    )
+    names = ("init_lora_weights", "base_model_name_or_path", "revision")
+    start, base, revision = map(values.get, names)
     odd = [name for name, value in values.items() if value and name not in _LORA]
     odd += [] if values.get("peft_type") == "LORA" else ["peft_type"]
     odd += [] if start in _KEEPS_BASE else ["init_lora_weights"]

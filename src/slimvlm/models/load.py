@@ -316,7 +316,8 @@ def load(
     check_attention(model, config, attn_implementation)
     name, source = resolve(model), class_of(config)
     repository, how = split_revision(name)
-    how |= {key: value for key, value in asked.items() if value is not None}
+    how |= {key: value for key, value in asked.items() if value is not None} | {"dtype": dtype}
+    how |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if is_quantized(config):  # some quantisers take the current card by default
         how.setdefault("device_map", {"": str(place)})
     if shard:
@@ -328,13 +329,7 @@ def load(
     try:
         with unreadable(model, "weights"):
             loaded, report = source.from_pretrained(
-                repository,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **how,
+                repository, trust_remote_code=trust_remote_code, **how
             )
     finally:
         reporter.disabled = was_disabled
@@ -467,6 +462,8 @@ def device_named(name: str | torch.device | None) -> torch.device:
 
 def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
     return device.type != "mps"
 
 

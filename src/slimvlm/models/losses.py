@@ -200,18 +200,6 @@ def hidden_cosine(
     return (apart.square().sum(-1) / 2).sum() / max(len(ours), 1)
 
 
-def mean_over_layers(
-    distance: Callable[..., Tensor],
-    student: Sequence[Hidden],
-    teacher: Sequence[Hidden],
-    mask: Mask | None = None,
-    reduction: Reduction = "token_mean",
-) -> Float[Tensor, ""]:
-    """Average `hidden_l2` or `hidden_cosine` over pairs of layers; the teacher's by `layer_map`."""
-    pairs = zip(student, teacher, strict=True)
-    return torch.stack([distance(ours, theirs, mask, reduction) for ours, theirs in pairs]).mean()
-
-
 def layer_map(kept_layers: Sequence[int], num_original_layers: int) -> tuple[int, ...]:
     """Map each kept layer to the original layer whose output it should give.
 

@@ -153,7 +153,11 @@ def layer_matrices(
 
     stays_whole = row.whole_mlp_if is not None and attrgetter(row.whole_mlp_if)(layer)
     experts = () if row.experts is None else row.experts.entries
-    return found(row.attention), found(() if stays_whole else row.mlp), found(experts)
+    own = getattr(layer, "self_attn", None)  # with norms over all heads, or a list of them
+    is_bound = getattr(own, "qk_norm_type", None) == "olmo"
+    is_bound |= type(getattr(own, "q_layernorm", None)).__name__.endswith("PerHead")
+    attention, mlp = () if is_bound else row.attention, () if stays_whole else row.mlp
+    return found(attention), found(mlp), found(experts)
 
 
 def context_of(config: Any) -> int | None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ def make_plan(
     if counting != "parameters":
         return plan
     if axis == "depth":
-        step = min(shape.params for shape in anatomy.layers)
+        step = max(shape.params for shape in anatomy.layers)
     elif "neuron" in plan.criteria:
         step = budget.multiple * sum(shape.neuron_params for shape in anatomy.layers)
     elif "kv_group" in plan.criteria and len(anatomy.legal_kv_heads()) > 1:
@@ -248,6 +249,11 @@ def make_plan_for_params(
         excess = plan.after.total_params - target_params
         if excess <= 0:
             return plan
+        if ratio >= 1 - 1e-9:
+            raise ImpossiblePlanError(
+                f"target of {target_params:,} parameters: the smallest legal shape has "
+                f"{plan.after.total_params:,}"
+            )
         ratio = min(ratio + max(excess / anatomy.backbone_params, 1e-4), 1 - 1e-9)
 
 
@@ -273,9 +279,10 @@ def width_candidates(
         return [make_plan(anatomy, scores, ratio, axis, allocation, **options)]
     found: list[Plan] = []
     units = options.get("units", WIDTH_UNITS)
-    for kv_heads in anatomy.legal_kv_heads() if "kv_group" in units else ():
+    is_open = options.get("kv_heads") is None and options.get("counting") != "per_layer"
+    for kv_heads in anatomy.legal_kv_heads() if "kv_group" in units and is_open else ():
         try:
-            plan = make_plan(anatomy, scores, ratio, axis, kv_heads=kv_heads, **options)
+            plan = make_plan(anatomy, scores, ratio, axis, **{**options, "kv_heads": kv_heads})
         except ImpossiblePlanError:
             continue
         if plan not in found:  # where tokens or experts alone reach the ratio
@@ -288,12 +295,14 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     anatomy, shapes = budget.anatomy, plan.shapes
     open_layers = filter(budget.is_open, range(anatomy.num_layers))
     candidates = [index for index in open_layers if index not in anatomy.pinned_layers]
+    assert scores.layer is not None
+    order = [candidates[int(i)] for i in torch.argsort(scores.layer[candidates], stable=True)]
     if budget.counting == "per_layer":
         count = channels_to_remove(len(candidates), budget.ratio)
-    else:
-        share = budget.depth_share if budget.axis == "both" else 1.0
-        mean_params = sum(shapes[i].params for i in candidates) / max(len(candidates), 1)
-        count = round(budget.left(plan) * share / mean_params) if mean_params else 0
+    else:  # so many that their parameters come nearest; layers may differ in size
+        wanted = budget.left(plan) * (budget.depth_share if budget.axis == "both" else 1.0)
+        sums = list(accumulate((shapes[i].params for i in order), initial=0))
+        count = min(range(len(sums)), key=lambda n: abs(sums[n] - wanted))
     count = min(count, len(candidates), len(shapes) - 1)
     if scores.layer_runs is not None and count:
         costs = scores.layer_runs[count - 1]  # of the run that begins at each layer
@@ -306,9 +315,7 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
             )
         removed = min(possible, key=lambda run: float(costs[min(run)]))
     else:
-        assert scores.layer is not None
-        order = torch.argsort(scores.layer[candidates], stable=True)[:count]
-        removed = {candidates[int(i)] for i in order}
+        removed = set(order[:count])
     rows: dict[str, Any] = {
         f"{unit}s": tuple(() if i in removed else k for i, k in enumerate(plan.kept(unit)))
         for unit in LAYER_UNITS

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -218,7 +218,7 @@ class Plan:
             "neurons": self.neurons,
             "experts": self.experts,
             "tokens": self.tokens,
-            "before": self.before.to_dict(),
+            "before": asdict(self.before),
         }
 
     def save(self, path: str | Path) -> None:

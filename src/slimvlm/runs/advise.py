@@ -101,7 +101,7 @@ def advise(
     targets = {"target_params": target_params, "target_memory": target_memory}
     budget = {"ratio": ratio, **targets, "target_latency": target_latency}
     ratio = _ratio(shape, subject, budget, data, dtype)
-    recipe = recipe_for(ratio, data)
+    recipe = recipe_for(ratio, data, bool(shape.projector_params))
     row = next(row for row in known.fractions if ratio <= row.up_to)
     fraction, why = row.fraction, f"{row.why} ({known.fractions_source})"
     needed, given = round(fraction * known.full_set), known.full_set if samples is None else samples

@@ -132,7 +132,7 @@ def compress(
     """
     if out is None or (config is not None and options):
         raise ConfigError("compress needs out, and either config or options by name")
-    config = config_from(options) if config is None else config
+    config = config_from(options, model) if config is None else config
     place = Path(out)
     with held(place), replacement(place) if force else nullcontext(place) as folder:
         # whether the folder is free, or holds the same run unfinished
@@ -151,12 +151,12 @@ def compress(
         if config.baseline:
             read_baseline(config.baseline, floors=config.floors)
         request, given, samples = stages.settled(request_of(model, config), None, say)
+        chart = recipe_for(ratio_of(request.prune), request.trains)
         if given is not None:
             say("the tokens alone give the ratio: nothing else goes")
         elif request.prune.axis == "auto":
             say("axis auto: depth, width and both are tried, and held-out answers choose")
-        elif request.prune.axis != config.axis:
-            chart = recipe_for(ratio_of(request.prune), request.trains)
+        elif config.axis != request.prune.axis == chart.axis:
             say(f"axis {chart.axis}: {chart.why} ({chart.source})")
         # begin the folder, or resume in it
         if not force:
@@ -194,7 +194,7 @@ def compress(
     return Compressed(place, config, *done)
 
 
-def config_from(given: Mapping[str, Any]) -> CompressConfig:
+def config_from(given: Mapping[str, Any], model: str) -> CompressConfig:
     """Build a configuration from options; the study's decision chart fills in how to train."""
     recover = given.get("recover", {})
     config = documents.built(CompressConfig, {k: given[k] for k in given if k != "recover"})
@@ -208,6 +208,8 @@ def config_from(given: Mapping[str, Any]) -> CompressConfig:
         raise ConfigError(f"train {train!r} needs --data")
     ratio = ratio_of(config) if config.target_latency is None else 1 - config.target_latency
     chart = recipe_for(ratio, has_data and train != _NOT_TRAINED)
+    if train is None and chart.train == "projector" and not anatomy(model).projector_params:
+        chart = recipe_for(ratio, has_data, has_projector=False)
     how["train"] = train or chart.train or _NOT_TRAINED
     if how["train"] == _NOT_TRAINED:
         return config
@@ -401,6 +403,7 @@ def read_times(folder: Path) -> PairedTimes | None:
 def compress_command(model: str, config: CompressConfig, out: str | Path) -> str:
     """Write the ``slimvlm compress`` command for a run; options at their defaults are left out."""
     has_no_flag = options.file_only(CompressConfig) | options.file_only(RecoverConfig)
+    has_no_flag |= {"paper_exact"}
     config = replace(config, require=())  # which changes no model
     if {*_unusual(config), *_unusual(config.recover or RecoverConfig())} & has_no_flag:
         return shlex.join(["slimvlm", "compress", "--config", f"{out}/run.yaml", "--out", str(out)])
@@ -423,7 +426,8 @@ def config_text(model: str, config: CompressConfig) -> str:
 
 def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any] | None]:
     """Read model, configuration and given training options from YAML or a run's ``config.json``."""
-    where, values = f"config {str(path)!r}", documents.read_yaml(path, "config")
+    read = documents.read_object if Path(path).suffix == ".json" else documents.read_yaml
+    where, values = f"config {str(path)!r}", read(path, "config")
     if not isinstance(values, dict) or not isinstance(values.get("model"), str):
         raise ConfigError(f"{where}: must name a model, and options")
     chosen = {name: v for name, v in values.items() if name not in ("model", "made_from")}

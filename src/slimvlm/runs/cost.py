@@ -50,7 +50,10 @@ class Sizes:
     def pass_flops(self) -> float:
         """FLOP of reading a conversation; embeddings do not count, as they only look up."""
         looked_up = self.shape.embedding_params if self.shape.head_params else 0
-        return 2 * (self.shape.backbone_params - looked_up) * self.tokens
+        mixed = (layer for layer in self.shape.layers if layer.num_experts)
+        taken = self.shape.experts_per_token
+        idle = sum((layer.num_experts - taken) * layer.expert_params for layer in mixed)
+        return 2 * (self.shape.backbone_params - looked_up - idle) * self.tokens
 
     @property
     def token_share(self) -> float:

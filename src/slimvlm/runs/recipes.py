@@ -83,12 +83,13 @@ def rules() -> Rules:
     return TypeAdapter(Rules).validate_python(values, extra="forbid")
 
 
-def recipe_for(ratio: float, has_data: bool) -> Recipe:
-    """Choose the study's recipe for a ratio; ``has_data``: training is possible."""
+def recipe_for(ratio: float, has_data: bool, has_projector: bool = True) -> Recipe:
+    """Choose the study's recipe: one that trains if there are data, a projector if there is one."""
     if not 0 <= ratio < 1:
         raise ConfigError(f"ratio {ratio} must be at least 0 and below 1")
     rows = rules().with_training if has_data else rules().without_training
-    return next(row for row in rows if ratio <= row.up_to)
+    fits = (row for row in rows if has_projector or row.train != "projector")
+    return next(row for row in fits if ratio <= row.up_to)
 
 
 def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:

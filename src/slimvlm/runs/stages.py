@@ -166,6 +166,11 @@ def settled(
     if (line := lost_heads(described)) is not None:
         say(line)
     samples = read_split(request, say)
+    if request.recover is not None and request.recover.train == "projector" and samples.training:
+        if not shape.projector_params:
+            raise ConfigError(f"train 'projector': {shape.model_type!r} has no projector")
+        if not any(sample.images for sample in samples.training):
+            raise ConfigError("train 'projector': it learns from pictures, and the data have none")
     gates.parse(request.require, gates.in_percent(asked, bool(samples.report)))
     if request.image_tokens is not None:
         name = models.resolve(request.model)
@@ -333,9 +338,12 @@ def try_axes(
         processor = trimmed_processor(shown.processor, walked.plan)
         if request.recover is not None and training:
             student = copy.deepcopy(student)  # what stays whole is the original's until here
-            steps = optimizer_steps(request.recover, len(training), walked.plan.decoder_ratio)
+            judges = set(map(id, _judging(shown.samples)))
+            samples = [each for each in training if id(each) not in judges] or list(training)
+            learnt = max(round(len(samples) * request.recover.fraction), 1)
+            steps = optimizer_steps(request.recover, learnt, walked.plan.decoder_ratio)
             few = replace(request.recover, max_steps=max(round(steps * TRIAL_SHARE), 2))
-            samples, teacher = list(training), model if few.needs_teacher else None
+            teacher = model if few.needs_teacher else None
             before = [(each, each.dtype, each.requires_grad) for each in model.parameters()]
             try:  # a teacher that shares weights would be used up
                 train(student, teacher, samples, few, processor, plan=walked.plan, share=False)

@@ -230,6 +230,7 @@ def _prune_from_files(
     device, (opened, processor) = device_named(config.device), _opened(request)
     data = [] if config.data is None else [identity_of_data(config.data)]
     noted = {"asked": asked(request), "data": data, **opened.identity}
+    noted["plan"] = None if plan is None else plan.to_dict()
     Scratch(scratch).keep_if_same("request.json", noted)
 
     calibration = Calibration(processor, samples.calibration, request.hold_out)
@@ -245,8 +246,9 @@ def _prune_from_files(
 
     held_out: dict[str, DataResult] = {}
     if unseen:
-        path, at = scratch / "said.safetensors", scratch / "unseen"
+        path, at = scratch / "said" / "original.safetensors", scratch / "unseen"
         if not path.exists():
+            path.parent.mkdir(exist_ok=True)  # a folder, which another request removes
             _predictions(ORIGINAL, opened, processor, unseen, at, device).save(path)
         predicted = Predictions.load(path)
         held_out[ORIGINAL] = result_of(predicted, unseen, device)

@@ -93,13 +93,17 @@ def capture_hidden_states(
         hidden_out = main_stream(layer_output(output))
         require_finite_values(hidden_out, f"the output of layer {index}")
         sums["influence_sum"][index] += influence_of(hidden_in, hidden_out)
-        note_last_token(hidden_in)
+        while len(last_tokens) <= index:  # a layer that was skipped passes its input on
+            note_last_token(hidden_in)
         if index == count - 1:
             last_input[:] = [hidden_in]
             note_last_token(hidden_out)
 
     def on_norm(module: nn.Module, args: Any, output: Tensor) -> None:
-        sums["influence_sum_postnorm"] += influence_of(last_input[0], output)
+        while len(last_tokens) <= count:
+            note_last_token(args[0])
+        before = last_input.pop() if last_input else args[0]
+        sums["influence_sum_postnorm"] += influence_of(before, output)
         note_last_token(output)
 
     def after_batch() -> None:

@@ -67,10 +67,6 @@ class LayerCalls:
         added = self.added.get(index + 1)
         return output if added is None else output + added.to(output.device)
 
-    def through(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """Run one layer and return the input of the next one."""
-        return self.after(index, self.run(layer, index, hidden))
-
 
 @dataclass(frozen=True)
 class LazyCheckpoint:

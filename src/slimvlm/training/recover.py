@@ -149,6 +149,7 @@ def recover(
             **{n: None if m is None or is_sharded(m) else digest_of_weights(m) for n, m in both},
             "samples": [sample.id for sample in learnt],
             "conversations": digest([[sample.messages for sample in learnt]]),
+            "plan": None if plan is None else digest([plan.to_dict()]),
         }
         what = f"training folder {str(folder)!r} belongs to a run"
         cure = "Remove it, or give those options and data again"
@@ -327,7 +328,7 @@ def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) 
     # measured on a model with 576 channels (``docs/log.md``); a wider one takes less in proportion,
     # as the hidden matrices of μP do (arXiv:2203.03466, Table 3)
     width = read_anatomy(model).hidden_size
-    gone = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
+    gone = plan.decoder_ratio if plan is not None and plan.cuts_layers else UNKNOWN_SHARE
     return RATE_OF_ALL * gone * min(MEASURED_CHANNELS / width, 1.0)
 
 

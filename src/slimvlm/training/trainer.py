@@ -230,7 +230,8 @@ class Collator:
     positions: Positions
 
     def __call__(self, samples: list[Sample]) -> dict[str, Any]:
-        """Encode and pad some samples."""
+        """Encode and pad some samples; some processors demand those with pictures first."""
+        samples = sorted(samples, key=lambda sample: not sample.images)
         inputs = encode_samples(self.processor, samples)
         labels = inputs.pop("labels")
         is_all = self.positions == "all"
@@ -302,8 +303,9 @@ class DistillationTrainer(Trainer):
                     targets = [states[wanted.compared][None] for states in targets]
                 for name, distance in DISTANCES.items():
                     if name in weights:
-                        pairs = (distance, hidden, targets, None, self._reduction)
-                        parts[name] = losses.mean_over_layers(*pairs)
+                        pairs = zip(hidden, targets, strict=True)
+                        each = [distance(*pair, None, self._reduction) for pair in pairs]
+                        parts[name] = torch.stack(each).mean()
                 head, tokens = head_of(self._teacher), self._tokens
                 theirs = head if tokens is None else lambda states: head(states)[..., tokens]
                 ends = (hidden[0], targets[0].to(hidden[0].dtype), head_of(student), theirs)

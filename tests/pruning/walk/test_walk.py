@@ -12,7 +12,7 @@ from slimvlm.models.load import auto_class
 from slimvlm.models.parts import Parts
 from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.walk.engine import Steps, WalkConfig
+from slimvlm.pruning.walk.engine import Steps, WalkConfig, cheapest_plan
 from slimvlm.pruning.walk.streams import PREFIX, Streams
 from slimvlm.pruning.walk.walk import walk, walk_
 from slimvlm.scoring.batches import answer_loss
@@ -92,7 +92,7 @@ def assert_layer_by_layer_is_the_model(model, data):
     for place, expected in enumerate(seen):
         calls, hidden = runner.calls(place), runner.input_of(0, place)
         for index, layer in enumerate(Parts(model).layers):
-            hidden = calls.through(layer, index, hidden)
+            hidden = calls.after(index, calls.run(layer, index, hidden))
         assert_close(hidden, expected, SOLVE)
 
 
@@ -430,3 +430,42 @@ def test_a_walk_that_stops_leaves_the_model_alone(index, monkeypatch):
         walk_(model, data, 0.4, local_steps=1, round_to=1)
     assert_untouched(model, before)
     assert torch.equal(logits(model, data[0]), said)
+
+
+def test_options_of_plans_go_through_a_walk():
+    model = tiny.build("llama")
+    data = [tiny.batch(model, 12, seed) for seed in range(5)]
+    for options in ({"kv_heads": 2}, {"counting": "per_layer"}):
+        walked = walk_(tiny.build("llama"), data, 0.3, **options)
+        assert walked.plan.ratio > 0.1
+    assert len(walk_(tiny.build("llama"), data, 0.3, kv_heads=2).plan.kv_groups[0]) == 2
+
+
+def test_tokens_that_weigh_nothing_choose_nothing():
+    model = tiny.build("llama")
+    data = [tiny.batch(model, 12, seed) for seed in range(5)]
+    with pytest.raises(DataError, match="weight above 0"):
+        walk_(model, data, 0.3, token_weights={"prompt": 0.0, "image": 0.0, "answer": 0.0})
+
+
+def test_layers_with_attention_decide_how_much_of_it_goes(monkeypatch):
+    """Three of four layers of Qwen 3.5 have none that can go."""
+    model = tiny.build("qwen3_5")
+    shapes = read_anatomy(model).layers
+    assert {bool(shape.num_kv_heads) for shape in shapes} == {True, False}
+    honest, seen = Streams.moments, set()
+
+    def noted(self, name, writer, places):
+        seen.add(writer.index)
+        return honest(self, name, writer, places)
+
+    monkeypatch.setattr(Streams, "moments", noted)
+    plans = width_candidates(read_anatomy(model), (), 0.2, "width", "obs")
+    assert len(plans) > 1
+    data = [tiny.batch(model, 12, seed) for seed in range(2)]
+    runner = LayerwiseModel(Live(model), Memory(), torch.device("cpu"))
+    with torch.no_grad():
+        runner.embed(data)
+        cheapest_plan(Streams(runner, range(2), range(0), None), plans)
+    assert seen
+    assert all(shapes[index].num_kv_heads for index in seen)

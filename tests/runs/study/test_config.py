@@ -34,20 +34,24 @@ def shipped(name):
     return read_study(next(path for path in SHIPPED if path.stem == name))
 
 
+def published(config, cell):
+    return next((row for row in config.reference.rows if row.matches(cell.values())), None)
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_grids_carry_its_numbers(name):
     config = shipped(name)
-    found = [config.reference.row_for(cell.values()) for cell in expand(config)]
+    found = [published(config, cell) for cell in expand(config)]
     untrained = [c for c in expand(config) if c.recover is None]
     assert len(untrained) == 8
-    assert all(config.reference.row_for(cell.values()) for cell in untrained)
+    assert all(published(config, cell) for cell in untrained)
     assert sum(row is not None for row in found) >= 45
 
 
 def test_the_numbers_are_the_papers():
     config = shipped("llava-1.5-7b")
     by_cell = {
-        (c.prune.axis, c.prune.ratio, c.recovery): config.reference.row_for(c.values())
+        (c.prune.axis, c.prune.ratio, c.recovery): published(config, c)
         for c in expand(config)
         if c.recover is None or c.recover.fraction == 1
     }

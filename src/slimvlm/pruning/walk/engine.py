@@ -419,11 +419,13 @@ def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
     if len(plans) == 1:
         return plans[0]
     first = plans[0]
-    losing = [
-        index
-        for index in first.layers
-        if any(len(first.kept(u)[index]) < first.before.layers[index].units(u) for u in WIDTH_UNITS)
-    ]
+    kinds = {
+        i: sum(len(first.kept(u)[i]) < first.before.layers[i].units(u) for u in WIDTH_UNITS)
+        for i in first.layers
+    }
+    losing = [index for index, count in kinds.items() if count == max(kinds.values())]
+    # of hybrid models, few layers have attention that can go: it counts for so much less
+    having = {u: sum(first.before.layers[i].units(u) > 0 for i in kinds) for u in WIDTH_UNITS}
     step = len(losing) / (_TRIED + 1)
     tried = sorted({losing[int(step * (place + 1))] for place in range(_TRIED)})
     costs, runner, before = [0.0] * len(plans), streams.runner, first.before
@@ -437,8 +439,9 @@ def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
                 units = before.layers[index].units(writer.unit)
                 counts = [units - len(plan.kept(writer.unit)[index]) for plan in plans]
                 found = removal_order(weight, moments.gram, units, stop=max(counts)).costs.cpu()
+                share = having[writer.unit] / max(having.values())
                 for place, count in enumerate(counts):
-                    total[place] += float(found[:count].sum())
+                    total[place] += share * float(found[:count].sum())
             if index in tried:
                 if not written > 0:
                     raise NumericalError(f"layer {index}: its output is zero for all samples")

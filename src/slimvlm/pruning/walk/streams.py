@@ -105,7 +105,8 @@ class Streams:
             for inputs in self.kept if stream == PREFIX else ():
                 answer = partial(inputs.answer, place)
                 stack.enter_context(replaced_forward(inputs.block, answer))
-            return self.calls(stream, place).through(layer, index, hidden)
+            calls = self.calls(stream, place)
+            return calls.after(index, calls.run(layer, index, hidden))
 
     def pass_on(self, stream: str, index: int, end: int, places: Sequence[int]) -> None:
         """Run batches through a layer, and store its output as the input of layer ``end``."""

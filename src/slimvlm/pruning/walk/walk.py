@@ -7,11 +7,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from slimvlm.core.documents import digest
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.core.files import require_free
 from slimvlm.core.options import Repair
 from slimvlm.core.progress import Say, silent
+from slimvlm.data.roles import valid_tokens
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
 from slimvlm.models.hidden import device_of, evaluating, frozen
@@ -152,7 +152,7 @@ def walk_checkpoint(
     with scratch_folder(scratch) as folder:
         request = {
             **opened.identity,
-            "batches": digest([models.digest_of_tensors(batch) for batch in (*fitted, *judges)]),
+            "batches": [[*map(models.digest_of_tensors, part)] for part in (fitted, judges)],
             "asked": repr((ratio, axis, plan, allocation, token_weights, options)),
             "scores": [models.digest_of_tensors(each.tensors()) for each in given],
             "steps": {
@@ -237,7 +237,7 @@ def walk(
     if states is None and shares_keys(model.config) and isinstance(source, Live):
         states = Memory()  # layers share objects
     elif states is None:
-        tokens = sum(batch["input_ids"].numel() for batch in everything)
+        tokens = sum(valid_tokens(batch).numel() for batch in everything)
         hidden, aims = text_config_of(model.config).hidden_size, config.aims_at_original
         needed = states_bytes(hidden, tokens, model.dtype.itemsize, aims)
         place = StatesPlace.of(needed, device)
@@ -249,6 +249,8 @@ def walk(
         fitted = range(len(config.batches))
         held_out = range(len(fitted), len(everything))
         streams = Streams(runner, fitted, held_out, config.token_weights)
+        if not any(bool(streams.weights[place].any()) for place in fitted):
+            raise DataError("no calibration token has a weight above 0")
         return Walk(streams, results, config).run()
 
 

@@ -273,7 +273,7 @@ def _read_run(folder: Path) -> Record:
     there = [
         [entry.name, entry.interval, row.model, f"{value:.1f}", row.source]
         for entry in entries
-        if not entry.is_original and entry.percent is not None
+        if not entry.is_original and entry.percent is not None and recover.get("fraction", 1) == 1
         for row, value in published(entry.axis, entry.train, entry.loss, entry.ratio)
     ]
     if there:

@@ -29,7 +29,7 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.load import anatomy, device_named, load_config
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.cost import speed_of
-from slimvlm.runs.request import check_options, check_questions, dry_plan
+from slimvlm.runs.request import Request, check_options, check_questions, dry_plan, resolved
 from slimvlm.runs.study import schedule as scheduling
 from slimvlm.runs.study.config import Cell, StudyConfig, expand, read_study
 from slimvlm.runs.study.schedule import STAGE_KINDS, Cache, Outcome, Schedule, Stage
@@ -155,7 +155,7 @@ def prepared(
         for prune, cell in ours.items():
             with raised_as(ConfigError, SlimError, f"cell ({cell.label}):"):
                 check_options(prune)
-                dry_plan(prune, shape)
+                dry_plan(resolved(Request(model=model, prune=prune), shape=shape).prune, shape)
     scheduling.forget_files()
     planned = [scheduling.stages_of(config, cell) for cell in cells]
     schedule = Schedule(planned, config.keep_checkpoints)
@@ -343,7 +343,7 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
             row["scores"] = " ".join(place(stage, scheduling.SCORES) for stage in scored)
             row["history"] = cell.recover and place(cell.recover, scheduling.HISTORY)
         if study.reference is not None:
-            found = study.reference.row_for(options)
+            found = next((one for one in study.reference.rows if one.matches(options)), None)
             sources = (study.reference.source, found.source) if found else ()
             row["reference"] = found.retention if found else None
             row["reference_source"] = ", ".join(filter(None, sources)) or None

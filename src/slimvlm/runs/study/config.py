@@ -71,10 +71,6 @@ class Reference:
     """The publication."""
     rows: Listed[ReferenceRow] = ()
 
-    def row_for(self, cell: Mapping[str, Any]) -> ReferenceRow | None:
-        """Return the first row that matches a cell."""
-        return next((row for row in self.rows if row.matches(cell)), None)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Resources(Options):
