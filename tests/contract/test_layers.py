@@ -108,7 +108,7 @@ def test_the_rule_can_fail_and_pass(package, source, is_good):
     assert (complaint(package, source) is None) == is_good
 
 
-APART = ("contract", "gpu", "journeys", "pretended_gpu", "tools", "trust")
+APART = ("contract", "gpu", "journeys", "oracles", "pretended_gpu", "tools", "trust")
 """Folders of tests about more than one file of the package."""
 
 
