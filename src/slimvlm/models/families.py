@@ -275,6 +275,8 @@ class Family:
     backbone: str = "model.language_model"
     head: str = "lm_head"  # path
     vision: str | None = None  # path of the vision tower; None for a text model
+    # Types that the tower's configuration may have, where the family's class allows any.
+    tower_types: tuple[str, ...] = ("clip_vision_model", "siglip_vision_model", "pixtral")
     projector: tuple[str, ...] = ()  # paths of modules from towers' features to the text model
     other_towers: tuple[str, ...] = ()  # paths, such as that of an audio tower
     text_config: str | None = "text_config"  # attribute; None if the configuration is the text's
@@ -302,6 +304,7 @@ _ONLY_INSIDE = (
 )
 """Types of language models that transformers offers as a part of another model only."""
 
+_OF_TIMM = ("timm_wrapper",)
 _PIXELS, _PATCHES = (Knob("size.longest_edge", "pixels"),), (Knob("max_patches"),)
 _PIECES = (Knob("max_tiles"), Knob("max_image_tokens"))
 _NUMBERED = "max_image_tiles also numbers the embeddings of the tiles' arrangements"
@@ -335,13 +338,13 @@ _ANYRES = replace(
 )
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("vipllava", "fast_vlm", "gemma3"), _LLAVA),
+    **{"vipllava": _LLAVA, "gemma3": _LLAVA, "fast_vlm": replace(_LLAVA, tower_types=_OF_TIMM)},
     # Pixtral's processor bounds the edge; those of CLIP and SigLIP have no such setting
     **dict.fromkeys(("llava", "mistral3"), replace(_LLAVA, pictures=_PIXELS)),
     **dict.fromkeys(("internvl", "aya_vision", "cohere2_vision"), _PATCHED_LLAVA),
-    "perception_lm": replace(_LLAVA, pictures=(Knob("max_num_tiles"),)),
+    "perception_lm": replace(_LLAVA, tower_types=_OF_TIMM, pictures=(Knob("max_num_tiles"),)),
     "molmo2": replace(_LLAVA, pictures=(Knob("max_crops"),)),
-    "lfm2_vl": replace(_LLAVA, pictures=_PIECES),
+    "lfm2_vl": replace(_LLAVA, tower_types=("siglip2_vision_model",), pictures=_PIECES),
     **dict.fromkeys(("llava_next", "llava_onevision"), _ANYRES),
     **{"gemma3n": _GEMMA, "gemma4": replace(_GEMMA, pictures=_SOFT_TOKENS)},
     **dict.fromkeys(("idefics3", "smolvlm"), _IDEFICS),
