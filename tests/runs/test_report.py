@@ -87,8 +87,11 @@ def write_run(folder, shape, axis="width", model="tiny"):
 
 @pytest.fixture
 def study(tmp_path, shape):
+    return write_study(tmp_path / "study", shape)
+
+
+def write_study(folder, shape):
     """The files that a study leaves behind: two axes at two ratios, with and without training."""
-    folder = tmp_path / "study"
     folder.mkdir()
     original = {
         **dict.fromkeys(("criterion", "allocation", "repair", "train", "loss", "plan", "scores")),

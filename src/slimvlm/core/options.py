@@ -161,8 +161,8 @@ class TrainingConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_passable("trainer", self.trainer, _OF_TRAINER)
-        _require_passable("lora", self.lora, _OF_LORA)
+        _require_passable("trainer", self.trainer, OF_TRAINER)
+        _require_passable("lora", self.lora, OF_LORA)
 
 
 def _number(row: Range) -> Range:
@@ -195,12 +195,12 @@ def _are_ranks(values: Any) -> bool:
 
 _RANKS = Range(_are_ranks, "names of modules with ranks, whole numbers from 1 to 4096")
 _SWITCH, _SOME = _one_of(True, False), _number(ABOVE_0)
-_OF_LORA = {
+OF_LORA = {
     **{"lora_alpha": _SOME, "lora_dropout": _number(SHARE), "use_rslora": _SWITCH},
     **{"use_dora": _SWITCH, "init_lora_weights": _one_of(True, False, "gaussian", "orthogonal")},
     **{"target_modules": _PATTERNS, "exclude_modules": _PATTERNS, "rank_pattern": _RANKS},
 }
-_OF_TRAINER = {
+OF_TRAINER = {
     **{"weight_decay": _number(AT_LEAST_0), "max_grad_norm": _number(AT_LEAST_0)},
     **{"adam_beta1": _number(SHARE), "adam_beta2": _number(SHARE), "adam_epsilon": _SOME},
     "optim": _one_of("adamw_torch", "adamw_torch_fused", "adafactor", "sgd"),
