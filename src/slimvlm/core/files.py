@@ -175,15 +175,12 @@ def working_folder(path: Path) -> Path:
         found = [path] if path.is_symlink() else path.rglob("*")
         if link := next(filter(Path.is_symlink, found), None):
             raise ConfigError(f"working folder: {str(link)!r} is a link; remove it")
-        others = (
-            [each.name for each in path.iterdir() if each.name != _MARK] if path.exists() else []
-        )
-        if others and not _is_ours(path, [_MARK]):
+        path.mkdir(parents=True, exist_ok=True)
+        if {each.name for each in path.iterdir()} <= {_MARK}:
+            (path / _MARK).write_text(json.dumps(_UNFINISHED))
+        elif not _is_ours(path, [_MARK]):
             told = "is in the way, which slimvlm did not write; move it, or choose another place"
             raise ConfigError(f"working folder: {str(path)!r} {told}")
-        path.mkdir(parents=True, exist_ok=True)
-        if not others:
-            (path / _MARK).write_text(json.dumps(_UNFINISHED))
     return path
 
 

@@ -166,7 +166,6 @@ class TrainingConfig(Options):
 
 
 def _number(row: Range) -> Range:
-    """Make the range of a number that another library computes with."""
     holds = lambda v: type(v) in (int, float) and v < 10**9 and row.holds(v)  # noqa: E731
     return Range(holds, f"a number {row.meaning}, in YAML like 1.0e-2")
 
@@ -177,7 +176,7 @@ def _one_of(*choices: Any) -> Range:
     return Range(holds, f"one of: {', '.join(map(str, choices))}")
 
 
-def _are_patterns(values: Any) -> bool:
+def _are_texts(values: Any) -> bool:
     """Whether a regular expression, or each one of a list, can be compiled."""
     try:
         return all(map(re.compile, [values] if isinstance(values, str) else values))
@@ -185,20 +184,12 @@ def _are_patterns(values: Any) -> bool:
         return False
 
 
-_PATTERNS = Range(_are_patterns, "names of modules, or a regular expression of them")
-
-
-def _are_ranks(values: Any) -> bool:
-    is_some = isinstance(values, Mapping) and _are_patterns([*values])
-    return is_some and all(type(n) is int and 0 < n <= 4096 for n in values.values())
-
-
-_RANKS = Range(_are_ranks, "names of modules with ranks, whole numbers from 1 to 4096")
 _SWITCH, _SOME = _one_of(True, False), _number(ABOVE_0)
+_TEXTS = Range(_are_texts, "names, or a regular expression")
 OF_LORA = {
     **{"lora_alpha": _SOME, "lora_dropout": _number(SHARE), "use_rslora": _SWITCH},
-    **{"use_dora": _SWITCH, "init_lora_weights": _one_of(True, False, "gaussian", "orthogonal")},
-    **{"target_modules": _PATTERNS, "exclude_modules": _PATTERNS, "rank_pattern": _RANKS},
+    **{"target_modules": _TEXTS, "exclude_modules": _TEXTS},
+    "init_lora_weights": _one_of(True, False, "gaussian", "orthogonal"),
 }
 OF_TRAINER = {
     **{"weight_decay": _number(AT_LEAST_0), "max_grad_norm": _number(AT_LEAST_0)},
@@ -209,8 +200,7 @@ OF_TRAINER = {
         *("constant", "constant_with_warmup"),
     ),
     **{"warmup_steps": _number(AT_LEAST_0), "logging_steps": _SOME, "save_steps": _SOME},
-    **dict.fromkeys(("report_to", "run_name"), Range(_are_patterns, "text")),
-    **{"logging_first_step": _SWITCH, "ddp_timeout": _number(AT_LEAST_1)},
+    **{"report_to": _TEXTS, "run_name": _TEXTS, "logging_first_step": _SWITCH},
 }
 """Arguments of peft.LoraConfig and transformers.TrainingArguments that are passed on."""
 
