@@ -122,7 +122,7 @@ class _State:
         parts = weights.view(len(weights), units, width).transpose(0, 1)
         self.product_blocks = parts.mT @ parts
         self.offsets = torch.arange(width, device=inverse.device)
-        self.one = torch.eye(width, dtype=inverse.dtype, device=inverse.device)
+        self.prices = _prices(self.inverse_blocks, self.product_blocks, self.gone)
 
     def remove_(self, stop: int) -> Elimination | None:
         """Remove the cheapest unit ``stop`` times; None if there are too few digits for that."""
@@ -158,29 +158,19 @@ class _State:
             self.inverse_blocks = self.inverse_blocks[stays]
             self.product_blocks = self.product_blocks[stays]
             self.left, self.gone = self.left[stays], self.gone[stays]
+            self.prices = self.prices[stays]
         stays = self._remaining_places()
-        prices = self._prices(self.inverse_blocks, self.product_blocks, self.gone)[stays].double()
+        prices = self.prices[stays].double()
         if not prices.isfinite().all():
             return None
         removed = torch.cat([prices[:0], *(each.to(prices) for each in costs)])
         left, weights = self.left[stays], self.weights[:, self._channels(stays)]
         return Elimination(torch.cat(order), removed, left, prices, weights)
 
-    def _prices(
-        self, inverse: Float[Tensor, "*N U W W"], product: Tensor, gone: Bool[Tensor, "*N U"]
-    ) -> Float[Tensor, "*N U"]:
-        """Compute ``tr S`` of every unit, infinite for those that have gone."""
-        if self.width == 1:
-            prices = (product / inverse)[..., 0, 0]
-        else:
-            root = _inverse_root(torch.where(gone[..., None, None], self.one.to(inverse), inverse))
-            prices = (root @ product * root).sum((-2, -1))
-        return prices.clamp_min(0).masked_fill(gone, torch.inf)
-
     def _remove_some_(self, stop: int) -> tuple[Int64[Tensor, " N"], Float[Tensor, " N"]]:
         """Remove some of the cheapest units; return them and, on the CPU, their costs."""
-        prices, width = self._prices(self.inverse_blocks, self.product_blocks, self.gone), self.width
-        ranked = torch.where(_tied(prices), -1, prices).argsort(stable=True)
+        width = self.width
+        ranked = torch.where(_tied(self.prices), -1, self.prices).argsort(stable=True)
         prepared = ranked[: min(max(BLOCK // width, 1), self.remaining)].sort().values
         channels, u = self._channels(prepared), self.u[: self.count]
         inverse_rows = torch.addmm(self.inverse[channels], u[:, channels].mT, u, alpha=-1)
@@ -203,10 +193,11 @@ class _State:
         steps = torch.arange(len(units) + 1, device=units.device)
         goes = torch.full_like(self.left, len(steps)).index_copy_(0, units, steps[:-1])
         gone = self.gone | (goes < steps[:, None])
-        cheapest = _tied(self._prices(inverse, product, gone))[:-1].byte().argmax(-1)
+        prices = _prices(inverse, product, gone)
+        cheapest = _tied(prices)[:-1].byte().argmax(-1)
         count = max(int((cheapest == units).cumprod(0).sum()), 1)  # the cheapest always goes
         self.inverse_blocks, self.product_blocks = inverse[count], product[count]
-        self.gone = gone[count]
+        self.prices, self.gone = prices[count], gone[count]
         self.remaining -= count
         return units[:count], costs[:count]
 
@@ -223,7 +214,7 @@ class _State:
         us, vs = list[Tensor](), list[Tensor]()
         for _ in range(stop):
             blocks = (_diagonal_blocks(each, width) for each in (inverse, product))
-            unit = int(_tied(self._prices(*blocks, gone)).byte().argmax())
+            unit = int(_tied(_prices(*blocks, gone)).byte().argmax())
             rows = slice(unit * width, (unit + 1) * width)
             root = _inverse_root(inverse[rows, rows])
             u, v = root @ inverse[rows], root @ product[rows]
@@ -253,6 +244,21 @@ def _diagonal_blocks(matrix: Float[Tensor, "C C"], width: int) -> Float[Tensor, 
     """View the units' blocks of a matrix."""
     count = len(matrix) // width
     return matrix.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _prices(
+    inverse: Float[Tensor, "*N U W W"],
+    product: Float[Tensor, "*N U W W"],
+    gone: Bool[Tensor, "*N U"],
+) -> Float[Tensor, "*N U"]:
+    """Compute ``tr S`` of every unit, infinite for those that have gone."""
+    if inverse.shape[-1] == 1:
+        prices = (product / inverse)[..., 0, 0]
+    else:  # nothing is left of a block that went, which has no root
+        one = torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device)
+        root = _inverse_root(torch.where(gone[..., None, None], one, inverse))
+        prices = (root @ product * root).sum((-2, -1))
+    return prices.clamp_min(0).masked_fill(gone, torch.inf)
 
 
 def _inverse_root(blocks: Float[Tensor, "*N W W"]) -> Float[Tensor, "*N W W"]:
