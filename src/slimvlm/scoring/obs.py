@@ -126,7 +126,7 @@ class _State:
 
     def remove_(self, stop: int) -> Elimination | None:
         """Remove the cheapest unit ``stop`` times; None if there are too few digits for that."""
-        order, costs, size = [self.left[:0]], list[Tensor](), 0
+        order, costs, size = [self.left[:0]], [torch.empty(0, dtype=torch.float64)], 0
         while stop:
             if size != len(self.inverse):  # room for removals until they are applied below
                 size = len(self.inverse)
@@ -163,7 +163,7 @@ class _State:
         prices = self.prices[stays].double()
         if not prices.isfinite().all():
             return None
-        removed = torch.cat([prices[:0], *(each.to(prices) for each in costs)])
+        removed = torch.cat(costs).to(prices)
         left, weights = self.left[stays], self.weights[:, self._channels(stays)]
         return Elimination(torch.cat(order), removed, left, prices, weights)
 
