@@ -53,7 +53,8 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 def cache_dir() -> Path:
     """Return the folder of what is made once: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
-    return Path(os.environ.get("SLIMVLM_CACHE") or Path.home() / ".cache" / "slimvlm")
+    named = os.environ.get("SLIMVLM_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "slimvlm"
 
 
 def mark_checkpoint(folder: Path) -> None:
@@ -85,7 +86,8 @@ def require_free(path: str | Path, force: bool = False) -> Path:
             f"output {str(path)!r} is a folder that slimvlm did not write: --force replaces "
             "only its own. Remove it, or choose another place"
         )
-    return path
+    is_link = path.is_symlink() and path.is_dir()  # whose target is replaced
+    return path.resolve() if is_link else path
 
 
 def _is_ours(folder: Path) -> bool:
@@ -155,9 +157,8 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
 @contextmanager
 def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     """Yield a folder to fill, which takes its name when the block ends without an error."""
-    path = Path(path)
     with held(path), explained(path):
-        require_free(path, force)
+        path = require_free(path, force)
         partial = _beside(path, "partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -234,6 +235,8 @@ def require_place(path: Path) -> None:
     if place.name in ("", "..") or too_long or "\0" in str(place):
         shown = shortened(str(path))
         raise ConfigError(f"output {shown} must end in a name of at most {LONGEST_NAME} bytes")
+    if "~" in place.parts:
+        raise ConfigError(f"output {str(path)!r}: only a shell knows '~'; write the whole path")
     try:
         str(place.resolve()).encode()
     except (RuntimeError, UnicodeEncodeError) as error:  # a circle of links; libraries need UTF-8
