@@ -195,7 +195,8 @@ def compress(
     from slimvlm.runs.compress import config_from
     from slimvlm.runs.tables import held_out_json, result_json
 
-    whole = config_from({**vars(pruning), **vars(evaluation), "recover": vars(training)}, model)
+    how = {name: value for name, value in vars(training).items() if name != "seed"}  # the run's
+    whole = config_from({**vars(pruning), **vars(evaluation), "recover": how}, model)
     if config is not None:
         note(f"options of {config}, and those of the command line")
     if dry_run:

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from slimvlm.core.errors import ConfigError, InUseError, OutputError, one_line, shortened
+from slimvlm.core.errors import ConfigError, InUseError, OutputError, one_line, raised_as, shortened
 from slimvlm.core.progress import is_first_rank
 
 _REASONS = {
@@ -44,8 +44,8 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     # of an earlier version
     "slimvlm_manifest.json": lambda values: values.get("format") == "slimvlm-manifest/1",
     # of a run, and of a stage of a study
-    "config.json": lambda values: {"model", "made_from", "seed"} <= values.keys(),
-    "stage.json": lambda values: {"label", "seconds", "flops", "request"} <= values.keys(),
+    "config.json": lambda values: {"model", "made_from", "version"} <= values.keys(),
+    "stage.json": lambda values: values.get("format") == "slimvlm-stage/1",
     "slimvlm_demo.json": lambda values: values.keys() == {"stamp"},
 }
 """Files that mark a folder as written by slimvlm, and what they must contain."""
@@ -120,7 +120,8 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
     made = [parent for parent in path.absolute().parents if not parent.exists()]
     try:
         with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with raised_as(OutputError, FileNotFoundError, f"output {str(path)!r} has no folder:"):
+                path.parent.mkdir(parents=True, exist_ok=True)  # none can be made below /proc
             place = path.resolve()  # of a link, its target is locked
             place.parent.mkdir(parents=True, exist_ok=True)
             file = _beside(place, "lock")

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from slimvlm.core import removed
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
 from slimvlm.models.hidden import weight_of
@@ -208,8 +207,6 @@ EXPERT_NEURON_CRITERION = "activation"  # for widths with experts, whose neurons
 def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
     """Look a criterion up and check its options."""
     if name not in CRITERIA:
-        if instead := removed.CRITERIA.get(name):
-            raise ConfigError(f"criterion {name!r} was removed: {instead}")
         raise ConfigError(f"criterion {name!r} is not known. Choose from: {', '.join(CRITERIA)}")
     known = CRITERIA[name].options
     for option, value in options.items():
