@@ -22,7 +22,7 @@ from torch import Tensor
 
 from slimvlm.core.documents import digest, is_begun_for, note_request
 from slimvlm.core.errors import OutputError, SlimError, UnsupportedModelError
-from slimvlm.core.files import explained, held, new_file
+from slimvlm.core.files import explained, held, new_file, working_folder
 from slimvlm.core.progress import Say, silent
 from slimvlm.models.cost import free_memory
 from slimvlm.models.load import digest_of_tensors
@@ -264,7 +264,7 @@ def scratch_folder(scratch: str | Path | None) -> Iterator[Path]:
         return
     folder = Path(scratch).absolute() / "slimvlm-scratch"
     with held(folder), explained(folder):
-        folder.mkdir(exist_ok=True)
+        working_folder(folder)
         try:
             yield folder
         except OutputError:  # a further try goes on, with more room
