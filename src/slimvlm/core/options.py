@@ -470,6 +470,8 @@ class Questions(Options):
     """Only the first so many questions of each task."""
     batch_size: Annotated[int, AT_LEAST_1] = 16
     """Questions answered at once."""
+    template_args: tuple[str, ...] = ()
+    """Arguments of the chat template for questions, as name=value: enable_thinking=false."""
     floors: bool = False
     """Ask the original model (without --baseline, this one) a second time, blind, so that tables
     show each task's blind floor and retention above the floors."""
@@ -512,6 +514,7 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
     baseline: Annotated[str | None, FILE_ONLY] = None
     """Result file of the original model, to save asking it again."""
     task_folder: Annotated[str | None, FILE_ONLY] = None
+    template_args: Annotated[tuple[str, ...], FILE_ONLY] = ()
     floors: Annotated[bool, FILE_ONLY] = False
     require: Annotated[tuple[str, ...], FILE_ONLY] = ()
     """What the result must keep, such as agreement >= 95%; else slimvlm compress exits with 3."""

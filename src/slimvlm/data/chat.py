@@ -65,6 +65,7 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
         turns = [str(_text_only(message)["content"]) for message in messages]
         return "\n".join(turns) + ("\n" if generate else "")
     how = {"tokenize": False, "add_generation_prompt": generate}
+    how |= getattr(processor, "template_args", {})
     try:
         with limited():
             return str(processor.apply_chat_template(chat, **how))
