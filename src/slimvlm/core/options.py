@@ -523,6 +523,8 @@ class Questions(Options):
     """Only the first so many questions of each task."""
     batch_size: Annotated[int, AT_LEAST_1] = 16
     """Questions answered at once."""
+    template_args: tuple[str, ...] = ()
+    """Arguments of the chat template for questions, as name=value: enable_thinking=false."""
     floors: bool = False
     """Ask the original model (without --baseline, this one) a second time, blind, so that tables
     show each task's blind floor and retention above the floors."""
@@ -557,7 +559,7 @@ class TrainingShare(Options):
 class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
     """What models are asked and shown, and how much is trained on."""
 
-    without_flag = ("task_folder", "floors")
+    without_flag = ("task_folder", "template_args", "floors")
     image_tokens: Annotated[float | None, INSIDE] = None
     """Share of the tokens that the data's pictures take now; the smaller model sees them with so
     many from calibration on, the original in reports with all. See docs/images-budget.md."""
