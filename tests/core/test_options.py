@@ -121,16 +121,13 @@ def test_keys_that_cannot_be_passed_on_are_named(field, key, value, why):
         built(RecoverConfig, {field: 3})
 
 
-def test_what_is_passed_on_counts_and_earlier_requests_are_today_s():
+def test_what_is_passed_on_counts():
     decays, plain = RecoverConfig(trainer={"weight_decay": 0.1}), RecoverConfig()
     assert decays != plain
     assert len({decays, plain, RecoverConfig(trainer={"weight_decay": 0.1})}) == 2
     assert asked(decays)["trainer"] == {"weight_decay": 0.1}
-    assert "trainer" not in asked(plain)  # as in requests of earlier versions
-    before = {**asked(RecoverConfig()), "kd_on": "auto", "warmup_ratio": 0.03, "lora_alpha": 128}
-    assert built(RecoverConfig, before) == RecoverConfig()
-    with pytest.raises(ConfigError, match=r"warmup_ratio 0\.1 was removed.*trainer"):
-        built(RecoverConfig, {**before, "warmup_ratio": 0.1})
+    assert "trainer" not in asked(plain)
+    assert built(RecoverConfig, asked(RecoverConfig())) == RecoverConfig()
 
 
 def test_the_defaults_are_the_study_s_and_an_adapter_is_only_kept_where_there_is_one():

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from slimvlm.core.errors import ConfigError, InUseError, OutputError, one_line, shortened
+from slimvlm.core.errors import ConfigError, InUseError, OutputError, one_line, raised_as, shortened
 from slimvlm.core.progress import is_first_rank
 
 _REASONS = {
@@ -44,8 +44,8 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     # of an earlier version
     "slimvlm_manifest.json": lambda values: values.get("format") == "slimvlm-manifest/1",
     # of a run, and of a stage of a study
-    "config.json": lambda values: {"model", "made_from", "seed"} <= values.keys(),
-    "stage.json": lambda values: {"label", "seconds", "flops", "request"} <= values.keys(),
+    "config.json": lambda values: {"model", "made_from", "version"} <= values.keys(),
+    "stage.json": lambda values: values.get("format") == "slimvlm-stage/1",
     "slimvlm_demo.json": lambda values: values.keys() == {"stamp"},
 }
 """Files that mark a folder as written by slimvlm, and what they must contain."""
@@ -53,7 +53,8 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 def cache_dir() -> Path:
     """Return the folder of what is made once: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
-    return Path(os.environ.get("SLIMVLM_CACHE") or Path.home() / ".cache" / "slimvlm")
+    named = os.environ.get("SLIMVLM_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "slimvlm"
 
 
 def mark_checkpoint(folder: Path) -> None:
@@ -85,7 +86,8 @@ def require_free(path: str | Path, force: bool = False) -> Path:
             f"output {str(path)!r} is a folder that slimvlm did not write: --force replaces "
             "only its own. Remove it, or choose another place"
         )
-    return path
+    is_link = path.is_symlink() and path.is_dir()  # whose target is replaced
+    return path.resolve() if is_link else path
 
 
 def _is_ours(folder: Path, marks: Iterable[str] = tuple(MARKS)) -> bool:
@@ -118,7 +120,8 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
     made = [parent for parent in path.absolute().parents if not parent.exists()]
     try:
         with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with raised_as(OutputError, FileNotFoundError, f"output {str(path)!r} has no folder:"):
+                path.parent.mkdir(parents=True, exist_ok=True)  # none can be made below /proc
             place = path.resolve()  # of a link, its target is locked
             place.parent.mkdir(parents=True, exist_ok=True)
             file = beside(place, "lock")
@@ -155,9 +158,8 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
 @contextmanager
 def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     """Yield a folder to fill, which takes its name when the block ends without an error."""
-    path = Path(path)
     with held(path), explained(path):
-        require_free(path, force)
+        path = require_free(path, force)
         partial = beside(path, "partial")
         shutil.rmtree(partial, ignore_errors=True)
         working_folder(partial)
@@ -248,6 +250,8 @@ def require_place(path: Path) -> None:
     if place.name in ("", "..") or too_long or "\0" in str(place):
         shown = shortened(str(path))
         raise ConfigError(f"output {shown} must end in a name of at most {LONGEST_NAME} bytes")
+    if "~" in place.parts:
+        raise ConfigError(f"output {str(path)!r}: only a shell knows '~'; write the whole path")
     try:
         str(place.resolve()).encode()
     except (RuntimeError, UnicodeEncodeError) as error:  # a circle of links; libraries need UTF-8

@@ -7,12 +7,22 @@ below a field is the help of the command line, where a `FILE_ONLY` one has no fl
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.core.files import beside
@@ -39,12 +49,16 @@ SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 MIN_NEW_TOKENS = 3
 ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
 FILE_ONLY = "file only"  # in an option's type: it has no flag on the command line
+MOST = 2**53  # numbers below it are exact in every file and every library
 
 _hints = cache(partial(get_type_hints, include_extras=True))
 
 
 class Options:
     """A group of options whose values are checked against their types."""
+
+    without_flag: ClassVar[tuple[str, ...]] = ()
+    """Inherited options that have no flag here, as if each were `FILE_ONLY`."""
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
@@ -58,6 +72,9 @@ class Options:
             is_free |= bool(ranges) and isinstance(value, int)
             if choices and value not in choices and not is_free:
                 raise ConfigError(f"{name} {value!r} must be one of: {', '.join(choices)}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and abs(number) >= MOST:
+                    raise ConfigError(f"{name} {shortened(str(number))} must be below 2**53")
             for row in ranges:
                 if not isinstance(value, str | None) and not row.holds(value):
                     raise ConfigError(f"{name} {value} must be {row.meaning}")
@@ -66,7 +83,20 @@ class Options:
 def file_only(kind: Any) -> set[str]:
     """List the options of a class that have no flag on the command line."""
     hints = _hints(kind).items()
-    return {name for name, hint in hints if FILE_ONLY in getattr(hint, "__metadata__", ())}
+    inherited = (getattr(each, "without_flag", ()) for each in kind.__mro__)
+    own = {name for name, hint in hints if FILE_ONLY in getattr(hint, "__metadata__", ())}
+    return own.union(*inherited)
+
+
+def given_of(config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Take those of some options that differ from their defaults."""
+    rows = {row.name: row for row in fields(config)}
+    usual = {
+        name: row.default if row.default_factory is MISSING else row.default_factory()
+        for name in names
+        if (row := rows.get(name)) is not None
+    }
+    return {n: getattr(config, n) for n, value in usual.items() if getattr(config, n) != value}
 
 
 def part_of(config: Any, kind: type[T]) -> T:
@@ -295,8 +325,7 @@ NO_RESULT = tuple(row.name for row in fields(LoadConfig) if not row.compare)
 class FileLoading(LoadConfig):
     """How models are read by verbs that have many options."""
 
-    attn_implementation: Annotated[Attention | None, FILE_ONLY] = field(default=None, compare=False)
-    device_map: Annotated[DeviceMap | None, FILE_ONLY] = field(default=None, compare=False)
+    without_flag = ("attn_implementation", "device_map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,9 +336,9 @@ class DataConfig(LoadConfig):
     """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
     images: str | None = None
     """Folder that image paths in the data start from; by default that of the data."""
-    max_bad: int = 0
+    max_bad: Annotated[int, AT_LEAST_0] = 0
     """Broken data rows to skip at most."""
-    max_length: int | None = None
+    max_length: Annotated[int | None, AT_LEAST_1] = None
     """Tokens of a sample at most, those of pictures included; by default as many as the model
     reads."""
     too_long: TooLong = "refuse"
@@ -344,11 +373,17 @@ class CalibrationConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetOptions(Options):
+class RatioOptions(Options):
+    """How small a model becomes, as a share."""
+
+    ratio: Annotated[float | None, SHARE] = None
+    """Share of the backbone's parameters to remove."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(RatioOptions):
     """How small a model becomes, as a share or as a size."""
 
-    ratio: float | None = None
-    """Share of the backbone's parameters to remove."""
     target_params: str | None = None
     """Instead of a ratio: parameters of the whole smaller model, such as 5B or 90M."""
     target_memory: str | None = None
@@ -366,11 +401,9 @@ class LatencyOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SizeOptions(Options):
+class SizeOptions(RatioOptions):
     """How small a model becomes, and which units may go."""
 
-    ratio: float | None = None
-    """Share of the backbone's parameters to remove."""
     vocab_size: Annotated[int | Literal["auto", "all"] | None, AT_LEAST_1] = None
     """Tokens to keep: those that the data has most, then by the model's own ranks; special ones,
     bytes and single characters stay. auto keeps as many as the data needs. The ratio counts their
@@ -385,7 +418,7 @@ class SizeOptions(Options):
     """What width may remove."""
     protect: tuple[int, int] = (0, 0)
     """First and last layers to leave whole."""
-    round_to: int | None = None
+    round_to: Annotated[int | None, AT_LEAST_1] = None
     """Multiple for the number of neurons; default 128, smaller for small models."""
 
     def __post_init__(self) -> None:
@@ -423,7 +456,7 @@ class PlanConfig(TargetOptions, SizeOptions, DeviceOptions):
     allocation: Literal["uniform", "protect"] = "uniform"
     """The same widths in every layer, or first and last layers whole, which writes files with
     code."""
-    kv_heads: int | None = None
+    kv_heads: Annotated[int | None, AT_LEAST_1] = None
     """KV groups to keep in every layer; neurons give the rest."""
 
 
@@ -480,6 +513,8 @@ class Questions(Options):
     """Only the first so many questions of each task."""
     batch_size: Annotated[int, AT_LEAST_1] = 16
     """Questions answered at once."""
+    template_args: tuple[str, ...] = ()
+    """Arguments of the chat template for questions, as name=value: enable_thinking=false."""
     floors: bool = False
     """Ask the original model (without --baseline, this one) a second time, blind, so that tables
     show each task's blind floor and retention above the floors."""
@@ -514,6 +549,7 @@ class TrainingShare(Options):
 class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
     """What models are asked and shown, and how much is trained on."""
 
+    without_flag = ("task_folder", "template_args", "floors")
     image_tokens: Annotated[float | None, INSIDE] = None
     """Share of the tokens that the data's pictures take now; the smaller model sees them with so
     many from calibration on, the original in reports with all. See docs/images-budget.md."""
@@ -521,8 +557,6 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
     """Evaluate on these tasks before, between and after; demo for the built-in ones."""
     baseline: Annotated[str | None, FILE_ONLY] = None
     """Result file of the original model, to save asking it again."""
-    task_folder: Annotated[str | None, FILE_ONLY] = None
-    floors: Annotated[bool, FILE_ONLY] = False
     require: Annotated[tuple[str, ...], FILE_ONLY] = ()
     """What the result must keep, such as agreement >= 95%; else slimvlm compress exits with 3."""
 
@@ -531,7 +565,7 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
 class RunPruning(FileLoading, PruneConfig):
     """What to remove, and how to choose and to mend."""
 
-    gradient: Annotated[Gradient, FILE_ONLY] = PruneConfig.gradient
+    without_flag = ("gradient",)
 
 
 @dataclass(frozen=True, kw_only=True)

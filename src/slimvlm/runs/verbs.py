@@ -30,6 +30,7 @@ from slimvlm.core.files import (
 )
 from slimvlm.core.progress import Say, is_first_rank, num_ranks
 from slimvlm.data.chat import answered_sample
+from slimvlm.data.general import identity_of_general_text
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation import ask, gates, on_data
@@ -192,6 +193,11 @@ def prune(
         raise ConfigError(
             "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
         )
+    planned = ("axis", "allocation", "criterion", "gradient", "units", "protect", "round_to")
+    for name, value in options.given_of(config, planned if plan_file else ()).items():
+        raise ConfigError(f"{name} {value!r}: --plan says what goes; leave out one of them")
+    if config.data is None and report.report_samples:
+        raise ConfigError(f"report_samples {report.report_samples} needs --data")
     plan = None if plan_file is None else Plan.load(plan_file)
     request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
     if memory.low_memory:
@@ -237,6 +243,7 @@ def _prune_from_files(
     config, model, unseen = request.prune, request.model, samples.report
     device, (opened, processor) = device_named(config.device), _opened(request)
     data = [] if config.data is None else [identity_of_data(config.data)]
+    data += [identity_of_general_text()] if config.general_text else []
     noted = {"asked": asked(request), "data": data, **opened.identity}
     noted["plan"] = None if plan is None else plan.to_dict()
     Scratch(scratch).keep_if_same("request.json", noted)
