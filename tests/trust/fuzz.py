@@ -513,7 +513,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 def watch(home, errors):
     """Note every file, network and process that this process should leave alone, from now on."""
-    notes = os.open(errors.with_name("noted"), WRITES)
+    notes = os.open(errors.with_name("noted"), os.O_WRONLY | os.O_CREAT)
     mine = (str(home / "work"), str(errors), *TEMPORARY)
 
     def is_wrong(event, given):
