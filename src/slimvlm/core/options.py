@@ -8,6 +8,7 @@ below a field is the help of the command line, where a `FILE_ONLY` one has no fl
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
@@ -195,56 +196,46 @@ class TrainingConfig(Options):
         _require_passable("lora", self.lora, OF_LORA)
 
 
-def _number(row: Range) -> Range:
-    holds = lambda v: type(v) in (int, float) and v < 10**9 and row.holds(v)  # noqa: E731
-    return Range(holds, f"a number {row.meaning}, in YAML like 1.0e-2")
-
-
-def _one_of(*choices: Any) -> Range:
-    kinds = {type(choice) for choice in choices}
-    holds = lambda v: type(v) in kinds and v in choices  # noqa: E731
-    return Range(holds, f"one of: {', '.join(map(str, choices))}")
-
-
-def _are_texts(values: Any) -> bool:
-    """Whether a regular expression, or each one of a list, can be compiled."""
-    try:
-        return all(map(re.compile, [values] if isinstance(values, str) else values))
-    except (TypeError, re.error, RecursionError, OverflowError):
-        return False
-
-
-_SWITCH, _SOME = _one_of(True, False), _number(ABOVE_0)
-_TEXTS = Range(_are_texts, "names, or a regular expression")
-OF_LORA = {
-    **{"lora_alpha": _SOME, "lora_dropout": _number(SHARE), "use_rslora": _SWITCH},
-    **{"target_modules": _TEXTS, "exclude_modules": _TEXTS},
-    "init_lora_weights": _one_of(True, False, "gaussian", "orthogonal"),
+OF_LORA: Mapping[str, Range | tuple[Any, ...] | None] = {
+    **{"lora_alpha": ABOVE_0, "lora_dropout": SHARE, "use_rslora": (True, False)},
+    **{"target_modules": None, "exclude_modules": None},
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
-OF_TRAINER = {
-    **{"weight_decay": _number(AT_LEAST_0), "max_grad_norm": _number(AT_LEAST_0)},
-    **{"adam_beta1": _number(SHARE), "adam_beta2": _number(SHARE), "adam_epsilon": _SOME},
-    "optim": _one_of("adamw_torch", "adamw_torch_fused", "adafactor", "sgd"),
-    "lr_scheduler_type": _one_of(
-        *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
-        *("constant", "constant_with_warmup"),
-    ),
-    **{"warmup_steps": _number(AT_LEAST_0), "logging_steps": _SOME, "save_steps": _SOME},
-    **{"report_to": _TEXTS, "run_name": _TEXTS, "logging_first_step": _SWITCH},
+_SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+    *("constant", "constant_with_warmup"),
+)
+OF_TRAINER: Mapping[str, Range | tuple[Any, ...] | None] = {
+    **{"weight_decay": AT_LEAST_0, "max_grad_norm": AT_LEAST_0, "warmup_steps": AT_LEAST_0},
+    **{"adam_beta1": SHARE, "adam_beta2": SHARE, "adam_epsilon": ABOVE_0},
+    **{"optim": ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")},
+    **{"lr_scheduler_type": _SCHEDULES, "report_to": None, "run_name": None},
+    **{"logging_steps": ABOVE_0, "logging_first_step": (True, False), "save_steps": ABOVE_0},
 }
-"""Arguments of peft.LoraConfig and transformers.TrainingArguments that are passed on."""
+"""Arguments of LoraConfig and TrainingArguments that are passed on: their numbers, their choices,
+or None for names and regular expressions."""
 
 
-def _require_passable(option: str, values: Any, known: Mapping[str, Range]) -> None:
+def _require_passable(option: str, values: Any, known: Mapping[str, Any]) -> None:
     """Refuse keys and values that another library would refuse after weights are read, or obey."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{option} {values!r} must map names to values")
     for key, value in values.items():
-        told = f"{option}: {shortened(str(key))[1:-1]} {shortened(value)}"
+        told, allowed = f"{option}: {shortened(str(key))[1:-1]} {shortened(value)}", known.get(key)
         if key not in known:
             raise ConfigError(f"{told} cannot be given. Known: {', '.join(known)}")
-        if not known[key].holds(value):
-            raise ConfigError(f"{told} must be {known[key].meaning}")
+        if isinstance(allowed, Range):
+            fits = type(value) in (int, float) and value < 10**9 and allowed.holds(value)
+            meaning = f"a number {allowed.meaning}, in YAML like 1.0e-2"
+        elif allowed is not None:
+            fits = value in allowed and type(value) in map(type, allowed)
+            meaning = f"one of: {', '.join(map(str, allowed))}"
+        else:
+            meaning, fits = "names, or a regular expression", False
+            with suppress(TypeError, re.error, RecursionError, OverflowError):
+                fits = all(map(re.compile, [value] if isinstance(value, str) else value))
+        if not fits:
+            raise ConfigError(f"{told} must be {meaning}")
 
 
 @dataclass(frozen=True, kw_only=True)
