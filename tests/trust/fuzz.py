@@ -274,7 +274,8 @@ FILES = ("config", "generation_config", "processor_config", "tokenizer_config", 
 FILES += ("preprocessor_config", "audio_tokenizer_config", "special_tokens_map")
 TOWERS = ("timm_wrapper", "timm_backbone", "detr", "dpt", "llava", "clip", "maskformer", "evil")
 WORK = (".o.scratch", ".o.training", ".o.partial", ".o.old", ".o.lock", "o", "slimvlm-scratch")
-DRAWN = ("[", "(a+)+$", ["q_proj"], {"q_proj": 10**7}, 10**400, 2.0, *NASTY)
+DRAWN = (*(0.5, 1, 3, True, "linear", "sgd", "none", ["q_proj"]) * 4, *("[", "(a+)+$"), *NASTY)
+DRAWN += ({"q_proj": 10**7}, 10**400, 2.0)
 
 
 def named(folder, draw):
@@ -521,7 +522,8 @@ def watch(home, errors):
         if event == "subprocess.Popen":
             return not any(str(word).endswith("data/child.py") for word in given[1])
         if event == "exec":
-            return getattr(given[0], "co_filename", "").startswith((str(home), "/tmp/"))
+            file = getattr(given[0], "co_filename", "")
+            return file.startswith(str(home)) or "transformers_modules" in file
         if event == "open" and first is not None:
             read = () if (given[2] or 0) & WRITES or first == "/etc/passwd" else READ
             return not os.path.realpath(first).startswith((*mine, *read))
