@@ -13,7 +13,9 @@ from tests.trust import fuzz
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["names", "report", "gate", "links", "tokenizer", "own folder"])
+@pytest.mark.parametrize(
+    "name", ["names", "report", "gate", "links", "tokenizer", "plan", "weights"]
+)
 def test_one_input_of_a_class_ends_well(name, tmp_path):
     assert not fuzz.attempt(name, "tier/0", tmp_path)[0]
 
