@@ -572,7 +572,7 @@ def test_chat_answers(run, home, llava):
     folders.picture(3).save(home / "a.png")
     model, processor = sv.load(llava)
     asked = Question("chat", "Which colour?", ("",), (Path("a.png"),))
-    (expected,) = answer(model, processor, [asked], 5)
+    ((expected, _),) = answer(model, processor, [asked], 5)
     arguments = ["chat", llava, "Which colour?", "--image", "a.png", "--max-new-tokens", "5"]
     result = run(*arguments)
     assert result.code == 0, result.err

@@ -64,6 +64,17 @@ def test_an_existing_folder_is_replaced_whole_and_only_with_force(old, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
 
 
+def test_of_a_link_its_target_is_replaced_and_no_folder_is_named_tilde(old, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(old)
+    with new_folder(link, force=True) as folder:
+        (folder / "file").write_text("new")
+    assert link.is_symlink()
+    assert contents(old) == {"file": "new"}
+    with pytest.raises(ConfigError, match=r"'~/out'.*only a shell knows '~'"):
+        require_free("~/out")
+
+
 @pytest.mark.parametrize("has_old", [True, False])
 def test_a_block_that_raises_leaves_the_old_state(has_old, tmp_path, request):
     out = request.getfixturevalue("old") if has_old else tmp_path / "out"

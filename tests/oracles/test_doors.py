@@ -40,6 +40,7 @@ NO_RESULT = {
     **{"batch_size": "questions at once", "require": "judges only", "device_map": "where"},
     **{"trust_remote_code": "whose code may run", "max_bad": "which data are refused"},
     **{"images": "of data with pictures", "floors": "of questions with pictures"},
+    "template_args": "of templates that read them",
 }
 """Options that change no result, and what they are for."""
 LATENCY = {"ratio": None, "target_latency": 0.9}

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    with suppress(ValueError):  # another thread than the first
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _stopped_once)
     out, err = (stream or StringIO() for stream in (sys.stdout, sys.stderr))
     if not err.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, before their import
@@ -91,6 +95,12 @@ def main(arguments: list[str] | None = None) -> None:
         except SlimError:  # at its end Python would try again
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(code) from None
+
+
+def _stopped_once(*_: Any) -> None:
+    """Raise KeyboardInterrupt; further ones would break off what it lets be tidied up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _printable_record(*values: Any, **named: Any) -> logging.LogRecord:

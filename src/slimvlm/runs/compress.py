@@ -53,7 +53,7 @@ _NOT_TRAINED, _UNTRAINED = "none", "acts where something is trained"
 def request_of(model: str, config: CompressConfig) -> Request:
     """Make the request of a run. Before training, an axis that is not named is ``auto``."""
     if config.tasks is None:
-        of_tasks = ("limit", "batch_size", "baseline", "task_folder", "floors")
+        of_tasks = ("limit", "batch_size", "baseline", "task_folder", "template_args", "floors")
         options.refuse_given(config, of_tasks, "needs --tasks")
     if config.data is None:
         options.refuse_given(config, ("training_samples", "report_samples"), "needs --data")

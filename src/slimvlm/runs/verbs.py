@@ -19,7 +19,15 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 from slimvlm.core import options
 from slimvlm.core.documents import asked, read_object
 from slimvlm.core.errors import ConfigError, ReloadError
-from slimvlm.core.files import mark_checkpoint, new_folder, path_of, require_free, write_text
+from slimvlm.core.files import (
+    beside,
+    mark_checkpoint,
+    new_folder,
+    path_of,
+    require_free,
+    working_folder,
+    write_text,
+)
 from slimvlm.core.progress import Say, is_first_rank, num_ranks
 from slimvlm.data.chat import answered_sample
 from slimvlm.data.general import identity_of_general_text
@@ -349,11 +357,12 @@ def recover(
     if shard and source.device is not None:
         raise ConfigError(f"device {source.device!r}: with --shard every process has its own")
     check_models(source, *filter(None, (model, teacher)))
+    stages.try_lora(models.load_config(model, source.trust_remote_code), config)
     samples = stages.samples_for(model, source, None, say)
     student, processor = loaded(model)
     original = None if teacher is None else loaded(teacher, "cpu")[0]
     plan = plan_of(model)
-    work = out.with_name(f".{out.name}.training")
+    work = working_folder(beside(out, "training"))
     history = train(student, original, samples, config, processor, work, plan)
     if shard:
         weights = gathered_weights(student)

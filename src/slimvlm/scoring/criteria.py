@@ -138,7 +138,8 @@ CRITERIA: dict[str, Criterion] = {
     "block_influence": Criterion(
         ("layer",), HIDDEN_STATES, forward.score_block_influence, "ShortGPT, arXiv:2403.03853",
         "1 - mean cosine between a layer's input and output",
-        options={"reduction": ("mean", "sum"), "last_layer": ("prenorm", "postnorm")}),
+        options={"reduction": ("mean", "sum"), "last_layer": ("prenorm", "postnorm")},
+        fixed={"angles": False}),
     "angular": Criterion(
         ("layer",), HIDDEN_STATES, forward.score_angular, "Gromov et al., arXiv:2403.17887",
         "the run of layers whose input and output are closest in angle",
