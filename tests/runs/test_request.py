@@ -15,11 +15,8 @@ from slimvlm.runs import request as requests
 from slimvlm.runs.compress import request_of
 from slimvlm.runs.request import Request, check_questions, resolved
 from slimvlm.runs.stages import not_among, read_split, rows_to_read, split
-from slimvlm.runs.study.config import expand
-from slimvlm.runs.study.schedule import stages_of
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from tests import tiny_folder as folders
-from tests.runs.study.study_files import study
 
 
 def asked(**changes):
@@ -220,24 +217,6 @@ def test_data_that_begin_with_pictures_are_mixed_all_the_way(tmp_path):
         assert abs(shown - len(part) / 2) <= 1
     untrained = read_split(reading(in_order, recover=None, report_samples=2), silent)
     assert ids(untrained.calibration) == ids(whole.calibration)  # though it reads ten rows
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_study_s_cell_is_a_run(seed, tmp_path):
-    """One cell asks its stages for what `compress` asks of them."""
-    data = folders.write_llava_data(tmp_path / "data", pictures=False)
-    cells = expand(study(data, {"recovery": "sft", "axis": "width", "seed": seed}))
-    stages = stages_of(study(data), cells[0])
-    how = {"tasks": "text_odd", "floors": False, "report_samples": 0}
-    config = CompressConfig(**vars(cells[0].prune), recover=cells[0].recover, **how)
-    run = resolved(request_of(cells[0].model, config))
-    assert stages.prune.request.prune == run.prune
-    assert stages.prune.request.hold_out == run.hold_out
-    assert stages.recover is not None
-    rows = samples(10)
-    assert names(split(rows, stages.recover.request))[1] == names(split(rows, run))[1]
-    assert names(split(rows, stages.prune.request))[0] == names(split(rows, run))[0]
-    assert stages.recover.request.recover == run.recover
 
 
 # Which tasks.

@@ -41,8 +41,6 @@ _MARK, _UNFINISHED = ".slimvlm", {"written_by": "slimvlm", "is": "unfinished"}
 MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     _MARK: lambda values: values == _UNFINISHED,
     "slimvlm_checkpoint.json": lambda values: values.get("format") == "slimvlm-checkpoint/1",
-    # of an earlier version
-    "slimvlm_manifest.json": lambda values: values.get("format") == "slimvlm-manifest/1",
     # of a run, and of a stage of a study
     "config.json": lambda values: {"model", "made_from", "version"} <= values.keys(),
     "stage.json": lambda values: values.get("format") == "slimvlm-stage/1",

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.documents import digest
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, SlimError, raised_as
 from slimvlm.core.options import Axis, CalibrationConfig, DataConfig, RecoverConfig, part_of
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data.general import general_samples
@@ -159,7 +159,8 @@ def settled(
     shape, has_data = models.anatomy(request.model), request.prune.data is not None
     described = models.load_config(request.model, request.prune.trust_remote_code)
     if request.image_tokens is not None:
-        knobs_of(described)
+        with raised_as(ConfigError, SlimError, f"image_tokens {request.image_tokens}:"):
+            knobs_of(described)
         if not has_data:
             raise ConfigError(f"image_tokens {request.image_tokens} needs --data")
     request = requests.resolved(request, say, shape if given is None else None)

@@ -193,11 +193,11 @@ def prune(
         raise ConfigError(
             "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
         )
-    planned = ("axis", "allocation", "criterion", "gradient", "units", "protect", "round_to")
-    for name, value in options.given_of(config, planned if plan_file else ()).items():
-        raise ConfigError(f"{name} {value!r}: --plan says what goes; leave out one of them")
-    if config.data is None and report.report_samples:
-        raise ConfigError(f"report_samples {report.report_samples} needs --data")
+    if plan_file is not None:
+        planned = ("axis", "allocation", "criterion", "gradient", "units", "protect", "round_to")
+        options.refuse_given(config, planned, "is decided by --plan; leave out one of them")
+    if config.data is None:
+        options.refuse_given(report, ("report_samples",), "needs --data")
     plan = None if plan_file is None else Plan.load(plan_file)
     request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
     if memory.low_memory:
