@@ -68,6 +68,7 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
         return "\n".join(turns) + ("\n" if generate else "")
     chat = list(messages) if can_see(processor) else [_text_only(m) for m in messages]
     how = {"tokenize": False, "add_generation_prompt": generate}
+    how |= getattr(processor, "template_args", {})
     try:
         with limited():
             return str(processor.apply_chat_template(chat, **how))
