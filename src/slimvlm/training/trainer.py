@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -64,13 +65,18 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
         reads_logits = bool(config.loss_weights.keys() - set(HIDDEN_LOSSES))
         head.requires_grad_(reads_logits)
         model.get_submodule(family.backbone).requires_grad_(True)  # a tied head with it
-        for path in family.towers:  # some lie inside the backbone
-            model.get_submodule(path).requires_grad_(False)
+        for tower in _towers(model):  # some lie inside the backbone
+            tower.requires_grad_(False)
     for path in family.projector:
         for parameter in parameters_below(model, path):
             parameter.requires_grad_(True)
     hold_in_(model, torch.float32, learning_only=True)
     return trained
+
+
+def _towers(model: PreTrainedModel) -> list[nn.Module]:
+    parts = (part_at(model, path) for path in Parts(model).family.towers)
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 @contextmanager
@@ -285,9 +291,9 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **kwargs: Any
     ) -> Tensor:
         """Compute the weighted sum of the losses; each is kept for the log."""
-        for path in Parts(plain_model(self.model)).family.towers:  # frozen: their norms, too
-            if isinstance(tower := part_at(plain_model(self.model), path), nn.Module):
-                tower.eval()
+        for tower in _towers(plain_model(self.model)):  # frozen, and so are their statistics
+            for module in tower.modules():  # in evaluation mode layers keep all for the gradient
+                module.training = isinstance(module, GradientCheckpointingLayer)
         batches, values = [inputs, *inputs.pop(REST)], dict[str, Tensor]()
         supervisions = [batch.pop(SUPERVISION) for batch in batches]
         total, means = torch.stack([each.counts for each in supervisions]).sum(0), 1
