@@ -25,7 +25,7 @@ from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.data.templates import rendered
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.bench import stored_bytes, times_of
-from slimvlm.evaluation.on_data import answer_losses, divided
+from slimvlm.evaluation.on_data import answer_losses
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
@@ -338,7 +338,7 @@ def batches_by_length(
     """Batch the indices of prompts of similar length, longest first, and show progress."""
     kinds = sees or [True] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (not kinds[i], -len(prompts[i]), i))
-    yield from progress(divided(order, kinds, batch_size), name, reached=reached)
+    yield from progress(chat.divided(order, kinds, batch_size), name, reached=reached)
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +26,7 @@ from slimvlm.core.documents import built, parse_json, read_object
 from slimvlm.core.errors import ConfigError, DataError, NumericalError, SlimError, raised_as
 from slimvlm.core.files import new_file, write_text
 from slimvlm.core.progress import progress
-from slimvlm.data.chat import encode_samples, process, tokenizer_of
+from slimvlm.data.chat import divided, encode_samples, process, tokenizer_of
 from slimvlm.data.read import estimated_length
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample
@@ -42,7 +41,6 @@ from slimvlm.models.hidden import (
     require_finite_values,
 )
 from slimvlm.models.losses import Head, Hidden, by_chunks, predictions
-from slimvlm.scoring.batches import on_device
 
 _SHARE = 4
 """Divides the number of positions whose logits exist at one time: here they exist seven times."""
@@ -372,18 +370,12 @@ def _live(
 ) -> Predictions:
     def states() -> Iterator[States]:
         for places, inputs in batches_of(processor, samples, batch_size):
-            batch = on_device(model, inputs)
+            batch = as_inputs(model, inputs)
             labels = batch.pop("labels")
             (hidden,) = hidden_states(model, batch)
             yield places, hidden, labels
 
     return Predictions.of(name or str(model.config._name_or_path), states(), head, processor)
-
-
-def divided(order: Sequence[int], kinds: Sequence[bool], size: int) -> list[list[int]]:
-    """Divide an order into batches of one kind: some processors refuse pictures beside none."""
-    groups = [list(group) for _, group in groupby(order, kinds.__getitem__)]
-    return [each[i : i + size] for each in groups for i in range(0, len(each), size)]
 
 
 def batches_of(

@@ -6,7 +6,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -229,11 +228,9 @@ class Calibration:
         return self._encoded(_judging(self.samples), "encode held-out")
 
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
-        """Encode batches of like length, those with pictures apart: some processors demand it."""
+        """Encode batches of like length."""
         alike = sorted(samples, key=lambda s: (len(s.images), estimated_length(s, 0)))
-        groups = [list(group) for _, group in groupby(alike, lambda s: bool(s.images))] or [alike]
-        how = (CALIBRATION_BATCH, description)
-        return [b for group in groups for b in calibration_batches(self.processor, group, *how)]
+        return list(calibration_batches(self.processor, alike, CALIBRATION_BATCH, description))
 
 
 def load_original(request: Request, device: str | None = None) -> tuple[PreTrainedModel, Any]:
