@@ -31,6 +31,8 @@ class Sample:
     place: int = field(default=0, compare=False, repr=False)
     tokens: int = field(default=0, compare=False, repr=False)
     is_general: bool = False  # general text, not the user's
+    is_cut: bool = False
+    """Whether the end of the last answer is missing, so that none is taught."""
 
 
 @dataclass(frozen=True)
