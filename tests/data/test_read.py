@@ -449,19 +449,6 @@ def test_pictures_in_memory_and_in_files_that_may_move_are_told_apart(home):
     assert identifying_bytes(moved, may_move=True) != movable[0]
 
 
-def test_pictures_given_both_ways_keep_their_order(tmp_path):
-    """Beside the turns for placeholders without a picture, and inside a turn."""
-    for name in "abcd":
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
-    parts = [{"type": "image"}, {"type": "image", "image": "b.png"}, said("and <image> then?")]
-    row = chat_row("x", [*parts, {"type": "image", "path": "d.png"}], "yes")
-    (found,) = load_samples(write(tmp_path, {**row, "images": ["a.png", "c.png"]}))
-    assert [Path(str(image)).stem for image in found.images] == ["a", "b", "c", "d"]
-    assert all("source" not in part for part in found.messages[0]["content"])
-    with pytest.raises(DataError):
-        load_samples(write(tmp_path, {**row, "images": ["a.png", None]}))
-
-
 # Samples that are longer than a model can read: found, refused or cut.
 
 KINDS = ["text", "llava", "qwen2_5_vl"]

@@ -83,14 +83,14 @@ USED = {  # row, turns, pictures
     "images beside null image": (chat(images=[B], image=None), SEEN, [B]),
     "system of the row": (chat(system="Be brief."), [SYSTEM, USER, ANSWER], []),
     "system of LLaMA-Factory": (llava(system="Be brief.", tools=""), [SYSTEM, USER, ANSWER], []),
-    "empty system": (chat(system="", videos=[], audios=None), TEXT, []),
     "TRL": (chat([IMAGE, WORDS], images=[A]), SEEN, [A]),
     "placeholder in a part": (chat([{**WORDS, "text": f"<image>{ASK}"}], images=[A]), SEEN, [A]),
     "Qwen-VL's part": (chat([{**IMAGE, "image": B}, WORDS]), SEEN, [B]),
+    "both ways": (chat([IMAGE, {**IMAGE, "path": B}, WORDS], images=[A]), BOTH, [A, B]),
     "OpenAI": (chat([{"type": "image_url", "image_url": {"url": URL}}, WORDS]), SEEN, [None]),
     "OpenAI, weight 1": (chat(say={"weight": 1, "tool_calls": None}), TEXT, []),
     "ms-swift, loss": (chat(say={"loss": True}), TEXT, []),
-    "null columns": (chat(conversations=None, weight=None, video=None), TEXT, []),
+    "null columns": (chat(system="", weight=None, videos=[]), TEXT, []),
     "null fields": (chat(messages=[{**NULL, **turn} for turn in chat()["messages"]]), TEXT, []),
 }
 
@@ -112,7 +112,6 @@ REFUSED = {  # row, what the message names
     "videos": (chat(videos=["a.mp4"]), "'videos'"),
     "audio": (chat(audios=["a.wav"]), "'audios'"),
     "tools": (chat(tools=CALL), "'tools'"),
-    "functions": (chat(functions=CALL), "'functions'"),
     "calls beside content": (chat(say={"tool_calls": CALL}), "'tool_calls'"),
     "a call of before": (chat(say={"function_call": {"name": "f"}}), "'function_call'"),
     "refusal": (chat(say={"refusal": "I cannot."}), "'refusal'"),
@@ -130,6 +129,7 @@ REFUSED = {  # row, what the message names
     "an audio part": (chat([{"type": "input_audio", "input_audio": {}}, WORDS]), "'input_audio'"),
     "a text and its picture": (chat([{**WORDS, "image": A}]), "more than one"),
     "The Cauldron": ({"texts": [{"user": ASK, "assistant": SAY}]}, "no messages or conversations"),
+    "a null picture": (chat([IMAGE, IMAGE, WORDS], images=[A, None]), "must be a path"),
     "MiniCPM's pictures": (llava(image={"<image_00>": A}), "must be a path"),
     "a picture on the web": (llava(image="https://a.b/c.png"), "not found"),
 }
