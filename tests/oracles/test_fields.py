@@ -119,7 +119,6 @@ REFUSED = {  # row, what the message names
     "weight 0 of a turn": (chat(say={"weight": 0}), "'weight'"),
     "weight 0 of a row": (chat(weight=0), "'weight'"),
     "loss off": (chat(say={"loss": False}), "'loss'"),
-    "training off": (chat(say={"train": False}), "'train'"),
     "both kinds of turns": ({**llava(), **chat()}, "both messages and conversations"),
     "both kinds of pictures": (llava(image=A, images=[B]), "both images and image"),
     "two systems": (chat(system="No.", messages=[SYSTEM, ANSWER]), "system"),
