@@ -349,7 +349,7 @@ def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
     with pytest.raises(DataError, match=told):
         chat.encode_samples(words, [item])
     with pytest.raises(DataError, match=told):
-        fitted(words, item, 1000)
+        fitted(words, item, 1)
 
 
 @pytest.mark.parametrize("name", ["gemma", "mistral"])

@@ -327,8 +327,7 @@ class DataConfig(LoadConfig):
     """Tokens of a sample at most, those of pictures included; by default as many as the model
     reads."""
     too_long: TooLong = "refuse"
-    """What becomes of longer samples: refuse, which makes them broken rows; or cut, which takes
-    turns from the end, and the end of an answer, and says of how many."""
+    """Longer samples: refuse makes them broken rows; cut drops turns, then an answer's end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,14 +342,12 @@ class CalibrationConfig(DataConfig):
     """Which conversations a model is shown that is to be scored, and what counts."""
 
     samples: Annotated[int, AT_LEAST_1] = 192
-    """Calibration samples, the first ones of the data in the order of the seed."""
+    """Calibration samples, drawn from the whole of the data."""
     seed: Annotated[int, SEED] = 0
-    """Order of the data: 0 is that of the file, pictures and text in step where they stand apart,
-    any other number shuffles it; training takes what comes after the calibration samples. Also
-    seeds whatever is drawn, in scores and in training."""
+    """Draws the samples for calibration and training, and all else but the final test's."""
     general_text: Annotated[float | None, SHARE] = None
-    """Share of general text among what calibrates, beside the data: from the descriptions of the
-    packages that slimvlm needs. By default 0.2 where weights are repaired, else 0."""
+    """Share of general text in calibration, beside the data: descriptions of the packages that
+    slimvlm needs. By default 0.2 where weights are repaired, else 0."""
     gradient: Gradient = "per_sample"
     """For taylor: one gradient over all samples, or one for each."""
     token_weights: str | None = None
@@ -514,8 +511,8 @@ class ReportOptions(Options):
     """How many samples judge a finished model."""
 
     report_samples: Annotated[int | None, AT_LEAST_0] = None
-    """Samples, the last ones that are read, from which nothing is learnt: on them the end says what
-    was kept. At most a fifth of the data; 0 for none. By default as many as calibrate, up to 64."""
+    """Samples from which nothing is learnt, the same for all seeds: on them the end says what was
+    kept. At most a fifth of the data; 0 for none. By default as many as calibrate, up to 64."""
 
     def unseen(self, calibration: int) -> int:
         """Count held-out samples at most; by default as many as calibrate, as both take as long."""

@@ -171,6 +171,7 @@ def _score_likelihoods(
             encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
         else:  # a plain passage has no chat template
             encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
+            encoded = {n: each[:, : context_of(model.config)] for n, each in encoded.items()}
             encoded["labels"] = encoded["input_ids"]
         where = f"the loss of passage {question.id!r} of {task.name!r}"
         found, counted = answer_losses(model, encoded, where)

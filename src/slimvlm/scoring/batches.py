@@ -120,25 +120,28 @@ def forward_backbone(model: Any, batch: Batch) -> None:
 
 
 @torch.no_grad()
-def mean_answer_loss(states: Iterable[tuple[Hidden, Tensor]], head: Head) -> float:
-    """Average the cross-entropy over all labelled tokens, from final hidden states and labels."""
-    total, count = 0.0, 0
+def mean_answer_loss(
+    states: Iterable[tuple[Hidden, Tensor]], head: Head, counts: Iterable[Tensor] | None = None
+) -> float:
+    """Average the samples' mean cross-entropies, by their labels' or another tokenizer's counts."""
+    means, given = list[float](), None if counts is None else iter(counts)
     for hidden, labels in states:
-        found = with_float64(token_cross_entropy(hidden, head, labels))
-        total += float(found.sum(dtype=torch.float64))
-        count += int(label_counts(labels).sum())
-    if not count:
+        found = with_float64(token_cross_entropy(hidden, head, labels)).sum(1, dtype=torch.float64)
+        counted = (label_counts(labels) if given is None else next(given)).to(found.device)
+        means += (found / counted)[counted > 0].tolist()
+    if not means:
         raise DataError("held-out batches have no labelled token: nothing to judge by")
-    return total / count
+    return sum(means) / len(means)
 
 
-def answer_loss(model: Any, batches: Iterable[Batch]) -> float:
-    """Average the cross-entropy over the labelled tokens of some batches."""
+def answer_loss(model: Any, batches: Iterable[Batch], like: Iterable[Batch] | None = None) -> float:
+    """`mean_answer_loss` of some batches; by the label counts of others, if ``like`` is given."""
     states = (
         (hidden_states(model, without_labels(batch))[0], labels_of(model.config, batch))
         for batch in _all_on_device(model, batches)
     )
-    return mean_answer_loss(states, head_of(model))
+    counts = None if like is None else (label_counts(labels_of(batch)) for batch in like)
+    return mean_answer_loss(states, head_of(model), counts)
 
 
 def _all_on_device(model: Any, batches: Iterable[Batch]) -> Iterator[Batch]:

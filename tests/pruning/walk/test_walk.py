@@ -218,7 +218,7 @@ def test_a_norm_behind_the_mlp_keeps_its_seam():
         ({"repair": "all"}, ConfigError, "repair 'all'"),
         ({"ridge": -1.0}, ConfigError, "ridge -1.0"),
         ({"token_weights": {"sky": 1.0}}, ConfigError, "'sky'"),
-        ({"batches": []}, DataError, "5 calibration batches"),
+        ({"batches": []}, DataError, "4 calibration batches"),
         ({"batches": [], "repair": "width"}, DataError, "no calibration batch"),
     ],
 )
