@@ -10,9 +10,16 @@ import torch.nn.functional as F
 from slimvlm.core.errors import ConfigError, OutputError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import ask as evaluation
-from slimvlm.evaluation.ask import answer, evaluate, with_other_pictures
+from slimvlm.evaluation.ask import (
+    answer,
+    choose,
+    evaluate,
+    with_arguments,
+    with_other_pictures,
+)
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
+from slimvlm.runs.tables import result_rows
 from tests import tiny_folder as folders
 from tests.handmade import Stopped
 from tests.tiny_folder import SEEING, picture
@@ -73,7 +80,7 @@ def test_replies_stay_with_their_questions_and_the_model_is_left_alone(llava, re
     found = result.tasks["colours"]
     assert found.ids == tuple(f"q{i}" for i in range(9))
     for question, reply in zip(questions(9), found.replies, strict=True):
-        assert answer(*llava, [question], 4) == [reply]
+        assert answer(*llava, [question], 4)[0][0] == reply
     model, processor = llava
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
@@ -109,6 +116,49 @@ def test_answers_are_offered_where_the_prompt_gives_them_or_the_likeliest_is_tak
         found = task(load=lambda limit, given=given: given, by_likelihood=likeliest)
         assert evaluate(*llava, [found]).tasks["colours"].offered is offered
     assert result.tasks["colours"].offered is False
+
+
+def test_replies_that_reach_the_token_limit_are_counted(llava, tmp_path):
+    """Also where they are read from a log. With every token an end, none does."""
+    model, processor = load(folders.folder("llava"))
+    for _ in range(2):
+        found = evaluate(model, processor, [task()], log_folder=tmp_path).tasks["colours"]
+        assert found.cut == sum(is_cut for _, is_cut in answer(*llava, questions(9), 4)) > 0
+    rows = result_rows({"model": evaluate(model, processor, [task()])})[1]
+    assert ["colours: replies cut off at max_new_tokens", "", "", f"{found.cut} of 9"] in rows
+    model.generation_config.eos_token_id = list(range(model.config.text_config.vocab_size))
+    assert evaluate(model, processor, [task()]).tasks["colours"].cut == 0
+
+
+def test_thoughts_are_no_answer_and_template_arguments_end_them():
+    model, processor = load(folders.folder("llava"))
+    processor.chat_template += "{% if enable_thinking is not defined %}<think>{% endif %}"
+    found = evaluate(model, processor, [task(metric="f1")]).tasks["colours"]
+    assert all(reply.startswith("<think>") for reply in found.replies)  # and none has an end
+    plain = with_arguments(processor, ["enable_thinking=false"])
+    asked = task(load=lambda limit: [replace(q, answers=(r[0],)) for q, r in told])
+    told = [(q, answer(model, plain, [q], 4)[0]) for q in questions(9)]
+    assert evaluate(model, plain, [asked]).tasks["colours"].score == 100
+    assert evaluate(model, processor, [asked]).tasks["colours"].score == 0
+    for wrong in ("enable_thinkin=false", "enable_thinking", "messages=1"):
+        with pytest.raises(ConfigError, match=r"must be name=value.* reads: .*enable_thinking"):
+            with_arguments(processor, [wrong])
+
+
+def test_a_choice_that_begins_another_one_does_not_always_win(llava, monkeypatch):
+    """Log-probabilities are divided by bytes, as in lm-eval's acc_norm; batches stay small."""
+    values = {"cat": -3.0, "catfish": {"sea": -6.0, "house": -8.0}, "котик": -9.0}
+    sizes = []
+
+    def read(model, processor, pairs):
+        sizes.append(len(pairs))
+        found = [(q, values[choice]) for q, choice in pairs]
+        return [(v[q.id] if isinstance(v, dict) else v, True) for q, v in found]
+
+    monkeypatch.setattr(evaluation, "likelihoods", read)
+    asked = [Question(name, "What?", (), choices=tuple(values)) for name in ("sea", "house")]
+    assert choose(*llava, asked) == [("catfish", False), ("котик", False)]
+    assert sizes == [2, 2, 2]
 
 
 def test_perplexity_is_exp_of_the_mean_token_loss(llava, result):

@@ -68,8 +68,8 @@ def place(loaded, tmp_path_factory):
     for i in range(COUNT):
         text = prompt(i) + "\nAnswer with one word."
         question = Question(str(i), text, (), (picture(i),), COLOURS)
-        right = answer(*loaded, [question], 6)[0] if i % 2 else "nothing"
-        likely = choose(*loaded, [question])[0] if i % 3 else COLOURS[i % 4]
+        right = answer(*loaded, [question], 6)[0][0] if i % 2 else "nothing"
+        likely = choose(*loaded, [question])[0][0] if i % 3 else COLOURS[i % 4]
         row = {"question": prompt(i), "answer": right, "choices": list(COLOURS)}
         rows.append({**row, "likely": likely, "image": picture(i)})
     write_parquet(folder / "data.parquet", rows)

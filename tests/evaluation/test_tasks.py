@@ -111,12 +111,28 @@ def test_rows_become_questions_and_tasks_are_found_by_name_and_by_file(folder):
         ("{hint}|{hunt}", "no column 'hunt'"),
         ("answer: colour|answer: color", "no column 'color'"),
         ("images: pictures|images: .", "not found"),
+        ("images: pictures|image: img", "no row has a picture in column 'img'; columns: 'id, hint"),
+        ("rows.jsonl|mine.jsonl", "no such file"),
+        ("rows.jsonl|mine.jsonl", "nothing of this name in '/"),
+        ("chance: 25|split: test", "single file has no splits"),
     ],
 )
 def test_a_wrong_field_column_or_picture_is_named(folder, change, message):
-    of_data = message.startswith("no")
-    with pytest.raises(DataError if of_data else ConfigError, match=message):
+    with pytest.raises((DataError, ConfigError), match=message):
         read_task(changed(folder, change)).load(None)
+
+
+def test_questions_are_those_of_the_test_split_or_the_named_one(folder, capsys):
+    rows = (folder / "rows.jsonl").read_text()
+    (folder / "mine").mkdir()
+    for split, name in (("train", "a"), ("val", "b"), ("test", "c")):
+        line = next(line for line in rows.splitlines() if json.loads(line)["id"] == name)
+        (folder / "mine" / f"{split}.jsonl").write_text(line + "\n")
+        task = read_task(changed(folder, 'rows.jsonl|mine\nimage: ""', "images: pictures|"))
+        assert [question.id for question in task.load(None)] == [name]
+    assert "task 'colours': questions are those of the test split" in capsys.readouterr().err
+    (named,) = read_task(changed(folder, "chance: 25|split: validation")).load(None)
+    assert named.id == "b"
 
 
 def test_no_answer_and_a_name_twice_are_refused(folder):
@@ -150,12 +166,16 @@ def test_a_function_of_ones_own_scores_replies(folder):
     name = "metrics_of_mine:first_letter"
     task = read_task(changed(folder, f"exact_match|{name}"))
     result = evaluate(*load(folders.folder("llava")), [task]).tasks["colours"]
+    assert result.majority is None  # which would call it again for every answer
     expected = [
         float(reply[:1] == question.answers[0][:1])
         for reply, question in zip(result.replies, task.load(None), strict=True)
     ]
     assert list(result.scores) == expected
     question = Question("q", "", ("rot",))
+    assert metric_named(name)("red", question) == metric_named(name)(
+        "<think>b</think>red", question
+    )
     assert metric_named(name)("red", question) == 1.0
     for wrong in ("two", "word"):
         with pytest.raises(ConfigError, match="number from 0 to 1"):

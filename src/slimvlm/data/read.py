@@ -14,7 +14,7 @@ from slimvlm.core.documents import identity_of_files, parse_json, read_object
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.options import TooLong
-from slimvlm.core.progress import Say
+from slimvlm.core.progress import Say, silent
 from slimvlm.data.chat import can_see, length_of, num_images, rendered, require_readable
 from slimvlm.data.samples import Message, Sample, find_image
 
@@ -25,6 +25,12 @@ BATCH, BATCH_BYTES = 64, 2**28
 """Rows of a parquet or Arrow file in memory at once, and their bytes unless one row has more."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Names of JSON files beside the data."""
+_OTHER_SPLITS = {
+    "test": {"test", "testing"},
+    "validation": {"valid", "validation", "val", "dev", "eval", "evaluation"},
+}
+SPLITS = {"train": {"train", "training"}, **_OTHER_SPLITS}
+"""Splits of a source, and the words in names of files that tell them apart."""
 KEPT_BYTES = 2**29  # a ``.jsonl`` file up to this size is parsed once, and its rows are kept
 
 
@@ -92,12 +98,20 @@ def interleaved(groups: Iterable[tuple[float, Sequence[Member]]]) -> list[Member
     return [member for *_, member in sorted(placed, key=lambda row: row[:2])]
 
 
-def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:
-    """Yield rows as plain values, or errors; ``outlined`` ones have numbers for stored pictures."""
+def read_rows(
+    data: str | Path,
+    outlined: bool = False,
+    splits: Sequence[str] = ("train",),
+    say: Say = silent,
+) -> Iterator[Any]:
+    """Yield rows as plain values, or errors; ``outlined`` ones have numbers for stored pictures.
+
+    Of a folder or a hub dataset, the first of ``splits`` is read that it has, which ``say`` gets.
+    """
     path = path_of(data, "data")
     if path.exists():
         try:
-            for file in files_of_folder(path) if path.is_dir() else [path]:
+            for file in files_of_folder(path, splits, say) if path.is_dir() else [path]:
                 yield from _rows_of_file(file, outlined)
         except OSError as error:
             raise ConfigError(f"data {str(data)!r}: cannot be read ({error.strerror})") from error
@@ -105,7 +119,10 @@ def read_rows(data: str | Path, outlined: bool = False) -> Iterator[Any]:
         import datasets
 
         try:
-            table = datasets.load_dataset(str(data), split="train").with_format("arrow")
+            there = datasets.get_dataset_split_names(str(data)) if len(splits) > 1 else splits
+            split = next((each for each in splits if each in there), splits[-1])
+            say(split)
+            table = datasets.load_dataset(str(data), split=split).with_format("arrow")
             for part in table.iter(batch_size=BATCH):
                 yield from plain_rows(part, outlined)
         except Exception as error:
@@ -145,12 +162,14 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
         )
 
 
-def files_of_folder(folder: Path) -> list[Path]:
-    """List the data files of a folder: what ``datasets`` saved, or else those of training.
+def files_of_folder(
+    folder: Path, splits: Sequence[str] = ("train",), say: Say = silent
+) -> list[Path]:
+    """List the data files of a folder: what ``datasets`` saved, or else those of a split.
 
     Files and links that lead out of the folder are refused, and no card or script in it is read.
-    Where names tell apart splits, those with ``train`` count; else all but those with ``test``,
-    ``valid``, ``dev`` or ``eval``.
+    Where names tell apart splits, the first of ``splits`` counts that is there, which ``say`` gets;
+    else all files but those of testing and validation.
     """
     where, inside = f"data {str(folder)!r}", folder.resolve()
     with raised_as(ConfigError, (OSError, RuntimeError), f"{where}: cannot be read"):
@@ -160,7 +179,11 @@ def files_of_folder(folder: Path) -> list[Path]:
         raise ConfigError(f"{where}: {outside[0].name!r} is a link that leads out of it")
     if pipes := [path for path in found if not path.is_file()]:
         raise ConfigError(f"{where}: {pipes[0].name!r} is not a regular file")
-    saved = folder / "train" if (folder / "dataset_dict.json").exists() else folder
+    saved = folder
+    if (folder / "dataset_dict.json").exists():
+        named = next((each for each in splits if (folder / each).is_dir()), splits[-1])
+        saved = folder / named
+        say(named)
     if (saved / "state.json").exists():
         state = read_object(saved / "state.json", "data")
         listed = state.get("_data_files")
@@ -179,9 +202,12 @@ def files_of_folder(folder: Path) -> list[Path]:
         raise ConfigError(f"{where}: has no .jsonl, .json, .parquet or .arrow file")
     files = max(kinds.values(), key=len)
     split = {p: set(re.split(r"[^a-z]+", str(p.relative_to(folder)).lower())) for p in files}
-    train = [path for path in files if split[path] & {"train", "training"}]
-    others = {"test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation"}
-    return train or [path for path in files if not split[path] & others]
+    for each in splits:
+        if wanted := [path for path in files if split[path] & SPLITS[each]]:
+            say(each)
+            return wanted
+    others = set[str]().union(*_OTHER_SPLITS.values())
+    return [path for path in files if not split[path] & others]
 
 
 def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
@@ -452,7 +478,8 @@ def fitted(
 
     def with_answer(characters: int) -> Sample:
         content = [{"type": "text", "text": answer[:characters]}]
-        return replace(shorter, messages=(*before, {"role": "assistant", "content": content}))
+        turns = (*before, {"role": "assistant", "content": content})
+        return replace(shorter, messages=turns, is_cut=True)
 
     fits, beyond = 0, len(answer)
     while beyond - fits > 1:  # so many characters fit, so many do not

@@ -3,8 +3,10 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +22,7 @@ from slimvlm.core.options import Questions
 from slimvlm.core.progress import progress, steps
 from slimvlm.data import chat
 from slimvlm.data.samples import Question, Task, identifying_bytes
+from slimvlm.data.templates import rendered
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.bench import stored_bytes, times_of
 from slimvlm.evaluation.on_data import answer_losses, divided
@@ -70,6 +73,7 @@ def evaluate(
         settings = [
             model.generation_config.to_json_string(),
             getattr(processor, "chat_template", None),
+            getattr(processor, "template_args", None),
         ]
         if chat.can_see(processor):
             settings.append(processor.image_processor.to_json_string())
@@ -118,7 +122,9 @@ def _score_replies(
     for batch in batches_by_length(prompts, batch_size, task.name, reached, sees):
         picked = [questions[i] for i in batch]
         if any(question.id not in log.replies for question in picked):
-            log.add(picked, reply(model, processor, picked, task.max_new_tokens))
+            log.add(
+                picked, *zip(*reply(model, processor, picked, task.max_new_tokens), strict=True)
+            )
     replies = [log.replies[question.id] for question in questions]
     score = metrics.metric_named(task.metric)
     scores = list(map(score, replies, questions))
@@ -135,6 +141,7 @@ def _score_replies(
         majority=metrics.majority_score(task.metric, questions),
         offered=task.by_likelihood
         or all(q.choices and all(c in q.prompt for c in q.choices) for q in questions),
+        cut=sum(question.id in log.cut for question in questions),
     )
 
 
@@ -184,6 +191,28 @@ def _score_likelihoods(
     )
 
 
+def with_arguments(processor: Any, given: Sequence[str]) -> Any:
+    """Return a processor whose chat template gets these arguments, written as ``name=value``."""
+    values: dict[str, Any] = {}
+    for word in given:
+        name, _, value = word.partition("=")
+        known = {*rendered(processor.chat_template or "").split()}
+        known -= {"messages", "add_generation_prompt"}
+        if not value or name not in known:
+            names = ", ".join(sorted(known)) or "nothing else"
+            told = f"must be name=value, and the model's chat template reads: {names}"
+            raise ConfigError(f"template_args {shortened(word)} {told}")
+        try:
+            values[name] = parse_json(value)
+        except ValueError:
+            values[name] = value
+    if not values:
+        return processor
+    changed = copy(processor)
+    changed.template_args = values
+    return changed
+
+
 def with_costs(
     model: PreTrainedModel,
     processor: Any,
@@ -224,8 +253,11 @@ def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
 
 def answer(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
-) -> list[str]:
-    """Reply greedily to a batch of questions."""
+) -> list[tuple[str, bool]]:
+    """Reply greedily to a batch of questions; say whether a reply is cut off at its token limit.
+
+    Where the prompt opens a thought (``<think>``), the reply begins with it.
+    """
     inputs = as_inputs(model, chat.encode_questions(processor, questions))
     _require_context(model, inputs, questions[0].id)
     tokenizer, generator = chat.tokenizer_of(processor), cast(Any, model)
@@ -248,20 +280,34 @@ def answer(
             f"model: cannot answer as its generation_config.json says ({one_line(error)[:LONGEST]})"
         ) from error
     new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    ends = generator.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, device=output.device).flatten()
+    cut = (new_tokens.shape[1] >= max_new_tokens) & ~torch.isin(new_tokens, ends).any(1)
+    tails = tokenizer.batch_decode(inputs["input_ids"][:, -8:])  # how the prompt ends
+    opened = (max(t * tail.rstrip().endswith(t) for t in metrics.THINKING) for tail in tails)
     replies: list[str] = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-    return [reply.strip() for reply in replies]
+    texts = [begun + reply.strip() for begun, reply in zip(opened, replies, strict=True)]
+    return list(zip(texts, cut.tolist(), strict=True))
 
 
 def choose(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int = 0
-) -> list[str]:
-    """Pick each question's choice with the highest log-probability of the whole answer turn."""
-    replies = []
-    for question in questions:
-        found = likelihoods(model, processor, [(question, choice) for choice in question.choices])
-        values = [value for value, _ in found]
-        replies.append(question.choices[values.index(max(values))])
-    return replies
+) -> list[tuple[str, bool]]:
+    """Pick each question's choice with the highest log-probability of the answer turn per byte.
+
+    Dividing by the bytes of the choice (``acc_norm`` of lm-eval) keeps the beginning of a longer
+    choice from always being likelier. As many choices as questions are read at once.
+    """
+    pairs = [(question, choice) for question in questions for choice in question.choices]
+    best: dict[str, tuple[float, str]] = {}
+    for start in range(0, len(pairs), len(questions)):
+        batch = pairs[start : start + len(questions)]
+        found = likelihoods(model, processor, batch)
+        for (question, choice), (value, _) in zip(batch, found, strict=True):
+            per_byte = value / max(len(choice.encode()), 1)
+            if question.id not in best or per_byte > best[question.id][0]:
+                best[question.id] = per_byte, choice
+    return [(best[question.id][1], False) for question in questions]
 
 
 def likelihoods(
@@ -305,15 +351,23 @@ def digest_of_questions(weights: str, task: Task, questions: Sequence[Question],
 
 
 def identities_of_tasks(asked: Questions) -> tuple[str, ...]:
-    """Hash what own tasks are made of: files, questions, pictures, and the folder of tasks."""
+    """Hash what own tasks are made of: files, questions, pictures, metrics, the folder of tasks."""
     found = []
     for path in (part.strip() for part in asked.tasks.split(",")):
         if path.endswith((".yaml", ".yml")):
             (task,) = find_tasks(path)
             questions = digest_of_questions("", task, task.load(asked.limit))
-            found += [identity_of_files(path, path), questions]
+            found += [identity_of_files(path, path), questions, *_code_of(task.metric)]
     folder = asked.task_folder
     return (*found, *([] if folder is None else [identity_of_files(folder, folder)]))
+
+
+def _code_of(metric: str) -> list[str]:
+    """Hash the whole package, or the one file, in which a user's own metric stands."""
+    module, is_own, _ = metric.partition(":")
+    found = find_spec(module.partition(".")[0]) if is_own else None
+    places = [] if found is None else found.submodule_search_locations or [found.origin or ""]
+    return [identity_of_files(metric, place) for place in places]
 
 
 class AnswerLog:
@@ -323,6 +377,7 @@ class AnswerLog:
         self._path = None if folder is None else folder / f"{file_name(task)}-{key}.jsonl"
         self._cut_short = False
         self.replies: dict[str, str] = {}
+        self.cut: set[str] = set()  # questions whose replies reached the token limit
         if self._path is None or not self._path.is_file():
             return
         text = read_text(self._path, "log")
@@ -333,12 +388,19 @@ class AnswerLog:
             except ValueError:  # cut short by a kill
                 continue
             if isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("id", "reply")):
-                self.replies[row["id"]] = row["reply"]
+                self._keep(row["id"], row["reply"], row.get("cut") is True)
 
-    def add(self, questions: Sequence[Question], replies: Sequence[str]) -> None:
+    def _keep(self, name: str, reply: str, is_cut: bool) -> None:
+        self.replies[name] = reply
+        (self.cut.add if is_cut else self.cut.discard)(name)
+
+    def add(
+        self, questions: Sequence[Question], replies: Sequence[str], cut: Sequence[bool] = (False,)
+    ) -> None:
         """Append a batch."""
-        new = list(zip(questions, replies, strict=True))
-        self.replies |= {q.id: reply for q, reply in new}
+        new = list(zip(questions, replies, cut, strict=True))
+        for q, reply, is_cut in new:
+            self._keep(q.id, reply, is_cut)
         if self._path is None:
             return
         with explained(self._path):
@@ -347,6 +409,7 @@ class AnswerLog:
             if self._cut_short:
                 log.write("\n")
                 self._cut_short = False
-            for q, reply in new:
+            for q, reply, is_cut in new:
                 row = {"id": q.id, "prompt": q.prompt, "answers": q.answers, "reply": reply}
+                row |= {"cut": True} if is_cut else {}
                 log.write(json.dumps(row) + "\n")

@@ -18,12 +18,19 @@ from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.core.options import Questions
 from slimvlm.data.chat import plain_question
 from slimvlm.data.samples import Question
-from slimvlm.evaluation.ask import answer, batches_by_length, evaluate, likelihoods, with_costs
-from slimvlm.evaluation.metrics import MME_FULL_SCORES
+from slimvlm.evaluation.ask import (
+    answer,
+    batches_by_length,
+    evaluate,
+    likelihoods,
+    with_arguments,
+    with_costs,
+)
+from slimvlm.evaluation.metrics import MME_FULL_SCORES, answer_of
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.hidden import evaluating
 
-LONGEST_REPLY = 1024  # longest reply in tokens; MathVista would allow 16384
+LONGEST_REPLY = 1024  # longest reply in tokens, MathVista would allow 16384; cut ones are counted
 Values = Sequence[Any]
 """One entry for each question, as a task stores them for a metric: numbers, or dictionaries."""
 
@@ -173,7 +180,7 @@ def evaluate_with_lmms(
     results: dict[str, TaskResult] = {}
     with evaluating(model):
         for name, task in tasks.items():
-            replies: dict[int, str] = {}
+            replies: dict[int, tuple[str, bool]] = {}
             with contained():
                 from lmms_eval.evaluator import simple_evaluate
                 from lmms_eval.tasks import TaskManager
@@ -207,7 +214,8 @@ def evaluate_with_lmms(
                     chance=row.chance,
                     in_average=True,
                     ids=tuple(map(str, scored)),
-                    replies=tuple(replies[index] for index in scored),
+                    replies=tuple(replies[index][0] for index in scored),
+                    cut=sum(replies[index][1] for index in scored),
                     scores=tuple(row.read([samples[index][metric] for index in scored])),
                     details={k: scale * float(totals[other]) for k, other in row.details.items()},
                     offered=task.OUTPUT_TYPE == "multiple_choice",
@@ -228,6 +236,7 @@ def evaluate_all(
 ) -> Result:
     """Evaluate on our own tasks and on lmms-eval's; a log, floors and ``blind`` are for ours."""
     (own, theirs), result = split_names(asked.tasks), None
+    processor = with_arguments(processor, asked.template_args)
     how: dict[str, Any] = {"limit": asked.limit, "batch_size": asked.batch_size}
     if own or not theirs:
         ours = (name, blind, log_folder, asked.floors)
@@ -261,9 +270,16 @@ def _shipped_tasks() -> Any:
 
 
 def adapter(
-    model: PreTrainedModel, processor: Any, batch_size: int, replies: dict[int, str]
+    model: PreTrainedModel,
+    processor: Any,
+    batch_size: int,
+    replies: dict[int, tuple[str, bool]],
 ) -> Any:
-    """Wrap a model for a run of one task; ``replies`` receives them by index of the question."""
+    """Wrap a model for a run of one task.
+
+    ``replies`` receives them by index of the question, and whether the token limit cut them off.
+    The runner gets them without thoughts.
+    """
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 
@@ -275,16 +291,19 @@ def adapter(
             longest = min(int(options.get("max_new_tokens", LONGEST_REPLY)), LONGEST_REPLY)
             stops = options.get("until") or ()
             stops = [stops] if isinstance(stops, str) else stops
-            texts = [""] * len(requests)
+            texts, cut_off = [""] * len(requests), [False] * len(requests)
             prompts, task = [request.args[0] for request in requests], requests[0].args[4]
             for batch in batches_by_length(prompts, batch_size, str(task)):
                 asked = [_asked(requests[i].args, self.task_dict)[0] for i in batch]
                 found = answer(model, processor, asked, longest)
-                for index, text in zip(batch, found, strict=True):
+                for index, (text, is_cut) in zip(batch, found, strict=True):
+                    text = answer_of(text)
+                    kept = text
                     for stop in filter(None, stops):
-                        text = text.split(stop)[0]
-                    texts[index] = text.strip()
-            replies.update((r.args[3], text) for r, text in zip(requests, texts, strict=True))
+                        kept = kept.split(stop)[0]
+                    texts[index], cut_off[index] = kept.strip(), is_cut and kept == text
+            numbers = (request.args[3] for request in requests)
+            replies.update(zip(numbers, zip(texts, cut_off, strict=True), strict=True))
             return texts
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
@@ -300,7 +319,7 @@ def adapter(
             for request, (likelihood, _) in zip(requests, found, strict=True):
                 number, text = request.args[3], str(request.args[1]).strip()
                 if number not in best or likelihood > best[number]:
-                    best[number], replies[number] = likelihood, text
+                    best[number], replies[number] = likelihood, (text, False)
             # The runner (0.7.3) makes text of a bare pair, but not of one in a wrapper.
             signs = [-1 if isinstance(r.args[1], str) else 1 for r in requests]
             signed = zip(signs, found, strict=True)

@@ -5,12 +5,14 @@ import math
 import re
 import sys
 import sysconfig
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +25,46 @@ MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
 RESAMPLES = 1000  # bootstrap draws behind an interval
 
 
+_THOUGHTS = r"(?s).*(?:</think(?:ing)?>|◁/think▷|\[/THINK\])"
+THINKING = ("<think>", "<thinking>", "◁think▷", "[THINK]")
+"""What a thought begins with."""
+_MARKUP = (  # what lays a reply out, and what stays of it
+    (r"(?s).*<answer>(.*?)</answer>.*", r"\1"),
+    (r"(?s).*\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}.*", r"\1"),
+    (r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1"),
+    (r"\\([%$&#_])|\\[()\[\]]", r"\1"),
+    (r"(?<!\w)(\*\*|__|\*|_|`)(?=\S)(.+?)(?<=\S)\1(?!\w)", r"\2"),
+    (r"(?m)^\s*(?:#+|[-*•]|\d+[.)])\s+(?=\S)", ""),
+)
+_ENCLOSED = r"""["'“‘«„「『] ?([^"“”«»„「」『』]*?) ?["'”’»“」』]|\(([^()]*)\)|\$+([^$]+)\$+"""
+
+
+def answer_of(reply: str) -> str:
+    """Return what follows the thoughts of a reply; nothing if they were cut off."""
+    answer = re.sub(_THOUGHTS, "", reply, count=1).strip()
+    return "" if answer.startswith(THINKING) else answer
+
+
+def plain(reply: str) -> str:
+    """Take thoughts, Markdown and LaTeX off a reply; unify forms of characters (NFKC)."""
+    text = unicodedata.normalize("NFKC", answer_of(reply))
+    for pattern, rest in _MARKUP:
+        text = re.sub(pattern, rest, text)
+    return text
+
+
+def concluded(text: str) -> str:
+    """Return what follows the last ``answer is`` or ``answer:``, or all where nothing does."""
+    return re.split(r"(?i)\banswer(?:\s+is\b:?|\s*:)\s*", text)[-1].strip() or text
+
+
 def normalise(text: str) -> str:
-    """Lower the case, collapse spaces, and strip full stops at the end."""
-    return re.sub(r"\s+", " ", text.strip().lower()).rstrip(". ")
+    """Reduce a reply to its `plain` conclusion without case, quotes and stops at the end."""
+    text = re.sub(r"\s+", " ", concluded(plain(text)).casefold())
+    shorter = re.sub(r"(?<=[^\W\d])!+$", "", text.strip().rstrip(".。 "))
+    while (match := re.fullmatch(_ENCLOSED, shorter)) is not None:
+        shorter = (match[match.lastindex or 0]).strip().rstrip(".。 ")
+    return shorter
 
 
 def exact_match(reply: str, question: Question) -> float:
@@ -33,27 +72,70 @@ def exact_match(reply: str, question: Question) -> float:
     return float(normalise(reply) in {normalise(answer) for answer in question.answers})
 
 
+_LATIN = r"A-Za-z0-9À-ɏ"
+# a capital letter alone, which is no article and no pronoun
+_ONE = rf"(?<![{_LATIN}])(?<![{_LATIN}]['’])([A-Z])(?![{_LATIN}]|['’]\w|\.\w)"
+_ONE += r"(?!(?<=[AI]) (?!(?:is|because|since|as|and|n?or|but)\b)[a-zà-ÿ])"
+_RULED_OUT = (
+    rf"(?i:\bnot|n't|\bneither|\bnor|\bthan|\binstead of)(?: be)?(?: option)? \(?{_ONE}\)?",
+    rf"(?:{_ONE}(?:,? and|,? or|,) )*{_ONE} (?:is|are) (?:wrong|incorrect|false|not)\b",
+)
+_FIRST = rf"\W*(?:(?:option|choice) )?\W*{_ONE}(?!\s*(?:or|and|/|,|&)\s*\(?[A-Z]\b)"
+_FIRST += r"|\W*([a-z])(?:[)\]]|[.:]?(?:\s*$|(?<=[.:])\s))"
+_CHOSEN = rf"(?i:\bchoose|\bpick|\bselect|\bgo with|\bsay|\bso|\bit is|\bit's|choice is) \(?{_ONE}"
+
+
 def letter(reply: str, question: Question) -> float:
-    """1 if the first single letter in the reply is the answer's."""
-    match = re.search(r"\b([a-z])\b", normalise(reply))
-    return float(match is not None and match[1] == normalise(question.answers[0]))
+    """1 if the reply chooses the answer's letter: at its beginning, at its end, or alone.
+
+    The last "answer is" or "answer:" begins it. A letter that is ruled out ("not A"), the article
+    "A" and the pronoun "I" do not count, and several letters are no answer.
+    """
+    text = plain(reply)
+    for pattern in _RULED_OUT:
+        text = re.sub(pattern, " ", text)
+    text = concluded(text)
+    listed = set(re.findall(rf"{_ONE}[).:]\s", text))
+    first = re.match(_FIRST, text) if len(listed) < 2 else None
+    found = re.findall(_CHOSEN, text)[-1:] or list(dict.fromkeys(re.findall(_ONE, text)))
+    said = (first[1] or first[2]) if first else found[0] if len(found) == 1 else ""
+    return float(said.lower() == normalise(question.answers[0]))
+
+
+_NO_REPLY = r"\bno (?:idea|way|doubt|problem|information|matter|evidence)\b|\bnot (?:yes|no)\b"
+_NO_REPLY += r"|\b(?:yes|no)\s*(?:and|or|/)\s*(?:yes|no)\b"
 
 
 def yes_no(reply: str, question: Question) -> float:
-    """1 if the first word is the right one of yes and no."""
-    first = re.split("[^a-z]", normalise(reply), maxsplit=1)[0]
-    return float(first == normalise(question.answers[0]))
+    """1 if the reply says the right one of yes and no: as its first word, or it alone.
+
+    The last "answer is" or "answer:" begins it. "No idea" or "yes and no" are no answer.
+    """
+    answer = normalise(question.answers[0])
+    return float(_said(reply, answer) == answer)
+
+
+def _said(reply: str, answer: str) -> str:
+    """Return the one of yes, no and ``answer`` that a reply says; empty if none or both."""
+    text = concluded(re.sub(_NO_REPLY, " ", plain(reply).casefold()))
+    words, known = re.findall(r"\w+", text), {"yes", "no", answer}
+    found = words[:1] if {*words[:1]} & known else {*words} & known
+    return found.pop() if len(found) == 1 else ""
 
 
 def set_f1(reply: str, question: Question) -> float:
-    """F1 between the comma-separated items of the reply and of the answer."""
-    found, wanted = _items(reply), _items(question.answers[0])
+    """F1 between the items of the reply and of the answer: lines, or between commas and "and"."""
+    answer = question.answers[0]
+    text = plain(reply) if ":" in answer else re.sub(r"^[^,:\n]*:\s+", "", plain(reply))
+    found, wanted = _items(text), _items(answer)
     hits = len(found & wanted)
     return 2 * hits / (len(found) + len(wanted)) if hits else 0.0
 
 
 def _items(text: str) -> set[str]:
-    return {normalise(item) for item in re.split(r",|\band\b", text) if item.strip()}
+    parts = re.split(r"(?i)[,;&、،\n]|\band\b", concluded(plain(text)).strip("[]. "))
+    items = (re.sub(r"^(?:an?|the) ", "", normalise(part)) for part in parts)
+    return {item for item in items if item}
 
 
 def anls(reply: str, question: Question) -> float:
@@ -75,18 +157,38 @@ def similarity(a: str, b: str) -> float:
 
 
 def f1(reply: str, question: Question) -> float:
-    """F1 between the words of the reply and of the best answer (arXiv:1606.05250, Sec. 6.1)."""
-    best, found = 0.0, Counter(re.findall(r"\w+", reply.lower()))
+    """F1 between the words of the reply and of the best answer (arXiv:1606.05250, Sec. 6.1).
+
+    As there, punctuation and articles do not count. Where a script writes no spaces, each character
+    is a word.
+    """
+    best, found = 0.0, _counted(reply)
     for answer in question.answers:
-        wanted = Counter(re.findall(r"\w+", answer.lower()))
+        wanted = _counted(answer)
         hits = (found & wanted).total()
         best = max(best, 2 * hits / (found.total() + wanted.total()) if hits else 0.0)
     return best
 
 
+def _counted(text: str) -> Counter[str]:
+    words = _words(text, "")
+    return Counter([word for word in words if word not in ("a", "an", "the")] or words)
+
+
+_NO_SPACES = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+
+
+def _words(text: str, gap: str) -> list[str]:
+    """Split a text into words of any script; ``gap`` takes the place of other signs."""
+    text = re.sub(_NO_SPACES, r" \g<0> ", plain(text).casefold())
+    signs = ((c if c.isspace() or unicodedata.category(c)[0] in "LMN" else gap) for c in text)
+    return "".join(signs).split()
+
+
 def rouge_l(reply: str, question: Question) -> float:
     """ROUGE-L F1 with the best answer (Lin 2004), by the rouge-score package, without stemming."""
-    scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    words = SimpleNamespace(tokenize=lambda text: _words(text, " "))  # its own are of English only
+    scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=words)
     scores = scorer.score_multi(list(question.answers), reply)
     return float(scores["rougeL"].fmeasure)
 
@@ -143,7 +245,7 @@ def _own_metric(name: str) -> Metric:
     def checked(reply: str, question: Question) -> float:
         where = f"metric {name!r}: failed on question {question.id!r}"
         with raised_as(ConfigError, Exception, where):
-            score = found(reply, question)
+            score = found(answer_of(reply), question)
         if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
             raise ConfigError(
                 f"metric {name!r}: gave {shortened(repr(score))} for question {question.id!r}, "
@@ -156,7 +258,7 @@ def _own_metric(name: str) -> Metric:
 
 def yes_no_details(replies: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
     """Compute F1 of "yes" and the share of yes replies, in percent, as POPE reports them."""
-    found = [re.split("[^a-z]", normalise(reply), maxsplit=1)[0] == "yes" for reply in replies]
+    found = [_said(reply, "yes") == "yes" for reply in replies]
     true = [normalise(question.answers[0]) == "yes" for question in questions]
     hits = sum(s and t for s, t in zip(found, true, strict=True))
     f1 = 2 * hits / (sum(found) + sum(true)) if hits else 0.0
@@ -168,8 +270,10 @@ def average(scores: Mapping[str, float]) -> float:
     return float(np.mean([s * 100 / MME_FULL_SCORES.get(n, 100.0) for n, s in scores.items()]))
 
 
-def majority_score(metric: str, questions: Sequence[Question]) -> float:
-    """Compute the score of the best constant answer to these questions, in percent."""
+def majority_score(metric: str, questions: Sequence[Question]) -> float | None:
+    """Compute the score of the best constant answer, in percent; None for a user's metric."""
+    if ":" in metric:  # each call may take as long as another model's reply
+        return None
     accepted = Counter(a for q in questions for a in {normalise(answer) for answer in q.answers})
     frequent = accepted.most_common(8)
     candidates = [answer for i, (answer, count) in enumerate(frequent) if count > 1 or i == 0]

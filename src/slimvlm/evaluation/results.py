@@ -38,6 +38,7 @@ class TaskResult:
     majority: float | None = None  # the best constant answer, in percent; None if not ours to score
     blind_scores: tuple[float, ...] = ()  # with the pictures of other questions; empty if unknown
     offered: bool = False  # every question gives the answers to choose from
+    cut: int = 0  # replies that reached the token limit
 
     def __post_init__(self) -> None:
         numbers = (self.score, *self.scores, *self.blind_scores, *self.details.values())

@@ -3,15 +3,16 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from functools import cache, partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from slimvlm.core.documents import built, read_yaml
 from slimvlm.core.errors import ConfigError, DataError, raised_as, shortened
+from slimvlm.core.progress import to_log
 from slimvlm.data.read import read_rows
 from slimvlm.data.samples import Question, Task, find_image
 from slimvlm.evaluation.metrics import LIKELIHOODS, metric_named
@@ -38,8 +39,11 @@ class TaskRow:
     """exact_match, letter, yes_no, set_f1, anls, f1 (of words) or rouge_l of the reply; perplexity
     or loss of the answer itself; or a function of your own, ``mypackage:score``, which takes reply
     and `slimvlm.Question` and returns a number from 0 to 1."""
-    image: str = "image"
-    """Column with the picture, its path, or a list of them; rows without it are text."""
+    split: Literal["test", "validation", "train"] | None = None
+    """Split of a folder or hub dataset. By default test, or validation, or else train."""
+    image: str | None = None
+    """Column with the picture, its path, or a list of them (``image``, if there is one); rows
+    without it are text."""
     images: str = "."
     """Folder that image paths start from; relative to the YAML file."""
     choices: str = ""
@@ -120,11 +124,22 @@ def read_task(path: str | Path) -> Task:
     )
 
 
+_to_log_once = cache(to_log)
+
+
 def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
     near, task = folder / row.data, f"task {row.name!r}"
-    rows = read_rows(near if near.exists() else row.data)
+    splits = (row.split,) if row.split else ("test", "validation", "train")
+    say = lambda split: _to_log_once(f"{task}: questions are those of the {split} split")  # noqa: E731
+    rows = read_rows(near if near.exists() else row.data, splits=splits, say=say)
+    if row.split and near.is_file():
+        raise ConfigError(f"{task}: split {row.split!r}: a single file has no splits")
+    where = "" if near.exists() else f" nothing of this name in {str(folder)!r}:"
+    with raised_as(ConfigError, ConfigError, f"{task}:{where}"):
+        given = list(islice(rows, limit))
+    column = "image" if row.image is None else row.image
     questions: dict[str, Question] = {}
-    for index, values in enumerate(islice(rows, limit)):
+    for index, values in enumerate(given):
         if isinstance(values, DataError):
             raise DataError(f"{task}: {values}")
         if not isinstance(values, dict):
@@ -141,7 +156,7 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
         accepted = answer if isinstance(answer, list) else [answer]
         if not accepted or None in accepted:
             raise DataError(f"{where} has no answer")
-        shown = values.get(row.image)
+        shown = values.get(column)
         pictures = [] if shown is None else shown if isinstance(shown, list) else [shown]
         question = Question(
             id=name,
@@ -153,4 +168,9 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
         if name in questions:
             raise DataError(f"{task}: two questions have the id {shortened(name)}")
         questions[name] = question
+    if column and (row.image or row.images != TaskRow.images):  # else it may be a task of texts
+        found = [v for v in chain(given, rows) if isinstance(v, dict)]
+        if all(v.get(column) is None for v in found):
+            names = shortened(", ".join(dict.fromkeys(chain(*found))))
+            raise DataError(f"{task}: no row has a picture in column {column!r}; columns: {names}")
     return list(questions.values())

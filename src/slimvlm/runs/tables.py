@@ -62,7 +62,7 @@ def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
         tasks: dict[str, dict[str, Any]] = {}
         for task, each in result.tasks.items():
             row = tasks[task] = {
-                **{"score": each.score, "n": len(each.ids), "metric": each.metric},
+                **{"score": each.score, "n": len(each.ids), "metric": each.metric, "cut": each.cut},
                 "kind": kind_of(task, each),
                 **{"chance": each.chance, "majority": each.majority, "blind": each.blind},
                 **each.details,
@@ -134,6 +134,11 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
         ["all parameters", *(millions(m["total_params"]) for m in models)],
         ["weights MiB", *(_number(m["weight_bytes"] and m["weight_bytes"] / MIB) for m in models)],
     ]
+    for task in tasks:
+        asked = [model["tasks"].get(task) for model in models]
+        if any(each and each["cut"] for each in asked):
+            cells = [f"{each['cut']} of {each['n']}" if each else "-" for each in asked]
+            figures.append([f"{task}: replies cut off at max_new_tokens", *cells])
     for label, name in (("prefill ms (batch 1)", "prefill"), ("decode ms a token", "decode")):
         times = [(m[f"{name}_ms"], m[f"{name}_range_ms"]) for m in models]
         figures.append([label, *(f"{Estimate(middle, *ends or ()):.1f}" for middle, ends in times)])
