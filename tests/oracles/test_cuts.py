@@ -217,27 +217,22 @@ def test_an_engine_that_takes_kinds_from_positions_is_told_apart(engine, name):
         assert (found == "fail") == (kinds in wrong)
 
 
-@pytest.mark.parametrize(
-    ("name", "layers", "heads", "scalar", "is_right"),
-    [
-        # gemma2.cpp: 46 layers divide by hidden size / heads, any other number by head_dim
-        ("gemma2", 26, 8, 128, True),
-        ("gemma2", 46, 32, 144, True),
-        ("gemma2", 44, 32, 144, False),
-        ("gemma2", 46, 16, 144, False),
-        # gemma3.cpp: 62
-        ("gemma3", 62, 32, 144, True),
-        ("gemma3", 61, 32, 144, False),
-        ("gemma3", 34, 8, 128, True),
-    ],
-)
-def test_llama_cpp_takes_the_scale_of_attention_from_the_layer_count(
-    name, layers, heads, scalar, is_right
-):
-    shape = read_anatomy(tiny.build(name))
-    layer = replace(shape.layers[0], head_dim=128, num_kv_heads=heads, queries_per_group=1)
-    shape = replace(shape.with_layers([layer] * layers), hidden_size=4608, query_scalar=scalar)
-    assert (level(shape, "gguf", "attention scale") == "fail") == (not is_right)
+SCALES = {  # (layers, heads, query_pre_attn_scalar) that are right, and others; llama.cpp
+    # gemma2.cpp: 46 layers divide by hidden size / heads, any other number by head_dim
+    "gemma2": ([(26, 8, 128), (46, 32, 144)], [(44, 32, 144), (46, 16, 144)]),
+    # gemma3.cpp: 62
+    "gemma3": ([(34, 8, 128), (62, 32, 144)], [(61, 32, 144)]),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_llama_cpp_takes_the_scale_of_attention_from_the_layer_count(name):
+    whole, (right, wrong) = read_anatomy(tiny.build(name)), SCALES[name]
+    for layers, heads, scalar in (*right, *wrong):
+        layer = replace(whole.layers[0], head_dim=128, num_kv_heads=heads, queries_per_group=1)
+        shape = replace(whole.with_layers([layer] * layers), hidden_size=4608, query_scalar=scalar)
+        found = level(shape, "gguf", "attention scale")
+        assert (found == "fail") == ((layers, heads, scalar) in wrong)
 
 
 def test_vllm_sizes_the_merger_of_glm_ocr_by_its_neurons():

@@ -62,8 +62,6 @@ class LayerShape:
     """Positions that a token attends to at most; 0 without a limit."""
     fixed_weights: Count = 0
     """The part of ``fixed_params`` that multiplies every token: matrices without units."""
-    fixed_queries: Count = 0
-    """Channels of the queries of attention without units."""
     fixed_cache: Count = 0
     """Channels of keys and values that attention without units adds to the cache for a token."""
 
@@ -137,12 +135,11 @@ def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
         if isinstance(module, nn.Linear) and id(module.weight) not in of_units
         if not name.startswith("cross_attn.")  # whose keys are of pictures
     ]
-    own: Any = None if attention else getattr(layer, "self_attn", None)
-    keys = getattr(own, "k_proj", None)  # none where it reads those of an earlier layer
+    own = None if attention else getattr(layer, "self_attn", None)
+    keys: Any = getattr(own, "k_proj", None)  # none where it reads those of an earlier layer
     return replace(
         shape,
         fixed_weights=sum(fixed),
-        fixed_queries=0 if own is None else own.q_proj.out_features,
         fixed_cache=0 if keys is None else 2 * keys.out_features,
         kv_group_params=kv_group_params,
         neuron_params=neuron_params,

@@ -3,9 +3,10 @@
 FLOPs are those of the matrix products, two for each multiplication with its addition: weights, and
 attention scores and their weighted values, in prefill over the whole square of positions. Norms,
 softmax, rotary embeddings, the look-up of tokens, convolutions, the scan of linear attention, cross
-attention and matrices outside the layers are left out. The head counts for one position, as in
-generation. Otherwise this is what `torch.utils.flop_counter` counts; Hoffmann et al. 2022,
-arXiv:2203.15556, Appendix F, also count softmax, the look-up and the head at every position.
+attention, scores of Gemma 3n and 4 and matrices outside the layers are left out. The head counts
+for one position, as in generation. Otherwise this is what `torch.utils.flop_counter` counts;
+Hoffmann et al. 2022, arXiv:2203.15556, Appendix F, also count softmax, the look-up and the head at
+every position.
 """
 
 import gc
@@ -18,7 +19,7 @@ import psutil
 import torch
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import Anatomy, LayerShape
+from slimvlm.models.anatomy import Anatomy
 
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 _SIZES = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
@@ -53,14 +54,10 @@ def weight_bytes(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
 def kv_cache_bytes(anatomy: Anatomy, tokens: int, dtype: str = "bfloat16") -> int:
     """Count bytes of keys and values of so many tokens; layers with a window hold no more of it."""
     values = sum(
-        _reach(s, tokens) * (2 * s.num_kv_heads * s.head_dim + s.fixed_cache)
+        min(tokens, s.window or tokens) * (2 * s.num_kv_heads * s.head_dim + s.fixed_cache)
         for s in anatomy.layers
     )
     return int(values * getattr(torch, dtype).itemsize)
-
-
-def _reach(shape: LayerShape, tokens: int) -> int:
-    return min(tokens, shape.window or tokens)
 
 
 def prefill_flops(anatomy: Anatomy, tokens: int, batch_size: int = 1) -> int:
@@ -86,9 +83,8 @@ def _forward_flops(anatomy: Anatomy, tokens: int, context: int) -> int:
         taken = anatomy.experts_per_token * shape.intermediate_size * shape.expert_neuron_params
         flops += tokens * 2 * (taken + shape.num_experts * shape.expert_fixed_params)
         flops += tokens * 2 * shape.fixed_weights
-        reach = max(tokens, _reach(shape, context))
-        queries = shape.num_heads * shape.head_dim + shape.fixed_queries
-        flops += 4 * tokens * reach * queries  # scores and values
+        reach = max(tokens, min(context, shape.window or context))
+        flops += 4 * tokens * reach * shape.num_heads * shape.head_dim  # scores and values
     return flops
 
 

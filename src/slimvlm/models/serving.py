@@ -79,8 +79,7 @@ RAN = {
         "llama", "mistral", "qwen2", "qwen3", "phi3", "llava/llama", "llava/mistral",
     )),
 }  # fmt: skip
-"""By target. ``tests/journeys/test_engines.py`` compares every entry. Models whose layers are of
-several kinds are here only if they were run with these."""
+"""By target, with layers of the kinds that real models have; compared by ``make test-engines``."""
 
 
 @dataclass(frozen=True)

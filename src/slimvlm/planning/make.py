@@ -142,8 +142,8 @@ def make_plan(
             as many stay as each token takes. Scores must cover ``expert``. Part of the ratio, too.
 
     Returns:
-        A plan whose achieved ratio is as near as whole units allow: within a layer for ``depth``,
-        within one multiple of neurons in all layers for widths.
+        A plan with the nearest ratio; `ImpossiblePlanError` if none is within one layer for
+        ``depth``, within one multiple of neurons in all layers for widths.
 
     Reference:
         Protected layers: Huang et al. 2025, arXiv:2507.20749, in the released code for InternVL.
@@ -281,12 +281,9 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     if scores.layer_runs is not None and count:
         costs = scores.layer_runs[count - 1]  # of the run that begins at each layer
         runs = [{*range(start, start + count)} for start in candidates]
-        possible = [
-            run
-            for run in runs
-            if run <= set(candidates)
-            and {s.kind for i, s in enumerate(anatomy.layers) if i not in run} == {*anatomy.kinds}
-        ]
+        runs = [run for run in runs if run <= set(candidates)]
+        rest = [{s.kind for i, s in enumerate(anatomy.layers) if i not in run} for run in runs]
+        possible = [run for run, kinds in zip(runs, rest, strict=True) if kinds == {*stay}]
         if not possible:
             raise ImpossiblePlanError(
                 f"plan: no {count} layers in a row can go; score layers one by one, such as by "

@@ -94,16 +94,13 @@ class Plan:
     def _require_tokens(self) -> None:
         if self.tokens is None:
             return
-        if self.before.why_tokens_stay is not None:
+        if (why := self.before.why_tokens_stay) is not None:
             raise ImpossiblePlanError(
-                f"plan: tokens of {self.before.model_type!r} cannot go, since "
-                f"{self.before.why_tokens_stay}"
+                f"plan: tokens of {self.before.model_type!r} cannot go, since {why}"
             )
-        if not self.tokens or not _are_indices(self.tokens, self.before.vocab_size):
-            raise ConfigError(
-                "plan: tokens must be at least one, sorted, unique and below "
-                f"{self.before.vocab_size}"
-            )
+        most = self.before.vocab_size
+        if not self.tokens or not _are_indices(self.tokens, most):
+            raise ConfigError(f"plan: tokens must be at least one, sorted, unique and below {most}")
 
     @classmethod
     def everything(cls, anatomy: Anatomy) -> "Plan":

@@ -59,8 +59,7 @@ def confirmed(
     share ``s``: with ``r`` the residual of the sliced weights and ``c`` the change by the new ones,
     its lowest point is ``Σ_t w_t r_t·c_t / Σ_t w_t ‖c_t‖²``.
 
-    ``rows`` are of held-out tokens: inputs ``[T, C]``, weights ``[T]`` and, if any, residuals
-    ``[T, O]``; ``keep`` is sorted.
+    ``rows`` are inputs ``[T, C]``, weights ``[T]`` and, if any, residuals ``[T, O]``.
     """
     whole, gone = weight.detach().clone(), weight.detach().clone()
     gone[:, keep] = 0
@@ -111,8 +110,7 @@ def refit(
     It is raised until the system can be solved.
 
     Reference:
-        Least squares on the matrix that reads the pruned channels: Meng et al. 2024, OSSCAR,
-        arXiv:2403.12983. The ridge towards the sliced weights and the centring are ours.
+        Meng et al. 2024, OSSCAR, arXiv:2403.12983, without the ridge's aim and the centring.
     """
     if weight.element_size() < 4:  # float32 will do, if it solves to better than what they can hold
         tolerance = torch.finfo(weight.dtype).eps / 8

@@ -513,8 +513,7 @@ def images(
     full = {name: on_data.predictions_of(loaded, processor, its) for name, its in groups.items()}
     dtype, found = str(loaded.dtype).removeprefix("torch."), []
     for budget in chosen.values():
-        times = None
-        cache = kv_cache_bytes(models.anatomy(config), round(budget.tokens), dtype)
+        times, cache = None, kv_cache_bytes(models.anatomy(config), round(budget.tokens), dtype)
         held_out = {n: result_of(full[n], groups[n], loaded.device) for n in groups}
         if budget.settings:
             small = models.sharing_copy(loaded)

@@ -343,9 +343,7 @@ class Walk:
         if idle := sorted(set(plan.layers) - streams.layers_run):
             numbers = ", ".join(map(str, idle))
             how = "by the size of their weights" if self.config.chooses else "as planned"
-            notes.append(
-                f"no calibration batch runs layer {numbers}: units go {how}, nothing is refitted"
-            )
+            notes.append(f"no calibration batch runs layer {numbers}: units go {how}, no refit")
         if SEAM in self.config.steps.kinds and plan.layers[0] > 0:
             notes.append("the first layers are gone: no layer before them could be repaired")
         notes += of_layers
