@@ -90,8 +90,8 @@ class LayerShape:
     def with_units(self, kv_groups: int, neurons: int, experts: int) -> "LayerShape":
         """Return the layer with other numbers of units; a neuron is smaller with fewer experts."""
         lost = (self.num_experts - experts) * self.expert_neuron_params
-        widths = {"num_kv_heads": kv_groups, "intermediate_size": neurons, "num_experts": experts}
-        return replace(self, **widths, neuron_params=self.neuron_params - lost)
+        widths: dict[str, Any] = {"num_kv_heads": kv_groups, "intermediate_size": neurons}
+        return replace(self, **widths, num_experts=experts, neuron_params=self.neuron_params - lost)
 
     def block(self, segment: Segment) -> tuple[int, int]:
         """Return the number of units along a segment and the channels of each."""

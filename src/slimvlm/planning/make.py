@@ -148,8 +148,8 @@ def make_plan(
     Reference:
         Protected layers: Huang et al. 2025, arXiv:2507.20749, in the released code for InternVL.
     """
-    rest: list[Any] = [axis, protect, counting, round_to, depth_share, allocation, tuple(units)]
-    budget = Budget(anatomy, ratio, *rest, kv_heads, experts)
+    rest: Any = (axis, protect, counting, round_to, depth_share, allocation)
+    budget = Budget(anatomy, ratio, *(*rest, tuple(units), kv_heads, experts))
     given = [scores] if isinstance(scores, Scores) else list(scores)
     kept = None if tokens is None else tuple(sorted(set(tokens)))
     plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio, tokens=kept)

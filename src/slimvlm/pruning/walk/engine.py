@@ -342,8 +342,8 @@ class Walk:
         notes = []
         if idle := sorted(set(plan.layers) - streams.layers_run):
             numbers = ", ".join(map(str, idle))
-            how = "by the size of their weights" if self.config.chooses else "as planned"
-            notes.append(f"no calibration batch runs layer {numbers}: units go {how}, no refit")
+            by = "by the size of their weights" if self.config.chooses else "as planned"
+            notes.append(f"no calibration batch runs layer {numbers}: units go {by}, no refit")
         if SEAM in self.config.steps.kinds and plan.layers[0] > 0:
             notes.append("the first layers are gone: no layer before them could be repaired")
         notes += of_layers
