@@ -28,12 +28,12 @@ class Budget(Options):
 
     anatomy: Anatomy
     ratio: Annotated[float, SHARE]
-    axis: Axis
+    axis: Axis | str
     protect: tuple[int, int] = (0, 0)
-    counting: Literal["parameters", "per_layer"] = "parameters"
+    counting: Literal["parameters", "per_layer"] | str = "parameters"
     round_to: Annotated[int | None, AT_LEAST_1] = None
     depth_share: Annotated[float, Range(lambda share: 0 <= share <= 1, "between 0 and 1")] = 0.5
-    allocation: Literal["uniform", "protect"] = "uniform"
+    allocation: Literal["uniform", "protect"] | str = "uniform"
     units: tuple[str, ...] = WIDTH_UNITS
     kv_heads: int | None = None
     experts: Annotated[float, SHARE] = 0.0
