@@ -16,6 +16,7 @@ from tests.tiny import QWEN_IDS
 SHAPE = {
     **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4},
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
+    "query_pre_attn_scalar": 32,  # as in Gemma 3 up to 12B
 }
 MAX_POSITIONS = 512
 FULL, FULL_AT_EVERY = "full_attention", {"gemma2": 2, "gemma3_text": 6}
