@@ -15,7 +15,7 @@ from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, paired_difference
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import KINDS, TIMES, Result, kind_of
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
+from slimvlm.models.cost import BYTES, kv_cache_bytes, weight_bytes
 from slimvlm.models.pictures import PictureBudget
 
 GIB = 1024**3
@@ -280,7 +280,7 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     ]
     for dtype in BYTES:
         memory = size(weight_bytes(anatomy, dtype))
-        cache = size(1024 * kv_cache_bytes_per_token(anatomy, dtype))
+        cache = size(kv_cache_bytes(anatomy, 1024, dtype))
         rows.append([f"memory in {dtype}", f"{memory} weights, {cache} cache for 1024 tokens"])
     return rows
 

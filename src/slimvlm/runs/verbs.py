@@ -42,7 +42,7 @@ from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as models
 from slimvlm.models import pictures
-from slimvlm.models.cost import kv_cache_bytes_per_token, params_of_target
+from slimvlm.models.cost import kv_cache_bytes, params_of_target
 from slimvlm.models.hidden import evaluating, gathered_weights, head_weights_of
 from slimvlm.models.load import check_models, device_named, load_as
 from slimvlm.models.parts import Parts, text_config_of
@@ -513,7 +513,7 @@ def images(
     full = {name: on_data.predictions_of(loaded, processor, its) for name, its in groups.items()}
     dtype, found = str(loaded.dtype).removeprefix("torch."), []
     for budget in chosen.values():
-        times, cache = None, budget.tokens * kv_cache_bytes_per_token(models.anatomy(config), dtype)
+        times, cache = None, kv_cache_bytes(models.anatomy(config), round(budget.tokens), dtype)
         held_out = {n: result_of(full[n], groups[n], loaded.device) for n in groups}
         if budget.settings:
             small = models.sharing_copy(loaded)

@@ -291,7 +291,7 @@ class LayerWalk:
                     inputs.values[place] = inputs.held(x.to(keep.device)[..., keep])
         self._sliced.append((writer.linear, dict(writer.linear._parameters)))
         if fitted is not None:
-            writer.assign_(*fitted)
+            writer.linear._parameters.update(writer.parameters(*fitted))
 
 
 _TRIAL_PLAN = "trial-plan"
@@ -344,7 +344,8 @@ class Walk:
         notes = []
         if idle := sorted(set(plan.layers) - streams.layers_run):
             numbers = ", ".join(map(str, idle))
-            notes.append(f"no calibration batch runs layer {numbers}: it stays as it is")
+            by = "by the size of their weights" if self.config.chooses else "as planned"
+            notes.append(f"no calibration batch runs layer {numbers}: units go {by}, no refit")
         if SEAM in self.config.steps.kinds and plan.layers[0] > 0:
             notes.append("the first layers are gone: no layer before them could be repaired")
         notes += of_layers
