@@ -110,7 +110,7 @@ def _on_tasks(name: str, last: Result, first: Result, compares: bool, say: Say) 
         other = first.tasks.get(name)
         task, spread = last.tasks[name], task_difference(name, last.tasks[name])
         bounds = () if task.metric in LIKELIHOODS else (spread.low, spread.high)
-        return Estimate(task.score, *bounds), other and other.score
+        return Estimate(task.score, *bounds), None if other is None else other.score
     counted = {n for result in (last, first) for n, t in result.tasks.items() if t.in_average}
     if compares:
         comparable(last, first, sorted(counted))

@@ -236,7 +236,8 @@ class DataResult:
         (nats, tokens), pictures = np.array(rows, float).T, [s.picture for s in self.samples]
         loss = ratio_interval(nats, tokens, pictures, positive=True)
         bounds = (perplexity(v) for v in (loss.low, loss.high) if v is not None)
-        as_perplexity, increase = Estimate(perplexity(loss.value), *bounds), None
+        as_perplexity = Estimate(perplexity(loss.value), *bounds)
+        increase: Estimate | None = None
         theirs = [s.baseline_loss for s in self.samples if s.baseline_loss is not None]
         if len(theirs) == len(self.samples):
             increase = ratio_interval(nats - np.array(theirs) * tokens, tokens, pictures)

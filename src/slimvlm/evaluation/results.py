@@ -260,7 +260,8 @@ def task_difference(
     name: str, ours: TaskResult, theirs: TaskResult | None = None
 ) -> metrics.Difference:
     """Compute a score, minus the baseline's if given, on the task's scale; of losses 100 times."""
-    base, bounded = theirs and theirs.scores, ours.metric not in metrics.LIKELIHOODS
+    base = None if theirs is None else theirs.scores
+    bounded = ours.metric not in metrics.LIKELIHOODS
     return metrics.paired_difference(base, ours.scores, ours.pictures, name, bounded)
 
 
