@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
@@ -40,6 +41,19 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             raise yaml.YAMLError("aliases (*name) are not read")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        _unique([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+        return super().construct_mapping(node, deep=deep)
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Make a mapping of pairs; refuse a key that stands there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {shortened(twice)} stands there twice")
+    return found
+
 
 def read_text(path: str | Path, what: str, most: int = MAX_BYTES) -> str:
     """Read a text file of at most ``most`` bytes; messages begin with ``what``: ``plan``."""
@@ -69,7 +83,7 @@ def read_object(path: str | Path, what: str, most: int = MAX_BYTES) -> dict[str,
 def parse_json(text: str) -> Any:
     """Parse JSON; raise ValueError if it is none or too deep."""
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError(f"more than {MAX_DEPTH} levels inside one another") from error
     _require_shallow(values)

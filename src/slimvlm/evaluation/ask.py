@@ -26,7 +26,7 @@ from slimvlm.data.templates import rendered
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.bench import stored_bytes, times_of
 from slimvlm.evaluation.on_data import answer_losses
-from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.results import Result, TaskResult, asked_of
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
 from slimvlm.models.load import anatomy, digest_of_weights
@@ -134,7 +134,7 @@ def _score_replies(
         score=100 * sum(scores) / max(len(scores), 1),
         chance=task.chance,
         in_average=task.in_average,
-        ids=tuple(question.id for question in questions),
+        **asked_of(questions),
         replies=tuple(replies),
         scores=tuple(scores),
         details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
@@ -186,7 +186,7 @@ def _score_likelihoods(
         score=loss if task.metric == "loss" else metrics.perplexity(loss),
         chance=task.chance,
         in_average=False,
-        ids=tuple(question.id for question in questions),
+        **asked_of(questions),
         replies=("",) * len(questions),
         scores=means,
     )

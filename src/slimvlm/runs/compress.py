@@ -39,7 +39,14 @@ from slimvlm.pruning.save import CardFacts, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.runs import stages, tables
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.runs.request import Request, ratio_of, resolved, scored_by, tokens_alone
+from slimvlm.runs.request import (
+    Request,
+    check_questions,
+    ratio_of,
+    resolved,
+    scored_by,
+    tokens_alone,
+)
 from slimvlm.runs.stages import ORIGINAL, PRUNED, RECOVERED, Calibration, SampleSplit
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
@@ -145,9 +152,12 @@ def compress(
         if is_same:
             say(f"going on with the unfinished run in {folder}")
         # every mistake that can be found without weights
+        request = request_of(model, config)
         if config.baseline:
-            read_baseline(config.baseline, floors=config.floors)
-        request, given, samples = stages.settled(request_of(model, config), None, say)
+            known = {} if request.questions is None else check_questions(request.questions)
+            limit = config.limit
+            read_baseline(config.baseline, floors=config.floors, tasks=known, limit=limit)
+        request, given, samples = stages.settled(request, None, say)
         chart = recipe_for(ratio_of(request.prune), request.trains)
         if given is not None:
             say("the tokens alone give the ratio: nothing else goes")

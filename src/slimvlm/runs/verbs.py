@@ -410,7 +410,9 @@ def evaluate(
     samples = stages.samples_for(model, source, questions.limit, say)
     results: dict[str, Any] = {}
     if baseline is not None and is_file:
-        results["baseline"] = read_baseline(baseline, blind, questions.floors)
+        results["baseline"] = read_baseline(
+            *(baseline, blind, questions.floors), tasks, questions.limit
+        )
     predicted, size, floors = None, questions.batch_size, questions.floors
     for role, name in named.items():
         loaded = load_as(source, name)

@@ -365,7 +365,7 @@ def _ratio(plan: Path) -> float:
 
 @lru_cache(maxsize=4096)
 def _retention(result: Path, original: Path) -> Mapping[str, float]:
-    """Compute the retention of two result files; cached, because bootstraps take long."""
+    """Compute the retention of two result files; cached: files are large."""
     ours, theirs = Result.load(result), Result.load(original)
     kept, kinds = vars(ours.retention(theirs)), ours.retention_by_kind(theirs).items()
     named = {"percent": "avg_percent", "low": "avg_percent_low", "high": "avg_percent_high"}
