@@ -346,6 +346,7 @@ def test_a_teacher_of_another_width_is_refused():
     with pytest.raises(ConfigError, match="teacher"):
         recover(student, other, SAMPLES, config(loss="hidden"), processor)
     history = recover(student, other, SAMPLES, config(loss="sft+kl", max_steps=1), processor)
+    assert history.num_samples == config().batch_size < len(history.sample_ids)
     assert history.teacher == "separate"  # what it says can be compared
 
 

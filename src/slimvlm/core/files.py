@@ -164,6 +164,9 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         (partial / ".slimvlm").write_text(json.dumps(_UNFINISHED))
         try:
             yield partial
+            usual = (partial / ".slimvlm").stat().st_mode
+            for file in partial.rglob("*.safetensors"):  # the library lets only its owner read it
+                file.chmod(usual)
             _replace(partial, path)
             (path / ".slimvlm").unlink(missing_ok=True)
         finally:
