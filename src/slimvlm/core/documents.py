@@ -212,7 +212,7 @@ def require_same_request(
     if noted is None:
         return
     if differing := list(_differing(_comparable(noted), _comparable(request))):
-        raise ConfigError(f"{what} with other {' and '.join(differing)}. {cure}")
+        raise ConfigError(f"{what} with another {' and another '.join(differing)}. {cure}")
 
 
 def _differing(

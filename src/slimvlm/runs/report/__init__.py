@@ -28,6 +28,7 @@ from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
 from slimvlm.data.samples import open_image
 from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair, compare
+from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, signed
 from slimvlm.evaluation.results import KINDS, Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
@@ -35,7 +36,14 @@ from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as runs
 from slimvlm.runs.recipes import published
 from slimvlm.runs.study import DONE, FAILED, OF_A_KIND, ORIGINAL, STUDY, TABLE
-from slimvlm.runs.tables import LEGEND, MARK, held_out_notes, held_out_rows, result_rows
+from slimvlm.runs.tables import (
+    LEGEND,
+    MARK,
+    held_out_notes,
+    held_out_rows,
+    result_rows,
+    training_notes,
+)
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 
@@ -331,6 +339,7 @@ def _read_run(folder: Path) -> Record:
         trainings=_training(folder / "history.json", learns),
         tables=tables,
         comparison=comparison,
+        notes=training_notes(results, on_data, str(recover.get("loss"))),
     )
 
 
@@ -524,5 +533,5 @@ def _training(path: Path, title: str) -> list[tuple[str, str, Sequence[Mapping[s
 def _compared(original: Result, other: Result, config: Mapping[str, Any]) -> Comparison:
     known = builtin_tasks()
     with suppress(ConfigError):  # a file that has gone, or lmms-eval's: answers without questions
-        known |= {task.name: task for task in find_tasks(config["tasks"])}
+        known |= {task.name: task for task in find_tasks(split_names(config["tasks"])[0])}
     return compare(original, other, known)
