@@ -62,7 +62,7 @@ def _set_fields(row: Backbone | Family) -> Iterable[str]:
         if field.name in BY_VALUE:
             values = (value,) if isinstance(value, str) else value
             yield from (f"{field.name}: {item}" for item in values)
-        elif unset is not MISSING and value != unset:
+        elif unset is not MISSING and value != unset and field.name != "tower_types":  # read only
             yield field.name
 
 

@@ -173,7 +173,7 @@ def _internvl() -> tuple[hf.PreTrainedConfig, Any]:
 
 
 KINDS: dict[str, Kind] = {
-    "llava": Kind(_llava, "<image>", " {}"),
+    "llava": Kind(_llava, "<image>", " {}" + EOS),
     "text": Kind(_text, None, "{}" + EOS),
     "qwen2_5_vl": Kind(_qwen2_5_vl, "<|image_pad|>", "{}<|im_end|>"),
     "idefics3": Kind(_idefics3, "<image>", " {}<end_of_utterance>"),

@@ -50,8 +50,6 @@ __version__ = "0.2.0"
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        if instead := import_module("slimvlm.core.removed").NAMES.get(name):
-            raise AttributeError(f"slimvlm.{name} was removed: {instead}")
         raise AttributeError(f"module 'slimvlm' has no attribute {name!r}")
     home, _, attribute = _HOME[name].partition(":")
     module = import_module(home if home.startswith("slimvlm") else f"slimvlm.{home}")

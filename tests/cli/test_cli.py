@@ -21,7 +21,7 @@ from slimvlm.cli.options import USUAL
 from slimvlm.cli.printing import note, print_table
 from slimvlm.core.documents import built
 from slimvlm.core.errors import SlimError
-from slimvlm.core.options import FILE_ONLY
+from slimvlm.core.options import file_only
 from slimvlm.core.progress import progress
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
@@ -218,7 +218,6 @@ def bad_requests():
         ),
         "nothing said": ("compress", "Missing from slimvlm compress: MODEL --out PATH$"),
         "no verb": ("compres MODEL", "'compres' must be one of: advise, compress, report"),
-        "old help": ("compress --help-all", "--help-all was removed: --help shows"),
         "a flag of prune": (
             "compress MODEL --out run --gradient batch",
             "--gradient is no flag of compress; give it in a file of --config$",
@@ -298,12 +297,8 @@ def options_of(verb):
     hints = get_type_hints(cli.VERBS[verb], include_extras=True)
     for name in inspect.signature(cli.VERBS[verb]).parameters:
         if name in groups:
-            kinds = get_type_hints(groups[name], include_extras=True)
-            names += [
-                row.name
-                for row in dataclasses.fields(groups[name])
-                if FILE_ONLY not in getattr(kinds[row.name], "__metadata__", ())
-            ]
+            every = [row.name for row in dataclasses.fields(groups[name])]
+            names += [each for each in every if each not in file_only(groups[name])]
         elif tyro.conf.Positional not in getattr(hints[name], "__metadata__", ()):
             names.append(name)
     return names

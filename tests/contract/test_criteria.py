@@ -410,8 +410,6 @@ def test_random_scores_follow_their_seed_and_an_unknown_criterion_is_refused():
         assert not torch.equal(first[name], other[name])
     with pytest.raises(ConfigError, match=r"'tailor' is not known.*taylor, .*magnitude"):
         score(model, [], "tailor")
-    with pytest.raises(ConfigError, match="'kl_greedy' was removed: use block_influence"):
-        score(model, [], "kl_greedy")
 
 
 @every_case

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from slimvlm.core.errors import ConfigError, OutputError, SlimError
+from slimvlm.core.errors import ConfigError, InUseError, OutputError, SlimError
 from slimvlm.core.files import file_name, held, new_file, new_folder, require_free, write_text
 from slimvlm.scoring.unit_scores import Scores
 from tests.handmade import in_python
@@ -42,7 +42,7 @@ def test_a_folder_appears_when_the_block_ends(tmp_path):
     assert contents(tmp_path) == {"deep/out/sub/file": "new"}
 
 
-OURS = '{"label": "", "seconds": 1, "flops": 1, "request": {}}'
+OURS = '{"format": "slimvlm-stage/1"}'
 """What makes a folder one that slimvlm wrote."""
 
 
@@ -66,6 +66,17 @@ def test_an_existing_folder_is_replaced_whole_and_only_with_force(old, tmp_path)
             assert before is None or (old / "file").read_text() == before
     assert contents(tmp_path) == {"out/file": "new", "other/file": "new"}
     assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
+
+
+def test_of_a_link_its_target_is_replaced_and_no_folder_is_named_tilde(old, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(old)
+    with new_folder(link, force=True) as folder:
+        (folder / "file").write_text("new")
+    assert link.is_symlink()
+    assert contents(old) == {"file": "new"}
+    with pytest.raises(ConfigError, match=r"'~/out'.*only a shell knows '~'"):
+        require_free("~/out")
 
 
 @pytest.mark.parametrize("has_old", [True, False])
@@ -336,6 +347,9 @@ def test_a_killed_run_holds_nothing(holder, tmp_path):
 def test_other_ranks_of_a_run_do_not_wait_and_others_may(holder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("RANK", "1")
+        with pytest.raises(InUseError), held(tmp_path / "out"):  # one process has no other rank
+            pass
+        patch.setenv("WORLD_SIZE", "2")
         with held(tmp_path / "out"):
             pass
     holder.terminate()
@@ -400,8 +414,8 @@ def test_a_name_of_any_kind_gives_a_file_of_its_own(names):
     ("name", "text"),
     [
         ("answers.json", '{"max_new_tokens": 3}'),
-        ("stage.json", '{"request": {}}'),
-        ("config.json", '{"made_from": 1}'),
+        ("stage.json", '{"label": "", "seconds": 1, "flops": 1, "request": {}}'),
+        ("config.json", '{"model": "m", "made_from": 1, "seed": 1}'),
         ("config.json", '{"model_type": "llama"}'),
         ("index.json", '{"note": "slimvlm-teacher"}'),
         ("slimvlm_checkpoint.json", '"slimvlm-checkpoint/1"'),

@@ -100,7 +100,8 @@ def test_parts_of_a_stage_share_its_lines(clock):
 def test_a_log_goes_to_stderr_as_plain_lines(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as some builders of software do
     assert list(progress("ab", "work")) == ["a", "b"]
-    monkeypatch.setenv("RANK", "1")  # another of several processes
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1")):  # another of several processes
+        monkeypatch.setenv(name, value)
     assert list(progress("ab", "work")) == ["a", "b"]
     assert capsys.readouterr() == ("", "work: 2 of 2 in 0 s\n")
 

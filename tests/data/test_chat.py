@@ -251,8 +251,8 @@ BARS, START = "<|%s|>\\n", "<start_of_turn>%s\\n"
 USER = f"'<|user|>\\n' + {C} + '<|end|>\\n<|assistant|>\\n'"
 REFUSAL = "raise_exception('System role not supported')"
 TODAY = "bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\n' + strftime_now('%d %b %Y')"
-# Each with what the labels of an answer are. Some answers are stripped, some end in a token that
-# only stands between turns, in one that only ends the conversation, or in none.
+# Each with what the labels of an answer are. Some answers are stripped; some end in a token that
+# only stands between turns, in one that only ends the conversation, or in one that is put there.
 TEMPLATES = {
     "vicuna": (
         template(
@@ -276,7 +276,7 @@ TEMPLATES = {
         "{}<end_of_turn>",
     ),
     "llama-3": (template(TODAY, *turns(HEADER, "<|eot_id|>", TRIMMED), HEADER), "{}<|eot_id|>"),
-    "glm": (template("''", *turns(BARS, ""), BARS), "{}"),
+    "no end": (template("''", *turns("%s:\\n", "\\n"), "%s:\\n"), "{}</s>"),
 }
 ADDED = [
     *("<|im_start|>", "<|im_end|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"),
@@ -381,38 +381,40 @@ def test_a_long_conversation_is_not_rendered_turn_by_turn(monkeypatch):
     assert sorted(renders) == [1, 1, 300, 300]
 
 
-@pytest.mark.parametrize("more", [0, 40])
-def test_pictures_of_later_turns_are_processed_once_each(more, monkeypatch):
-    """Also where one alone takes more tokens than in company, as LLaVA-OneVision's tiles."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_answers_between_pictures_are_found_without_processing_these_again(alone, monkeypatch):
+    """Also where each takes more tokens in company, and the user says the answers before."""
     words = folders.processor("qwen2_5_vl")
-    said = ["It is one.", "It is two.", "It is one." if more else "It is three."]
-    rows = [t for text in said for t in (turn("user", None, "Which?"), turn("assistant", text))]
+    said = ["It is one.", "It is two.", "It is one." if alone else "It is three."]
+    asked = said if alone else ["Which?"] * 3
+    rows = [
+        each
+        for ask, text in zip(asked, said, strict=True)
+        for each in (
+            turn("user", *((None,) if alone else (ask, None, ask))),
+            turn("assistant", text),
+        )
+    ]
     item = sample("s", *rows, images=3)
     processed = []
     process = chat.process
 
     def counted(processor, texts, images, padding_side):
         processed.append(len(images[0]))
-        inputs = process(processor, texts, images, padding_side)
-        if len(images[0]) == 1:
-            tiles = inputs["input_ids"].new_full((1, more), 5)
-            inputs["input_ids"] = torch.cat([tiles, inputs["input_ids"]], 1)
-        return inputs
+        return process(processor, texts, images, padding_side)
 
     monkeypatch.setattr(chat, "process", counted)
     labels = chat.encode_samples(words, [item])["labels"][0]
     assert decoded_labels(words, labels) == expected_labels("qwen2_5_vl", item)
-    assert processed == [3, 1, 2]
+    assert processed == [3]
 
 
 def test_a_tokenizer_without_template_gets_lines_and_one_without_pad_token_can_pad(monkeypatch):
     words = folders.processor("text")
     monkeypatch.setattr(words, "chat_template", None)
     item = samples_of("text")["multi"]
-    lines = "\n".join(m["content"][0]["text"] for m in item.messages)
-    assert chat.render(words, item.messages) == lines
     batch = chat.encode_samples(words, [item])
-    assert decoded_labels(words, batch["labels"][0]) == answers_of(item)
+    assert decoded_labels(words, batch["labels"][0]) == [f"{a}</s>" for a in answers_of(item)]
     asked = chat.encode_questions(words, [Question("q", "Which?", ("red",))])
     assert words.decode(asked["input_ids"][0], skip_special_tokens=True) == "Which?\n"
     words = folders.tokenizer()

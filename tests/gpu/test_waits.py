@@ -67,7 +67,7 @@ def test_units_whose_rows_are_prepared_go_without_a_wait(width, card):
         return waits_of(lambda: removal_order(matrix, gram, channels // width, stop))
 
     assert waits(block // 4) == waits(block // 2) == waits(block)
-    assert waits(2 * block) == waits(block) + 1
+    assert waits(2 * block) == waits(block) + 3  # rows to the host, their order back, a count
 
 
 @counted
@@ -79,7 +79,7 @@ def test_an_elimination_waits_for_blocks_of_units(width, card):
     begun = waits_of(lambda: removal_order(matrix, gram, units, stop=0))
     whole = waits_of(lambda: removal_order(matrix, gram, units))
     assert begun <= 8
-    assert whole - begun <= channels // 8
+    assert whole - begun <= channels // 5
 
 
 # Refits

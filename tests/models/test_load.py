@@ -215,6 +215,9 @@ def test_free_memory_counts_a_containers_limit_and_what_torch_keeps(tmp_path, mo
     limit.write_text("1000\n")
     used.write_text("400\n")
     assert free_memory(CPU) == 600
+    for pages in ("inactive_file 150\n", "inactive_file 1\ntotal_inactive_file 150\n"):  # v2, v1
+        (tmp_path / "memory.stat").write_text(f"anon 5\n{pages}active_file 7\n")
+        assert free_memory(CPU) == 750
     limit.write_text("max\n")
     assert free_memory(CPU) == pytest.approx(whole, rel=0.5)
     found = {"mem_get_info": (100, 1000), "memory_reserved": 50, "memory_allocated": 20}

@@ -66,7 +66,8 @@ def request_for(data, **changes):
     values = {
         **{"ratio": 0.3, "axis": "both", "criterion": ("block_influence", "taylor")},
         **{"data": None if data is None else str(data), "allocation": "uniform", "samples": 4},
-        **{"recover": RECOVER, "tasks": "presence", "limit": 2},
+        **{"recover": RECOVER, "tasks": "presence"},
+        "limit": None if changes.get("tasks", "") is None else 2,
     }
     model = changes.pop("model", str(folders.folder("llava")))
     return model, CompressConfig(**{**values, **changes})
@@ -74,7 +75,7 @@ def request_for(data, **changes):
 
 def pruning(data=None, **changes):
     """The shortest request: nothing is trained or asked."""
-    shortest = {"criterion": (), "axis": None, "recover": None, "tasks": None}
+    shortest = {"criterion": (), "axis": None, "recover": None, "tasks": None, "limit": None}
     return request_for(data, **{**shortest, **changes})
 
 
@@ -99,7 +100,7 @@ def finished(data, unhurried, tmp_path_factory):
 def short(unhurried, tmp_path_factory):
     """The shortest run: the demo calibrates, nothing is trained. Tests must not change it."""
     out, said = tmp_path_factory.mktemp("runs") / "run", []
-    compress(*pruning(recover=RECOVER), out, say=said.append)
+    compress(*pruning(), out, say=said.append)
     assert "no --data: calibrating on the demo's conversations" in said
     assert any(re.match("axis width: .*arXiv", line) for line in said)
     assert not (out / "history.json").exists()
@@ -382,7 +383,7 @@ def test_what_learns_by_default_is_there(kind, learns, tmp_path):
 
 
 def test_a_small_learning_rate_survives_the_run_s_own_file(short, tmp_path):
-    values = json.loads((short / "config.json").read_text())
+    values = json.loads((short / "config.json").read_text()) | {"data": "d.json"}
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**values, "recover": {"learning_rate": 5e-5}}))  # 5e-05
     assert read_config(path)[2] == {"learning_rate": 5e-5}

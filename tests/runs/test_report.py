@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from html import unescape
 from html.parser import HTMLParser
@@ -86,8 +87,11 @@ def write_run(folder, shape, axis="width", model="tiny"):
 
 @pytest.fixture
 def study(tmp_path, shape):
+    return write_study(tmp_path / "study", shape)
+
+
+def write_study(folder, shape):
     """The files that a study leaves behind: two axes at two ratios, with and without training."""
-    folder = tmp_path / "study"
     folder.mkdir()
     original = {
         **dict.fromkeys(("criterion", "allocation", "repair", "train", "loss", "plan", "scores")),
@@ -121,6 +125,17 @@ def study(tmp_path, shape):
     pd.DataFrame(rows).to_parquet(folder / "results.parquet", index=False)
     (folder / "study.json").write_text(json.dumps({"tasks": "name", "grids": []}))
     return folder
+
+
+@pytest.mark.parametrize("column", ["plan", "scores", "result", "history"])
+def test_a_study_names_files_of_its_own_alone(column, study):
+    table = pd.read_parquet(study / "results.parquet")
+    shutil.copytree(study, study.parent / "other")
+    given = table[column].notna()
+    table.loc[given, column] = "../other/" + table.loc[given, column]
+    table.to_parquet(study / "results.parquet", index=False)
+    with pytest.raises(ConfigError, match=r"results\.parquet names .*outside of it"):
+        read_record(study)
 
 
 def test_a_study_shows_every_cell(study):

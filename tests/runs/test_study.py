@@ -1,7 +1,9 @@
 """A study does each piece of work once, resumes after a stop, and names what failed."""
 
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 from io import StringIO
 from itertools import count
@@ -16,10 +18,11 @@ from slimvlm.core import documents
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation import bench
-from slimvlm.runs.study import forecast, prepared, results_table, run_study
+from slimvlm.runs.study import forecast, prepared, results_table, run_study, schedule
 from slimvlm.runs.study.config import Reference, ReferenceRow
 from slimvlm.runs.study.schedule import Cache
 from tests import tiny_folder as folders
+from tests.handmade import in_python
 from tests.runs.study.study_files import stable, study, watch_work
 
 pytestmark = pytest.mark.usefixtures("unhurried")
@@ -174,20 +177,77 @@ def test_other_questions_are_other_work(data, tmp_path):
     assert not names[0] & names[2]
 
 
-@pytest.mark.parametrize("size", [100, 10_000])
-def test_a_change_anywhere_in_a_folder_is_noticed(size, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 16)  # a large file has more than 64 of them
-    file = tmp_path / "train" / "rows.arrow"
-    file.parent.mkdir()
-    found = set()
-    for place in (None, None, 0, 50, 99):
-        content = bytearray(size)
+def test_a_change_anywhere_in_a_folder_is_noticed(tmp_path, monkeypatch):
+    """One byte of a large file in its middle, with the time of the file set back."""
+    monkeypatch.setenv("SLIMVLM_CACHE", str(tmp_path / "cache"))
+    file, found, now = tmp_path / "data" / "train" / "rows.arrow", [], time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)  # the hash may be kept
+    file.parent.mkdir(parents=True)
+    with file.open("wb") as handle:
+        handle.truncate(100 * 2**20)
+    for place in (None, 2**26 + 2**19, 50 * 2**20 + 7):
         if place is not None:
-            begin = place * size // 100
-            content[begin : begin + size // 50] = b"\1" * len(content[begin : begin + size // 50])
-        file.write_bytes(bytes(content))
-        found.add(documents.identity_of_files("data", str(tmp_path)))
-    assert len(found) == 4
+            time.sleep(0.02)  # longer than the clock of the file system ticks
+            with file.open("r+b") as handle:
+                handle.seek(place)
+                handle.write(b"x")
+        os.utime(file, (0, 0))
+        found += [documents.identity_of_files("data", str(tmp_path / "data")) for _ in range(2)]
+    assert found[::2] == found[1::2]
+    assert len(set(found)) == 3
+    assert len(list((tmp_path / "cache" / "hashes").iterdir())) == 3
+
+
+def test_mended_code_is_other_work(data, tmp_path, monkeypatch):
+    """The version and the source itself name every stage; comments of other files do not."""
+    copy = Path(shutil.copytree(Path(documents.__file__).parents[1], tmp_path / "slimvlm"))
+    shutil.rmtree(copy / "demo" / "assets")
+    code = "from slimvlm.core.documents import identity_of_code; print(identity_of_code())"
+    found = []
+    for text in ("", "", "# mended\n"):
+        with (copy / "scoring" / "obs.py").open("a") as file:
+            file.write(text)
+        found.append(in_python(code, env={**os.environ, "PYTHONPATH": str(tmp_path)}))
+    assert found[0] == found[1] != found[2]
+    names = []
+    for version in ("slimvlm 1", "slimvlm 2"):
+        monkeypatch.setattr(schedule, "identity_of_code", lambda version=version: version)
+        names.append({stage.name for stage in prepared(study(data), print)[1].stages()})
+    assert not names[0] & names[1]
+
+
+def test_a_metric_s_code_and_general_text_are_part_of_what_is_asked(data, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    task = {
+        "name": "mine",
+        "data": "q.jsonl",
+        "prompt": "{q}",
+        "answer": "a",
+        "metric": "own:score",
+    }
+    (tmp_path / "q.jsonl").write_text(json.dumps({"q": "Which?", "a": "red"}))
+    (tmp_path / "mine.yaml").write_text(json.dumps({**task, "metric": "own:score"}))
+    config, names = study(data, tasks=str(tmp_path / "mine.yaml")), []
+    for value, text in ((1, "a"), (0, "a"), (0, "b")):
+        (tmp_path / "own.py").write_text(f"def score(reply, question):\n    return {value}\n")
+        monkeypatch.setattr(schedule, "identity_of_general_text", lambda text=text: text)
+        names.append({s.kind: s.name for s in prepared(config, print)[1].stages()})
+    first, other_code, other_text = names
+    assert first["prune"] == other_code["prune"] != other_text["prune"]
+    assert first["evaluate"] != other_code["evaluate"]
+
+
+def test_cells_that_come_to_the_same_are_one_and_others_are_told_apart(data, tmp_path, capsys):
+    """Axis depth removes no widths; a ratio of 12.4 % is not 12 %; a data type has own times."""
+    grid = {"axis": "depth", "recovery": "none", "allocation": ["uniform", "balanced"]}
+    (cell,) = prepared(study(data, grid), print)[1].cells
+    assert cell.cell.values()["allocation"] == "uniform"
+    grid = {"axis": "width", "recovery": "none", "ratio": [0.4, 0.404]}
+    grid["allocation"] = ["uniform", "balanced"]
+    assert len(forecast(study(data, grid), tmp_path / "out").cells) == 4
+    capsys.readouterr()
+    prepared(study(None, {"axis": "width", "recovery": "none"}), print)
+    assert "no --data: calibrating on the demo's conversations" in capsys.readouterr().out
 
 
 def test_the_table_grows_while_the_study_runs(data, tmp_path, monkeypatch):

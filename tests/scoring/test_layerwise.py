@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import slimvlm as sv
 from slimvlm.cli import main
-from slimvlm.core.errors import ConfigError, DataError, InUseError, NumericalError
+from slimvlm.core.errors import ConfigError, DataError, InUseError, NumericalError, OutputError
 from slimvlm.core.files import held
 from slimvlm.models.load import auto_class, load
 from slimvlm.models.parts import Parts
@@ -225,8 +225,9 @@ def test_two_runs_do_not_share_a_scratch_folder_and_a_full_disk_is_found(
     usage = namedtuple("usage", "total used free")(10, 10, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(LayerwiseModel, "layer", None)
-    with pytest.raises(ConfigError, match=r"scratch .* GiB needed, .* 0.0 GiB free"):
+    with pytest.raises(OutputError, match=r"scratch .* GiB needed, .* 0.0 GiB free"):
         score_checkpoint(folder, data, scratch=tmp_path)
+    assert [*(tmp_path / "slimvlm-scratch").rglob("*.safetensors")]  # a further try goes on
 
 
 def test_the_scratch_folder_is_announced_and_other_files_in_it_stay(data, folder, tmp_path):

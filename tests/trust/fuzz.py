@@ -2,15 +2,21 @@
 
 ``python -m tests.trust.fuzz --minutes 10 --seed 3`` prints a table by class. An input ends well if
 its command ends with code 0, or with 2 and one line on stderr; within a minute and 2 GiB; without
-control characters; and if nothing outside its folder changed and no code of it ran.
+control characters; if nothing outside its folder changed and no code of it ran; and if it opened no
+file outside its folder, asked no network, and started no process but that of templates.
 """
 
 import argparse
+import atexit
 import contextlib
+import dataclasses
+import functools
+import io
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -19,20 +25,26 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
+import pandas
+import peft
 import pyarrow
 import torch
+import transformers
 import yaml
 from PIL import Image
 from pyarrow import parquet
 
 from slimvlm import cli
+from slimvlm.core.errors import OutputError
+from slimvlm.core.options import OF_LORA, OF_TRAINER
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.load import anatomy
 from slimvlm.planning.plan import Plan
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
-from tests.runs.test_report import write_run
+from tests.runs.test_report import write_run, write_study
 from tests.trust.spoiled import INDEX, NASTY, WEIGHTS, divide, mutated, spoil, torn, write_pickle
 
 MAX_SECONDS, MAX_BYTES = 60, 2 * 2**30
@@ -235,6 +247,226 @@ def own_folder(folder, draw):
 
 
 CHAT = "chat {folder} Colour? --max-new-tokens 2"
+PRUNE = "prune {folder} --ratio 0.3 --criterion magnitude --out {folder}-out"
+QUANTIZE, GGUF = (
+    "quantize {folder} --to int8 --out {folder}-out",
+    "export {folder} --out {folder}-out.gguf",
+)
+MODEL = str(folders.folder("text"))
+DATA = folders.write_llava_data(folders.root() / "rows", 8, pictures=False)
+LOW = f"prune {MODEL} --ratio 0.3 --data {DATA} --samples 4 --low-memory"
+TRAIN = f"recover {MODEL} --data {DATA} --loss sft --max-steps 1 --batch-size 2"
+ORIGINALS = Path(__file__).parents[1] / "fixtures" / "convert"
+NAMES = (
+    *("LlamaForCausalLM", "AutoModel", "AutoConfig", "{folder}/sub", ".", "../secret.jsonl"),
+    *(
+        "/etc/passwd",
+        "hf-hub:evil/x",
+        "evil/kernel",
+        "flash_attention_2",
+        ["evil.C", None],
+        {"": "evil/k"},
+    ),
+    {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": "{folder}/sub"},
+    *(
+        {"AutoProcessor": "evil.C", "AutoTokenizer": ["evil.C", None]},
+        {"image_processor_type": "AutoModel"},
+    ),
+)
+READERS = ("processor_config.json", "tokenizer_config.json", "preprocessor_config.json")
+KEYS = {
+    ("audio_tokenizer_config.json", "special_tokens_map.json", *READERS): (
+        *("audio_tokenizer", "audio_tokenizer_class", "audio_tokenizer_name_or_path", "auto_map"),
+        *(
+            "processor_class",
+            "tokenizer_class",
+            "image_processor_type",
+            "image_processor",
+            "config",
+        ),
+        *("video_processor", "feature_extractor_type", "tokenizer_file", "vocab_file", "spm_file"),
+        *("merges_file", "name_or_path", "init_inputs", "chat_template", "extra_special_tokens"),
+        *("custom_pipelines", "backend", "fast_tokenizer_files", "added_tokens_file", "gguf_file"),
+    ),
+    ("config.json", "generation_config.json"): (
+        *("attn_implementation", "_attn_implementation", "experts_implementation", "auto_map"),
+        *("_attn_implementation_internal", "transformers_weights", "configuration_files"),
+        *("_name_or_path", "tokenizer_class", "processor_class", "backbone", "backbone_config"),
+        *("quantization_config", "custom_generate", "architecture", "model_type", "adapter_path"),
+    ),
+}
+
+
+def named(folder, draw):
+    """A model whose files, at any depth, name classes, kernels, files, or other models."""
+    make_seeing(folder)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "config.json").write_text(
+        '{"model_type": "e", "auto_map": {"AutoConfig": "evil.C"}}'
+    )
+    for place in (folder, folder / "sub"):
+        (place / "evil.py").write_text("open('marked', 'w')")
+    files, keys = draw.choice(list(KEYS.items()))
+    file = folder / draw.choice(files)
+    values = json.loads(file.read_text()) if file.exists() else {}
+    inside = [values, *(v for v in values.values() if isinstance(v, dict))]
+    value = json.dumps(draw.choice(NAMES)).replace("{folder}", str(folder))
+    draw.choice(inside)[draw.choice(keys)] = json.loads(value)
+    file.write_text(json.dumps(values))
+    return draw.choice((CHAT, "inspect {folder}", "export {folder} --check", QUANTIZE, GGUF))
+
+
+def tower(folder, draw):
+    """A model with the tower of another class, or with arguments of timm's."""
+    make_seeing(folder)
+    kinds = ("timm_wrapper", "timm_backbone", "detr", "dpt", "llava", "clip", "maskformer", "evil")
+    args = draw.choice((*NAMES, {"checkpoint_path": "{folder}/marked.bin"}, {"pretrained": True}))
+    args = json.loads(json.dumps(args).replace("{folder}", str(folder)))
+    keys = ("model_args", "architecture", "backbone", "backbone_config", "use_pretrained_backbone")
+    given = {"model_type": draw.choice(kinds), draw.choice(keys): args}
+    part = draw.choice(("vision_config", "text_config"))
+    folders.edit_json(folder / "config.json", lambda v: v.update({part: given}))
+    write_pickle(folder / "marked.bin", folder.parent / "marked")
+    return draw.choice((CHAT, "inspect {folder}"))
+
+
+def links(folder, draw):
+    """Links, and folders of a user's own, where work in progress lies."""
+    work, victim = folder, folder.parent.parent / "victim" / "checkpoint-9"
+    victim.mkdir(parents=True, exist_ok=True)
+    (victim / "precious").write_text("x")
+    name = draw.choice(
+        (".o.scratch", ".o.training", ".o.partial", ".o.old", ".o.lock", "o", "slimvlm-scratch")
+    )
+    target = draw.choice((victim.parent, victim / "precious", work / name, work / "none"))
+    if draw.random() < 0.7:
+        (work / name).symlink_to(target)
+    else:
+        shutil.copytree(victim.parent, work / name)
+    force = draw.choice(("", " --force", " --scratch {folder}"))
+    return draw.choice((f"{LOW} --out {{folder}}/o{force}", f"{TRAIN} --out {{folder}}/o"))
+
+
+@functools.cache
+def stopped_scratch():
+    """The scratch folder of a run that stopped before it wrote its checkpoint."""
+    place = Path(tempfile.mkdtemp(prefix="slimvlm-fuzz-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    full = mock.patch("slimvlm.runs.verbs.prune_checkpoint", side_effect=OutputError("full"))
+    with full, contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        cli.main([*LOW.split(), "--scratch", str(place), "--out", str(place / "o")])
+    return place / "slimvlm-scratch"
+
+
+def scratch(folder, draw):
+    """A stopped run's scratch folder with a file spoiled, removed, doubled, or a link out of it."""
+    there = shutil.copytree(stopped_scratch(), folder / "slimvlm-scratch")
+    file = draw.choice(sorted(path for path in there.rglob("*") if path.is_file()))
+    way = draw.randrange(5)
+    if way < 2:
+        spoil(file, draw)
+    elif way == 2:
+        file.unlink()
+    elif way == 3:
+        shutil.copy(draw.choice(sorted(there.rglob("*.safetensors"))), file)
+    else:
+        file.unlink()
+        file.symlink_to(folder.parent.parent / "secret.jsonl")
+    return f"{LOW} --scratch {{folder}} --out {{folder}}/o"
+
+
+def report(folder, draw):
+    """A run or a study whose files name others, scores of other tasks, and code."""
+    shutil.rmtree(folder)
+    secret = folder.parent.parent / "secret.jsonl"
+    if draw.random() < 0.5:
+        write_run(folder, anatomy(folders.folder("text")))
+        task = {"name": "own", "data": str(secret), "prompt": "{id}", "answer": "id"}
+        task |= {
+            draw.choice(("metric", "images", "image")): draw.choice(("evil:score", "/etc", "id"))
+        }
+        (folder / "t.yaml").write_text(yaml.safe_dump({"metric": "exact_match", **task}))
+        folders.edit_json(folder / "config.json", lambda v: v.update(tasks=f"{folder}/t.yaml"))
+        own = {"metric": "evil:score"} if task.get("metric") else {}
+        for path in (folder / "results").iterdir():
+            folders.edit_json(path, lambda v: v["tasks"].update(own={**v["tasks"]["name"], **own}))
+        (folder / "evil.py").write_text("open('marked', 'w')\ndef score(*_): return 1.0\n")
+    else:
+        write_study(folder, anatomy(folders.folder("text")))
+        table = pandas.read_parquet(folder / "results.parquet")
+        column = draw.choice(list(table.columns))
+        table[column] = draw.choice(
+            (str(secret), "../../secret.jsonl", "/etc/passwd", "x" * 300, "\0", -1)
+        )
+        with contextlib.suppress(Exception):
+            table.to_parquet(folder / "results.parquet")
+    return "report {folder}"
+
+
+def passed_on(folder, draw):
+    """Arguments of other libraries, which train a tiny model."""
+    kind = draw.choice(("lora", "trainer"))
+    of = {"lora": peft.LoraConfig, "trainer": transformers.TrainingArguments}[kind]
+    numbers = (-1, 0, 1, 0.5, 2.0, 10**7, 10**400, 1e308, float("nan"), True)
+    values = (
+        *numbers,
+        None,
+        "[",
+        "evil",
+        "adamw_torch",
+        "linear",
+        "(a+)+$",
+        ["q_proj"],
+        {"q_proj": 10**7},
+        {"": 1},
+        [],
+    )
+    key = draw.choice([row.name for row in dataclasses.fields(of)])
+    if draw.random() < 0.6:
+        key = draw.choice([*{"lora": OF_LORA, "trainer": OF_TRAINER}[kind]])
+    settings = {"loss": "sft", kind: {key: draw.choice(values)}}
+    (folder / "r.yaml").write_text(
+        yaml.safe_dump({"model": "x", "ratio": 0.3, "recover": settings})
+    )
+    return f"{TRAIN} --config {{folder}}/r.yaml --out {{folder}}/o"
+
+
+def gate(folder, draw):
+    """Gates, beside a baseline that is spoiled half of the time."""
+    make_result(folder)
+    if draw.random() < 0.5:
+        spoil(folder / "result.json", draw)
+    figure, sign = (
+        draw.choice(("avg", "retention", "own", "loss", "\u202e", "")),
+        draw.choice((">=", "<=", "=", "> ")),
+    )
+    bound = draw.choice(("1.0x", "95%", "50", "nan", "1e999", "9" * 400, "-1", "x", "0x10", "%"))
+    words = ["evaluate", MODEL, "--tasks", "{folder}/task.yaml", "--require"]
+    words += [f"{figure} {sign} {bound}", "--baseline", "{folder}/result.json"]
+    return "\0".join(words)
+
+
+def original(folder, draw):
+    """A folder in LLaVA's original format, spoiled, that is converted."""
+    source = folder / "source"
+    shutil.copytree(ORIGINALS / "llava" / "original", source)
+    spoil(draw.choice(sorted(path for path in source.rglob("*") if path.is_file())), draw)
+    tower = ORIGINALS / "llava" / "tower"
+    return f"convert {source} {{folder}}/o --vision-tower {tower}"
+
+
+def many_rows(folder, draw):
+    """A million rows, of which few are good."""
+    row, count = draw.choice(((json.dumps(ROW), 10**4), ("{}", 10**6), ("x", 10**6), ("", 10**6)))
+    (folder / "d.jsonl").write_text(f"{row}\n" * count)
+    command = f"compress {MODEL} --ratio 0.3 --dry-run --out {{folder}}/o --data {{folder}}/d.jsonl"
+    return f"{command} --max-bad {draw.choice((0, 10**7))}"
+
+
+def racing(folder, draw):
+    """A model's or an output's folder that becomes a link, or a template's process that dies, meanwhile."""
+    make_model(folder)
+    return draw.choice((CHAT, PRUNE, f"{LOW} --out {{folder}}/o"))
 
 
 def spoiled(make, file, command):
@@ -287,8 +519,6 @@ def then(make, command):
     return made
 
 
-PRUNE = "prune {folder} --ratio 0.3 --criterion magnitude --out {folder}-out"
-MODEL = str(folders.folder("text"))
 CLASSES = {
     "config": spoiled(make_model, "config.json", CHAT),
     "index": spoiled(make_divided, INDEX, CHAT),
@@ -329,10 +559,94 @@ CLASSES = {
         own_folder, f"prune {MODEL} --ratio 0.3 --criterion magnitude --out {{folder}}/out --force"
     ),
     "words": words,
+    **{"names": named, "tower": tower, "links": links, "scratch": scratch, "report": report},
+    **{"passed on": passed_on, "gate": gate, "convert": original, "racing": racing},
+    "closed streams": spoiled(make_model, "config.json", CHAT),
+    "full disk": spoiled(make_model, "generation_config.json", PRUNE),
+    "many rows": many_rows,
 }
+CODES = {"gate": (0, 2, 3)}
+BLIND = ("closed streams", "full disk")  # where no line can be written
+OURS = (
+    *(sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), str(folders.root())),
+    *(
+        "/proc/",
+        "/sys/",
+        "/dev/",
+        "/etc/",
+        "/usr/",
+        "/lib",
+        str(Path.home() / ".cache" / "slimvlm"),
+    ),
+)
+"""Where every command may read. Below the last ones it could meet a secret; below ours it cannot."""
 
 
-def run(command, folder, errors):
+def watch(home, errors):
+    """Note every file, network and process that this process should leave alone, from now on."""
+    notes = os.open(errors.with_name("noted"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    mine = (
+        str(home / "work"),
+        str(errors),
+        "/tmp/slimvlm-scratch-",
+        "/tmp/tmp",
+        "/tmp/torch",
+        "/dev/",
+    )
+
+    def is_fine(path, writes):
+        place = os.path.realpath(os.fsdecode(path))
+        return place.startswith(mine) or (
+            not writes and place.startswith(OURS) and place != "/etc/passwd"
+        )
+
+    def noticed(event, given):
+        wrong = event in (
+            "os.system",
+            "os.exec",
+            "socket.connect",
+            "socket.getaddrinfo",
+            "os.posix_spawn",
+        )
+        if event == "open" and isinstance(given[0], str | bytes | os.PathLike):
+            flags = given[2] or 0
+            wrong = not is_fine(given[0], flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        elif event in (
+            "os.remove",
+            "os.rename",
+            "os.rmdir",
+            "os.mkdir",
+            "os.symlink",
+            "os.link",
+            "shutil.rmtree",
+        ):
+            wrong = isinstance(given[0], str | bytes | os.PathLike) and not is_fine(
+                os.path.dirname(os.path.abspath(given[0])), True
+            )
+        elif event == "subprocess.Popen":
+            wrong = not any(str(word).endswith("data/child.py") for word in given[1])
+        elif event == "exec":
+            wrong = getattr(given[0], "co_filename", "").startswith((str(home), "/tmp/"))
+        if wrong:
+            os.write(notes, f"{event} {str(given[:2])[:200]}\n".encode(errors="replace"))
+
+    sys.addaudithook(noticed)
+
+
+def disturb(name, folder, draw, child):
+    """Swap a folder for a link, or end the processes that the child started, some time later."""
+    time.sleep(draw.uniform(0, 2))
+    with contextlib.suppress(OSError):
+        if draw.random() < 0.5:
+            told = Path(f"/proc/{child}/task/{child}/children").read_text().split()
+            for each in map(int, told):
+                os.kill(each, signal.SIGKILL)
+        else:
+            folder.rename(folder.with_name("away"))
+            folder.symlink_to(folder.parent.parent / "victim")
+
+
+def run(command, folder, errors, name="", draw=random):
     """Run a command in a fork; return its exit code, seconds and the most bytes that it had."""
     separator = "\0" if "\0" in command else " "
     given = [word.replace("{folder}", str(folder)) for word in command.split(separator)]
@@ -345,6 +659,13 @@ def run(command, folder, errors):
         sys.stdout, sys.stderr = (os.fdopen(n, "w", errors="surrogateescape") for n in (1, 2))
         warnings.simplefilter("ignore")
         signal.alarm(MAX_SECONDS)  # its default ends the process
+        if name == "full disk":
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (draw.choice((0, 10**4, 10**5)),) * 2)
+        watch(folder.parent.parent, errors)
+        if name == "closed streams":
+            for number in draw.sample(range(3), draw.randrange(1, 4)):
+                os.close(number)
         code = 0
         try:
             cli.main(given)
@@ -357,6 +678,8 @@ def run(command, folder, errors):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+    if name == "racing":
+        disturb(name, folder, draw, child)
     _, status, usage = os.wait4(child, 0)
     with contextlib.suppress(OSError):
         os.killpg(child, signal.SIGKILL)
@@ -380,13 +703,19 @@ def attempt(name, seed, home):
     (home / "secret.jsonl").write_text(json.dumps(ROW))
     command = CLASSES[name](folder, draw)
     before = outside(home, folder)
-    code, seconds, most = run(command, folder, errors)
+    code, seconds, most = run(command, folder, errors, name, draw)
     said = errors.read_bytes().decode(errors="replace")
     last = (said.splitlines() or [""])[-1]
     wrong = []
-    if code not in (0, 2) or said.count("slimvlm: ") - last.startswith("slimvlm: ") > 0:
+    if (
+        code not in CODES.get(name, (0, 2))
+        or said.count("slimvlm: ") - last.startswith("slimvlm: ") > 0
+    ):
         wrong.append(f"code {code}")
-    if code == 2 and not last.startswith("slimvlm: "):
+    noted = errors.with_name("noted").read_text(errors="replace")
+    if noted:
+        wrong.append(f"it went elsewhere: {noted[:300]}")
+    if code == 2 and not last.startswith("slimvlm: ") and name not in BLIND:
         wrong.append("no line")
     if "Traceback" in said or re.search(
         r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", said
@@ -395,8 +724,9 @@ def attempt(name, seed, home):
     if seconds > MAX_SECONDS or most > MAX_BYTES:
         wrong.append(f"{seconds:.0f} s, {most / 2**30:.1f} GiB")
     errors.unlink()
+    errors.with_name("noted").unlink()
     left = {path: date for path, date in outside(home, folder).items() if ".lock" not in path}
-    if left != before or list(home.rglob("marked")):
+    if (left != before and name != "racing") or list(home.rglob("marked")):
         wrong.append("a change outside, or code that ran")
     if name == "own folder" and not (folder / "out" / "precious").exists():
         wrong.append("a file lost")
@@ -409,7 +739,7 @@ def fuzz(minutes, most, seed):
     torch.set_num_threads(1)  # threads do not survive a fork
     counts, slowest, bad = Counter(), Counter(), []
     end = time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
         home = Path(place)
         (home / "working").mkdir()
         os.chdir(home / "working")

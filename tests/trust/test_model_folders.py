@@ -88,8 +88,6 @@ SPOILED = {
     "no KV heads": (_set(num_key_value_heads=0), "num_key_value_heads"),
     "an unknown activation": (_set(hidden_act="evil"), "evil"),
     "rope is a word": (_set(rope_parameters="fast"), "config|rope"),
-    "code for attention": (_set(_attn_implementation="evil/kernel"), "_attn_implementation"),
-    "code for attention 2": (_set(attn_implementation="evil/kernel"), "attn_implementation"),
     "larger than its files": (_set(intermediate_size=2**18), "intermediate_size|weights"),
     "generation is no JSON": (_text("generation_config.json", "{"), "generation_config.json"),
     "generation is a list": (_text("generation_config.json", "[]"), "generation_config.json"),

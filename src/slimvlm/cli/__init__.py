@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,8 @@ from slimvlm.cli.options import defaults_from, parse
 from slimvlm.core import errors
 from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
 from slimvlm.core.files import held
+from slimvlm.core.options import CompressConfig, RecoverConfig, file_only
 from slimvlm.core.progress import current_stage, num_ranks, stage
-from slimvlm.core.removed import refuse_removed
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Start to end": (verbs.advise, verbs.compress, verbs.report, verbs.study, verbs.demo),
@@ -55,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    with suppress(ValueError):  # another thread than the first
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _stopped_once)
     out, err = (stream or StringIO() for stream in (sys.stdout, sys.stderr))
     for stream in (out, err):
         if isinstance(stream, TextIOWrapper):  # what its encoding lacks is written out
@@ -97,6 +101,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(code) from None
 
 
+def _stopped_once(*_: Any) -> None:
+    """Raise KeyboardInterrupt; further ones would break off what it lets be tidied up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def _printable_record(*values: Any, **named: Any) -> logging.LogRecord:
     """Make a record of a library's log, which may quote a model's files."""
     record = logging.LogRecord(*values, **named)
@@ -112,11 +122,12 @@ def _run(verb: str, words: list[str]) -> None:
         if not verb:
             raise SystemExit(2)
         return
+    if sys.flags.optimize > 1:  # transformers reads docstrings
+        raise ConfigError(f"PYTHONOPTIMIZE {sys.flags.optimize} must be at most 1")
     try:
         Path.cwd()
     except OSError as error:
         raise ConfigError(f"the working folder cannot be read ({error.strerror})") from error
-    refuse_removed(words)
     if verb not in VERBS:
         raise ConfigError(f"verb {verb!r} must be one of: {', '.join(VERBS)}")
     if num_ranks() > 1 and verb != "recover":
@@ -129,8 +140,12 @@ def _run(verb: str, words: list[str]) -> None:
 
 def parsed(verb: str, words: list[str]) -> dict[str, Any]:
     """Read the arguments of a verb; the values of ``--config FILE`` are defaults."""
-    defaults = {}
-    if verb in ("compress", "recover"):
+    defaults, kinds = {}, {"compress": (CompressConfig, RecoverConfig), "recover": (RecoverConfig,)}
+    if verb in kinds:
+        without_flag: set[str] = set().union(*map(file_only, kinds[verb]))
+        for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+            if flag.removeprefix("--").replace("-", "_") in without_flag:
+                raise ConfigError(f"{flag} is no flag of {verb}; give it in a file of --config")
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", nargs="?")
         if (file := finder.parse_known_args(words)[0].config) is not None:

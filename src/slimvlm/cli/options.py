@@ -152,8 +152,9 @@ def defaults_from(file: str, verb: str) -> dict[str, Any]:
 
     model, config, learning = read_config(file)
     if verb == "recover":
+        untrained = core.RecoverConfig(seed=config.seed)
         data = {} if config.data is None else {"source": part_of(config, SourceFlags)}
-        return {"teacher": model, "training": config.recover or core.RecoverConfig(), **data}
+        return {"teacher": model, "training": config.recover or untrained, **data}
     given: dict[str, Any] = {"train": "none"} if learning is None else {}
     if config.recover is not None:
         names = {row.name for row in fields(TrainingFlags)} & set(learning or {}) - {"seed"}

@@ -195,7 +195,8 @@ def compress(
     from slimvlm.runs.compress import config_from
     from slimvlm.runs.tables import held_out_json, result_json
 
-    whole = config_from({**vars(pruning), **vars(evaluation), "recover": vars(training)}, model)
+    how = {name: value for name, value in vars(training).items() if name != "seed"}  # the run's
+    whole = config_from({**vars(pruning), **vars(evaluation), "recover": how}, model)
     if config is not None:
         note(f"options of {config}, and those of the command line")
     if dry_run:
@@ -273,6 +274,7 @@ def study(
 def report(
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
     out: Path | None = None,
+    tasks: str | None = None,
     force: bool = False,
 ) -> None:
     """Write one HTML file about a run or a study: charts, tables, answers, configuration.
@@ -282,13 +284,15 @@ def report(
     Args:
         folder: The folder of compress or study.
         out: The file; by default report.html in that folder, which is replaced.
+        tasks: The run's tasks of your own, as evaluate takes them, to show their questions. Files
+            that the folder names are not read: it may be somebody else's.
     """
     from slimvlm.core.files import require_free, write_text
     from slimvlm.runs.report import read_record, report_html
 
     target = out if out is not None else folder / "report.html"
     require_free(target, force or out is None)
-    page = report_html(read_record(folder))
+    page = report_html(read_record(folder, tasks))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, page)
     note(f"report: {target} ({len(page.encode()) / 1e6:.1f} MB)")

@@ -7,24 +7,29 @@ folder stores its request as JSON; only an equal one may resume it.
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
-from slimvlm.core.files import path_of, write_text
+from slimvlm import __version__
+from slimvlm.core.errors import LONGEST, ConfigError, SlimError, one_line, raised_as, shortened
+from slimvlm.core.files import cache_dir, new_file, path_of, write_text
 from slimvlm.core.options import NO_RESULT
-from slimvlm.core.removed import without_removed
+from slimvlm.core.progress import progress
 
 T = TypeVar("T")
 
 MAX_BYTES = 512 * 2**20  # largest JSON file that is read: results hold every answer
 MAX_YAML_BYTES = 2**20  # largest YAML file; people write these
 MAX_DEPTH = 64  # nested lists and mappings
+VERSION = "version"  # key of a stored request: what `identity_of_code` gives
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -121,7 +126,6 @@ def built(kind: type[T], values: Any, where: str = "") -> T:
     """Build a dataclass from YAML or JSON; ``where`` names the file in messages."""
     if isinstance(values, Mapping):
         rows = fields(kind)  # type: ignore[arg-type]
-        values = without_removed(values, [row.name for row in rows])
         # a field whose default is a tuple also takes a single value
         tuples = {row.name for row in rows if isinstance(row.default, tuple)}
         values = {k: listed(v) if k in tuples else v for k, v in values.items()}
@@ -188,8 +192,8 @@ def asked(options: Any) -> dict[str, Any]:
 
 
 def note_request(file: Path, request: Mapping[str, Any]) -> None:
-    """Store a request as JSON."""
-    write_text(file, json.dumps(request, indent=2) + "\n")
+    """Store a request as JSON, with the identity of slimvlm itself."""
+    write_text(file, json.dumps(_comparable(request), indent=2) + "\n")
 
 
 def noted_request(file: Path) -> dict[str, Any] | None:
@@ -202,7 +206,7 @@ def noted_request(file: Path) -> dict[str, Any] | None:
 
 def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:
     """Whether the stored request equals this one."""
-    return bool(_comparable(noted_request(file)) == _comparable(request))
+    return noted_request(file) == _comparable(request)
 
 
 def require_same_request(
@@ -211,7 +215,7 @@ def require_same_request(
     """Refuse another request than the noted one, name the options that differ, and the cure."""
     if noted is None:
         return
-    if differing := list(_differing(_comparable(noted), _comparable(request))):
+    if differing := list(_differing(noted, _comparable(request))):
         raise ConfigError(f"{what} with another {' and another '.join(differing)}. {cure}")
 
 
@@ -226,9 +230,10 @@ def _differing(
             yield prefix + name
 
 
-def _comparable(request: Mapping[str, Any] | None) -> Any:
-    """Convert a request as JSON would: tuples become lists."""
-    return json.loads(json.dumps(request))
+def _comparable(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a request as JSON would (tuples become lists), and add the `VERSION`."""
+    found: dict[str, Any] = json.loads(json.dumps(request))
+    return {**found, VERSION: identity_of_code()}
 
 
 def digest(parts: Iterable[Any]) -> str:
@@ -240,26 +245,46 @@ def digest(parts: Iterable[Any]) -> str:
     return found.hexdigest()
 
 
-NUM_BLOCKS, BLOCK_BYTES = 64, 2**20  # blocks of a larger file that `identity_of_files` reads
+LARGE, MANY_BYTES = 2**26, 2**32  # bytes of files that are hashed once, and with a progress bar
+_SETTLED = 2 * 10**9  # nanoseconds after a change in which another may have the same time
 
 
 def identity_of_files(name: str, source: str) -> str:
-    """Hash names, sizes and content of a source's files; a hub id is its ``name``."""
+    """Hash names and content of a source's files; a hub id is its ``name``."""
     path = path_of(source, "file")
     if not path.exists():
         return name
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    contents = (part for file in files if file.is_file() for part in _content(file, path))
-    return f"{name} {digest(contents)[:16]}"
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in found if file.is_file() and file.suffix != ".pyc"]
+    is_much = sum(file.stat().st_size for file in files) > MANY_BYTES
+    shown = progress(files, "hash files") if is_much else files
+    return f"{name} {digest([str(file.relative_to(path)), _hash(file)] for file in shown)[:16]}"
 
 
-def _content(file: Path, folder: Path) -> Iterator[bytes]:
-    size = file.stat().st_size
-    yield f"{file.relative_to(folder)} {size}".encode()
+def _hash(file: Path) -> str:
+    """Hash the content of a file; of a large one that nobody touched since, look the hash up."""
+
+    def state() -> tuple[int, ...]:
+        found = file.stat()  # the time of the last change of any kind is nobody's to set
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    before = state()
+    noted = cache_dir() / "hashes" / digest([str(file.resolve()), before])
+    with suppress(OSError, ValueError):
+        if before[2] > LARGE and len(known := noted.read_text()) == 64:
+            return known
     with file.open("rb") as handle:
-        if size <= NUM_BLOCKS * BLOCK_BYTES:
-            yield handle.read()
-            return
-        for number in range(NUM_BLOCKS):
-            handle.seek((size - BLOCK_BYTES) * number // (NUM_BLOCKS - 1))
-            yield handle.read(BLOCK_BYTES)
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    is_settled = time.time_ns() - max(before[3:]) > _SETTLED and state() == before
+    if before[2] > LARGE and is_settled:
+        with suppress(OSError, SlimError):
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(noted, outlives_power_cut=False) as partial:
+                partial.write_text(found)
+    return found
+
+
+@cache
+def identity_of_code() -> str:
+    """Name the version of slimvlm and hash its source: a mended bug makes other results."""
+    return identity_of_files(f"slimvlm {__version__}", str(Path(__file__).parent.parent))

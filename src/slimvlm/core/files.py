@@ -11,14 +11,14 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from slimvlm.core.errors import ConfigError, InUseError, OutputError, one_line, shortened
+from slimvlm.core.errors import ConfigError, InUseError, OutputError, one_line, raised_as, shortened
 from slimvlm.core.progress import is_first_rank
 
 _REASONS = {
@@ -37,15 +37,15 @@ _REASONS = {
 }
 
 LONGEST_NAME = 200  # bytes of a name that leave room for ``.NAME.partial``
-_UNFINISHED = {"written_by": "slimvlm", "is": "unfinished"}
+_MARK, _UNFINISHED = ".slimvlm", {"written_by": "slimvlm", "is": "unfinished"}
 MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    ".slimvlm": lambda values: values == _UNFINISHED,
+    _MARK: lambda values: values == _UNFINISHED,
     "slimvlm_checkpoint.json": lambda values: values.get("format") == "slimvlm-checkpoint/1",
     # of an earlier version
     "slimvlm_manifest.json": lambda values: values.get("format") == "slimvlm-manifest/1",
     # of a run, and of a stage of a study
-    "config.json": lambda values: {"model", "made_from", "seed"} <= values.keys(),
-    "stage.json": lambda values: {"label", "seconds", "flops", "request"} <= values.keys(),
+    "config.json": lambda values: {"model", "made_from", "version"} <= values.keys(),
+    "stage.json": lambda values: values.get("format") == "slimvlm-stage/1",
     "slimvlm_demo.json": lambda values: values.keys() == {"stamp"},
 }
 """Files that mark a folder as written by slimvlm, and what they must contain."""
@@ -53,7 +53,8 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 def cache_dir() -> Path:
     """Return the folder of what is made once: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
-    return Path(os.environ.get("SLIMVLM_CACHE") or Path.home() / ".cache" / "slimvlm")
+    named = os.environ.get("SLIMVLM_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "slimvlm"
 
 
 def mark_checkpoint(folder: Path) -> None:
@@ -85,16 +86,17 @@ def require_free(path: str | Path, force: bool = False) -> Path:
             f"output {str(path)!r} is a folder that slimvlm did not write: --force replaces "
             "only its own. Remove it, or choose another place"
         )
-    return path
+    is_link = path.is_symlink() and path.is_dir()  # whose target is replaced
+    return path.resolve() if is_link else path
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_ours(folder: Path, marks: Iterable[str] = tuple(MARKS)) -> bool:
     """Whether a folder is empty or has a mark of slimvlm's."""
-    for name, is_mark in MARKS.items():
+    for name in marks:
         with suppress(OSError, ValueError, RecursionError):
             if (folder / name).stat().st_size < 2**24:
                 values = json.loads((folder / name).read_bytes())
-                if isinstance(values, dict) and is_mark(values):
+                if isinstance(values, dict) and MARKS[name](values):
                     return True
     return folder.is_dir() and not any(folder.iterdir())
 
@@ -118,10 +120,11 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
     made = [parent for parent in path.absolute().parents if not parent.exists()]
     try:
         with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with raised_as(OutputError, FileNotFoundError, f"output {str(path)!r} has no folder:"):
+                path.parent.mkdir(parents=True, exist_ok=True)  # none can be made below /proc
             place = path.resolve()  # of a link, its target is locked
             place.parent.mkdir(parents=True, exist_ok=True)
-            file = _beside(place, "lock")
+            file = beside(place, "lock")
             if file.exists() and file.read_bytes()[:4] not in (b"", b"pid "):  # it is emptied
                 raise ConfigError(f"output {str(path)!r}: {file.name!r} is in the way; move it")
             lock = FileLock(file.absolute(), is_singleton=True)
@@ -138,7 +141,7 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
         try:
             with explained(path):
                 file.write_text(f"pid {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-            old = _beside(path, "old")  # a kill between two renames leaves the old output there
+            old = beside(path, "old")  # a kill between two renames leaves the old output there
             if old.exists() and _is_ours(old):
                 _remove(old) if path.exists() else old.rename(path)
             yield
@@ -155,29 +158,45 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
 @contextmanager
 def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     """Yield a folder to fill, which takes its name when the block ends without an error."""
-    path = Path(path)
     with held(path), explained(path):
-        require_free(path, force)
-        partial = _beside(path, "partial")
+        path = require_free(path, force)
+        partial = beside(path, "partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        (partial / ".slimvlm").write_text(json.dumps(_UNFINISHED))
+        working_folder(partial)
         try:
             yield partial
             usual = (partial / ".slimvlm").stat().st_mode
             for file in partial.rglob("*.safetensors"):  # the library lets only its owner read it
                 file.chmod(usual)
             _replace(partial, path)
-            (path / ".slimvlm").unlink(missing_ok=True)
+            (path / _MARK).unlink(missing_ok=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def working_folder(path: Path) -> Path:
+    """Make a folder of unfinished work, which may be emptied, or take up a marked one."""
+    with explained(path):
+        found = [path] if path.is_symlink() else path.rglob("*")
+        if link := next(filter(Path.is_symlink, found), None):
+            raise ConfigError(f"working folder: {str(link)!r} is a link; remove it")
+        others = (
+            [each.name for each in path.iterdir() if each.name != _MARK] if path.exists() else []
+        )
+        if others and not _is_ours(path, [_MARK]):
+            told = "is in the way, which slimvlm did not write; move it, or choose another place"
+            raise ConfigError(f"working folder: {str(path)!r} {told}")
+        path.mkdir(parents=True, exist_ok=True)
+        if not others:
+            (path / _MARK).write_text(json.dumps(_UNFINISHED))
+    return path
 
 
 @contextmanager
 def replacement(path: str | Path) -> Iterator[Path]:
     """As `new_folder`, but an unfinished one stays for the next start; the caller locks it."""
     path = require_free(path, force=True)
-    partial = _beside(path, "partial")
+    partial = beside(path, "partial")
     yield partial
     with explained(path):
         _replace(partial, path)
@@ -185,7 +204,7 @@ def replacement(path: str | Path) -> Iterator[Path]:
 
 def discard_replacement(path: str | Path) -> None:
     """Remove the folder that an unfinished `replacement` left."""
-    if (partial := _beside(Path(path), "partial")).exists():
+    if (partial := beside(Path(path), "partial")).exists():
         shutil.rmtree(partial)
 
 
@@ -193,7 +212,7 @@ def discard_replacement(path: str | Path) -> None:
 def new_file(path: str | Path, outlives_power_cut: bool = True) -> Iterator[Path]:
     """Yield a file to write, which takes its name when the block ends without an error."""
     path = Path(path)
-    partial = _beside(path, "partial")
+    partial = beside(path, "partial")
     with explained(path):
         try:
             yield partial
@@ -237,6 +256,8 @@ def require_place(path: Path) -> None:
     if place.name in ("", "..") or too_long or "\0" in str(place):
         shown = shortened(str(path))
         raise ConfigError(f"output {shown} must end in a name of at most {LONGEST_NAME} bytes")
+    if "~" in place.parts:
+        raise ConfigError(f"output {str(path)!r}: only a shell knows '~'; write the whole path")
     try:
         str(place.resolve()).encode()
     except (RuntimeError, UnicodeEncodeError) as error:  # a circle of links; libraries need UTF-8
@@ -250,7 +271,7 @@ def require_place(path: Path) -> None:
             raise ConfigError(f"output {str(path)!r}: {str(parent)!r} cannot be written")
 
 
-def _beside(path: Path, what: str) -> Path:
+def beside(path: Path, what: str) -> Path:
     """Return the path ``.<name>.<what>`` in the output's folder, which must not be a link."""
     path = path.absolute()
     beside = path.with_name(f".{path.name}.{what}")
@@ -267,7 +288,7 @@ def _replace(partial: Path, path: Path) -> None:
     """Sync the new folder and put it in place of an old one, which stays until it is there."""
     for file in (partial, *partial.rglob("*")):
         _sync(file)
-    old = _beside(path, "old")
+    old = beside(path, "old")
     if had_one := path.exists():
         if old.exists():
             raise ConfigError(f"output {str(path)!r}: {old.name!r} is in the way; move it")

@@ -5,18 +5,27 @@ are allowed: any other raises a `ConfigError` that names option, value and what 
 below a field is the help of the command line, where a `FILE_ONLY` one has no flag.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
-from importlib import import_module
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, shortened
+from slimvlm.core.files import beside
 
 T = TypeVar("T")
 
@@ -40,12 +49,16 @@ SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 MIN_NEW_TOKENS = 3
 ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
 FILE_ONLY = "file only"  # in an option's type: it has no flag on the command line
+MOST = 2**53  # numbers below it are exact in every file and every library
 
 _hints = cache(partial(get_type_hints, include_extras=True))
 
 
 class Options:
     """A group of options whose values are checked against their types."""
+
+    without_flag: ClassVar[tuple[str, ...]] = ()
+    """Inherited options that have no flag here, as if each were `FILE_ONLY`."""
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
@@ -59,6 +72,9 @@ class Options:
             is_free |= bool(ranges) and isinstance(value, int)
             if choices and value not in choices and not is_free:
                 raise ConfigError(f"{name} {value!r} must be one of: {', '.join(choices)}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and abs(number) >= MOST:
+                    raise ConfigError(f"{name} {shortened(str(number))} must be below 2**53")
             for row in ranges:
                 if not isinstance(value, str | None) and not row.holds(value):
                     raise ConfigError(f"{name} {value} must be {row.meaning}")
@@ -67,7 +83,20 @@ class Options:
 def file_only(kind: Any) -> set[str]:
     """List the options of a class that have no flag on the command line."""
     hints = _hints(kind).items()
-    return {name for name, hint in hints if FILE_ONLY in getattr(hint, "__metadata__", ())}
+    inherited = (getattr(each, "without_flag", ()) for each in kind.__mro__)
+    own = {name for name, hint in hints if FILE_ONLY in getattr(hint, "__metadata__", ())}
+    return own.union(*inherited)
+
+
+def given_of(config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Take those of some options that differ from their defaults."""
+    rows = {row.name: row for row in fields(config)}
+    usual = {
+        name: row.default if row.default_factory is MISSING else row.default_factory()
+        for name in names
+        if (row := rows.get(name)) is not None
+    }
+    return {n: getattr(config, n) for n, value in usual.items() if getattr(config, n) != value}
 
 
 def part_of(config: Any, kind: type[T]) -> T:
@@ -162,49 +191,70 @@ class TrainingConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_passable("trainer", self.trainer, "transformers.TrainingArguments", _OUR_TRAINER)
-        _require_passable("lora", self.lora, "peft.LoraConfig", _OUR_LORA)
+        _require_passable("trainer", self.trainer, OF_TRAINER)
+        _require_passable("lora", self.lora, OF_LORA)
 
 
-_OUR_TRAINER = (
-    *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
-    *("num_train_epochs", "learning_rate", "bf16", "fp16", "use_cpu", "seed", "data_seed"),
-    *("auto_find_batch_size", "train_sampling_strategy", "length_column_name", "disable_tqdm"),
-    *("dataloader_drop_last", "dataloader_pin_memory", "dataloader_num_workers", "label_names"),
-    *("remove_unused_columns", "label_smoothing_factor", "average_tokens_across_devices"),
-    *("logging_nan_inf_filter", "gradient_checkpointing", "activation_checkpointing"),
-    *("save_strategy", "save_total_limit", "save_only_model", "load_best_model_at_end"),
-    *("ignore_data_skip", "resume_from_checkpoint", "accelerator_config", "parallelism_config"),
-    *("fsdp", "fsdp_config", "deepspeed", "do_train", "do_eval", "do_predict", "push_to_hub"),
-    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
-)
-_OUR_LORA = ("r", "peft_type", "task_type", "inference_mode", "modules_to_save")
-"""Keys of ``trainer`` and ``lora`` that other options or this package decide."""
+def _number(row: Range) -> Range:
+    """Make the range of a number that another library computes with."""
+    holds = lambda v: type(v) in (int, float) and v < 10**9 and row.holds(v)  # noqa: E731
+    return Range(holds, f"a number {row.meaning}, in YAML like 1.0e-2")
 
 
-def _require_passable(
-    option: str, values: Mapping[str, Any], kind: str, ours: tuple[str, ...]
-) -> None:
-    """Refuse keys that a class, which is only imported for this, does not know or slimvlm sets."""
-    if not values:
-        return
-    module, _, name = kind.rpartition(".")
+def _one_of(*choices: Any) -> Range:
+    kinds = {type(choice) for choice in choices}
+    holds = lambda v: type(v) in kinds and v in choices  # noqa: E731
+    return Range(holds, f"one of: {', '.join(map(str, choices))}")
+
+
+def _are_patterns(values: Any) -> bool:
+    """Whether a regular expression, or each one of a list, can be compiled."""
+    try:
+        return all(map(re.compile, [values] if isinstance(values, str) else values))
+    except (TypeError, re.error, RecursionError, OverflowError):
+        return False
+
+
+_PATTERNS = Range(_are_patterns, "names of modules, or a regular expression of them")
+
+
+def _are_ranks(values: Any) -> bool:
+    is_some = isinstance(values, Mapping) and _are_patterns([*values])
+    return is_some and all(type(n) is int and 0 < n <= 4096 for n in values.values())
+
+
+_RANKS = Range(_are_ranks, "names of modules with ranks, whole numbers from 1 to 4096")
+_SWITCH, _SOME = _one_of(True, False), _number(ABOVE_0)
+OF_LORA = {
+    **{"lora_alpha": _SOME, "lora_dropout": _number(SHARE), "use_rslora": _SWITCH},
+    **{"use_dora": _SWITCH, "init_lora_weights": _one_of(True, False, "gaussian", "orthogonal")},
+    **{"target_modules": _PATTERNS, "exclude_modules": _PATTERNS, "rank_pattern": _RANKS},
+}
+OF_TRAINER = {
+    **{"weight_decay": _number(AT_LEAST_0), "max_grad_norm": _number(AT_LEAST_0)},
+    **{"adam_beta1": _number(SHARE), "adam_beta2": _number(SHARE), "adam_epsilon": _SOME},
+    "optim": _one_of("adamw_torch", "adamw_torch_fused", "adafactor", "sgd"),
+    "lr_scheduler_type": _one_of(
+        *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+        *("constant", "constant_with_warmup"),
+    ),
+    **{"warmup_steps": _number(AT_LEAST_0), "logging_steps": _SOME, "save_steps": _SOME},
+    **dict.fromkeys(("report_to", "run_name"), Range(_are_patterns, "text")),
+    **{"logging_first_step": _SWITCH, "ddp_timeout": _number(AT_LEAST_1)},
+}
+"""Arguments of peft.LoraConfig and transformers.TrainingArguments that are passed on."""
+
+
+def _require_passable(option: str, values: Any, known: Mapping[str, Range]) -> None:
+    """Refuse keys and values that another library would refuse after weights are read, or obey."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{option} {values!r} must map names to values")
-    known = {r.name: r.default for r in fields(getattr(import_module(module), name)) if r.init}
     for key, value in values.items():
-        if key in ours:
-            raise ConfigError(f"{option}: {key} {value!r} cannot be given: slimvlm sets {key}")
+        told = f"{option}: {shortened(str(key))[1:-1]} {shortened(value)}"
         if key not in known:
-            raise ConfigError(
-                f"{option}: {key} {value!r}: {key} must be an argument that {name} knows"
-            )
-        if isinstance(value, str) and type(known[key]) in (int, float):
-            raise ConfigError(f"{option}: {key} {value!r} must be a number, in YAML like 1.0e-2")
-    try:
-        json.dumps(values)
-    except TypeError as error:
-        raise ConfigError(f"{option}: values must be plain, as in JSON ({error})") from error
+            raise ConfigError(f"{told} cannot be given. Known: {', '.join(known)}")
+        if not known[key].holds(value):
+            raise ConfigError(f"{told} must be {known[key].meaning}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,8 +335,7 @@ NO_RESULT = tuple(row.name for row in fields(LoadConfig) if not row.compare)
 class FileLoading(LoadConfig):
     """How models are read by verbs that have many options."""
 
-    attn_implementation: Annotated[Attention | None, FILE_ONLY] = field(default=None, compare=False)
-    device_map: Annotated[DeviceMap | None, FILE_ONLY] = field(default=None, compare=False)
+    without_flag = ("attn_implementation", "device_map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,9 +346,9 @@ class DataConfig(LoadConfig):
     """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
     images: str | None = None
     """Folder that image paths in the data start from; by default that of the data."""
-    max_bad: int = 0
+    max_bad: Annotated[int, AT_LEAST_0] = 0
     """Broken data rows to skip at most."""
-    max_length: int | None = None
+    max_length: Annotated[int | None, AT_LEAST_1] = None
     """Tokens of a sample at most, those of pictures included; by default as many as the model
     reads."""
     too_long: TooLong = "refuse"
@@ -334,11 +383,17 @@ class CalibrationConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetOptions(Options):
+class RatioOptions(Options):
+    """How small a model becomes, as a share."""
+
+    ratio: Annotated[float | None, SHARE] = None
+    """Share of the backbone's parameters to remove."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions(RatioOptions):
     """How small a model becomes, as a share or as a size."""
 
-    ratio: float | None = None
-    """Share of the backbone's parameters to remove."""
     target_params: str | None = None
     """Instead of a ratio: parameters of the whole smaller model, such as 5B or 90M."""
     target_memory: str | None = None
@@ -356,11 +411,9 @@ class LatencyOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SizeOptions(Options):
+class SizeOptions(RatioOptions):
     """How small a model becomes, and which units may go."""
 
-    ratio: float | None = None
-    """Share of the backbone's parameters to remove."""
     vocab_size: Annotated[int | Literal["auto", "all"] | None, AT_LEAST_1] = None
     """Tokens to keep: those that the data has most, then by the model's own ranks; special ones,
     bytes and single characters stay. auto keeps as many as the data needs. The ratio counts their
@@ -375,7 +428,7 @@ class SizeOptions(Options):
     """What width may remove."""
     protect: tuple[int, int] = (0, 0)
     """First and last layers to leave whole."""
-    round_to: int | None = None
+    round_to: Annotated[int | None, AT_LEAST_1] = None
     """Multiple for the number of neurons; default 128, smaller for small models."""
 
     def __post_init__(self) -> None:
@@ -413,7 +466,7 @@ class PlanConfig(TargetOptions, SizeOptions, DeviceOptions):
     allocation: Literal["uniform", "protect"] = "uniform"
     """The same widths in every layer, or first and last layers whole, which writes files with
     code."""
-    kv_heads: int | None = None
+    kv_heads: Annotated[int | None, AT_LEAST_1] = None
     """KV groups to keep in every layer; neurons give the rest."""
 
 
@@ -453,7 +506,7 @@ class MemoryOptions(Options):
 
     def scratch_beside(self, out: Path) -> Path:
         """Return the folder for activations."""
-        return self.scratch or out.with_name(f".{out.name}.scratch")
+        return self.scratch or beside(out, "scratch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -506,6 +559,7 @@ class TrainingShare(Options):
 class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
     """What models are asked and shown, and how much is trained on."""
 
+    without_flag = ("task_folder", "template_args", "floors")
     image_tokens: Annotated[float | None, INSIDE] = None
     """Share of the tokens that the data's pictures take now; the smaller model sees them with so
     many from calibration on, the original in reports with all. See docs/images-budget.md."""
@@ -513,9 +567,6 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
     """Evaluate on these tasks before, between and after; demo for the built-in ones."""
     baseline: Annotated[str | None, FILE_ONLY] = None
     """Result file of the original model, to save asking it again."""
-    task_folder: Annotated[str | None, FILE_ONLY] = None
-    template_args: Annotated[tuple[str, ...], FILE_ONLY] = ()
-    floors: Annotated[bool, FILE_ONLY] = False
     require: Annotated[tuple[str, ...], FILE_ONLY] = ()
     """What the result must keep, such as agreement >= 95%; else slimvlm compress exits with 3."""
 
@@ -524,7 +575,7 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
 class RunPruning(FileLoading, PruneConfig):
     """What to remove, and how to choose and to mend."""
 
-    gradient: Annotated[Gradient, FILE_ONLY] = PruneConfig.gradient
+    without_flag = ("gradient",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ def num_ranks() -> int:
 
 def is_first_rank() -> bool:
     """Whether this process writes and prints; the others compute the same and stay silent."""
-    return _number("RANK", 0) == 0
+    return num_ranks() == 1 or _number("RANK", 0) == 0
 
 
 def local_rank() -> int:

@@ -2,13 +2,16 @@
 
 Labels are the assistant turns. They are located in the template's output: it is rendered a second
 time with a mark in place of every text, which shows what the template writes around the texts. A
-label begins where generation would begin, and ends with the token that ends an answer.
+label begins where generation would begin, and ends with the token that ends an answer: the first
+special token behind it or, where the template writes none, the tokenizer's end token, which is put
+there.
 """
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateSyntaxError
@@ -60,10 +63,11 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
     """Render a conversation as the model's input text, with a placeholder for each picture."""
     if processor is None:
         raise ConfigError("model: its folder has neither a processor nor a tokenizer")
-    chat = list(messages) if can_see(processor) else [_text_only(m) for m in messages]
-    if getattr(processor, "chat_template", None) is None:
-        turns = [str(_text_only(message)["content"]) for message in messages]
+    if not _has_template(processor):
+        picture = _picture_word(processor)
+        turns = [str(_text_only(message, picture)["content"]) for message in messages]
         return "\n".join(turns) + ("\n" if generate else "")
+    chat = list(messages) if can_see(processor) else [_text_only(m) for m in messages]
     how = {"tokenize": False, "add_generation_prompt": generate}
     how |= getattr(processor, "template_args", {})
     try:
@@ -79,49 +83,72 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
         ) from error
 
 
-def _text_only(message: Message) -> Message:
+def _text_only(message: Message, picture: str | None = None) -> Message:
     content = message["content"]
     if not isinstance(content, str):
-        if any(part["type"] != "text" for part in content):
+        if picture is None and any(part["type"] != "text" for part in content):
             raise DataError("a conversation has pictures, but the model cannot see")
-        content = "".join(part["text"] for part in content)
+        content = "".join(part.get("text", picture) for part in content)
     return {"role": message["role"], "content": content}
+
+
+def _has_template(processor: Any) -> bool:
+    return getattr(processor, "chat_template", None) is not None
+
+
+def _picture_word(processor: Any) -> str | None:
+    """Return what stands for a picture in a text, if no template says so; None if nothing does."""
+    if _has_template(processor) or not can_see(processor):
+        return None
+    if type(processor).__name__ == "Kosmos2_5Processor":  # puts the picture before the text
+        return ""
+    for name in ("boi_token", "image_token"):  # Gemma 3 makes the second of the first
+        if word := getattr(processor, name, None):
+            return str(word)
+    raise ConfigError("model: its processor has neither a chat template nor an image_token")
 
 
 def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Encode conversations as right-padded inputs with ``labels`` on the assistant turns."""
-    texts = [rendered(processor, sample) for sample in samples]
+    located = [_located(processor, sample) for sample in samples]
+    texts = [text for text, _ in located]
     images = [[open_image(image) for image in sample.images] for sample in samples]
     names = ", ".join(repr(sample.id) for sample in samples)
     with raised_as(DataError, DataError, f"sample {names}:"):
         inputs = process(processor, texts, images, padding_side="right")
     labels, tokenizer = torch.full_like(inputs["input_ids"], IGNORE), tokenizer_of(processor)
-    for row, (sample, text, pictures) in enumerate(zip(samples, texts, images, strict=True)):
+    for row, (sample, (text, answers)) in enumerate(zip(samples, located, strict=True)):
         length = int(inputs["attention_mask"][row].sum())
         ids = inputs["input_ids"][row, :length].tolist()
         adds = adds_special_tokens(tokenizer, text)
         plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adds)
+        tokens = plain["input_ids"]
         left, right = torch.tensor(plain["offset_mapping"]).reshape(-1, 2).T
-        added = {0: 0, len(pictures): len(ids) - len(left)}  # tokens that so many pictures add
-        behind, stop = 0, 0  # where the last answer ends: among the plain tokens, and among all
-        for first, last, shown in _answers(processor, sample, text):
-            hits = ((left < last) & (right > first)).nonzero().flatten().tolist()
+        # tokens that so many pictures add: only of none and of all it is known at once
+        added, least = {0: 0, len(sample.images): len(ids) - len(tokens)}, 0
+        for answer in answers:
+            hits = ((left < answer.stop) & (right > answer.start)).nonzero().flatten().tolist()
             if not hits:
                 continue
-            if shown not in added:
-                before = text[:first]
-                with_pictures = process(processor, [before], [pictures[:shown]], "right")
-                alone = tokenizer(before, add_special_tokens=adds)
-                added[shown] = with_pictures["input_ids"].shape[1] - len(alone["input_ids"])
-            answer = plain["input_ids"][hits[0] : hits[-1] + 1]
-            start = hits[0] + added[shown]
-            if ids[start : start + len(answer)] != answer:
-                starts = range(hits[0] - behind + stop, len(ids) - len(answer) + 1)
-                start = next((at for at in starts if ids[at : at + len(answer)] == answer), -1)
-            if start < 0:
+            start, stop = hits[0], hits[-1] + 1
+            more = added.get(answer.images)
+            if more is None or ids[start + more : stop + more] != tokens[start:stop]:
+                # all that stands between two pictures is found as a whole, behind what was found;
+                # the first token may have become another beside the picture's
+                since = int((left < answer.since).sum())
+                places = range(least, len(ids) - stop + 1)
+                found = (
+                    n
+                    for first in range(since, min(since + 2, start) + 1)
+                    for n in places
+                    if ids[first + n : stop + n] == tokens[first:stop]
+                )
+                more = next(found, None)
+            if more is None:
                 raise DataError(f"sample {sample.id!r}: an answer cannot be found among its tokens")
-            behind, stop = hits[-1] + 1, start + len(answer)
-            labels[row, start:stop] = inputs["input_ids"][row, start:stop]
+            least = added[answer.images] = more
+            where = slice(start + more, stop + more)
+            labels[row, where] = inputs["input_ids"][row, where]
         if not (labels[row] != IGNORE).any():
             raise DataError(f"sample {sample.id!r} has no assistant turn to learn from")
     if "labels" in inputs:  # PaliGemma's: tokens of type 0, the prompt's, see each other both ways
@@ -131,7 +158,7 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
 
 def require_readable(processor: Any, sample: Sample) -> None:
     """Raise a `DataError` if `encode_samples` would refuse a sample's text; skip its pictures."""
-    _answers(processor, sample, rendered(processor, sample))
+    _located(processor, sample)
 
 
 def length_of(processor: Any, sample: Sample) -> int:
@@ -142,9 +169,8 @@ def length_of(processor: Any, sample: Sample) -> int:
 
 
 def rendered(processor: Any, sample: Sample) -> str:
-    """Render a sample; name it in errors."""
-    with raised_as(DataError, DataError, f"sample {sample.id!r}:"):
-        return render(processor, sample.messages)
+    """Render a sample, with the token that ends an answer behind each; name it in errors."""
+    return _located(processor, sample)[0]
 
 
 def encode_questions(processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
@@ -166,6 +192,8 @@ def process(
     # some processors have a default side that beats the tokenizer's
     how = {"return_tensors": "pt", "padding": True, "padding_side": padding_side}
     adds = adds_special_tokens(tokenizer, texts[0])
+    if any(images) and type(processor).__name__ == "PaliGemmaProcessor":  # adds a line break
+        texts = [text.removesuffix("\n") for text in texts]
     try:
         check_texts(tokenizer.name_or_path, texts)
         with errors.panics_raised():
@@ -191,20 +219,20 @@ def adds_special_tokens(tokenizer: Any, text: str) -> bool:
     return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
 
 
-def _answers(processor: Any, sample: Sample, text: str) -> list[tuple[int, int, int]]:
-    """Return each answer's span in ``text`` (with its end token) and the pictures before it."""
-    texts, texts_of_turns, marked = list[str](), list[range](), list[Message]()
-    for message in sample.messages:
-        first, content = len(texts), message["content"]
-        parts = []
-        for part in [{"text": content}] if isinstance(content, str) else content:
-            if "text" in part:
-                texts.append(part["text"])
-                part = {**part, "text": _MARK.format(len(texts) - 1)}
-            parts.append(part)
-        texts_of_turns.append(range(first, len(texts)))
-        told = parts[0]["text"] if isinstance(content, str) else parts
-        marked.append({**message, "content": told})
+class _Answer(NamedTuple):
+    """Where an answer is in a text, with the token that ends it, and what stands before it."""
+
+    start: int
+    stop: int
+    images: int  # so many pictures stand before it
+    since: int  # where the words behind the last of these begin
+
+
+def _located(processor: Any, sample: Sample) -> tuple[str, list[_Answer]]:
+    """Render a sample, with an end token behind each answer, and find the answers in the text."""
+    with raised_as(DataError, DataError, f"sample {sample.id!r}:"):
+        text = render(processor, sample.messages)
+    marked, texts, pictures, turns = _marked(sample.messages)
     # two renders of the whole conversation are enough, however many turns it has
     pieces = re.split(_MARKS, render(processor, marked))
     around, order = pieces[::2], [int(number) for number in pieces[1::2]]
@@ -214,6 +242,7 @@ def _answers(processor: Any, sample: Sample, text: str) -> list[tuple[int, int, 
             f"sample {sample.id!r}: the chat template rewrites what was said, so answers cannot be "
             "located"
         )
+    behind = {number: around[place + 1] for place, number in enumerate(order)}
     prompt = ""  # what the template writes before the first answer begins
     if first := next((i for i, m in enumerate(marked) if m["role"] == "assistant"), 0):
         asked, waiting = (
@@ -222,27 +251,86 @@ def _answers(processor: Any, sample: Sample, text: str) -> list[tuple[int, int, 
         )
         same = takewhile(lambda pair: pair[0] == pair[1], zip(asked, waiting, strict=False))
         prompt = waiting[len(list(same)) :] or waiting
-    # an answer ends as the conversation does, up to its first special token
-    last, added = around[-1], tokenizer_of(processor).added_tokens_decoder.values()
+    tokenizer = tokenizer_of(processor)
+    last, special = around[-1], _special_tokens(tokenizer, len(tokenizer))
     count = max((n for n, m in enumerate(marked, 1) if m["role"] == "assistant"), default=0)
     if 0 < count < len(marked):  # a question stands last, and may end in another way
         last = re.split(_MARKS, render(processor, marked[:count]))[-1]
-    ends = [(last.find(t.content), -len(t.content)) for t in added if t.content in last]
-    at, negative_length = min(ends, default=(len(last.rstrip()), 0))
-    end = last[: at - negative_length]
-    answers, images = [], 0
-    for message, numbers in zip(sample.messages, texts_of_turns, strict=True):
-        images += num_images(message)
-        written = [i for i in numbers if i in places]
+    end, picture = _ending(last, special), _picture_word(processor)
+    answers, since = list[_Answer](), dict[int, int]()
+    made, done = "", 0  # the text up to a character, with end tokens
+    for number, (turn, message) in enumerate(zip(turns, sample.messages, strict=True), 1):
+        written = [i for i in turn if i in places]
+        added = len(made) - done
+        for i in written:
+            since.setdefault(pictures[i], places[i][0] + added)
         if message["role"] != "assistant" or not written:
             continue
         start, stop = places[written[0]][0], places[written[-1]][1]
-        before, after = (around[order.index(written[i]) - i] for i in (0, -1))
-        prompted = before.rfind(prompt)
-        start -= len(before) - prompted - len(prompt) if prompted >= 0 else 0
-        stop += len(end) if after.startswith(end) else 0
-        answers.append((start, stop, images))
-    return answers
+        before, after = around[order.index(written[0])], behind[written[-1]]
+        if (prompted := before.rfind(prompt)) >= 0:
+            start -= len(before) - prompted - len(prompt)
+        shown = pictures[written[0]]
+        since[shown] = min(since[shown], start - len(prompt) * (prompted >= 0) + added)
+        if not (sample.is_cut and number == count):
+            rest = after.lstrip()
+            following = next((word for word in special if rest.startswith(word)), picture)
+            if end and after.startswith(end):
+                stop += len(end)
+            elif following != picture:  # GLM's answers end where the next turn begins
+                stop += len(after) - len(rest) + len(str(following))
+            else:
+                made, done = made + text[done:stop] + _end_token(tokenizer), stop
+        answers.append(_Answer(start + added, stop + len(made) - done, shown, since[shown]))
+    return made + text[done:], answers
+
+
+def _marked(
+    messages: Sequence[Message],
+) -> tuple[list[Message], list[str], list[int], list[range]]:
+    """Mark the texts; return messages, texts, pictures before each, and texts of each turn."""
+    marked, texts, pictures, turns = list[Message](), list[str](), list[int](), list[range]()
+    images = 0
+    for message in messages:
+        first, content = len(texts), message["content"]
+        parts = []
+        for part in [{"text": content}] if isinstance(content, str) else content:
+            if "text" in part:
+                texts.append(part["text"])
+                pictures.append(images)
+                part = {**part, "text": _MARK.format(len(texts) - 1)}
+            images += part.get("type") == "image"
+            parts.append(part)
+        turns.append(range(first, len(texts)))
+        told = parts[0]["text"] if isinstance(content, str) else parts
+        marked.append({**message, "content": told})
+    return marked, texts, pictures, turns
+
+
+def _ending(text: str, special: Sequence[str]) -> str:
+    """Return the beginning of a text up to its first special token and those that follow it."""
+    found = [(text.find(word), -len(word)) for word in special if word in text]
+    at, negative_length = min(found, default=(0, 0))
+    at -= negative_length
+    while at and (word := next((word for word in special if text.startswith(word, at)), "")):
+        at += len(word)
+    return text[:at]
+
+
+def _end_token(tokenizer: Any) -> str:
+    if tokenizer.eos_token is None:
+        raise ConfigError(
+            "model: its chat template writes no token behind an answer and its tokenizer has no "
+            "eos_token, so the end of an answer cannot be taught"
+        )
+    return str(tokenizer.eos_token)
+
+
+@lru_cache(4)  # of Gemma's tokenizer it takes 27 ms
+def _special_tokens(tokenizer: Any, size: int) -> list[str]:
+    """List the tokens that are no plain text, longest first; ``size`` tells changes."""
+    words = (token.content for token in tokenizer.added_tokens_decoder.values())
+    return sorted((word for word in words if word.strip()), key=len, reverse=True)
 
 
 def _places(

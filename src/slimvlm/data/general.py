@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from slimvlm.core.documents import digest
 from slimvlm.data.chat import answered_sample
 from slimvlm.data.samples import Question, Sample
 
@@ -27,9 +28,14 @@ def general_samples(count: int, seed: int, longest: int | None = None) -> list[S
     return [answered_sample(Question(f"general text {n}", "Go on.", ()), text) for n, text in drawn]
 
 
+def identity_of_general_text() -> str:
+    """Hash the text, which changes with the versions of the packages."""
+    return f"general text {digest(_prose())[:16]}"
+
+
 @cache
-def _passages(characters: int) -> tuple[str, ...]:
-    """Divide the prose of the descriptions, in the order of the packages' names."""
+def _prose() -> tuple[str, ...]:
+    """Read the prose of the descriptions, in the order of the packages' names."""
     texts, waiting = {"slimvlm": ""}, ["slimvlm"]
     while waiting:
         try:
@@ -43,9 +49,15 @@ def _passages(characters: int) -> tuple[str, ...]:
             if not is_extra and (other := canonicalize_name(needed.name)) not in texts:
                 texts[other] = ""
                 waiting.append(other)
+    lines = (text.splitlines() for _, text in sorted(texts.items()))
+    return tuple("\n".join(line.strip() for line in each if _is_prose(line)) for each in lines)
+
+
+@cache
+def _passages(characters: int) -> tuple[str, ...]:
+    """Divide the prose."""
     found: dict[str, None] = {}
-    for _, text in sorted(texts.items()):
-        whole = "\n".join(line.strip() for line in text.splitlines() if _is_prose(line))
+    for whole in _prose():
         parts = (whole[at : at + characters] for at in range(0, len(whole), characters))
         found |= dict.fromkeys(part.strip() for part in parts)
     return tuple(part for part in found if len(part) > characters // 2)

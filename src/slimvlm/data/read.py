@@ -478,7 +478,8 @@ def fitted(
 
     def with_answer(characters: int) -> Sample:
         content = [{"type": "text", "text": answer[:characters]}]
-        return replace(shorter, messages=(*before, {"role": "assistant", "content": content}))
+        turns = (*before, {"role": "assistant", "content": content})
+        return replace(shorter, messages=turns, is_cut=True)
 
     fits, beyond = 0, len(answer)
     while beyond - fits > 1:  # so many characters fit, so many do not

@@ -26,6 +26,8 @@ class Sample:
     """Turns in chat form; the last one is the assistant's."""
     images: tuple[Image.Image | Path, ...] = ()
     """The pictures (or their paths), one per ``{"type": "image"}`` entry, in order."""
+    is_cut: bool = False
+    """Whether the end of the last answer is missing, so that none is taught."""
 
 
 @dataclass(frozen=True)

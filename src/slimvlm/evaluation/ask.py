@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -350,15 +351,23 @@ def digest_of_questions(weights: str, task: Task, questions: Sequence[Question],
 
 
 def identities_of_tasks(asked: Questions) -> tuple[str, ...]:
-    """Hash what own tasks are made of: files, questions, pictures, and the folder of tasks."""
+    """Hash what own tasks are made of: files, questions, pictures, metrics, the folder of tasks."""
     found = []
     for path in (part.strip() for part in asked.tasks.split(",")):
         if path.endswith((".yaml", ".yml")):
             (task,) = find_tasks(path)
             questions = digest_of_questions("", task, task.load(asked.limit))
-            found += [identity_of_files(path, path), questions]
+            found += [identity_of_files(path, path), questions, *_code_of(task.metric)]
     folder = asked.task_folder
     return (*found, *([] if folder is None else [identity_of_files(folder, folder)]))
+
+
+def _code_of(metric: str) -> list[str]:
+    """Hash the whole package, or the one file, in which a user's own metric stands."""
+    module, is_own, _ = metric.partition(":")
+    found = find_spec(module.partition(".")[0]) if is_own else None
+    places = [] if found is None else found.submodule_search_locations or [found.origin or ""]
+    return [identity_of_files(metric, place) for place in places]
 
 
 class AnswerLog:

@@ -108,7 +108,9 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
             continue
         # the questions by id, with the pictures shown; or none, and why
         questions, why, task = dict[str, Question](), "the task is not known here", tasks.get(name)
-        if task is not None:
+        if task is not None and task.metric != ours.metric:
+            why = f"the task is now scored by {task.metric!r}"
+        elif task is not None:
             try:  # its files may have gone
                 loaded = list(task.load(len(ours.ids)))
                 shown = with_other_pictures(loaded) if a.blind and b.blind else loaded

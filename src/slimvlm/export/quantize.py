@@ -18,7 +18,7 @@ from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.evaluation.bench import stored_bytes
 from slimvlm.models import load as models
 from slimvlm.models.cost import free_memory
-from slimvlm.models.files import unreadable, weight_files
+from slimvlm.models.files import alone, unreadable, weight_files
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, plan_of, write_card
@@ -134,7 +134,7 @@ def quantize(
         settings = BitsAndBytesConfig(**bits, llm_int8_skip_modules=skipped)
     how: Any = {"dtype": "auto", "use_safetensors": True, "quantization_config": settings}
     where, of = models.folder_of(name), models.class_of(config)
-    with unreadable(name, "weights"):
+    with unreadable(name, "weights"), alone(where):
         read = of.from_pretrained(
             where, device_map={"": str(target)}, trust_remote_code=False, **how
         )

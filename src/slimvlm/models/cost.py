@@ -127,7 +127,12 @@ def free_memory(device: torch.device) -> int:
     free: int = psutil.virtual_memory().available
     for limit, used in CONTAINER_LIMITS:
         if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
-            free = min(free, int(most) - int(used.read_text()))
+            stat = used.with_name("memory.stat")  # files that were read and can be dropped
+            pages = dict(
+                re.findall(r"^(\w+) (\d+)$", stat.read_text() if stat.is_file() else "", re.M)
+            )
+            cached = int(pages.get("total_inactive_file", pages.get("inactive_file", 0)))
+            free = min(free, int(most) - int(used.read_text()) + cached)
     return free
 
 

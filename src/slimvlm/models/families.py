@@ -1,13 +1,11 @@
-"""Describe model families as data: `BACKBONES` (decoders) and `FAMILIES` (whole models).
+"""Read ``families.yaml``: `BACKBONES` (decoders) and `FAMILIES` (whole models)."""
 
-A row of `BACKBONES` names the matrices that hold the rows and columns of a unit, and what the
-configuration class allows; a row of `FAMILIES` names the paths of a model's parts. The rules were
-measured on transformers 5.24 and are tested in ``tests/contract/test_families.py``.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 Segment = Literal["query", "query_and_gate", "key_value", "neuron", "expert"]
 HeadRule = Literal["any", "divides_hidden_size", "fixed"]
@@ -64,22 +62,19 @@ class Stack:
     rows: str | None = None
 
 
-_SPLIT_ATTENTION = (
-    Projection("self_attn.q_proj", OUTPUT_ROWS, ("query",)),
-    Projection("self_attn.k_proj", OUTPUT_ROWS, ("key_value",)),
-    Projection("self_attn.v_proj", OUTPUT_ROWS, ("key_value",)),
-    Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
-)
+def _matrices(rows: Mapping[str, str]) -> tuple[Projection, ...]:
+    """Read matrices of units: ``PATH: DIM SEGMENT ... [transposed]``."""
+    found = []
+    for path, text in rows.items():
+        dim, *segments = text.split()
+        is_transposed = segments[-1] == "transposed"
+        blocks: Any = tuple(segments[: len(segments) - is_transposed])
+        found.append(Projection(path, _DIMS[dim], blocks, is_transposed))
+    return tuple(found)
 
 
-def _mlp(module: str, rows: Sequence[str], columns: str, fused: int = 1) -> tuple[Projection, ...]:
-    """Name the matrices of an MLP whose rows are neurons, and the one whose columns are."""
-    neuron: Segment = "neuron"
-    into = (Projection(f"{module}.{name}", OUTPUT_ROWS, (neuron,) * fused) for name in rows)
-    return (*into, Projection(f"{module}.{columns}", INPUT_COLUMNS, (neuron,)))
-
-
-_GATED_MLP = _mlp("mlp", ("gate_proj", "up_proj"), "down_proj")
+_DIMS = {"rows": OUTPUT_ROWS, "columns": INPUT_COLUMNS}
+_TABLES = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +87,8 @@ class Backbone:
     """
 
     # The matrix with `INPUT_COLUMNS` writes to the residual stream. Empty if units cannot go.
-    attention: tuple[Projection, ...] = _SPLIT_ATTENTION
-    mlp: tuple[Projection, ...] = _GATED_MLP
+    attention: tuple[Projection, ...] = _matrices(_TABLES["matrices"]["attention"][0])
+    mlp: tuple[Projection, ...] = _matrices(_TABLES["matrices"]["mlp"][0])
     experts: Experts | None = None  # those of which some can go
     final_norm: str = "norm"  # name of the norm after the last layer
     # ``any``: every head count can be configured. ``divides_hidden_size``: heads must divide the
@@ -121,142 +116,6 @@ class Backbone:
     can_be_uneven: bool = True  # whether `modeling_pruned.py` can cut layers to different widths
 
 
-_PHI_ATTENTION = (*_SPLIT_ATTENTION[:3], Projection("self_attn.dense", INPUT_COLUMNS, ("query",)))
-_PLAIN_MLP = _mlp("mlp", ("fc1",), "fc2")
-_FUSED_ATTENTION = (
-    Projection("self_attn.qkv_proj", OUTPUT_ROWS, ("query", "key_value", "key_value")),
-    Projection("self_attn.o_proj", INPUT_COLUMNS, ("query",)),
-)
-_FUSED_GATED_MLP = _mlp("mlp", ("gate_up_proj",), "down_proj", fused=2)
-_OUT_PROJ_ATTENTION = (
-    *_SPLIT_ATTENTION[:3],
-    Projection("self_attn.out_proj", INPUT_COLUMNS, ("query",)),
-)
-_GATED_OUTPUT_ATTENTION = (
-    Projection("self_attn.q_proj", OUTPUT_ROWS, ("query_and_gate",)),
-    *_SPLIT_ATTENTION[1:],
-)
-_W123_MLP = _mlp("feed_forward", ("w1", "w3"), "w2")
-_EXPERT_NEURONS = _mlp("mlp.experts", ("gate_up_proj",), "down_proj", fused=2)
-_TRANSPOSED_AND_SHARED_NEURONS = (
-    Projection("feed_forward.experts.gate_up_proj", OUTPUT_ROWS, ("neuron", "neuron"), True),
-    Projection("feed_forward.experts.down_proj", INPUT_COLUMNS, ("neuron",), True),
-    *_mlp("feed_forward.shared_expert", ("gate_proj", "up_proj"), "down_proj"),
-)
-
-
-def _experts(module: str, *routers: str, **fields: Any) -> Experts:
-    """Describe experts with two weights each, and what of their routers has an entry for each."""
-    paths = (*routers, f"{module}.gate_up_proj", f"{module}.down_proj")
-    return Experts(module, tuple(Projection(p, ENTRIES, ("expert",)) for p in paths), **fields)
-
-
-_MLP_EXPERTS = _experts("mlp.experts", "mlp.gate.weight")
-_PER_LAYER_EMBEDDINGS = (
-    Stack("embed_tokens_per_layer", INPUT_COLUMNS),
-    Stack("per_layer_model_projection", OUTPUT_ROWS),
-)
-_PER_LAYER_ROWS = (
-    replace(_PER_LAYER_EMBEDDINGS[0], rows="vocab_size_per_layer_input"),
-    _PER_LAYER_EMBEDDINGS[1],
-)
-
-_WITH_LAYER_TYPES = Backbone(layer_lists=("layer_types",))
-_WITH_DIVIDING_HEADS = replace(_WITH_LAYER_TYPES, head_rule="divides_hidden_size")
-_QWEN3_MOE = Backbone(
-    mlp=_EXPERT_NEURONS,
-    experts=_MLP_EXPERTS,
-    layer_indices=("mlp_only_layers",),
-    neuron_field="moe_intermediate_size",
-    neuron_multiple=8,
-    can_be_uneven=False,
-)
-_WITH_FIXED_HEADS = replace(_WITH_DIVIDING_HEADS, head_rule="fixed")
-
-BACKBONES: dict[str, Backbone] = {
-    "llama": Backbone(
-        head_rule="divides_hidden_size",
-        retype="mistral",
-        retype_fields={"sliding_window": None},
-        retype_requires={"attention_bias": False, "mlp_bias": False},
-    ),
-    "mistral": Backbone(),
-    "qwen2": _WITH_LAYER_TYPES,
-    "qwen3": _WITH_LAYER_TYPES,
-    "phi": Backbone(attention=_PHI_ATTENTION, mlp=_PLAIN_MLP, final_norm="final_layernorm"),
-    "phi3": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
-    "gemma": Backbone(),
-    "gemma2": _WITH_DIVIDING_HEADS,
-    "gemma3_text": _WITH_DIVIDING_HEADS,
-    "gemma3n_text": Backbone(
-        attention=(),
-        layer_lists=("layer_types", "activation_sparsity_pattern", "intermediate_size"),
-        layer_stacks=_PER_LAYER_EMBEDDINGS,
-        shared_tail="num_kv_shared_layers",
-        whole_mlp_if="mlp.activation_sparsity",
-        can_be_uneven=False,
-    ),
-    "gemma4_text": Backbone(
-        attention=(),
-        layer_lists=("layer_types",),
-        layer_maps=("per_layer_config",),
-        experts=_experts(
-            *("experts", "router.proj.weight", "router.per_expert_scale"),
-            taken_field="top_k_experts",
-        ),
-        layer_stacks=_PER_LAYER_ROWS,
-        shared_tail="num_kv_shared_layers",
-        whole_mlp_if="config.use_double_wide_mlp",
-        can_be_uneven=False,
-    ),
-    "qwen2_vl_text": _WITH_FIXED_HEADS,
-    "qwen2_5_vl_text": _WITH_FIXED_HEADS,
-    "qwen3_vl_text": Backbone(),
-    "qwen3_vl_moe_text": _QWEN3_MOE,
-    "qwen3_moe": _QWEN3_MOE,
-    "qwen3_5_moe_text": replace(
-        _QWEN3_MOE,
-        attention=_GATED_OUTPUT_ATTENTION,
-        layer_lists=("layer_types",),
-        layer_indices=(),
-    ),
-    "qwen3_5_text": Backbone(attention=_GATED_OUTPUT_ATTENTION, layer_lists=("layer_types",)),
-    "stablelm": Backbone(head_rule="fixed"),
-    "cohere2": _WITH_LAYER_TYPES,
-    "phi4_multimodal": Backbone(attention=_FUSED_ATTENTION, mlp=_FUSED_GATED_MLP),
-    "glm_ocr_text": Backbone(mlp=_FUSED_GATED_MLP),
-    "paddleocr_vl_text": Backbone(),
-    "glm4v_text": Backbone(mlp=_FUSED_GATED_MLP, head_rule="fixed"),
-    "mllama_text_model": Backbone(head_rule="fixed", layer_indices=("cross_attention_layers",)),
-    "llama4_text": Backbone(
-        mlp=_TRANSPOSED_AND_SHARED_NEURONS,
-        experts=_experts(
-            *("feed_forward.experts", "feed_forward.router.weight"),
-            count_field="num_local_experts",
-            transposed=True,
-        ),
-        layer_lists=("layer_types", "no_rope_layers"),
-        layer_indices=("moe_layers",),
-        can_be_uneven=False,
-    ),
-    "lfm2": Backbone(
-        attention=_OUT_PROJ_ATTENTION,
-        mlp=_W123_MLP,
-        final_norm="embedding_norm",
-        layer_lists=("layer_types",),
-        width_fields={"block_auto_adjust_ff_dim": False},
-    ),
-    "molmo2_text": Backbone(layer_indices=("rope_scaling_layers",), live_lists=("rope_types",)),
-    "kosmos_2_5_text_model": Backbone(
-        attention=_OUT_PROJ_ATTENTION,
-        mlp=(),
-        final_norm="layer_norm",
-        head_rule="fixed",
-        can_be_uneven=False,
-    ),
-}
-
-
 @dataclass(frozen=True)
 class Knob:
     """A setting of a family's image processor that bounds how many tokens a picture becomes."""
@@ -275,6 +134,8 @@ class Family:
     backbone: str = "model.language_model"
     head: str = "lm_head"  # path
     vision: str | None = None  # path of the vision tower; None for a text model
+    # Types that the tower's configuration may have, where the family's class allows any.
+    tower_types: tuple[str, ...] = ("clip_vision_model", "siglip_vision_model", "pixtral")
     projector: tuple[str, ...] = ()  # paths of modules from towers' features to the text model
     other_towers: tuple[str, ...] = ()  # paths, such as that of an audio tower
     text_config: str | None = "text_config"  # attribute; None if the configuration is the text's
@@ -295,93 +156,36 @@ class Family:
         return (*(() if self.vision is None else (self.vision,)), *self.other_towers)
 
 
-_ONLY_INSIDE = (
-    *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_text"),
-    *("mllama_text_model", "molmo2_text", "kosmos_2_5_text_model", "phi4_multimodal"),
-    *("glm_ocr_text", "paddleocr_vl_text"),
-)
-"""Types of language models that transformers offers as a part of another model only."""
+def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the fields of a row, lists as tuples."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
 
-_PIXELS, _PATCHES = (Knob("size.longest_edge", "pixels"),), (Knob("max_patches"),)
-_PIECES = (Knob("max_tiles"), Knob("max_image_tokens"))
-_NUMBERED = "max_image_tiles also numbers the embeddings of the tiles' arrangements"
-_SPLIT = (Knob("do_image_splitting", (False,)),)
-_SOFT_TOKENS = (Knob("max_soft_tokens", (1120, 560, 280, 140, 70)),)
 
-_LLAVA = Family(vision="model.vision_tower", projector=("model.multi_modal_projector",))
-_PATCHED_LLAVA = replace(_LLAVA, pictures=_PATCHES)
-_IDEFICS = Family(
-    backbone="model.text_model",
-    vision="model.vision_model",
-    projector=("model.connector",),
-    pictures=_PIXELS,
-)
-_QWEN_VL = Family(vision="model.visual", projector=("model.visual.merger",), pictures=_PIXELS)
-_QWEN3_VL = replace(
-    _QWEN_VL,
-    projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
-    pinned_layers="vision_config.deepstack_visual_indexes",
-)
-_GEMMA = Family(
-    vision="model.vision_tower",
-    projector=("model.embed_vision", "model.embed_audio"),
-    other_towers=("model.audio_tower",),
-    caps_logits=True,
-)
-_ANYRES = replace(
-    _LLAVA,
-    projector=("model.multi_modal_projector", "model.image_newline"),
-    pictures=(Knob("image_grid_pinpoints", "grids"),),
-)
+def _backbone(row: Mapping[str, Any]) -> Backbone:
+    fields = _fields(row)
+    fields |= {name: _matrices(row[name]) for name in ("attention", "mlp") if name in row}
+    if (experts := row.get("experts")) is not None:
+        entries = tuple(Projection(path, ENTRIES, ("expert",)) for path in experts["entries"])
+        fields["experts"] = Experts(**{**experts, "entries": entries})
+    stacks = (
+        Stack(**{**stack, "dim": _DIMS[stack["dim"]]}) for stack in row.get("layer_stacks", ())
+    )
+    return Backbone(**{**fields, "layer_stacks": tuple(stacks)})
 
+
+def _family(row: Mapping[str, Any]) -> Family:
+    fields = _fields(row)
+    if isinstance(knobs := fields.get("pictures"), tuple):
+        fields["pictures"] = tuple(Knob(**_fields(knob)) for knob in knobs)
+    return Family(**fields)
+
+
+BACKBONES: dict[str, Backbone] = {n: _backbone(row) for n, row in _TABLES["backbones"].items()}
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("vipllava", "fast_vlm", "gemma3"), _LLAVA),
-    # Pixtral's processor bounds the edge; those of CLIP and SigLIP have no such setting
-    **dict.fromkeys(("llava", "mistral3"), replace(_LLAVA, pictures=_PIXELS)),
-    **dict.fromkeys(("internvl", "aya_vision", "cohere2_vision"), _PATCHED_LLAVA),
-    "perception_lm": replace(_LLAVA, pictures=(Knob("max_num_tiles"),)),
-    "molmo2": replace(_LLAVA, pictures=(Knob("max_crops"),)),
-    "lfm2_vl": replace(_LLAVA, pictures=_PIECES),
-    **dict.fromkeys(("llava_next", "llava_onevision"), _ANYRES),
-    **{"gemma3n": _GEMMA, "gemma4": replace(_GEMMA, pictures=_SOFT_TOKENS)},
-    **dict.fromkeys(("idefics3", "smolvlm"), _IDEFICS),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe"), _QWEN_VL),
-    **dict.fromkeys(("glm4v", "glm_ocr"), _QWEN_VL),
-    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), _QWEN3_VL),
-    "paligemma": replace(_LLAVA, caps_logits=True),
-    "paddleocr_vl": replace(_QWEN_VL, projector=("model.projector",)),
-    "minicpmv4_6": replace(_LLAVA, projector=("model.merger",), pictures=(Knob("max_slice_nums"),)),
-    "idefics2": replace(_IDEFICS, fixed_neurons=True, pictures=_SPLIT),
-    "deepseek_vl": Family(vision="model.vision_model", projector=("model.aligner",)),
-    "video_llama_3": replace(_QWEN_VL, vision="model.vision_model", projector=("model.projector",)),
-    "ovis2": replace(_PATCHED_LLAVA, projector=("model.visual_embeddings_table",)),
-    "phi4_multimodal": Family(
-        backbone="model",
-        vision="model.embed_tokens_extend",
-        projector=(
-            "model.embed_tokens_extend.image_embed.img_projection_up",
-            "model.embed_tokens_extend.image_embed.img_projection_down",
-        ),
-        text_config=None,
-        pictures=(Knob("dynamic_hd"),),
-    ),
-    "mllama": replace(_LLAVA, vision="model.vision_model", pictures=_NUMBERED),
-    "llama4": Family(
-        backbone="language_model.model",
-        head="language_model.lm_head",
-        vision="vision_model",
-        projector=("multi_modal_projector",),
-        pictures=_PATCHES,
-    ),
-    "kosmos-2.5": Family(
-        backbone="text_model.model",
-        head="text_model.lm_head",
-        vision="vision_model",
-        projector=("image_to_text_projection", "text_model.model.segment_emb"),
-    ),
+    **{name: _family(row) for name, row in _TABLES["families"].items()},
     **{
         text_type: Family(backbone="model", text_config=None, caps_logits=True)
         for text_type in BACKBONES
-        if text_type not in _ONLY_INSIDE
+        if text_type not in _TABLES["only_inside"]
     },
 }

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import itemgetter
@@ -23,14 +23,17 @@ from huggingface_hub import errors as hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedConfig, dynamic_module_utils
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import (
+    AUDIO_TOKENIZER_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
 )
+from transformers.utils import hub as hub_files
 from transformers.utils.hub import cached_file
 
 from slimvlm.core import errors
@@ -46,6 +49,21 @@ SETTINGS = (
     "chat_template.json",
 )
 """Files that must hold names and values if they are there."""
+_TIMM = {
+    *("depth", "embed_dim", "embed_dims", "layers", "mlp_ratios", "num_heads", "img_size"),
+    *("patch_size", "init_values", "global_pool", "ref_feat_shape", "use_post_transformer_norm"),
+    *("class_token", "qkv_bias", "inference_mode"),
+}
+"""Arguments of timm's models that a configuration may give; others name files to read."""
+_READERS = r"\w*(Processor|Extractor|Tokenizers?|Backend)(Fast|Pil)?"
+_TEXTS = {
+    r"(processor|tokenizer)_class|(image|video)_processor_type|\w+_extractor_type": _READERS,
+    r"architecture": r"[\w.-]*",
+}
+"""Names of classes and of timm's models, and the pattern of their values; other classes of
+transformers read weights, and timm asks the hub for names with a colon."""
+_UNREAD = r"\w*(attn|experts)_implementation\w*|transformers_weights"
+"""Keys of configurations that name kernels to download, or other files of weights."""
 _HUB_ID = r"\w[\w.-]*/[\w.-]+"
 _ONLY = ["tokenizer.json"]  # the tokenizer that is checked before it is read, and thus no other
 _MOST_SETTINGS, _MOST_TEMPLATE = 64 * 2**20, 2**20  # bytes of settings, and of a chat template
@@ -95,6 +113,44 @@ def unreadable(model: str | Path, what: str) -> Iterator[None]:
         raise ConfigError(f"model {str(model)!r}: {told}") from error
 
 
+@contextmanager
+def alone(model: str | Path, trust_remote_code: bool = False) -> Iterator[None]:
+    """Inside, transformers reads no other model, asks nothing, and is told of no kernels.
+
+    Relies on: all its files are found by ``cached_files``, and configurations by
+    ``_get_config_dict``. Tried with 5.24.
+    """
+    place, plain = split_revision(model)[0], vars(PreTrainedConfig)["_get_config_dict"].__func__
+    search = hub_files.cached_files
+
+    def found(path_or_repo_id: str | Path, *given: Any, **named: Any) -> Any:
+        if str(path_or_repo_id) != place and not trust_remote_code:
+            told = f"names another, {shortened(str(path_or_repo_id))}, which is not read"
+            raise ConfigError(f"model {str(model)!r}: {told}")
+        return search(path_or_repo_id, *given, **named)
+
+    def described(kind: Any, *given: Any, **named: Any) -> tuple[Any, Any]:
+        values, rest = plain(kind, *given, **named)
+        return _without_kernels(values), rest
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (hub_files, "cached_files", found),
+            (PreTrainedConfig, "_get_config_dict", classmethod(described)),
+            (dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0),  # seconds to wait for an answer
+        ):
+            stack.callback(setattr, owner, name, vars(owner)[name])
+            setattr(owner, name, value)
+        yield
+
+
+def _without_kernels(values: Any) -> Any:
+    if isinstance(values, dict):
+        kept = {k: v for k, v in values.items() if not re.fullmatch(_UNREAD, k)}
+        return {key: _without_kernels(value) for key, value in kept.items()}
+    return [*map(_without_kernels, values)] if isinstance(values, list) else values
+
+
 def split_revision(model: str | Path) -> tuple[str, dict[str, Any]]:
     """Split ``OWNER/NAME@REVISION`` into a hub id and arguments; the name of a folder is whole."""
     name, sign, revision = str(model).partition("@")
@@ -111,7 +167,13 @@ def check_folder(model: str | Path) -> None:
     Refused are links out of the folder (but to the hub's cache), an index that names anything but
     safetensors files in it, adapters, and malformed files. Of a hub id the small files are read.
     """
-    small = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *SETTINGS)
+    small = (
+        CONFIG_NAME,
+        GENERATION_CONFIG_NAME,
+        SAFE_WEIGHTS_INDEX_NAME,
+        *SETTINGS,
+        AUDIO_TOKENIZER_NAME,
+    )
     folder = Path(model)
     if not folder.is_dir():
         found = [file_if_reachable(str(model), name) for name in (*small, ADAPTER)]
@@ -128,6 +190,12 @@ def check_folder(model: str | Path) -> None:
             _require_plausible(values, f"{where}: {name}:")
             if values.get("fast_tokenizer_files", _ONLY) != _ONLY:
                 raise ConfigError(f"{where}: {name}: fast_tokenizer_files must be {_ONLY}")
+            if "configuration_files" in values:
+                raise ConfigError(f"{where}: {name}: configuration_files names others; remove it")
+    if (folder / AUDIO_TOKENIZER_NAME).exists():
+        raise ConfigError(
+            f"{where}: {AUDIO_TOKENIZER_NAME} names another model, which is not read; remove it"
+        )
     if (folder / TEMPLATE).exists():
         read_text(folder / TEMPLATE, "model", _MOST_TEMPLATE)
     if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
@@ -254,6 +322,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
 def _require_plausible(values: Any, where: str, name: str = "") -> None:
     """Check every number and every name of code, at any depth."""
     if isinstance(values, dict):
+        odd = sorted(values.keys() - _TIMM) if name == "model_args" else []
+        if odd or "audio_tokenizer" in values:
+            told = "names what is not read" if odd else "names another model, which is not read"
+            raise ConfigError(
+                f"{where} {shortened([*odd, 'audio_tokenizer'][0])} {told}; remove it"
+            )
         longest = values.get("longest_edge")
         are_areas = isinstance(longest, int) and longest > 2**12  # of Qwen's processors
         for key, value in values.items():
@@ -266,8 +340,10 @@ def _require_plausible(values: Any, where: str, name: str = "") -> None:
         if row is not None and not row[1] <= values <= row[2]:
             limits = f"{row[1]} to {row[2]:,}"
             raise ConfigError(f"{where} {name} {shortened(values)} must be {limits}")
-    elif isinstance(values, str) and name.endswith("_implementation") and "/" in values:
-        raise ConfigError(f"{where} {name} {shortened(values)} names code, which is not run")
+    elif isinstance(values, str):
+        for names, pattern in _TEXTS.items():
+            if re.fullmatch(names, name) and not re.fullmatch(pattern, values):
+                raise ConfigError(f"{where} {name} {shortened(values)} names what is not run here")
 
 
 class Origin(NamedTuple):

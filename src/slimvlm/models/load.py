@@ -29,12 +29,13 @@ from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.templates import check_tokenizer
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.families import FAMILIES
+from slimvlm.models.families import BACKBONES, FAMILIES
 from slimvlm.models.files import (
     ADAPTER,
     LORA_WEIGHTS,
     SETTINGS,
     TEMPLATE,
+    alone,
     check_folder,
     file_if_reachable,
     read_adapter,
@@ -258,16 +259,19 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
     """Read a model's configuration and check that slimvlm knows it; no weights are read."""
     name = resolve(model)
     where = "" if Path(name).is_dir() else "no such folder, and not found on the hub; "
-    with unreadable(model, f"{where}config"):
+    with unreadable(model, f"{where}config"), alone(name, trust_remote_code):
         check_folder(name)
         place, how = split_revision(name)
-        kind = PreTrainedConfig.get_config_dict(place, **how)[0].get("model_type")
+        values = PreTrainedConfig.get_config_dict(place, **how)[0]
+        kind = values.get("model_type")
         if kind is not None and kind not in transformers.CONFIG_MAPPING and kind not in FAMILIES:
             raise UnsupportedModelError(
                 f"model {str(model)!r}: model_type {shortened(kind)} needs trust_remote_code, and "
                 "slimvlm prunes classes of transformers alone. Take a version that loads without "
                 "(often named -hf), or try slimvlm convert"
             )
+        if isinstance(kind, str):
+            _require_known_parts(kind, values)
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             place, trust_remote_code=trust_remote_code, **how
         )
@@ -275,6 +279,20 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
         backbone_of(config)
         check_widths_(config)
     return config
+
+
+def _require_known_parts(kind: str, values: Mapping[str, Any]) -> None:
+    """Refuse parts of types that no row names, before a configuration of them is made."""
+    family = family_of(kind)
+    for part, reader in transformers.CONFIG_MAPPING[kind].sub_configs.items():
+        named = values.get(part)
+        of_part = named.get("model_type") if isinstance(named, dict) else None
+        known = BACKBONES if part == family.text_config else family.tower_types
+        if reader is AutoConfig and of_part is not None and of_part not in known:
+            told = (
+                f"model_type {shortened(of_part)} is not known. Known: {', '.join(sorted(known))}"
+            )
+            raise UnsupportedModelError(f"{part} inside {kind!r}: {told}")
 
 
 def load(
@@ -327,7 +345,7 @@ def load(
     reporter = logging.getLogger("transformers.modeling_utils")
     was_disabled, reporter.disabled = reporter.disabled, True  # it would print names in the files
     try:
-        with unreadable(model, "weights"):
+        with unreadable(model, "weights"), alone(repository, trust_remote_code):
             loaded, report = source.from_pretrained(
                 repository, trust_remote_code=trust_remote_code, **how
             )
@@ -482,7 +500,8 @@ def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
     with unreadable(name, "tokenizer"):
         if (file := file_if_reachable(name, "tokenizer.json")) is not None:
             check_tokenizer(Path(file), name)
-    with unreadable(name, "processor" if sees else "tokenizer"):
+    kind = "processor" if sees else "tokenizer"
+    with unreadable(name, kind), alone(name, trust_remote_code):
         place, how = split_revision(name)
         processor = auto.from_pretrained(place, trust_remote_code=trust_remote_code, **how)
         tokenizer_of(processor)("a")  # some settings fail at the first word

@@ -147,7 +147,7 @@ def layer_matrices(
                 missing.append(projection.path)
         if present and missing:
             raise UnsupportedModelError(
-                f"{type(layer).__name__} has no {missing[0]!r}, which its row of families.py names"
+                f"{type(layer).__name__} lacks {missing[0]!r}, which its row of families.yaml names"
             )
         return present
 

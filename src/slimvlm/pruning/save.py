@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from slimvlm.core.documents import parse_yaml, read_text
-from slimvlm.core.errors import ConfigError, ReloadError
+from slimvlm.core.errors import ConfigError, ReloadError, SlimError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free, write_text
 from slimvlm.data import chat
 from slimvlm.data.chat import tokenizer_of
@@ -32,7 +32,7 @@ from slimvlm.models.cost import free_memory
 from slimvlm.models.files import file_if_reachable, split_revision, write_weights
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.losses import CHUNK
-from slimvlm.models.parts import Parts, text_config_of
+from slimvlm.models.parts import Parts, context_of, text_config_of
 from slimvlm.models.pictures import PictureBudget, llama_cpp_option
 from slimvlm.models.serving import check as check_serving
 from slimvlm.planning.plan import Plan
@@ -187,6 +187,7 @@ Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no 
 PLAN_FILE = "slimvlm_plan.json"
 FIRST_PLAN_FILE = "slimvlm_first_plan.json"  # of the original, where a later plan pruned further
 SHARD_BYTES = 10**9  # largest weight file written tensor by tensor: one is in memory at a time
+_MOST = 2**14  # tokens of a probe: a picture of 96 x 96 has a few thousand at most
 _COMPARED = 24  # tensors that are compared bit by bit when a folder is read back
 PROBE_TEXT = " Plain words, žluťoučký kůň,\n\t日本語, ελληνικά, 🙂 and  1234567890"
 
@@ -343,7 +344,10 @@ def write_folder(
                 ours, count = tokenizer_of(processor), len(plan.tokens)
                 if again.get_vocab() != ours.get_vocab() or len(again) != count:
                     raise ReloadError(f"{where}: the tokenizer reads back with other tokens")
-                for text in (PROBE_TEXT, chat.render(processor, probe_messages(processor))):
+                texts = [PROBE_TEXT]
+                with suppress(SlimError):
+                    texts.append(chat.render(processor, probe_messages(processor)))
+                for text in texts:
                     read, known = (t.decode(t(text)["input_ids"]) for t in (again, ours))
                     if read != known:
                         raise ReloadError(f"{where}: the tokenizer that reads back changes texts")
@@ -428,14 +432,20 @@ def last_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def probe(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
-    """Make a small input to compare two copies of a model, with a picture if it sees."""
+    """Make a small input to compare two copies of a model: a short chat, or random tokens.
+
+    The latter where its template refuses that chat, or makes more tokens of it than the model
+    reads: after a walk, no template may cost the work.
+    """
     if processor is not None and getattr(processor, "chat_template", None) is not None:
         sees = chat.can_see(processor)
         picture = Image.linear_gradient("L").resize((96, 96)).convert("RGB")
         sample = Sample("probe", probe_messages(processor), (picture,) * sees)
-        inputs = chat.encode_samples(processor, [sample])
-        inputs.pop("labels")
-        return inputs
+        with suppress(SlimError):
+            inputs = chat.encode_samples(processor, [sample])
+            inputs.pop("labels")
+            if inputs["input_ids"].shape[1] <= min(context_of(model.config) or _MOST, _MOST):
+                return inputs
     generator = torch.Generator().manual_seed(0)
     vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     ids = torch.randint(3, max(vocabulary // 2, 4), (1, 16), generator=generator)

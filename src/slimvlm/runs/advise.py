@@ -208,7 +208,7 @@ def _ratio(
     if params is not None:
         return ratio_for_params(shape, params)
     if name == "ratio":
-        return float(value)
+        return float(options.RatioOptions(ratio=value).ratio or 0.0)
     if not 0 < value <= 1:
         raise ConfigError(f"target_latency {value} must be above 0 and at most 1")
     fastest = 1.0  # of the ratios whose recipe was measured, in ascending order

@@ -22,6 +22,7 @@ from slimvlm.core.files import discard_replacement, held, replacement, require_f
 from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig, part_of
 from slimvlm.core.progress import Say
 from slimvlm.data.chat import USUAL_SIZE
+from slimvlm.data.general import identity_of_general_text
 from slimvlm.data.read import identity_of_data
 from slimvlm.evaluation import on_data
 from slimvlm.evaluation.ask import identities_of_tasks
@@ -38,7 +39,7 @@ from slimvlm.pruning.save import CardFacts, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.runs import stages, tables
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.runs.request import Request, ratio_of, scored_by, tokens_alone
+from slimvlm.runs.request import Request, ratio_of, resolved, scored_by, tokens_alone
 from slimvlm.runs.stages import ORIGINAL, PRUNED, RECOVERED, Calibration, SampleSplit
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
@@ -51,6 +52,15 @@ _NOT_TRAINED = "none"
 
 def request_of(model: str, config: CompressConfig) -> Request:
     """Make the request of a run. Before training, an axis that is not named is ``auto``."""
+    of_tasks = ("limit", "batch_size", "baseline", "task_folder", "floors")
+    for needed, names in (("tasks", of_tasks), ("data", ("training_samples", "report_samples"))):
+        for name, value in options.given_of(config, names).items():
+            if value and getattr(config, needed) is None:
+                raise ConfigError(f"{name} {value!r} needs --{needed}")
+    if config.recover is not None and config.data is None:
+        raise ConfigError(f"train {config.recover.train!r} needs --data")
+    if config.recover is None and config.training_samples is not None:
+        raise ConfigError(f"training_samples {config.training_samples}: nothing is trained")
     prune = part_of(config, PruneConfig)
     if prune.axis is None and prune.data is not None and config.recover is not None:
         prune = replace(prune, axis="auto")
@@ -213,10 +223,19 @@ def config_from(given: Mapping[str, Any], model: str) -> CompressConfig:
     chart = recipe_for(ratio, has_data and train != _NOT_TRAINED)
     if train is None and chart.train == "projector" and not anatomy(model).projector_params:
         chart = recipe_for(ratio, has_data, has_projector=False)
+    if how.setdefault("seed", config.seed) != config.seed:
+        raise ConfigError(f"recover: seed {how['seed']}: a run has one, which is {config.seed}")
     how["train"] = train or chart.train or _NOT_TRAINED
     if how["train"] == _NOT_TRAINED:
+        how = {
+            name: v for name, v in how.items() if name not in ("train", "seed") and v is not None
+        }
+        unused = documents.built(RecoverConfig, how, "recover")
+        for name, value in options.given_of(unused, how).items():
+            why = "nothing is trained" if has_data else "it needs --data"
+            raise ConfigError(f"{name} {value!r}: {why}")
         return config
-    how |= {"loss": how.get("loss") or chart.loss, "seed": how.get("seed") or config.seed}
+    how["loss"] = how.get("loss") or chart.loss
     return replace(config, recover=documents.built(RecoverConfig, how, "recover"))
 
 
@@ -224,10 +243,13 @@ def _about(model: str, config: CompressConfig) -> dict[str, Any]:
     """Describe a run by its options and by hashes of the files that they name, which are read."""
     made_from = [documents.identity_of_files(model, resolve(model))]
     made_from += [] if config.data is None else [identity_of_data(config.data)]
-    if config.vocab_text is not None:
-        made_from.append(documents.identity_of_files(config.vocab_text, config.vocab_text))
-    if (questions := request_of(model, config).questions) is not None:
-        made_from += identities_of_tasks(questions)
+    for file in (config.vocab_text, config.baseline):
+        made_from += [] if file is None else [documents.identity_of_files(file, file)]
+    request = request_of(model, config)
+    if request.questions is not None:
+        made_from += identities_of_tasks(request.questions)
+    if resolved(request, shape=anatomy(model)).prune.general_text:
+        made_from.append(identity_of_general_text())
     return {"model": model, **documents.asked(config), "made_from": made_from}
 
 
@@ -437,7 +459,8 @@ def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any
     where, values = f"config {str(path)!r}", read(path, "config")
     if not isinstance(values, dict) or not isinstance(values.get("model"), str):
         raise ConfigError(f"{where}: must name a model, and options")
-    chosen = {name: v for name, v in values.items() if name not in ("model", "made_from")}
+    meta = ("model", "made_from", documents.VERSION)
+    chosen = {name: v for name, v in values.items() if name not in meta}
     for name in {"trust_remote_code", "force"} & chosen.keys():
         if chosen[name]:
             flag = f"--{name.replace('_', '-')}"
@@ -445,8 +468,14 @@ def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any
         del chosen[name]
     if chosen.get("recover") == _NOT_TRAINED:
         chosen["recover"] = None
-    given = chosen.get("recover", {})
-    return values["model"], documents.built(CompressConfig, chosen, where), given
+    given, config = chosen.get("recover", {}), documents.built(CompressConfig, chosen, where)
+    if config.recover is not None:
+        if read is documents.read_yaml and given.get("seed", config.seed) != config.seed:
+            raise ConfigError(
+                f"{where}: recover: seed {given['seed']}: a run has one, {config.seed}"
+            )
+        config = replace(config, recover=replace(config.recover, seed=config.seed))
+    return values["model"], config, given
 
 
 def _unusual(config: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
-from slimvlm.core.options import Axis, PruneConfig, Questions, RecoverConfig, SizeOptions
+from slimvlm.core.options import Axis, PruneConfig, Questions, RecoverConfig, SizeOptions, given_of
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.general import SHARE as GENERAL_TEXT
 from slimvlm.data.roles import parse_token_weights
@@ -32,6 +32,7 @@ from slimvlm.scoring import criteria as scoring
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.unit_scores import Scores, Statistics
 
+_OF_DATA = ("images", "max_bad", "max_length", "too_long", "repair", "local_steps", "general_text")
 _RATIO_STEP = 1e-3  # how much further a ratio goes at least while it is too small
 
 
@@ -88,6 +89,8 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
         needs_tokens = config.vocab_size == "auto" and config.vocab_text is None
         chosen = (config.ratio or config.experts) and reads and not reads & set(config.criterion)
         if chosen and config.data is None and not needs_tokens:  # default criteria choose
+            if config.images is not None:
+                raise ConfigError(f"images {config.images!r} needs --data")
             say("no --data: calibrating on the demo's conversations")
             config = replace(config, data="demo", images=None, too_long="cut")
             request = replace(request, recover=None, report_samples=0)
@@ -205,14 +208,11 @@ def check_options(config: PruneConfig) -> None:
         parse_token_weights(config.token_weights)
         if not data_bound:
             raise ConfigError(f"token_weights {config.token_weights!r}: no criterion reads data")
-    if config.data is None and config.repair not in ("none", "auto"):
-        raise ConfigError(f"repair {config.repair!r} needs --data")
     if config.vocab_size == "auto" and config.data is None and config.vocab_text is None:
         raise ConfigError("vocab_size 'auto' needs --data or --vocab-text")
-    if config.data is None and config.local_steps:
-        raise ConfigError(f"local_steps {config.local_steps} needs --data")
-    if config.data is None and config.general_text:
-        raise ConfigError(f"general_text {config.general_text} needs --data")
+    for name, value in given_of(config, _OF_DATA).items():
+        if config.data is None and value not in (0, "none"):  # what `resolved` takes without data
+            raise ConfigError(f"{name} {value!r} needs --data")
 
 
 def require_possible(request: Request, anatomy: Anatomy, say: Say) -> None:

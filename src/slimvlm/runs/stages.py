@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.documents import digest
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import Axis, CalibrationConfig, DataConfig, part_of
+from slimvlm.core.options import Axis, CalibrationConfig, DataConfig, RecoverConfig, part_of
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data.general import general_samples
 from slimvlm.data.read import estimated_length, interleaved, load_samples
@@ -44,6 +44,7 @@ from slimvlm.scoring.stores import Memory, Scratch, Store
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 from slimvlm.training.recover import recover as train
+from slimvlm.training.trainer import prepare_training
 
 HELD_OUT_EVERY = 4  # every fourth calibration sample is held out, to judge plans and repairs
 UNSEEN_SHARE, FEWEST_UNSEEN = 5, 2  # fewer than two have no interval
@@ -145,6 +146,12 @@ def read_split(request: Request, say: Say) -> SampleSplit:
     return found
 
 
+def try_lora(config: PreTrainedConfig, recover: RecoverConfig | None) -> None:
+    """Refuse what PEFT refuses of ``lora``: try it on a model without weights."""
+    if recover is not None and recover.train == "lora" and recover.lora:
+        prepare_training(models.empty_model(config), recover)
+
+
 def settled(
     request: Request, given: Plan | None, say: Say
 ) -> tuple[Request, Plan | None, SampleSplit]:
@@ -165,6 +172,7 @@ def settled(
         requests.require_possible(request, shape, silent if config.loses_tokens else say)
     if (line := lost_heads(described)) is not None:
         say(line)
+    try_lora(described, request.recover)
     samples = read_split(request, say)
     if request.recover is not None and request.recover.train == "projector" and samples.training:
         if not shape.projector_params:

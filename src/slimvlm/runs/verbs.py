@@ -19,9 +19,18 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 from slimvlm.core import options
 from slimvlm.core.documents import asked, read_object
 from slimvlm.core.errors import ConfigError, ReloadError
-from slimvlm.core.files import mark_checkpoint, new_folder, path_of, require_free, write_text
+from slimvlm.core.files import (
+    beside,
+    mark_checkpoint,
+    new_folder,
+    path_of,
+    require_free,
+    working_folder,
+    write_text,
+)
 from slimvlm.core.progress import Say, is_first_rank, num_ranks
 from slimvlm.data.chat import answered_sample
+from slimvlm.data.general import identity_of_general_text
 from slimvlm.data.read import identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation import ask, gates, on_data
@@ -184,6 +193,11 @@ def prune(
         raise ConfigError(
             "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
         )
+    planned = ("axis", "allocation", "criterion", "gradient", "units", "protect", "round_to")
+    for name, value in options.given_of(config, planned if plan_file else ()).items():
+        raise ConfigError(f"{name} {value!r}: --plan says what goes; leave out one of them")
+    if config.data is None and report.report_samples:
+        raise ConfigError(f"report_samples {report.report_samples} needs --data")
     plan = None if plan_file is None else Plan.load(plan_file)
     request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
     if memory.low_memory:
@@ -229,6 +243,7 @@ def _prune_from_files(
     config, model, unseen = request.prune, request.model, samples.report
     device, (opened, processor) = device_named(config.device), _opened(request)
     data = [] if config.data is None else [identity_of_data(config.data)]
+    data += [identity_of_general_text()] if config.general_text else []
     noted = {"asked": asked(request), "data": data, **opened.identity}
     noted["plan"] = None if plan is None else plan.to_dict()
     Scratch(scratch).keep_if_same("request.json", noted)
@@ -342,11 +357,12 @@ def recover(
     if shard and source.device is not None:
         raise ConfigError(f"device {source.device!r}: with --shard every process has its own")
     check_models(source, *filter(None, (model, teacher)))
+    stages.try_lora(models.load_config(model, source.trust_remote_code), config)
     samples = stages.samples_for(model, source, None, say)
     student, processor = loaded(model)
     original = None if teacher is None else loaded(teacher, "cpu")[0]
     plan = plan_of(model)
-    work = out.with_name(f".{out.name}.training")
+    work = working_folder(beside(out, "training"))
     history = train(student, original, samples, config, processor, work, plan)
     if shard:
         weights = gathered_weights(student)

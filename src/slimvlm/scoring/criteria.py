@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from slimvlm.core import removed
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
 from slimvlm.models.hidden import weight_of
@@ -139,7 +138,8 @@ CRITERIA: dict[str, Criterion] = {
     "block_influence": Criterion(
         ("layer",), HIDDEN_STATES, forward.score_block_influence, "ShortGPT, arXiv:2403.03853",
         "1 - mean cosine between a layer's input and output",
-        options={"reduction": ("mean", "sum"), "last_layer": ("prenorm", "postnorm")}),
+        options={"reduction": ("mean", "sum"), "last_layer": ("prenorm", "postnorm")},
+        fixed={"angles": False}),
     "angular": Criterion(
         ("layer",), HIDDEN_STATES, forward.score_angular, "Gromov et al., arXiv:2403.17887",
         "the run of layers whose input and output are closest in angle",
@@ -207,8 +207,6 @@ EXPERT_NEURON_CRITERION = "activation"  # for widths with experts, whose neurons
 def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
     """Look a criterion up and check its options."""
     if name not in CRITERIA:
-        if instead := removed.CRITERIA.get(name):
-            raise ConfigError(f"criterion {name!r} was removed: {instead}")
         raise ConfigError(f"criterion {name!r} is not known. Choose from: {', '.join(CRITERIA)}")
     known = CRITERIA[name].options
     for option, value in options.items():

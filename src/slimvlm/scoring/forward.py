@@ -61,9 +61,12 @@ def angular_distance(
 
 
 def capture_hidden_states(
-    model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    token_weights: TokenWeights | None = None,
+    angles: bool = True,
 ) -> Statistics:
-    """Sum block influences over tokens by weight, and angular distances over samples.
+    """Sum block influences over tokens by weight, and angular distances over samples if asked.
 
     Entry ``[n - 1, i]`` of ``angular_sum`` is the distance over the run of ``n`` layers that begins
     at layer ``i``, at the last token, whatever its weight. In ``postnorm`` the last layer has the
@@ -71,9 +74,10 @@ def capture_hidden_states(
     """
     parts, seen = Parts(model), Pass()
     count = len(parts.layers)
-    sizes = {"influence_sum": (count,), "influence_sum_postnorm": (), "angular_sum": (count, count)}
+    sizes: dict[str, tuple[int, ...]] = {"influence_sum": (count,), "influence_sum_postnorm": ()}
+    if angles:
+        sizes |= {"angular_sum": (count, count), "angular_sum_postnorm": (count,)}
     sums = {n: torch.zeros(size, dtype=torch.float64) for n, size in sizes.items()}
-    sums["angular_sum_postnorm"] = torch.zeros(count, dtype=torch.float64)
     last_input: list[Tensor] = []
     last_tokens: list[Tensor] = []  # before each layer, after the last one, after the norm
 
@@ -108,13 +112,14 @@ def capture_hidden_states(
 
     def after_batch() -> None:
         """Compare the last tokens at both ends of every run of layers."""
-        *states, final = last_tokens
+        *before, final = last_tokens
+        states = torch.stack(before)
         for length in range(1, count + 1):
-            for start in range(count - length + 1):
-                distance = angular_distance(states[start], states[start + length])
-                sums["angular_sum"][length - 1, start] += distance.sum(dtype=torch.float64)
-            to_final = angular_distance(states[count - length], final)
-            sums["angular_sum_postnorm"][length - 1] += to_final.sum(dtype=torch.float64)
+            distances = angular_distance(states[:-length], states[length:])
+            of_runs = distances.sum(1, dtype=torch.float64)
+            sums["angular_sum"][length - 1, : len(of_runs)] += of_runs
+        to_final = angular_distance(states[:-1], final.expand_as(states[:-1]))
+        sums["angular_sum_postnorm"] += to_final.sum(1, dtype=torch.float64).flip(0)
         last_tokens.clear()
 
     with ExitStack() as stack:
@@ -122,7 +127,7 @@ def capture_hidden_states(
             hook = partial(on_layer, index)
             stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
         stack.enter_context(parts.norm.register_forward_hook(on_norm))
-        seen.forward(model, batches, token_weights, after_batch)
+        seen.forward(model, batches, token_weights, after_batch if angles else last_tokens.clear)
     return Statistics(parts=sums, **seen.totals)
 
 
@@ -185,11 +190,13 @@ def on_inputs(
 
     def before(index: int, matrix: Matrix, module: nn.Module, args: Any) -> None:
         projection = matrix.projection
-        found: Iterable[Any] = [(None, slice(None), args[0].flatten(0, -2))]
+        found: list[Any] = [(None, slice(None), args[0].flatten(0, -2))]
         if matrix.is_of_experts:
-            found = inputs_of_experts(module, projection.transposed, args)
+            found = list(inputs_of_experts(module, projection.transposed, args))
+        if extremes := [each for *_, x in found for each in x.detach().aminmax()]:  # read once
+            where = f"the input of layer {index} {projection.path}"
+            require_finite_values(torch.stack(extremes), where)
         for expert, tokens, x in found:
-            require_finite_values(x, f"the input of layer {index} {projection.path}")
             weights = seen.weights.flatten()[:, None].to(x.device)[tokens]
             call(index, projection, x, weights, expert)
 
@@ -214,16 +221,20 @@ def inputs_of_experts(
     weight = weight_of(module, "gate_up_proj")
     weight = weight.transpose(1, 2) if transposed else weight
     hidden, *routed = args
-    for expert, matrix in enumerate(weight):
-        if routed:
-            tokens, place = (routed[0] == expert).nonzero(as_tuple=True)
-            entered, scale = hidden[tokens], routed[1][tokens, place, None]
-        else:
-            all_tokens = hidden.view(len(weight), -1, hidden.shape[-1])[expert]
-            tokens = (all_tokens != 0).any(-1).nonzero()[:, 0]
-            entered, scale = all_tokens[tokens], 1.0
-        gate, up = F.linear(entered, matrix).chunk(2, dim=-1)
+    if routed:
+        chosen, scales = (each.flatten() for each in routed)  # k experts of each token
+        places, takes = chosen.argsort(stable=True), chosen.bincount(minlength=len(weight))
+        rows, scales = places // routed[0].shape[-1], scales[places, None]
+    else:
+        entering = hidden.view(len(weight), -1, hidden.shape[-1])
+        taken = (entering != 0).any(-1)
+        rows, takes = taken.nonzero()[:, 1], taken.sum(1)
+    counts = takes.tolist()[: len(weight)]  # read once, not for each expert
+    for expert, tokens in enumerate(rows[: sum(counts)].split(counts)):
         if len(tokens):
+            entered = hidden[tokens] if routed else entering[expert, tokens]
+            scale = scales[sum(counts[:expert]) :][: len(tokens)] if routed else 1.0
+            gate, up = F.linear(entered, weight[expert]).chunk(2, dim=-1)
             yield expert, tokens, (module.act_fn(gate) * up).float() * scale
 
 
@@ -238,11 +249,11 @@ def capture_activations(
         if place[1] == "kv_group":
             groups = anatomy.layers[layer].num_kv_heads
             sizes = sizes.square().view(len(sizes), groups, -1).sum(-1).sqrt()
-        total = with_float64(sizes * weights).sum(0, dtype=torch.float64).cpu()
+        total = with_float64(sizes * weights).sum(0, dtype=torch.float64)
         sums[place] = sums.get(place, 0) + total
 
     seen = on_inputs(model, batches, token_weights, add)
-    means = {place: total.float() / float(seen.weight) for place, total in sums.items()}
+    means = {place: total.cpu().float() / float(seen.weight) for place, total in sums.items()}
     return Statistics(parts=means, **seen.totals)
 
 
@@ -254,7 +265,7 @@ def capture_moments(
     for index, each in writing_matrices(model):
         weight = weight_of(each.owner, each.name)
         weight = with_float64(weight.mT if each.projection.transposed else weight).double()
-        l1, square = weight.abs().sum(-2).cpu(), weight.square().sum(-2).cpu()
+        l1, square = weight.abs().sum(-2), weight.square().sum(-2)
         sums = {"sum": torch.zeros_like(l1), "square": torch.zeros_like(l1)}
         parts[index, each.projection.path] = {**sums, "column_l1": l1, "column_square": square}
 
@@ -262,11 +273,11 @@ def capture_moments(
         x, rows = x.float(), ... if expert is None else expert
         part, weighted = parts[layer, matrix.path], x * weights
         for name, values in (("sum", weighted), ("square", weighted * x)):
-            total = with_float64(values).sum(0, dtype=torch.float64).cpu()
-            part[name][rows] += total
+            part[name][rows] += with_float64(values).sum(0, dtype=torch.float64)
 
     seen = on_inputs(model, batches, token_weights, add)
-    return Statistics(parts=parts, **seen.totals)
+    found = {at: {name: sums.cpu() for name, sums in part.items()} for at, part in parts.items()}
+    return Statistics(parts=found, **seen.totals)
 
 
 def capture_grams(
@@ -320,15 +331,17 @@ def capture_routing(
     }
 
     def before(index: int, module: Any, args: Any) -> None:
-        last = weight_of(module, "down_proj")
+        last, found = weight_of(module, "down_proj"), parts[index, "expert"].clone().zero_()
         for expert, tokens, x in inputs_of_experts(module, experts.transposed, args):
             matrix = last[expert].float()
             added = x @ (matrix if experts.transposed else matrix.T)
-            require_finite_values(added, f"the experts of layer {index}")
             weights = with_float64(seen.weights.flatten().to(added.device)[tokens]).double()
             sizes = with_float64(added.norm(dim=-1)).double()
             sums = torch.stack([weights.sum(), (weights * sizes).sum()])
-            parts[index, "expert"][:, expert] += sums.cpu()
+            found = found.to(sums.device)
+            found[:, expert] = sums
+        require_finite_values(found, f"the experts of layer {index}")
+        parts[index, "expert"] += found.cpu()
 
     with ExitStack() as stack:
         for index, _ in parts:

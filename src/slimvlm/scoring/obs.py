@@ -108,9 +108,9 @@ class _State:
     ``P`` loses ``Uᵀ V + Vᵀ U``, where ``U = L⁻¹ [H⁻¹]_B:``, ``V = L⁻¹ P_B: - ½ S U`` and
     ``S = L⁻¹ P_BB L⁻ᵀ``, whose trace is the price.
 
-    A removal updates only the units' blocks on the diagonal, from which all prices follow, and the
-    rows of the removed unit. Rows are prepared for the cheapest units at once, in matrix products,
-    and anew when another becomes the cheapest. ``u`` has all ``U`` since then in ``count`` rows.
+    Rows are prepared for the cheapest units at once, in matrix products. In which order these go is
+    found on the CPU in their own rows and columns; then all prices after each of them say how many
+    go before one that is not prepared. ``u`` has all ``U`` that are not applied, in ``count`` rows.
     """
 
     def __init__(self, inverse: Tensor, weights: Tensor, width: int) -> None:
@@ -118,17 +118,15 @@ class _State:
         self.inverse, self.weights, self.width = inverse, weights, width
         self.left = torch.arange(units, device=inverse.device)
         self.gone, self.remaining = torch.zeros_like(self.left, dtype=torch.bool), units
-        self.has_failed = self.gone.any()  # whether a block had no root, on the device
-        blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2)
-        self.inverse_blocks = blocks.permute(2, 0, 1).contiguous()
+        self.inverse_blocks = _diagonal_blocks(inverse, width).contiguous()
         parts = weights.view(len(weights), units, width).transpose(0, 1)
         self.product_blocks = parts.mT @ parts
         self.offsets = torch.arange(width, device=inverse.device)
-        self.one = torch.eye(width, dtype=inverse.dtype, device=inverse.device)
+        self.prices = _prices(self.inverse_blocks, self.product_blocks, self.gone)
 
     def remove_(self, stop: int) -> Elimination | None:
         """Remove the cheapest unit ``stop`` times; None if there are too few digits for that."""
-        order, costs, size = [self.left[:0]], [self.inverse.new_empty(0)], 0
+        order, costs, size = [self.left[:0]], [torch.empty(0, dtype=torch.float64)], 0
         while stop:
             if size != len(self.inverse):  # room for removals until they are applied below
                 size = len(self.inverse)
@@ -138,6 +136,8 @@ class _State:
             stop -= len(units)
             order.append(self.left[units])
             costs.append(prices)
+            if not prices.isfinite().all():
+                return None
             # W - Y U with the Y that leaves nothing of the columns that have gone
             channels = self._channels(units)
             u = self.u[self.count : self.count + len(channels)]
@@ -158,70 +158,77 @@ class _State:
             self.inverse_blocks = self.inverse_blocks[stays]
             self.product_blocks = self.product_blocks[stays]
             self.left, self.gone = self.left[stays], self.gone[stays]
+            self.prices = self.prices[stays]
         stays = self._remaining_places()
-        costs.append(self._prices()[stays])
-        if self.has_failed or not torch.cat(costs).isfinite().all():
+        prices = self.prices[stays].double()
+        if not prices.isfinite().all():
             return None
-        removed, prices = torch.cat(costs[:-1]).double(), costs[-1].double()
+        removed = torch.cat(costs).to(prices)
         left, weights = self.left[stays], self.weights[:, self._channels(stays)]
         return Elimination(torch.cat(order), removed, left, prices, weights)
 
-    def _prices(self) -> Float[Tensor, " U"]:
-        """Compute ``tr S`` of every unit, infinite for those that have gone."""
-        if self.width == 1:
-            prices = (self.product_blocks / self.inverse_blocks)[:, 0, 0]
-        else:
-            root = self._inverse_root(self.inverse_blocks)
-            prices = (root @ self.product_blocks * root).sum((1, 2))
-        return prices.clamp_min_(0).masked_fill_(self.gone, torch.inf)
-
     def _remove_some_(self, stop: int) -> tuple[Int64[Tensor, " N"], Float[Tensor, " N"]]:
-        """Remove units while the rows of the cheapest are prepared; return them and their costs."""
-        # all steps are queued on the device; how many removed one is read once at the end
-        prices, width = self._prices(), self.width
-        ranked = torch.where(_tied(prices), -1, prices).argsort(stable=True)
-        prepared = ranked[: min(max(BLOCK // width, 1), self.remaining)]
-        places = torch.full_like(self.left, -1)
-        places[prepared] = torch.arange(len(prepared), device=places.device)
+        """Remove some of the cheapest units; return them and, on the CPU, their costs."""
+        width = self.width
+        ranked = torch.where(_tied(self.prices), -1, self.prices).argsort(stable=True)
+        prepared = ranked[: min(max(BLOCK // width, 1), self.remaining)].sort().values
         channels, u = self._channels(prepared), self.u[: self.count]
         inverse_rows = torch.addmm(self.inverse[channels], u[:, channels].mT, u, alpha=-1)
         product_rows = self.weights[:, channels].mT @ self.weights
-        all_u = self.u[self.count : self.count + len(channels)]
-        all_v = torch.empty_like(all_u)
-        goes = torch.ones_like(self.gone[:1])
-        removed: list[tuple[Tensor, Tensor, Tensor]] = []
-        for done in range(0, min(len(prepared), stop) * width, width):
-            unit = _tied(self._prices()).byte().argmax(keepdim=True)
-            place = places.index_select(0, unit)
-            goes = goes & (place >= 0)
-            if goes.is_cpu and not goes:
-                break
-            # the unit's rows after the removals since they were prepared
-            channels, rows = self._channels(unit), self._channels(place.clamp_min(0))
-            u, v = all_u[:done], all_v[:done]
-            u_now, v_now = u.index_select(1, channels).mT, v.index_select(1, channels).mT
-            inverse = inverse_rows.index_select(0, rows).addmm_(u_now, u, alpha=-1)
-            product = product_rows.index_select(0, rows).addmm_(u_now, v, alpha=-1)
-            product.addmm_(v_now, u, alpha=-1)
-            # what changes when it goes; nothing if it does not
-            block = torch.where(goes, inverse.index_select(1, channels), self.one)
-            root = self._inverse_root(block) * goes
-            u, v = all_u[done : done + width], all_v[done : done + width]
-            torch.mm(root, inverse, out=u)
-            torch.mm(root, product, out=v)
-            square = v.index_select(1, channels) @ root.mT
-            v.addmm_(square, u, alpha=-0.5)
-            before = self.inverse_blocks.index_select(0, unit)
-            u, v = (each.view(width, -1, width).transpose(0, 1) for each in (u, v))
-            self.inverse_blocks.baddbmm_(u.mT, u, alpha=-1)
-            self.product_blocks.baddbmm_(u.mT, v, alpha=-1).baddbmm_(v.mT, u, alpha=-1)
-            self.inverse_blocks.index_copy_(0, unit, before)  # nothing is left, which has no root
-            self.gone.index_copy_(0, unit, goes)
-            removed.append((unit, square.trace()[None], goes))
-        units, costs, went = (torch.cat(column) for column in zip(*removed, strict=True))
-        count = int(went.sum()) if len(went) > 1 else 1  # the cheapest always goes
+        own = torch.stack([inverse_rows[:, channels], product_rows[:, channels]])
+        rows, costs, factors = self._ordered(own.cpu().double(), min(len(prepared), stop))
+        sent = torch.cat([rows[None], *factors]).to(self.inverse)
+        rows, lower, mixed = sent[0].long(), *sent[1:].chunk(2)
+        # the rows of U and V of all of them, by substitution
+        u = torch.linalg.solve_triangular(lower, inverse_rows[rows], upper=False)
+        rest = product_rows[rows].addmm_(mixed, u, alpha=-1)
+        v = torch.linalg.solve_triangular(lower, rest, upper=False)
+        self.u[self.count : self.count + len(u)] = u
+        # blocks and prices before each removal, and after the last
+        u, v = (each.view(len(costs), width, -1, width).transpose(1, 2) for each in (u, v))
+        multiply = torch.mul if width == 1 else lambda left, right: left.mT @ right
+        mixed, units = multiply(u, v), prepared[rows[::width] // width]
+        inverse = torch.cat([self.inverse_blocks[None], -multiply(u, u)]).cumsum_(0)
+        product = torch.cat([self.product_blocks[None], -(mixed + mixed.mT)]).cumsum_(0)
+        steps = torch.arange(len(units) + 1, device=units.device)
+        goes = torch.full_like(self.left, len(steps)).index_copy_(0, units, steps[:-1])
+        gone = self.gone | (goes < steps[:, None])
+        prices = _prices(inverse, product, gone)
+        cheapest = _tied(prices)[:-1].byte().argmax(-1)
+        count = max(int((cheapest == units).cumprod(0).sum()), 1)  # the cheapest always goes
+        self.inverse_blocks, self.product_blocks = inverse[count], product[count]
+        self.prices, self.gone = prices[count], gone[count]
         self.remaining -= count
         return units[:count], costs[:count]
+
+    def _ordered(
+        self, own: Float64[Tensor, "2 C C"], stop: int
+    ) -> tuple[Tensor, Float64[Tensor, " N"], tuple[Tensor, Tensor]]:
+        """Find the order in which a few units go among themselves, from ``H⁻¹`` and ``P`` of them.
+
+        Returns their channels in that order, the costs, and ``Uᵀ`` and ``Vᵀ`` of these channels.
+        """
+        (inverse, product), width = own, self.width
+        gone = torch.zeros(len(inverse) // width, dtype=torch.bool)
+        offsets, chosen, costs = torch.arange(width), list[Tensor](), list[Tensor]()
+        us, vs = list[Tensor](), list[Tensor]()
+        for _ in range(stop):
+            blocks = (_diagonal_blocks(each, width) for each in (inverse, product))
+            unit = int(_tied(_prices(*blocks, gone)).byte().argmax())
+            rows = slice(unit * width, (unit + 1) * width)
+            root = _inverse_root(inverse[rows, rows])
+            u, v = root @ inverse[rows], root @ product[rows]
+            square = v[:, rows] @ root.mT
+            v = v.addmm_(square, u, alpha=-0.5)
+            inverse, product = inverse - u.mT @ u, product - u.mT @ v - v.mT @ u
+            gone[unit] = True
+            chosen.append(unit * width + offsets)
+            costs.append(square.trace())
+            us.append(u)
+            vs.append(v)
+        order = torch.cat(chosen)
+        factors = [torch.cat(each)[:, order].mT for each in (us, vs)]
+        return order.double(), torch.stack(costs), (factors[0], factors[1])
 
     def _remaining_places(self) -> Int64[Tensor, " N"]:
         """Find the remaining units; their known number avoids a read of the device."""
@@ -232,16 +239,39 @@ class _State:
             return units
         return (units[:, None] * self.width + self.offsets).flatten()
 
-    def _inverse_root(self, blocks: Float[Tensor, "*N W W"]) -> Float[Tensor, "*N W W"]:
-        """Compute ``L⁻¹`` with ``L Lᵀ`` the block."""
-        if self.width == 1:
-            return blocks.rsqrt()
-        lower, info = torch.linalg.cholesky_ex(blocks)
-        self.has_failed = self.has_failed | info.any()
-        root: Tensor = torch.linalg.solve_triangular(lower, self.one, upper=False)
-        return root
+
+def _diagonal_blocks(matrix: Float[Tensor, "C C"], width: int) -> Float[Tensor, "U W W"]:
+    """View the units' blocks of a matrix."""
+    count = len(matrix) // width
+    return matrix.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _tied(prices: Float[Tensor, " U"]) -> Bool[Tensor, " U"]:
+def _prices(
+    inverse: Float[Tensor, "*N U W W"],
+    product: Float[Tensor, "*N U W W"],
+    gone: Bool[Tensor, "*N U"],
+) -> Float[Tensor, "*N U"]:
+    """Compute ``tr S`` of every unit, infinite for those that have gone."""
+    if inverse.shape[-1] == 1:
+        prices = (product / inverse)[..., 0, 0]
+    else:  # nothing is left of a block that went, which has no root
+        one = torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device)
+        root = _inverse_root(torch.where(gone[..., None, None], one, inverse))
+        prices = (root @ product * root).sum((-2, -1))
+    return prices.clamp_min(0).masked_fill(gone, torch.inf)
+
+
+def _inverse_root(blocks: Float[Tensor, "*N W W"]) -> Float[Tensor, "*N W W"]:
+    """Compute ``L⁻¹`` with ``L Lᵀ`` the block; NaN if there is none."""
+    if blocks.shape[-1] == 1:
+        return blocks.rsqrt()
+    lower, info = torch.linalg.cholesky_ex(blocks)
+    lower = torch.where(info[..., None, None] == 0, lower, torch.nan)
+    one = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    root: Tensor = torch.linalg.solve_triangular(lower, one, upper=False)
+    return root
+
+
+def _tied(prices: Float[Tensor, "*N U"]) -> Bool[Tensor, "*N U"]:
     """Find those as cheap as the cheapest, up to rounding."""
-    return ~(prices > prices.min() * (1 + TIE))  # all of them if one is NaN
+    return ~(prices > prices.amin(-1, keepdim=True) * (1 + TIE))  # all of them if one is NaN

@@ -213,7 +213,10 @@ def score_by_layer(
             token_bytes = text_config_of(model.config).hidden_size * model.dtype.itemsize
             store.announce((depth if keeps_hidden else 2) * tokens * token_bytes, say)
 
-        done = max((i for i in range(depth + 1) if store.has(f"hidden-{i}")), default=0)
+        there = [i for i in range(1, depth + 1) if store.has(f"hidden-{i}")]
+        done = max(there, default=0)
+        if keeps_hidden:  # all are read again
+            done = next(i for i in range(depth + 1) if i + 1 not in there)
         last = depth if by_layer or needs_data else 0
         for index in progress(range(done, last), "layers forward"):
             with runner.layer(index) as view:

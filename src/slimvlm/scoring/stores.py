@@ -16,15 +16,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slimvlm.core.documents import is_begun_for, note_request
-from slimvlm.core.errors import ConfigError, OutputError, SlimError, UnsupportedModelError
-from slimvlm.core.files import explained, held, new_file
+from slimvlm.core.documents import digest, is_begun_for, note_request
+from slimvlm.core.errors import OutputError, SlimError, UnsupportedModelError
+from slimvlm.core.files import explained, held, new_file, working_folder
 from slimvlm.core.progress import Say, silent
 from slimvlm.models.cost import free_memory
+from slimvlm.models.load import digest_of_tensors
 
 Tensors = Mapping[str, Tensor]
 Names = str | tuple[str, ...]
@@ -90,15 +91,22 @@ class Scratch:
             self._temporary = TemporaryDirectory(prefix="slimvlm-scratch-")
             folder = Path(self._temporary.name)
         self.folder = folder
+        self._sound: set[Path] = set()  # sets and entries that were written or checked here
         folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, name: str) -> bool:
-        """As `Memory.has`."""
-        return (self.folder / name).is_dir()
+        """As `Memory.has`; a set with a damaged entry, which a kill can leave, is dropped."""
+        whole = self.folder / name
+        if whole not in self._sound and whole.is_dir():
+            if not all(map(self._is_sound, whole.iterdir())):
+                self.drop(name)
+            self._sound.add(whole)
+        return whole.is_dir()
 
     def finish(self, name: str) -> None:
         """As `Memory.finish`: the folder takes its name."""
-        self._folder(name).rename(self.folder / name)
+        whole = self._folder(name).rename(self.folder / name)
+        self._sound |= {whole, *whole.iterdir()}
 
     def drop(self, name: str) -> None:
         """As `Memory.drop`."""
@@ -109,8 +117,25 @@ class Scratch:
         """As `Memory.write`."""
         self._folder(name).mkdir(exist_ok=True)
         stored = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-        with new_file(self._path(name, place), outlives_power_cut=False) as partial:
-            save_file(stored, partial, {"about": json.dumps(about)})
+        noted = {"about": json.dumps(about)}
+        noted["digest"] = digest([digest_of_tensors(stored), noted["about"]])
+        with new_file(path := self._path(name, place), outlives_power_cut=False) as partial:
+            save_file(stored, partial, noted)
+        self._sound.add(path)
+
+    def _is_sound(self, path: Path) -> bool:
+        """Whether an entry holds what was written."""
+        if path not in self._sound:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    noted = file.metadata()
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                if noted["digest"] != digest([digest_of_tensors(tensors), noted["about"]]):
+                    return False
+            except (OSError, SafetensorError, KeyError, TypeError):  # metadata may be None
+                return False
+            self._sound.add(path)
+        return True
 
     def read(self, name: str, place: int, device: torch.device, begin: Names = "") -> Tensors:
         """As `Memory.read`; mapped on a CPU."""
@@ -124,7 +149,7 @@ class Scratch:
     def about(self, name: str, place: int) -> Any:
         """As `Memory.about`."""
         path = self._path(name, place)
-        if not path.is_file():
+        if not self._is_sound(path):
             return None
         with safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["about"])
@@ -145,7 +170,7 @@ class Scratch:
         free = shutil.disk_usage(self.folder).free
         stored = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
         if needed - stored > free:
-            raise ConfigError(
+            raise OutputError(
                 f"scratch {str(self.folder)!r}: {needed / 2**30:.1f} GiB needed, "
                 f"{stored / 2**30:.1f} GiB there already, {free / 2**30:.1f} GiB free"
             )
@@ -239,7 +264,7 @@ def scratch_folder(scratch: str | Path | None) -> Iterator[Path]:
         return
     folder = Path(scratch).absolute() / "slimvlm-scratch"
     with held(folder), explained(folder):
-        folder.mkdir(exist_ok=True)
+        working_folder(folder)
         try:
             yield folder
         except OutputError:  # a further try goes on, with more room

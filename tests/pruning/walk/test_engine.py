@@ -7,6 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slimvlm.core.errors import UnsupportedModelError
@@ -216,6 +218,44 @@ def test_a_walk_killed_anywhere_gives_the_same_bits(stride, folder, tmp_path, mo
         clock.stop_at = -1
         assert_same(walk_of(folder, scratch, steps), expected)
         shutil.rmtree(scratch)
+
+
+def damaged(file, how):
+    """Change an entry of a scratch folder that is a valid file still, but for a torn one."""
+    if how == "torn":
+        file.write_bytes(file.read_bytes()[:-1])
+        return
+    tensors = {key: value * 1 for key, value in load_file(file).items()}
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    if how == "key gone":
+        tensors.popitem()
+    for key, value in tensors.items():
+        tensors[key] = value * 2 if how == "scaled" else value[..., :1].contiguous()
+    save_file(tensors, file, about)
+
+
+@pytest.mark.parametrize(
+    ("which", "how"),
+    [
+        *[("batches", "torn"), ("original-*", "scaled"), ("sliced-*", "key gone")],
+        *[("prefix-*", "narrow"), ("walked-*", "scaled"), ("walked-*", "torn")],
+    ],
+)
+def test_damaged_entries_are_made_anew(which, how, folder, tmp_path, monkeypatch):
+    steps = replace(EVERYTHING, repair="auto")
+    expected = walk_of(folder, tmp_path / "whole", steps)
+    clock = Clock(monkeypatch)
+    clock.watch(LayerWalk, "go")
+    clock.stop_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        walk_of(folder, tmp_path / "killed", steps)
+    clock.stop_at = -1
+    files = [*(tmp_path / "killed").glob(f"**/{which}/*.safetensors")]
+    assert files
+    for file in files:
+        damaged(file, how)
+    assert_same(walk_of(folder, tmp_path / "killed", steps), expected)
 
 
 def test_walk_checkpoint_goes_on_and_leaves_what_save_writes(folder, tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ MISTAKES = [
     ({"prune": {"sample": 4}}, "key 'sample' is unknown"),
     ({"prune": {"axis": "width"}}, "'axis' is a key of the grid"),
     ({"prune": {"samples": "many"}}, "samples 'many' must be a whole number"),
-    ({"data": None, **grid(repair="width")}, "repair"),
+    (grid(axis="auto"), "axis 'auto' must be one of: depth, width, both"),
     ({"data": None}, "needs the study's key 'data'"),
     ({"limit": 0}, "limit 0 must be at least 1"),
     ({"tasks": "presense"}, "presense"),

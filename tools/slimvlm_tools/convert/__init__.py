@@ -10,6 +10,7 @@ import torch
 
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
+from slimvlm.models.files import unreadable
 from slimvlm.models.load import empty_model, load_config
 from slimvlm.pruning.save import CardFacts, write_card
 from slimvlm_tools.convert.internvl import plan_internvl
@@ -94,7 +95,8 @@ def convert(
         raise UnsupportedModelError(
             f"source {str(source)!r} is a LoRA adapter. Merge it into its model first"
         )
-    conversion = original.plan(folder, config, vision_tower)
+    with unreadable(source, "original"):
+        conversion = original.plan(folder, config, vision_tower)
     generation = read_json(folder / "generation_config.json")
     with new_folder(out, force) as partial:
         write_checkpoint(conversion, generation, partial, DTYPES[dtype] if dtype else None)

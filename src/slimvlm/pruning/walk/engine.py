@@ -395,7 +395,8 @@ class Walk:
     def _replay(self, plan: Plan, count: int) -> None:
         """Compute the hidden states after the walked layers, if a stopped walk has left none."""
         layers, after = plan.layers[:count], (*plan.layers, self._depth)[count]
-        if not layers or self.streams.runner.store.has(f"{PREFIX}-{after}"):
+        needed = [PREFIX, *[ORIGINAL] * self.config.aims_at_original, *[SLICED] * self._is_judged]
+        if not layers or all(self.streams.runner.store.has(f"{s}-{after}") for s in needed):
             return
         weights = result.StoredWeights(self.results, layers)
         for index in progress(layers, "walked layers"):

@@ -31,7 +31,7 @@ from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair,
 from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, signed
 from slimvlm.evaluation.results import KINDS, Result
-from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
+from slimvlm.evaluation.tasks import Task, builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as runs
 from slimvlm.runs.recipes import published
@@ -231,14 +231,16 @@ class Record:
     notes: Sequence[str] = ()
 
 
-def read_record(folder: str | Path) -> Record:
-    """Read a run folder of `compress` or the folder of a study, finished or not."""
+def read_record(folder: str | Path, tasks: str | None = None) -> Record:
+    """Read a run folder of `compress` or of a study; ``tasks`` are asked ones of the user's own."""
     path = path_of(folder, "run")
+    own, _ = split_names(tasks or "demo")  # lmms-eval's: answers without questions
+    known = builtin_tasks() | {task.name: task for task in find_tasks(own or "demo")}
     try:
         if (path / "config.json").is_file() and (path / "plan.json").is_file():
-            return _read_run(path)
+            return _read_run(path, known)
         if (path / TABLE).is_file() and (path / "study.json").is_file():
-            return _read_study(path)
+            return _read_study(path, known)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -252,7 +254,7 @@ def read_record(folder: str | Path) -> Record:
     )
 
 
-def _read_run(folder: Path) -> Record:
+def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
     config = read_object(folder / "config.json", "report:")
     plan, results = Plan.load(folder / "plan.json"), runs.read_results(folder)
     on_data, recover = runs.read_held_out(folder), config.get("recover") or {}
@@ -325,7 +327,7 @@ def _read_run(folder: Path) -> Record:
     if ORIGINAL in results and len(results) > 1:
         original, smaller = results[ORIGINAL], list(results.values())[-1]
         if any(task.metric not in LIKELIHOODS for task in original.tasks.values()):
-            comparison = _compared(original, smaller, config)
+            comparison = compare(original, smaller, known)
     scores = [Scores.load(path) for path in sorted((folder / "scores").glob("*.safetensors"))]
     learns = f"{recover.get('train')} from {recover.get('loss')}"
     return Record(
@@ -364,7 +366,7 @@ def _walk_tables(folder: Path) -> Iterator[Table]:
         yield Table(title, ["layer", "before", "after"], distilled, folded=True)
 
 
-def _read_study(folder: Path) -> Record:
+def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
     from slimvlm_tools.claims import claims_of
 
     config = read_object(folder / "study.json", "report:")
@@ -380,13 +382,13 @@ def _read_study(folder: Path) -> Record:
     }
     measured, prunings = list(entries.values()), []
     for _, row in [] if cells.empty else cells.drop_duplicates("plan").iterrows():
-        scores = [Scores.load(folder / name) for name in str(row["scores"]).split()]
+        scores = [Scores.load(_inside(folder, name)) for name in str(row["scores"]).split()]
         title = f"{Path(row['model']).name} {row['axis']} {row['ratio']:.0%}, {row['criterion']}"
-        prunings.append((title, Plan.load(folder / str(row["plan"])), scores))
+        prunings.append((title, Plan.load(_inside(folder, row["plan"])), scores))
     trainings = []
     for index, row in cells.iterrows():
         if not pd.isna(row["history"]):
-            trainings += _training(folder / row["history"], entries[index].name)
+            trainings += _training(_inside(folder, row["history"]), entries[index].name)
     failed = int((wanted["status"] == FAILED).sum())
     words = f"{failed} failed, {len(wanted) - len(cells) - failed} open"
     cards = [("Cells", str(len(cells)), words)]
@@ -400,8 +402,8 @@ def _read_study(folder: Path) -> Record:
         best = cells[cells["ratio"] == nearest]["avg_percent"].idxmax()
         shown, notes = cells.loc[best], [f"Answers are those of: {entries[best].name}."]
         originals = table[(table["axis"] == ORIGINAL) & (table["model"] == shown["model"])]
-        original = Result.load(folder / originals.iloc[0]["result"])
-        comparison = _compared(original, Result.load(folder / shown["result"]), config)
+        original = Result.load(_inside(folder, originals.iloc[0]["result"]))
+        comparison = compare(original, Result.load(_inside(folder, shown["result"])), known)
     extra = list(dict.fromkeys(name for entry in measured for name in entry.columns))
     header = ["model", "removed", "AVG", "AVG-% [95 % interval]", *extra]
     header += ["the study", "parameters", "prefill ms", "decode ms"]
@@ -530,8 +532,10 @@ def _training(path: Path, title: str) -> list[tuple[str, str, Sequence[Mapping[s
     return [(title, about, history.steps)]
 
 
-def _compared(original: Result, other: Result, config: Mapping[str, Any]) -> Comparison:
-    known = builtin_tasks()
-    with suppress(ConfigError):  # a file that has gone, or lmms-eval's: answers without questions
-        known |= {task.name: task for task in find_tasks(split_names(config["tasks"])[0])}
-    return compare(original, other, known)
+def _inside(folder: Path, name: Any) -> Path:
+    """Find a file that a table names; refuse one outside of the folder."""
+    path = folder / str(name)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        told = f"{TABLE} names {shortened(str(name))}, which is outside of it"
+        raise ConfigError(f"report {str(folder)!r}: {told}")
+    return path

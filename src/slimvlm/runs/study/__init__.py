@@ -26,6 +26,7 @@ from slimvlm.evaluation.lmms import LMMS_TASKS, split_names
 from slimvlm.evaluation.metrics import average
 from slimvlm.evaluation.results import KINDS, Result
 from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy, device_named, load_config
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.cost import speed_of
@@ -127,10 +128,11 @@ def forecast(study: StudyConfig | str | Path, out: str | Path) -> "Forecast":
     names = {stage.name for stage in missing}
     done = [s for s in schedule.stages() if s.name not in names and cache.is_done(s)]
     to_do, there = (Counter(stage.kind for stage in of) for of in (missing, done))
-    cells = {
-        cell.cell.label: tuple(s.kind for s in cell.all()[1:] if s.name in names)
-        for cell in schedule.ordered
-    }
+    cells: dict[str, tuple[str, ...]] = {}
+    for cell in schedule.ordered:
+        label, number = cell.cell.label, len(cells) + 1
+        label += f" ({number})" if label in cells else ""  # such as of two models of one name
+        cells[label] = tuple(s.kind for s in cell.all()[1:] if s.name in names)
     stages = {kind: (to_do[kind], there[kind]) for kind in STAGE_KINDS}
     basis = {s.kind: "measured" if clock.done[s.kind][1] else "rough" for s in missing}
     return Forecast(cells, stages, clock.expected(missing), basis)
@@ -146,18 +148,27 @@ def prepared(
     own, theirs = split_names(config.tasks)
     if not theirs and not any(task.in_average for task in find_tasks(own)):
         raise ConfigError(f"tasks {config.tasks!r}: none counts in AVG, which a study compares")
-    for model in dict.fromkeys(cell.model for cell in cells):
-        ours: dict[PruneConfig, Cell] = {}  # the first cell of each pruning
-        for cell in (cell for cell in cells if cell.model == model):
-            ours.setdefault(cell.prune, cell)
-        load_config(model, next(iter(ours)).trust_remote_code)
-        shape = anatomy(model)
-        for prune, cell in ours.items():
-            with raised_as(ConfigError, SlimError, f"cell ({cell.label}):"):
-                check_options(prune)
-                dry_plan(resolved(Request(model=model, prune=prune), shape=shape).prune, shape)
+    shapes: dict[str, Anatomy] = {}
+    told: dict[str, None] = {}
+    possible: set[tuple[str, PruneConfig]] = set()
+    decided: dict[Cell, Cell] = {}  # cells that come to the same are one
+    for cell in cells:
+        if cell.model not in shapes:
+            load_config(cell.model, cell.prune.trust_remote_code)
+            shapes[cell.model] = anatomy(cell.model)
+        with raised_as(ConfigError, SlimError, f"cell ({cell.label}):"):
+            asked = Request(model=cell.model, prune=cell.prune, recover=cell.recover)
+            request = resolved(asked, told.setdefault, shapes[cell.model])
+            check_options(request.prune)
+            if (pruned := (cell.model, request.prune)) not in possible:
+                dry_plan(request.prune, shapes[cell.model])
+                possible.add(pruned)
+        cell = replace(cell, prune=request.prune, recover=request.recover)
+        decided.setdefault(replace(cell, options=""), cell)
+    for line in told:
+        say(line)
     scheduling.forget_files()
-    planned = [scheduling.stages_of(config, cell) for cell in cells]
+    planned = [scheduling.stages_of(config, cell) for cell in decided.values()]
     schedule = Schedule(planned, config.keep_checkpoints)
     if config.data is not None:
         samples, notes = scheduling.samples_of(schedule.cells[0].prune.request)
@@ -296,7 +307,8 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     cell: its options, AVG-% and floor-corrected retention with intervals, AVG-% of chosen and of
     free answers with interval and floor, a column ``score:TASK`` for each task, averages over
     groups of tasks, costs, paths of the files behind it, seconds by stage, status (done, failed,
-    open) and the error. Models of one shape take equally long: each gets the median of their times.
+    open) and the error. Models of one shape and data type take
+    equally long: each gets the median of their times.
     """
 
     def place(stage: Stage, name: str) -> str:
@@ -304,8 +316,9 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
 
     sighted, cells = _tasks_with_pictures(study.tasks), schedule.cells
     originals = {cell.original.name: (cell, [cell.original]) for cell in cells}.values()
-    rows = []
+    rows, dtypes = [], list[str]()
     for cell, stages in [*originals, *((cell, cell.all()) for cell in cells)]:
+        dtypes.append(cell.cell.prune.dtype)
         options, is_original = cell.cell.values(), len(stages) == 1
         is_done = cache.is_done(stages[0]) and cache.is_done(stages[-1])
         # the first error in the order of the work
@@ -351,7 +364,8 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     table = pd.DataFrame(rows)
     table = table.assign(**{name: None for name in _MEASURED if name not in table})
     shape, times = ["model", "total_params", "backbone_params"], ["prefill_ms", "decode_ms"]
-    shared = table.assign(**table[times].astype(float)).groupby(shape, dropna=False)[times]
+    timed = table.assign(**table[times].astype(float))
+    shared = timed.groupby([*shape, pd.Series(dtypes, table.index)], dropna=False)[times]
     return table.assign(**shared.transform("median"))
 
 

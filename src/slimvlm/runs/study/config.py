@@ -24,12 +24,12 @@ class Grid:
     """Shares of the backbone's parameters to remove."""
     model: Listed[str] = ("demo",)
     """Folders, hub ids, or demo."""
-    axis: Listed[str] = ("depth", "width")
+    axis: Listed[core.Axis] = ("depth", "width")
     """depth, width or both."""
     criterion: Listed[str] = (DEFAULT,)
     """Criteria; of several kinds of unit joined by +. default chooses for the axis."""
-    allocation: Listed[str] = ("balanced",)
-    """How widths share the ratio."""
+    allocation: Listed[core.Allocation | None] = (None,)
+    """How widths share the ratio; by default balanced where obs chooses, else uniform."""
     repair: Listed[str] = ("auto",)
     """Repairs in closed form; none for the bare cut, as in the paper."""
     recovery: Listed[str] = (NONE,)
@@ -135,13 +135,14 @@ class Cell:
     def label(self) -> str:
         """The options of the cell as a short text."""
         prune = self.prune
-        parts = [short_name(self.model), prune.axis, f"{prune.ratio:.0%}"]
+        parts = [short_name(self.model), prune.axis, f"{100 * (prune.ratio or 0):.6g}%"]
         parts += ["+".join(criteria_of(prune))]
+        parts += [prune.allocation] if prune.allocation and prune.axis != "depth" else []
         parts += [f"repair {prune.repair}"] if prune.repair != "none" else []
         parts += [self.options] if self.options else []
         parts.append(self.recovery if self.recover else "no recovery")
         if self.recover and self.recover.fraction < 1:
-            parts.append(f"{self.recover.fraction:.0%} of the data")
+            parts.append(f"{100 * self.recover.fraction:.6g}% of the data")
         return " ".join([*map(str, parts), f"seed {self.seed}"])
 
     def values(self) -> dict[str, Any]:

@@ -16,11 +16,26 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from slimvlm.core.documents import asked, built, digest, identity_of_files, read_object
+from slimvlm.core.documents import (
+    asked,
+    built,
+    digest,
+    identity_of_code,
+    identity_of_files,
+    read_object,
+)
 from slimvlm.core.errors import ConfigError, InUseError, one_line, raised_as
 from slimvlm.core.files import held, new_folder, write_text
-from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, part_of
+from slimvlm.core.options import (
+    DataConfig,
+    LoadConfig,
+    PruneConfig,
+    Questions,
+    RecoverConfig,
+    part_of,
+)
 from slimvlm.core.progress import without_bars
+from slimvlm.data.general import identity_of_general_text
 from slimvlm.data.read import estimated_length, identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.ask import identities_of_tasks
@@ -32,7 +47,7 @@ from slimvlm.pruning.save import save
 from slimvlm.runs import stages
 from slimvlm.runs.cost import Sizes, image_tokens, stage_flops
 from slimvlm.runs.recipes import rules
-from slimvlm.runs.request import Request, criterion_options, resolved, scored_by
+from slimvlm.runs.request import Request, criterion_options, resolved, scored_by, with_tokens
 from slimvlm.runs.study.config import Cell, Resources, StudyConfig, short_name
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.unit_scores import Scores
@@ -42,7 +57,6 @@ PLAN, SCORES, RESULT = "plan.json", "scores", "result.json"
 HISTORY, WALK = "history.json", "walk.json"
 ENGINES = ("local", "ray")
 PAUSE_S = 0.5  # seconds between looks at stages that other workers are doing
-FORMAT = 3  # raised when a stage's outcome changes for the same request
 RECORD = "stage.json"  # written last into an outcome: request, seconds, estimated work
 CHECKPOINT = "checkpoint"  # output of stages that make a model; no other may be removed later
 _OUTPUTS = {"prune": CHECKPOINT, "recover": CHECKPOINT}
@@ -70,7 +84,7 @@ class Stage:
         """The hash; cells that need the same work get the same name."""
         inputs = [stage.name for stage in self.inputs]
         request = {"kind": self.kind, "request": asked(self.request)}
-        return digest([{"format": FORMAT, **request, "inputs": inputs}])[:20]
+        return digest([identity_of_code(), request, inputs])[:20]
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,7 @@ class Record:
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     flops: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     request: Mapping[str, Any]
+    format: str = "slimvlm-stage/1"
 
 
 def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
@@ -194,7 +209,7 @@ _shape_of = lru_cache(maxsize=64)(anatomy)
 
 def forget_files() -> None:
     """Clear cached files: another study may find others in the same place."""
-    for remembered in (_identity, _identity_of_data, _identities_of_tasks, _shape_of):
+    for remembered in (_identity, _identity_of_data, _identities_of_tasks, _shape_of, _tokens):
         remembered.cache_clear()
 
 
@@ -218,16 +233,26 @@ class CellStages:
 def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     """List the stages of a cell; each request holds only the options that change its outcome."""
     name, config = short_name(cell.model), cell.prune
-    data = [_identity_of_data(config.data)] if config.data else []
-    data += [_identity(config.vocab_text, config.vocab_text)] if config.vocab_text else []
     whole = Request(
         model=cell.model,
         prune=config,
         recover=cell.recover,
         training_samples=study.training_samples,
-        made_from=(_identity(cell.model, resolve(cell.model)), *data),
     )
     whole = resolved(whole, shape=_shape_of(cell.model))
+    config = whole.prune
+    data = [_identity_of_data(config.data)] if config.data else []
+    data += [_identity(config.vocab_text, config.vocab_text)] if config.vocab_text else []
+    data += [identity_of_general_text()] if config.general_text else []
+    whole = replace(whole, made_from=(_identity(cell.model, resolve(cell.model)), *data))
+    if config.loses_tokens:  # chosen as by `compress`: what is trained on counts, too
+        named = {n: getattr(config, n) for n in ("vocab_size", "vocab_text", "general_text")}
+        read = replace(whole, prune=replace(_reading(config), **named), hold_out=False)
+        if not whole.trains:
+            read = replace(read, training_samples=None)
+        elif read.recover is not None:
+            read = replace(read, recover=RecoverConfig())  # whose options choose no token
+        whole = replace(whole, tokens=_tokens(read, study.data is not None))
     base = replace(whole, recover=None, training_samples=None)
     scored = []  # ratio, allocation and repair change no scores
     for criterion in scored_by(base.prune):
@@ -236,16 +261,18 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
         if CRITERIA[criterion].needs_data:
             known["general_text"] = base.prune.general_text
             wanted = replace(_reading(base.prune), criterion=(criterion,), **known)
-            request, label = replace(base, prune=wanted), f"{label} seed {config.seed}"
+            request = replace(base, prune=wanted, tokens=None)
+            label += f" seed {config.seed}"
         else:
             loading = vars(part_of(base.prune, LoadConfig))
             wanted = PruneConfig(criterion=(criterion,), **known, **loading)
-            request = replace(base, prune=wanted, hold_out=False, made_from=base.made_from[:1])
+            made_from = base.made_from[:1]
+            request = replace(base, prune=wanted, hold_out=False, made_from=made_from, tokens=None)
         scored.append(Stage("calibrate", request, (), label))
     prune = Stage("prune", base, tuple(scored), f"{name} {config.axis} {config.ratio:.0%}")
     recover = None
     if whole.recover is not None:
-        request = replace(whole, prune=_reading(base.prune), hold_out=False)
+        request = replace(whole, prune=_reading(base.prune), hold_out=False, tokens=None)
         recover = Stage("recover", request, (prune,), cell.label)
     original = _evaluation(study, cell, None, f"{name} original")
     evaluate = _evaluation(study, cell, recover or prune, cell.label)
@@ -283,6 +310,13 @@ def _samples(
 ) -> tuple[list[Sample], list[str]]:
     notes: list[str] = []  # made_from only tells exchanged files apart
     return stages.samples_for(model, source, None, notes.append), notes
+
+
+@lru_cache(maxsize=64)
+def _tokens(request: Request, has_data: bool) -> tuple[int, ...] | None:
+    """Choose the tokens that stay, from as many samples as `compress` reads."""
+    samples = samples_of(request)[0][: stages.rows_to_read(request)] if has_data else []
+    return with_tokens(request, stages.split(samples, request).counted(request)).tokens
 
 
 def _fill(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:

@@ -1,0 +1,154 @@
+"""What somebody else's files and folders name is neither read nor run, and nothing is removed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from slimvlm.cli import main
+from slimvlm.models.load import anatomy, load
+from tests import tiny_folder as folders
+from tests.handmade import contents, refused
+from tests.runs.test_report import write_run
+from tests.trust.test_configurations import EVIL
+
+OTHER = {"audio_tokenizer_class": "AutoConfig", "audio_tokenizer_name_or_path": "m/sub"}
+TIMM = {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An own working folder, in which questions are answered with yes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("processor_config.json", {"audio_tokenizer": OTHER}),
+        ("audio_tokenizer_config.json", OTHER),
+        ("processor_config.json", {"processor_class": "LlamaForCausalLM"}),
+        ("processor_config.json", {"image_processor": {"image_processor_type": "AutoModel"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "AutoModelForCausalLM"}),
+        ("config.json", {"configuration_files": ["config.4.0.0.json"]}),
+    ],
+)
+def test_a_processor_names_no_other_model_and_no_other_class(file, values, place):
+    model = folders.copied("llava", place / "m")
+    evil = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}
+    (model / "sub").mkdir()
+    (model / "sub" / "config.json").write_text(json.dumps(evil))
+    (model / "sub" / "evil.py").write_text(EVIL)
+    path = model / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+    assert file in refused("chat", "m", "Hi")
+    assert not (model / "sub" / "ran").exists()
+
+
+@pytest.mark.parametrize("kernel", ["evil/kernel", "flash_attention_2", {"": "evil/kernel"}])
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+def test_no_configuration_chooses_a_kernel(part, kernel, place):
+    model = folders.copied("llava", place / "m")
+    folders.edit_json(
+        model / "config.json", lambda v: (v[part] if part else v).update(attn_implementation=kernel)
+    )
+    assert anatomy("m") == anatomy(folders.folder("llava"))
+    assert load("m")[0].config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("tower", "why"),
+    [
+        ({**TIMM, "model_args": {"checkpoint_path": "marked.pth"}}, "'checkpoint_path' names"),
+        ({**TIMM, "architecture": "hf-hub:evil/x"}, "architecture 'hf-hub:evil/x' names"),
+        (TIMM, "model_type 'timm_wrapper' is not known"),
+        ({"model_type": "detr", "backbone": "evil/x"}, "model_type 'detr' is not known"),
+    ],
+)
+def test_a_tower_is_of_a_known_type_and_reads_no_file(tower, why, place):
+    model = folders.copied("llava", place / "m")
+    folders.edit_json(model / "config.json", lambda values: values.update(vision_config=tower))
+    assert why in refused("inspect", "m")
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+@pytest.mark.parametrize("name", ["sh/slimvlm-scratch", ".o.scratch", ".o.training"])
+def test_only_marked_folders_of_work_are_emptied(name, is_link, place):
+    victim, data = place / "victim", folders.write_llava_data(place / "data", count=8)
+    (victim / "checkpoint-9").mkdir(parents=True)
+    (victim / "checkpoint-9" / "precious").write_text("x")
+    (place / name).parent.mkdir(exist_ok=True)
+    if is_link:
+        (place / name).symlink_to(victim)
+    elif name == ".o.scratch":
+        (place / name).mkdir()
+        victim.rename(place / name / "slimvlm-scratch")
+    else:
+        victim.rename(place / name)
+    before = contents(place)
+    model = folders.folder("llava")
+    words = ["prune", model, "--data", data, "--ratio", "0.3", "--samples", "4", "--low-memory"]
+    words += ["--scratch", "sh"] * (name[0] == "s")
+    if name == ".o.training":
+        words = ["recover", model, "--teacher", model, "--data", data, "--max-steps", "1"]
+    told = refused(*words, "--out", "o")
+    assert "link" in told if is_link else "is in the way" in told
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "evilmetric:score"])
+def test_a_report_reads_nothing_that_the_run_names(metric, place):
+    write_run(place / "run", anatomy(folders.folder("text")))
+    for path in (place / "run" / "results").iterdir():
+        folders.edit_json(
+            path, lambda v: v["tasks"].update(own={**v["tasks"]["name"], "metric": metric})
+        )
+    rows = [{"id": str(number), "q": "SECRET", "a": "cat"} for number in range(10)]
+    (place / "secret.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (place / "evilmetric.py").write_text("open('ran', 'w')\ndef score(*_): return 1.0\n")
+    task = {"name": "own", "data": str(place / "secret.jsonl"), "prompt": "{q}", "answer": "a"}
+    (place / "run" / "t.yaml").write_text(yaml.safe_dump({**task, "metric": metric}))
+    folders.edit_json(place / "run" / "config.json", lambda v: v.update(tasks="run/t.yaml"))
+    main(["report", "run"])
+    assert "SECRET" not in (place / "run" / "report.html").read_text()
+    assert not (place / "ran").exists()
+    if metric == "exact_match":  # the user's word
+        main(["report", "run", "--tasks", "run/t.yaml"])
+        assert "SECRET" in (place / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("verb", ["prune", "export"])
+def test_a_template_of_forty_thousand_tokens_costs_no_work(verb, place):
+    model = folders.copied("llava", place / "m")
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%Y' * 9999) }}")
+    words = ["prune", "m", "--ratio", "0.3", "--criterion", "magnitude"]
+    main([*(words if verb == "prune" else ["export", "m", "--text-only"]), "--out", "o"])
+    assert (place / "o" / "config.json").exists()
+
+
+def test_lora_is_tried_before_weights_are_read(place, monkeypatch):
+    monkeypatch.setattr("slimvlm.runs.verbs.load_as", lambda *_: pytest.fail("weights were read"))
+    data, model = folders.write_llava_data(place / "data", count=4), folders.folder("llava")
+    (place / "r.yaml").write_text(
+        "model: x\nratio: 0.3\nrecover: {loss: sft, lora: {target_modules: [dense]}}\n"
+    )
+    told = refused("recover", model, "--data", data, "--config", "r.yaml", "--out", "o")
+    assert "dense" in told
+
+
+def test_a_second_interrupt_tears_nothing(place):
+    code = (
+        "import atexit, os, signal, slimvlm.cli as c\n"
+        "stop = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "def run(*_):\n    try:\n        stop()\n    finally:\n        stop(); print('tidy')\n"
+        "c._run = run; atexit.register(stop); c.main(['demo'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 130
+    assert "tidy" in ran.stdout
+    assert "Traceback" not in ran.stderr
