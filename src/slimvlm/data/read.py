@@ -25,11 +25,9 @@ BATCH, BATCH_BYTES = 64, 2**28
 """Rows of a parquet or Arrow file in memory at once, and their bytes unless one row has more."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Names of JSON files beside the data."""
-_OTHER_SPLITS = {
-    "test": {"test", "testing"},
-    "validation": {"valid", "validation", "val", "dev", "eval", "evaluation"},
-}
-SPLITS = {"train": {"train", "training"}, **_OTHER_SPLITS}
+_JUDGING = {"test", "testing"}, {"valid", "validation", "val", "dev", "eval", "evaluation"}
+TRAIN = ("train",)
+SPLITS = {"train": {"train", "training"}, "test": _JUDGING[0], "validation": _JUDGING[1]}
 """Splits of a source, and the words in names of files that tell them apart."""
 KEPT_BYTES = 2**29  # a ``.jsonl`` file up to this size is parsed once, and its rows are kept
 
@@ -99,10 +97,7 @@ def interleaved(groups: Iterable[tuple[float, Sequence[Member]]]) -> list[Member
 
 
 def read_rows(
-    data: str | Path,
-    outlined: bool = False,
-    splits: Sequence[str] = ("train",),
-    say: Say = silent,
+    data: str | Path, outlined: bool = False, splits: Sequence[str] = TRAIN, say: Say = silent
 ) -> Iterator[Any]:
     """Yield rows as plain values, or errors; ``outlined`` ones have numbers for stored pictures.
 
@@ -162,9 +157,7 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
         )
 
 
-def files_of_folder(
-    folder: Path, splits: Sequence[str] = ("train",), say: Say = silent
-) -> list[Path]:
+def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = silent) -> list[Path]:
     """List the data files of a folder: what ``datasets`` saved, or else those of a split.
 
     Files and links that lead out of the folder are refused, and no card or script in it is read.
@@ -206,8 +199,7 @@ def files_of_folder(
         if wanted := [path for path in files if split[path] & SPLITS[each]]:
             say(each)
             return wanted
-    others = set[str]().union(*_OTHER_SPLITS.values())
-    return [path for path in files if not split[path] & others]
+    return [path for path in files if not split[path] & set[str]().union(*_JUDGING)]
 
 
 def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:

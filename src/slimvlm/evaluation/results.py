@@ -78,19 +78,14 @@ TIMES = tuple(each.name for each in fields(Times))  # fields of a `Result` that 
 
 @dataclass(frozen=True)
 class Result:
-    """Scores of one model on some tasks.
+    """Scores of one model on some tasks, by task name.
 
     Attributes:
-        model: Name or path of the model.
-        total_params: Parameters of the whole model.
-        backbone_params: Parameters of its language backbone.
-        tasks: Results by task name.
         prefill_ms: Median time to the first new token of one question, in milliseconds.
         decode_ms: Median time of one further token.
         blind: Whether every question was asked with the pictures of another one.
         limit: Only the first so many questions of each task were asked; None for all.
         batch_size: Questions that were answered at once; None if unknown.
-        dtype: Data type of the weights; empty if unknown.
         weight_bytes: Bytes of all weights as they are in memory; None if unknown.
         prefill_range_ms: Fastest and slowest of the runs behind ``prefill_ms``; None if unknown.
         decode_range_ms: The same behind ``decode_ms``.

@@ -221,10 +221,10 @@ def save(
     Args:
         model: The model.
         processor: Its processor or tokenizer; None writes none.
-        out: The new folder.
+        out: The new folder, which ``force`` may replace.
         plan: The plan that made the model; stored as ``slimvlm_plan.json``. If it removed tokens,
             the processor is written without them; one that still has them stays as it is.
-        force: Whether an existing folder may be replaced.
+        force: See ``out``.
         also: Writes what else belongs into the folder.
         facts: What the model card, ``README.md``, says beside what was removed; by default the
             original is what the model was loaded from.

@@ -182,10 +182,7 @@ def held_out_text(results: Mapping[str, DataResult], times: PairedTimes | None =
 def training_notes(
     results: Mapping[str, Result], on_data: Mapping[str, DataResult], loss: str
 ) -> list[str]:
-    """Say what training did beside bringing the original back, and whether it did worse than none.
-
-    Stages are the original, the pruned and the trained model.
-    """
+    """Say what training did beside bringing the original back, and whether it did harm."""
     found = []
     if len(results or on_data) == 3 and "sft" in loss:
         found.append(
