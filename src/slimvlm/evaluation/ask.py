@@ -402,6 +402,6 @@ class AnswerLog:
                 log.write("\n")
                 self._cut_short = False
             for q, reply, is_cut in new:
-                row = {"id": q.id, "prompt": q.prompt, "answers": q.answers, "reply": reply}
-                row |= {"cut": True} if is_cut else {}
+                row: dict[str, Any] = {"id": q.id, "prompt": q.prompt, "answers": q.answers}
+                row |= {"reply": reply, **({"cut": True} if is_cut else {})}
                 log.write(json.dumps(row) + "\n")

@@ -26,12 +26,12 @@ from slimvlm.core.documents import read_object
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
-from slimvlm.data.samples import open_image
+from slimvlm.data.samples import Task, open_image
 from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair, compare
 from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, signed
 from slimvlm.evaluation.results import KINDS, Result
-from slimvlm.evaluation.tasks import Task, builtin_tasks, find_tasks
+from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as runs
 from slimvlm.runs.recipes import published
