@@ -39,9 +39,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
 
     from slimvlm.runs.tables import as_table
 
-    terminal = Console()
-    wide = terminal if terminal.is_terminal else Console(width=120)
-    wide.print(as_table(header, rows, title=title))
+    table, terminal = as_table(header, rows, title=title), Console()
+    longest = Console(width=10**6).measure(table).minimum  # of the words of all columns
+    width = max(terminal.width if terminal.is_terminal else 120, longest)  # no digit is cut
+    Console(width=width).print(table)
 
 
 def show(

@@ -230,7 +230,7 @@ def require_same_request(
     if noted is None:
         return
     if differing := list(_differing(noted, _comparable(request))):
-        raise ConfigError(f"{what} with other {' and '.join(differing)}. {cure}")
+        raise ConfigError(f"{what} with another {' and another '.join(differing)}. {cure}")
 
 
 def _differing(

@@ -163,6 +163,9 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         working_folder(partial)
         try:
             yield partial
+            usual = (partial / ".slimvlm").stat().st_mode
+            for file in partial.rglob("*.safetensors"):  # the library lets only its owner read it
+                file.chmod(usual)
             _replace(partial, path)
             (path / _MARK).unlink(missing_ok=True)
         finally:

@@ -28,6 +28,7 @@ BATCH, BATCH_BYTES = 64, 2**28
 """Rows of a parquet or Arrow file in memory at once, and their bytes unless one row has more."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 ENDINGS = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".zip")
+TRAIN = ("train",)
 _OTHER_SPLITS = {
     "test": {"test", "testing"},
     "validation": {"valid", "validation", "val", "dev", "eval", "evaluation"},
@@ -55,10 +56,7 @@ def place_of(row: Any, seen: Counter[bytes]) -> int:
 
 
 def read_rows(
-    data: str | Path,
-    outlined: bool = False,
-    splits: Sequence[str] = ("train",),
-    say: Say = silent,
+    data: str | Path, outlined: bool = False, splits: Sequence[str] = TRAIN, say: Say = silent
 ) -> Iterator[Any]:
     """Yield rows as plain values, or errors; a table's ``outlined`` ones without pictures.
 
@@ -119,9 +117,7 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
         raise ConfigError(f"data {str(path)!r}: {told}")
 
 
-def files_of_folder(
-    folder: Path, splits: Sequence[str] = ("train",), say: Say = silent
-) -> list[Path]:
+def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = silent) -> list[Path]:
     """List the data files of a folder: what ``datasets`` saved, or else those of a split.
 
     Files and links that lead out of the folder are refused, and no card or script in it is read.
@@ -163,8 +159,7 @@ def files_of_folder(
         if wanted := [path for path in files if split[path] & SPLITS[each]]:
             say(each)
             return wanted
-    others = set[str]().union(*_OTHER_SPLITS.values())
-    return [path for path in files if not split[path] & others]
+    return [path for path in files if not split[path] & set[str]().union(*_OTHER_SPLITS.values())]
 
 
 def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:

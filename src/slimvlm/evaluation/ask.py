@@ -207,10 +207,9 @@ def with_arguments(processor: Any, given: Sequence[str]) -> Any:
             values[name] = parse_json(value)
         except ValueError:
             values[name] = value
-    if not values:
-        return processor
-    changed = copy(processor)
-    changed.template_args = values
+    changed = copy(processor) if values else processor
+    if values:
+        changed.template_args = values
     return changed
 
 
@@ -255,10 +254,7 @@ def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
 def answer(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
-    """Reply greedily to a batch of questions; say whether a reply is cut off at its token limit.
-
-    Where the prompt opens a thought (``<think>``), the reply begins with it.
-    """
+    """Reply greedily to a batch of questions; say which replies are cut off at the token limit."""
     inputs = as_inputs(model, chat.encode_questions(processor, questions))
     _require_context(model, inputs, questions[0].id)
     tokenizer, generator = chat.tokenizer_of(processor), cast(Any, model)
@@ -284,7 +280,8 @@ def answer(
     ends = generator.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, device=output.device).flatten()
     cut = (new_tokens.shape[1] >= max_new_tokens) & ~torch.isin(new_tokens, ends).any(1)
-    tails = tokenizer.batch_decode(inputs["input_ids"][:, -8:])  # how the prompt ends
+    # a prompt may end with the beginning of a thought
+    tails = tokenizer.batch_decode(inputs["input_ids"][:, -8:])
     opened = (max(t * tail.rstrip().endswith(t) for t in metrics.THINKING) for tail in tails)
     replies: list[str] = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
     texts = [begun + reply.strip() for begun, reply in zip(opened, replies, strict=True)]
@@ -294,21 +291,16 @@ def answer(
 def choose(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int = 0
 ) -> list[tuple[str, bool]]:
-    """Pick each question's choice with the highest log-probability of the answer turn per byte.
-
-    Dividing by the bytes of the choice (``acc_norm`` of lm-eval) keeps the beginning of a longer
-    choice from always being likelier. As many choices as questions are read at once.
-    """
+    """Pick the choice whose turn has the highest log-probability per byte (lm-eval's acc_norm)."""
+    # undivided, the beginning of a longer choice would always be likelier
     pairs = [(question, choice) for question in questions for choice in question.choices]
-    best: dict[str, tuple[float, str]] = {}
+    values: dict[str, dict[str, float]] = {question.id: {} for question in questions}
     for start in range(0, len(pairs), len(questions)):
         batch = pairs[start : start + len(questions)]
         found = likelihoods(model, processor, batch)
         for (question, choice), (value, _) in zip(batch, found, strict=True):
-            per_byte = value / max(len(choice.encode()), 1)
-            if question.id not in best or per_byte > best[question.id][0]:
-                best[question.id] = per_byte, choice
-    return [(best[question.id][1], False) for question in questions]
+            values[question.id][choice] = value / max(len(choice.encode()), 1)
+    return [(max(each, key=each.__getitem__), False) for each in values.values()]
 
 
 def likelihoods(
@@ -411,6 +403,6 @@ class AnswerLog:
                 log.write("\n")
                 self._cut_short = False
             for q, reply, is_cut in new:
-                row = {"id": q.id, "prompt": q.prompt, "answers": q.answers, "reply": reply}
-                row |= {"cut": True} if is_cut else {}
+                row: dict[str, Any] = {"id": q.id, "prompt": q.prompt, "answers": q.answers}
+                row |= {"reply": reply, **({"cut": True} if is_cut else {})}
                 log.write(json.dumps(row) + "\n")

@@ -107,10 +107,7 @@ _NO_REPLY += r"|\b(?:yes|no)\s*(?:and|or|/)\s*(?:yes|no)\b"
 
 
 def yes_no(reply: str, question: Question) -> float:
-    """1 if the reply says the right one of yes and no: as its first word, or it alone.
-
-    The last "answer is" or "answer:" begins it. "No idea" or "yes and no" are no answer.
-    """
+    """1 if the reply, or its conclusion, says the right one of yes and no first, or it alone."""
     answer = normalise(question.answers[0])
     return float(_said(reply, answer) == answer)
 
@@ -157,11 +154,7 @@ def similarity(a: str, b: str) -> float:
 
 
 def f1(reply: str, question: Question) -> float:
-    """F1 between the words of the reply and of the best answer (arXiv:1606.05250, Sec. 6.1).
-
-    As there, punctuation and articles do not count. Where a script writes no spaces, each character
-    is a word.
-    """
+    """F1 between the words, without articles, of reply and best answer (arXiv:1606.05250, 6.1)."""
     best, found = 0.0, _counted(reply)
     for answer in question.answers:
         wanted = _counted(answer)
@@ -179,7 +172,7 @@ _NO_SPACES = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9ff
 
 
 def _words(text: str, gap: str) -> list[str]:
-    """Split a text into words of any script; ``gap`` takes the place of other signs."""
+    """Split into words, or characters of scripts without spaces; ``gap`` replaces other signs."""
     text = re.sub(_NO_SPACES, r" \g<0> ", plain(text).casefold())
     signs = ((c if c.isspace() or unicodedata.category(c)[0] in "LMN" else gap) for c in text)
     return "".join(signs).split()

@@ -172,6 +172,11 @@ def _head_dim(case: Case) -> str:
     return f"head_dim {case.head_dim}, {case.heads}, hidden size {case.shape.hidden_size}"
 
 
+def _kind(target: str, case: Case) -> str:
+    blind = case.shape.vision_params > 0 and case.shape.model_type not in GGUF_PICTURES
+    return f"a {case.kind!r} model{', without pictures' * (blind and target == 'gguf')}"
+
+
 def _tower(case: Case) -> str:
     return f"{case.shape.vision_params / 1e6:.1f} M vision parameters in {case.shape.model_type!r}"
 
@@ -191,7 +196,7 @@ def _rows(case: Case) -> str:
 RULES: tuple[Rule, ...] = (
     *(Rule("answers", (target,), "unknown",
            partial(lambda kinds, c: c.kind not in kinds, ran.kinds),
-           lambda c: f"a {c.kind!r} model",
+           partial(_kind, target),
            "no model of this kind was run there: try it before you rely on it",
            ran.version)
       for target, ran in RAN.items()),

@@ -194,6 +194,9 @@ def compress(
             _measure(run, RECOVERED, student, processor)
             how = (request.recover.train, request.recover.loss, history.num_samples)
             facts = replace(_card_facts(run), training=how)
+            measured = (read_results(folder), read_held_out(folder), request.recover.loss)
+            notes = "\n".join(f"- {note}" for note in tables.training_notes(*measured))
+            facts = replace(facts, held_out=f"{facts.held_out}\n{notes}\n")
             save(student, processor, folder / "checkpoint", plan, facts=facts)
             write_text(folder / "checkpoint.sha256", _identity(folder / "checkpoint"))
         finish(run, plan)
@@ -374,7 +377,11 @@ def finish(run: Run, plan: Plan) -> None:
         lines.append(tables.as_markdown(*tables.result_rows(results)))
     if held_out := tables.held_out_text(read_held_out(folder), read_times(folder)):
         lines += ["## What was kept", "", held_out]
-    lines += [f"Peak memory: {peak_memory()}.", ""]
+    loss = "" if run.request.recover is None else run.request.recover.loss
+    for note in tables.training_notes(results, read_held_out(folder), loss):
+        run.say(note)
+        lines += [f"- {note}", ""]
+    lines += [f"Peak memory, since the last start: {peak_memory()}.", ""]
     how = " with `trust_remote_code=True`" if plan.file_format == "uneven" else ""
     lines.append(f"The checkpoint is in `checkpoint/`; `from_pretrained` loads it{how}.")
     if (logs := folder / "training" / TRACKER_FOLDER).exists():

@@ -179,6 +179,31 @@ def held_out_text(results: Mapping[str, DataResult], times: PairedTimes | None =
     return f"{as_markdown(*held_out_rows(results))}\n{notes}\n{text}"
 
 
+def training_notes(
+    results: Mapping[str, Result], on_data: Mapping[str, DataResult], loss: str
+) -> list[str]:
+    """Say what training did beside bringing the original back, and whether it did harm."""
+    found = []
+    if len(results or on_data) == 3 and "sft" in loss:
+        found.append(
+            f"Training also learnt the data's answers (loss {loss}): scores may exceed the "
+            "original's, and what is above them was learnt, not kept."
+        )
+    moved = [each.figures.divergence for each in on_data.values()][1:]
+    if len(moved) == 2 and moved[0] and moved[1] and moved[1].value > moved[0].value:
+        found.append(
+            "Training moved the model away from the original: a KL divergence of "
+            f"{moved[0].value:.3f} nats became {moved[1].value:.3f}."
+        )
+    averages = [each.average for each in results.values()][1:]
+    if len(averages) == 2 and averages[0] > averages[1]:
+        found.append(
+            f"The pruned model scores higher than the trained one (AVG {averages[0]:.1f} and "
+            f"{averages[1]:.1f}): ship the pruned one, which --train none writes."
+        )
+    return found
+
+
 def held_out_notes(results: Mapping[str, DataResult]) -> list[str]:
     """List why some samples are not compared, and how intervals are computed."""
     stages: dict[str, list[str]] = {}

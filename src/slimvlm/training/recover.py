@@ -57,9 +57,9 @@ class History:
     steps: tuple[Mapping[str, int | float], ...]
     """Log rows: step, loss, its components, learning rate."""
     num_samples: Count
-    """Samples that were learnt from."""
+    """Samples that were learnt from; fewer than ``sample_ids`` if the steps ended earlier."""
     sample_ids: tuple[str, ...]
-    """Their names, in order."""
+    """Names of those that they were drawn from, in order."""
     trained_params: Count
     """Parameters that learned."""
     teacher: str = "none"
@@ -192,9 +192,11 @@ def recover(
         merged = merge(plain, dtype)
         assert merged is model, "merging must give back the model that was handed in"
     model.eval()
+    at_once = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    at_once *= arguments.world_size
     return History(
         steps=tuple(row for row in trainer.state.log_history if "loss" in row),
-        num_samples=len(learnt),
+        num_samples=min(len(learnt), trainer.state.global_step * at_once),
         sample_ids=tuple(sample.id for sample in learnt),
         trained_params=trained_params,
         teacher=about_teacher,

@@ -26,16 +26,24 @@ from slimvlm.core.documents import read_object
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
-from slimvlm.data.samples import open_image
+from slimvlm.data.samples import Task, open_image
 from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair, compare
+from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, signed
 from slimvlm.evaluation.results import KINDS, Result
-from slimvlm.evaluation.tasks import Task, builtin_tasks, find_tasks
+from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as runs
 from slimvlm.runs.recipes import published
 from slimvlm.runs.study import DONE, FAILED, OF_A_KIND, ORIGINAL, STUDY, TABLE
-from slimvlm.runs.tables import LEGEND, MARK, held_out_notes, held_out_rows, result_rows
+from slimvlm.runs.tables import (
+    LEGEND,
+    MARK,
+    held_out_notes,
+    held_out_rows,
+    result_rows,
+    training_notes,
+)
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 
@@ -226,7 +234,8 @@ class Record:
 def read_record(folder: str | Path, tasks: str | None = None) -> Record:
     """Read a run folder of `compress` or of a study; ``tasks`` are asked ones of the user's own."""
     path = path_of(folder, "run")
-    known = builtin_tasks() | {task.name: task for task in find_tasks(tasks or "demo")}
+    own, _ = split_names(tasks or "demo")  # lmms-eval's: answers without questions
+    known = builtin_tasks() | {task.name: task for task in find_tasks(own or "demo")}
     try:
         if (path / "config.json").is_file() and (path / "plan.json").is_file():
             return _read_run(path, known)
@@ -334,6 +343,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
         trainings=_training(folder / "history.json", learns),
         tables=tables,
         comparison=comparison,
+        notes=training_notes(results, on_data, str(recover.get("loss"))),
     )
 
 
