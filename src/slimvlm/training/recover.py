@@ -26,7 +26,7 @@ from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import release_memory
+from slimvlm.models.cost import free_memory, release_memory
 from slimvlm.models.hidden import is_sharded
 from slimvlm.models.load import digest_of_weights
 from slimvlm.models.losses import layer_map
@@ -220,10 +220,12 @@ def _trained(
 ) -> DistillationTrainer:
     """Train from the last checkpoint on; batches that do not fit are divided and accumulated."""
     is_alone = arguments.device.type != "cpu" and num_ranks() == 1
-    before = {}
-    if is_alone:
-        learning = training.learning_parameters(given["model"])
-        before = {name: p.detach().cpu() for name, p in learning}
+    before: dict[str, Tensor] | None = None  # needed where memory ends after the first step
+    learning = dict(training.learning_parameters(given["model"]))
+    held = sum(p.nbytes for p in learning.values())
+    is_divisible = is_alone and arguments.per_device_train_batch_size > 1
+    if is_divisible and held <= free_memory(torch.device("cpu")) / 4:
+        before = {name: p.detach().cpu() for name, p in learning.items()}
     while True:
         trainer = DistillationTrainer(args=arguments, **given)
         try:
@@ -237,7 +239,8 @@ def _trained(
             raise type(error)(told.strip()) from error
         except RuntimeError as error:
             size = arguments.per_device_train_batch_size
-            if not (is_alone and size > 1 and is_out_of_memory(error)):
+            is_begun = before is None and trainer.state.global_step > 0
+            if not (is_alone and size > 1 and is_out_of_memory(error)) or is_begun:
                 raise
         parts = next(count for count in range(2, size + 1) if size % count == 0)
         to_log(
@@ -247,8 +250,8 @@ def _trained(
         training.without_autocast(trainer)
         trainer.model.zero_grad()  # type: ignore[union-attr]
         with torch.no_grad():
-            for name, parameter in training.learning_parameters(given["model"]):
-                parameter.copy_(before[name])
+            for name, kept in (before or {}).items():
+                learning[name].copy_(kept)
         arguments = copy(arguments)
         arguments.per_device_train_batch_size //= parts
         arguments.gradient_accumulation_steps *= parts
