@@ -82,16 +82,8 @@ def advise(
 ) -> Advice:
     """Choose a recipe for a model and a budget.
 
-    Args:
-        model: Folder, hub id or ``demo``; its configuration and its tokenizer are read.
-        ratio: Share of the backbone's parameters to remove.
-        target_params: Instead: parameters of the whole smaller model, such as ``5B``.
-        target_memory: Instead: memory of its weights, such as ``8GiB``.
-        target_latency: Instead: time to read a question as a share of the original's.
-        data: Whether there are conversations to train on.
-        gpu: Whether there is a GPU; by default, whether this machine has one.
-        samples: How many conversations there are; by default as many as the study had.
-        dtype: Data type that weights are held in.
+    Arguments are the options of ``slimvlm advise``; ``gpu`` is by default whether this machine has
+    one, and ``samples`` as many as the study had.
 
     Raises:
         ConfigError: If not exactly one budget is given, or it cannot be met.

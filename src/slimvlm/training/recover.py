@@ -100,20 +100,12 @@ def recover(
     model's own weights wherever these are frozen and equal (`training.teacher.share_`). Such a
     teacher is used up: its weights are gone when training ends.
 
-    Args:
-        model: The pruned model.
-        teacher: The original model; not needed if the loss is ``sft`` alone. It may lie on the CPU
-            while the model is on a GPU.
-        dataset: Conversations to learn from, such as `load_samples` gives.
-        config: What learns, from which loss, on which share of the data.
-        processor: The model's processor or tokenizer; by default the one of the folder or hub id
-            that the model was read from, without the tokens that the plan removes.
-        work: Folder for resumable checkpoints. If it holds some, training goes on from the last
-            one, and the result equals an uninterrupted run's. With ``keep_adapter`` its folder
-            ``adapter`` holds the adapter afterwards, and ``runs`` what TensorBoard wrote.
-        plan: The plan that pruned the model, for sharing weights with the teacher, for comparing
-            inner layers, and for telling a teacher the numbers of tokens where the model has fewer.
-        share: Let the teacher read the model's weights, so that it is changed; False keeps its own.
+    ``teacher`` is the original, on any device; for the loss ``sft`` alone None. The ``processor``
+    is by default that of the folder or hub id that the model was read from, without the tokens that
+    ``plan`` removes. A folder ``work`` holds resumable checkpoints; training goes on from the last
+    one to the same result, and it also gets an adapter to keep and a tracker's files. ``plan`` is
+    what pruned the model: for sharing weights, comparing inner layers, and a teacher's numbers of
+    tokens. With ``share`` False the teacher keeps its own weights and is not changed.
 
     Raises:
         ConfigError: If a teacher or processor is needed and missing, or the teacher does not fit.

@@ -64,26 +64,11 @@ def walk_(
     between two layers (twice where the original's are aimed at), on the model's device, in host
     memory or in files (`slimvlm.scoring.stores.StatesPlace`); and one layer's sums.
 
-    Args:
-        model: The original model.
-        batches: Calibration data: model inputs with ``labels``.
-        ratio: Share of the backbone to remove, as for `make_plan`.
-        axis: ``depth``, ``width`` or ``both``.
-        plan: What to remove, instead of a ratio and an axis: nothing is chosen then.
-        scores: Scores of layers, for ``depth`` and ``both``; by default those of
-            `DEFAULT_CRITERIA`. If they score widths, too, nothing is chosen.
-        allocation: As for `make_plan`, or ``balanced``: as many KV groups in each layer as costs a
-            few layers least when they are tried, and neurons for the rest.
-        repair: ``none``, ``width`` (attention and MLP outputs), ``depth`` (seams), ``both``, or
-            ``auto``: both, as far as held-out tokens confirm, and judged at the end by held-out
-            answers: the result is never worse there than without repair.
-        held_out: Batches that confirm and judge. For ``auto`` and ``local_steps`` without any,
-            every fifth batch is set aside.
-        local_steps: Optimizer steps on each layer; see `slimvlm.pruning.walk.engine`.
-        token_weights: Weight of ``image``, ``prompt`` and ``answer`` tokens in choice and fit; all
-            1 if None.
-        ridge: See `slimvlm.pruning.repair.refit`.
-        **options: Further arguments of `make_plan`.
+    Options are those of ``slimvlm compress``, or of `make_plan`. A ``plan`` says what to remove
+    instead of ``ratio`` and ``axis``; ``scores`` of widths choose the units in place of the walk,
+    and those of layers default to `DEFAULT_CRITERIA`. ``held_out`` batches confirm and judge: for
+    ``repair="auto"`` and ``local_steps`` without any, every fifth batch is set aside. For ``ridge``
+    see `slimvlm.pruning.repair.refit`.
 
     Returns:
         The plan, a report of every layer, and the weights that are no slices of the original's.
