@@ -26,7 +26,7 @@ from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import release_memory
+from slimvlm.models.cost import free_memory, release_memory
 from slimvlm.models.hidden import is_sharded
 from slimvlm.models.load import digest_of_weights
 from slimvlm.models.losses import layer_map
@@ -97,20 +97,12 @@ def recover(
     model's own weights wherever these are frozen and equal (`training.teacher.share_`). Such a
     teacher is used up: its weights are gone when training ends.
 
-    Args:
-        model: The pruned model.
-        teacher: The original model; not needed if the loss is ``sft`` alone. It may lie on the CPU
-            while the model is on a GPU.
-        dataset: Conversations to learn from, such as `load_samples` gives.
-        config: What learns, from which loss, on which share of the data.
-        processor: The model's processor or tokenizer; by default the one of the folder or hub id
-            that the model was read from, without the tokens that the plan removes.
-        work: Folder for resumable checkpoints. If it holds some, training goes on from the last
-            one, and the result equals an uninterrupted run's. With ``keep_adapter`` its folder
-            ``adapter`` holds the adapter afterwards, and ``runs`` what TensorBoard wrote.
-        plan: The plan that pruned the model, for sharing weights with the teacher, for comparing
-            inner layers, and for telling a teacher the numbers of tokens where the model has fewer.
-        share: Let the teacher read the model's weights, so that it is changed; False keeps its own.
+    ``teacher`` is the original, on any device; for the loss ``sft`` alone None. The ``processor``
+    is by default that of the folder or hub id that the model was read from, without the tokens that
+    ``plan`` removes. A folder ``work`` holds resumable checkpoints; training goes on from the last
+    one to the same result, and it also gets an adapter to keep and a tracker's files. ``plan`` is
+    what pruned the model: for sharing weights, comparing inner layers, and a teacher's numbers of
+    tokens. With ``share`` False the teacher keeps its own weights and is not changed.
 
     Raises:
         ConfigError: If a teacher or processor is needed and missing, or the teacher does not fit.
@@ -219,10 +211,12 @@ def _trained(
 ) -> DistillationTrainer:
     """Train from the last checkpoint on; batches that do not fit are divided and accumulated."""
     is_alone = arguments.device.type != "cpu" and num_ranks() == 1
-    before = {}
-    if is_alone:
-        learning = training.learning_parameters(given["model"])
-        before = {name: p.detach().cpu() for name, p in learning}
+    before: dict[str, Tensor] | None = None  # needed where memory ends after the first step
+    learning = dict(training.learning_parameters(given["model"]))
+    held = sum(p.nbytes for p in learning.values())
+    is_divisible = is_alone and arguments.per_device_train_batch_size > 1
+    if is_divisible and held <= free_memory(torch.device("cpu")) / 4:
+        before = {name: p.detach().cpu() for name, p in learning.items()}
     while True:
         trainer = DistillationTrainer(args=arguments, **given)
         try:
@@ -236,7 +230,8 @@ def _trained(
             raise type(error)(told.strip()) from error
         except RuntimeError as error:
             size = arguments.per_device_train_batch_size
-            if not (is_alone and size > 1 and is_out_of_memory(error)):
+            is_begun = before is None and trainer.state.global_step > 0
+            if not (is_alone and size > 1 and is_out_of_memory(error)) or is_begun:
                 raise
         parts = next(count for count in range(2, size + 1) if size % count == 0)
         to_log(
@@ -246,8 +241,8 @@ def _trained(
         training.without_autocast(trainer)
         trainer.model.zero_grad()  # type: ignore[union-attr]
         with torch.no_grad():
-            for name, parameter in training.learning_parameters(given["model"]):
-                parameter.copy_(before[name])
+            for name, kept in (before or {}).items():
+                learning[name].copy_(kept)
         arguments = copy(arguments)
         arguments.per_device_train_batch_size //= parts
         arguments.gradient_accumulation_steps *= parts

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -334,8 +336,9 @@ class DistillationTrainer(Trainer):
                     targets = [states[wanted.compared][None] for states in targets]
                 for name, distance in DISTANCES.items():
                     if name in weights:
-                        pairs = zip(hidden, targets, strict=True)
-                        each = [distance(*pair, None, self._reduction) for pair in pairs]
+                        of = partial(distance, mask=None, reduction=self._reduction)
+                        pairs = zip(hidden, targets, strict=True)  # no float32 copy stays
+                        each = [checkpoint(of, *pair, use_reentrant=False) for pair in pairs]
                         parts[name] = torch.stack(each).mean()
                 head, tokens = head_of(self._teacher), self._tokens
                 theirs = head if tokens is None else lambda states: head(states)[..., tokens]
