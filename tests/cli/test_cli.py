@@ -605,30 +605,6 @@ def test_compress_prints_nothing_but_json_and_says_what_comes_next(run, home, ll
     assert (answered.code, "my run" in answered.out) == (0, True)
 
 
-OF_TRAINING = {
-    **{"fraction": 0.5, "epochs": 2.0, "max_steps": 7, "learning_rate": 0.001, "batch_size": 3},
-    **{"gradient_accumulation": 2, "lora_rank": 5, "paper_exact": True, "seed": 4, "bf16": False},
-    **{"gradient_checkpointing": True, "temperature": 3.0, "trainer": {"weight_decay": 0.1}},
-    **{"lora": {"lora_alpha": 3}, "train": "full", "loss": "sft", "keep_adapter": True},
-}
-
-
-@pytest.mark.parametrize("name", [row.name for row in dataclasses.fields(sv.RecoverConfig)])
-def test_no_training_option_of_a_file_is_dropped(name, tmp_path):
-    """A field that `recover` alone has is refused by its name."""
-    seed = OF_TRAINING["seed"] if name == "seed" else 0
-    values = {"model": "m", "seed": seed, "recover": {name: OF_TRAINING[name]}}
-    (tmp_path / "run.yaml").write_text(json.dumps(values))
-    words = ["--out", "out", "--config", str(tmp_path / "run.yaml")]
-    if name == "keep_adapter":
-        with pytest.raises(SlimError, match="keep_adapter True: compress"):
-            cli.parsed("compress", words)
-        return
-    given = cli.parsed("compress", words)
-    holder = given["pruning" if name == "seed" else "training"]
-    assert getattr(holder, name) == OF_TRAINING[name] != getattr(sv.RecoverConfig(), name)
-
-
 @pytest.mark.parametrize(
     ("verb", "told", "options"),
     [

@@ -7,7 +7,6 @@ file outside its folder, asked no network, and started no process but that of te
 """
 
 import argparse
-import atexit
 import contextlib
 import dataclasses
 import functools
@@ -254,140 +253,100 @@ QUANTIZE, GGUF = (
 )
 MODEL = str(folders.folder("text"))
 DATA = folders.write_llava_data(folders.root() / "rows", 8, pictures=False)
-LOW = f"prune {MODEL} --ratio 0.3 --data {DATA} --samples 4 --low-memory"
-TRAIN = f"recover {MODEL} --data {DATA} --loss sft --max-steps 1 --batch-size 2"
-ORIGINALS = Path(__file__).parents[1] / "fixtures" / "convert"
-NAMES = (
-    *("LlamaForCausalLM", "AutoModel", "AutoConfig", "{folder}/sub", ".", "../secret.jsonl"),
-    *(
-        "/etc/passwd",
-        "hf-hub:evil/x",
-        "evil/kernel",
-        "flash_attention_2",
-        ["evil.C", None],
-        {"": "evil/k"},
-    ),
-    {"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": "{folder}/sub"},
-    *(
-        {"AutoProcessor": "evil.C", "AutoTokenizer": ["evil.C", None]},
-        {"image_processor_type": "AutoModel"},
-    ),
-)
-READERS = ("processor_config.json", "tokenizer_config.json", "preprocessor_config.json")
-KEYS = {
-    ("audio_tokenizer_config.json", "special_tokens_map.json", *READERS): (
-        *("audio_tokenizer", "audio_tokenizer_class", "audio_tokenizer_name_or_path", "auto_map"),
-        *(
-            "processor_class",
-            "tokenizer_class",
-            "image_processor_type",
-            "image_processor",
-            "config",
-        ),
-        *("video_processor", "feature_extractor_type", "tokenizer_file", "vocab_file", "spm_file"),
-        *("merges_file", "name_or_path", "init_inputs", "chat_template", "extra_special_tokens"),
-        *("custom_pipelines", "backend", "fast_tokenizer_files", "added_tokens_file", "gguf_file"),
-    ),
-    ("config.json", "generation_config.json"): (
-        *("attn_implementation", "_attn_implementation", "experts_implementation", "auto_map"),
-        *("_attn_implementation_internal", "transformers_weights", "configuration_files"),
-        *("_name_or_path", "tokenizer_class", "processor_class", "backbone", "backbone_config"),
-        *("quantization_config", "custom_generate", "architecture", "model_type", "adapter_path"),
-    ),
-}
+LOW = f"prune {MODEL} --ratio 0.3 --data {DATA} --samples 4 --low-memory --out {{folder}}/o"
+TRAIN = f"recover {MODEL} --data {DATA} --loss sft --max-steps 1 --out {{folder}}/o"
+ORIGINALS = Path(__file__).parents[1] / "fixtures" / "convert" / "llava"
+NAMES = """[LlamaForCausalLM, AutoModel, FOLDER/sub, ., ../secret.jsonl, /etc/passwd,
+  "hf-hub:evil/x", evil/kernel, flash_attention_2, [evil.C, null], {"": evil/k},
+  {image_processor_type: AutoModel},
+  {AutoProcessor: evil.C, AutoTokenizer: [evil.C, null]}, {checkpoint_path: FOLDER/marked.bin},
+  {audio_tokenizer_class: AutoModel, audio_tokenizer_name_or_path: FOLDER/sub}]"""
+KEYS = """[audio_tokenizer, audio_tokenizer_class, audio_tokenizer_name_or_path, auto_map,
+  processor_class, tokenizer_class, image_processor_type, image_processor, config,
+  video_processor, feature_extractor_type, tokenizer_file, vocab_file, spm_file, merges_file,
+  name_or_path, init_inputs, chat_template, backend, extra_special_tokens, custom_pipelines,
+  fast_tokenizer_files, added_tokens_file, gguf_file, attn_implementation,
+  _attn_implementation, experts_implementation, _attn_implementation_internal,
+  transformers_weights, configuration_files, _name_or_path, backbone, backbone_config,
+  model_args, quantization_config, custom_generate, architecture, model_type,
+  use_pretrained_backbone]"""
+FILES = ("config", "generation_config", "processor_config", "tokenizer_config", "tokenizer")
+FILES += ("preprocessor_config", "audio_tokenizer_config", "special_tokens_map")
+TOWERS = ("timm_wrapper", "timm_backbone", "detr", "dpt", "llava", "clip", "maskformer", "evil")
+WORK = (".o.scratch", ".o.training", ".o.partial", ".o.old", ".o.lock", "o", "slimvlm-scratch")
+DRAWN = (*(0.5, 1, 3, True, "linear", "sgd", "none", ["q_proj"]) * 4, *("[", "(a+)+$"), *NASTY)
+DRAWN += ({"q_proj": 10**7}, 10**400, 2.0)
 
 
 def named(folder, draw):
     """A model whose files, at any depth, name classes, kernels, files, or other models."""
     make_seeing(folder)
     (folder / "sub").mkdir()
-    (folder / "sub" / "config.json").write_text(
-        '{"model_type": "e", "auto_map": {"AutoConfig": "evil.C"}}'
-    )
-    for place in (folder, folder / "sub"):
-        (place / "evil.py").write_text("open('marked', 'w')")
-    files, keys = draw.choice(list(KEYS.items()))
-    file = folder / draw.choice(files)
+    evil = {"model_type": "e", "auto_map": {"AutoConfig": "evil.C"}}
+    (folder / "sub" / "config.json").write_text(json.dumps(evil))
+    (folder / "sub" / "evil.py").write_text("open('marked', 'w')")
+    write_pickle(folder / "marked.bin", folder.parent / "marked")
+    file = folder / f"{draw.choice(FILES)}.json"
     values = json.loads(file.read_text()) if file.exists() else {}
-    inside = [values, *(v for v in values.values() if isinstance(v, dict))]
-    value = json.dumps(draw.choice(NAMES)).replace("{folder}", str(folder))
-    draw.choice(inside)[draw.choice(keys)] = json.loads(value)
+    inside = [values, *(value for value in values.values() if isinstance(value, dict))]
+    value = draw.choice(yaml.safe_load(NAMES.replace("FOLDER", str(folder))))
+    keys = yaml.safe_load(KEYS)
+    draw.choice(inside)[draw.choice(keys)] = value
+    if draw.random() < 0.3:
+        tower = {"model_type": draw.choice(TOWERS), draw.choice(keys): value}
+        values[draw.choice(("vision_config", "text_config"))] = tower
     file.write_text(json.dumps(values))
     return draw.choice((CHAT, "inspect {folder}", "export {folder} --check", QUANTIZE, GGUF))
 
 
-def tower(folder, draw):
-    """A model with the tower of another class, or with arguments of timm's."""
-    make_seeing(folder)
-    kinds = ("timm_wrapper", "timm_backbone", "detr", "dpt", "llava", "clip", "maskformer", "evil")
-    args = draw.choice((*NAMES, {"checkpoint_path": "{folder}/marked.bin"}, {"pretrained": True}))
-    args = json.loads(json.dumps(args).replace("{folder}", str(folder)))
-    keys = ("model_args", "architecture", "backbone", "backbone_config", "use_pretrained_backbone")
-    given = {"model_type": draw.choice(kinds), draw.choice(keys): args}
-    part = draw.choice(("vision_config", "text_config"))
-    folders.edit_json(folder / "config.json", lambda v: v.update({part: given}))
-    write_pickle(folder / "marked.bin", folder.parent / "marked")
-    return draw.choice((CHAT, "inspect {folder}"))
-
-
 def links(folder, draw):
     """Links, and folders of a user's own, where work in progress lies."""
-    work, victim = folder, folder.parent.parent / "victim" / "checkpoint-9"
+    victim, place = folder.parent.parent / "victim" / "checkpoint-9", folder / draw.choice(WORK)
     victim.mkdir(parents=True, exist_ok=True)
     (victim / "precious").write_text("x")
-    name = draw.choice(
-        (".o.scratch", ".o.training", ".o.partial", ".o.old", ".o.lock", "o", "slimvlm-scratch")
-    )
-    target = draw.choice((victim.parent, victim / "precious", work / name, work / "none"))
     if draw.random() < 0.7:
-        (work / name).symlink_to(target)
+        place.symlink_to(draw.choice((victim.parent, victim / "precious", place, folder / "none")))
     else:
-        shutil.copytree(victim.parent, work / name)
-    force = draw.choice(("", " --force", " --scratch {folder}"))
-    return draw.choice((f"{LOW} --out {{folder}}/o{force}", f"{TRAIN} --out {{folder}}/o"))
+        shutil.copytree(victim.parent, place)
+    return draw.choice((LOW, f"{LOW} --force", f"{LOW} --scratch {{folder}}", TRAIN))
 
 
 @functools.cache
 def stopped_scratch():
     """The scratch folder of a run that stopped before it wrote its checkpoint."""
-    place = Path(tempfile.mkdtemp(prefix="slimvlm-fuzz-"))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    place = folders.root() / "scratch"
     full = mock.patch("slimvlm.runs.verbs.prune_checkpoint", side_effect=OutputError("full"))
     with full, contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-        cli.main([*LOW.split(), "--scratch", str(place), "--out", str(place / "o")])
+        cli.main([*LOW.format(folder=place).split(), "--scratch", str(place)])
     return place / "slimvlm-scratch"
 
 
 def scratch(folder, draw):
     """A stopped run's scratch folder with a file spoiled, removed, doubled, or a link out of it."""
     there = shutil.copytree(stopped_scratch(), folder / "slimvlm-scratch")
-    file = draw.choice(sorted(path for path in there.rglob("*") if path.is_file()))
-    way = draw.randrange(5)
-    if way < 2:
+    file, other = draw.sample(sorted(path for path in there.rglob("*") if path.is_file()), 2)
+    way = draw.randrange(4)
+    if way == 0:
         spoil(file, draw)
-    elif way == 2:
-        file.unlink()
-    elif way == 3:
-        shutil.copy(draw.choice(sorted(there.rglob("*.safetensors"))), file)
+    elif way == 1:
+        shutil.copy(other, file)
     else:
         file.unlink()
-        file.symlink_to(folder.parent.parent / "secret.jsonl")
-    return f"{LOW} --scratch {{folder}} --out {{folder}}/o"
+        if way == 2:
+            file.symlink_to(folder.parent.parent / "secret.jsonl")
+    return f"{LOW} --scratch {{folder}}"
 
 
 def report(folder, draw):
     """A run or a study whose files name others, scores of other tasks, and code."""
     shutil.rmtree(folder)
-    secret = folder.parent.parent / "secret.jsonl"
+    secret = str(folder.parent.parent / "secret.jsonl")
     if draw.random() < 0.5:
         write_run(folder, anatomy(folders.folder("text")))
-        task = {"name": "own", "data": str(secret), "prompt": "{id}", "answer": "id"}
-        task |= {
-            draw.choice(("metric", "images", "image")): draw.choice(("evil:score", "/etc", "id"))
-        }
-        (folder / "t.yaml").write_text(yaml.safe_dump({"metric": "exact_match", **task}))
+        task = {"name": "own", "data": secret, "prompt": "{id}", "answer": "id", "image": "id"}
+        own = {"metric": draw.choice(("exact_match", "evil:score"))}
+        (folder / "t.yaml").write_text(yaml.safe_dump(task | own))
         folders.edit_json(folder / "config.json", lambda v: v.update(tasks=f"{folder}/t.yaml"))
-        own = {"metric": "evil:score"} if task.get("metric") else {}
         for path in (folder / "results").iterdir():
             folders.edit_json(path, lambda v: v["tasks"].update(own={**v["tasks"]["name"], **own}))
         (folder / "evil.py").write_text("open('marked', 'w')\ndef score(*_): return 1.0\n")
@@ -395,40 +354,21 @@ def report(folder, draw):
         write_study(folder, anatomy(folders.folder("text")))
         table = pandas.read_parquet(folder / "results.parquet")
         column = draw.choice(list(table.columns))
-        table[column] = draw.choice(
-            (str(secret), "../../secret.jsonl", "/etc/passwd", "x" * 300, "\0", -1)
-        )
-        with contextlib.suppress(Exception):
-            table.to_parquet(folder / "results.parquet")
+        table[column] = draw.choice((secret, "../../secret.jsonl", "/etc/passwd", "\0", -1))
+        table.to_parquet(folder / "results.parquet")
     return "report {folder}"
 
 
 def passed_on(folder, draw):
-    """Arguments of other libraries, which train a tiny model."""
+    """Arguments of other libraries, with which a tiny model is trained."""
     kind = draw.choice(("lora", "trainer"))
-    of = {"lora": peft.LoraConfig, "trainer": transformers.TrainingArguments}[kind]
-    numbers = (-1, 0, 1, 0.5, 2.0, 10**7, 10**400, 1e308, float("nan"), True)
-    values = (
-        *numbers,
-        None,
-        "[",
-        "evil",
-        "adamw_torch",
-        "linear",
-        "(a+)+$",
-        ["q_proj"],
-        {"q_proj": 10**7},
-        {"": 1},
-        [],
-    )
-    key = draw.choice([row.name for row in dataclasses.fields(of)])
-    if draw.random() < 0.6:
-        key = draw.choice([*{"lora": OF_LORA, "trainer": OF_TRAINER}[kind]])
-    settings = {"loss": "sft", kind: {key: draw.choice(values)}}
-    (folder / "r.yaml").write_text(
-        yaml.safe_dump({"model": "x", "ratio": 0.3, "recover": settings})
-    )
-    return f"{TRAIN} --config {{folder}}/r.yaml --out {{folder}}/o"
+    every = peft.LoraConfig if kind == "lora" else transformers.TrainingArguments
+    ours = OF_LORA if kind == "lora" else OF_TRAINER
+    key = draw.choice([*ours] * 3 + [row.name for row in dataclasses.fields(every)])
+    settings = {"loss": "sft", kind: {key: draw.choice(DRAWN)}}
+    values = {"model": "x", "ratio": 0.3, "recover": settings}
+    (folder / "r.yaml").write_text(yaml.safe_dump(values))
+    return f"{TRAIN} --config {{folder}}/r.yaml"
 
 
 def gate(folder, draw):
@@ -436,23 +376,19 @@ def gate(folder, draw):
     make_result(folder)
     if draw.random() < 0.5:
         spoil(folder / "result.json", draw)
-    figure, sign = (
-        draw.choice(("avg", "retention", "own", "loss", "\u202e", "")),
-        draw.choice((">=", "<=", "=", "> ")),
-    )
+    figure = draw.choice(("avg", "retention", "own", "loss", "\u202e", ""))
     bound = draw.choice(("1.0x", "95%", "50", "nan", "1e999", "9" * 400, "-1", "x", "0x10", "%"))
     words = ["evaluate", MODEL, "--tasks", "{folder}/task.yaml", "--require"]
-    words += [f"{figure} {sign} {bound}", "--baseline", "{folder}/result.json"]
-    return "\0".join(words)
+    words += [f"{figure} {draw.choice(('>=', '<=', '='))} {bound}"]
+    return "\0".join([*words, "--baseline", "{folder}/result.json"])
 
 
 def original(folder, draw):
     """A folder in LLaVA's original format, spoiled, that is converted."""
-    source = folder / "source"
-    shutil.copytree(ORIGINALS / "llava" / "original", source)
-    spoil(draw.choice(sorted(path for path in source.rglob("*") if path.is_file())), draw)
-    tower = ORIGINALS / "llava" / "tower"
-    return f"convert {source} {{folder}}/o --vision-tower {tower}"
+    shutil.copytree(ORIGINALS / "original", folder / "source")
+    files = sorted(path for path in (folder / "source").rglob("*") if path.is_file())
+    spoil(draw.choice(files), draw)
+    return f"convert {{folder}}/source {{folder}}/o --vision-tower {ORIGINALS / 'vision_tower'}"
 
 
 def many_rows(folder, draw):
@@ -464,9 +400,9 @@ def many_rows(folder, draw):
 
 
 def racing(folder, draw):
-    """A model's or an output's folder that becomes a link, or a template's process that dies, meanwhile."""
+    """A folder that becomes a link meanwhile, or a template's process that dies."""
     make_model(folder)
-    return draw.choice((CHAT, PRUNE, f"{LOW} --out {{folder}}/o"))
+    return draw.choice((CHAT, PRUNE, LOW))
 
 
 def spoiled(make, file, command):
@@ -559,7 +495,7 @@ CLASSES = {
         own_folder, f"prune {MODEL} --ratio 0.3 --criterion magnitude --out {{folder}}/out --force"
     ),
     "words": words,
-    **{"names": named, "tower": tower, "links": links, "scratch": scratch, "report": report},
+    **{"names": named, "links": links, "scratch": scratch, "report": report},
     **{"passed on": passed_on, "gate": gate, "convert": original, "racing": racing},
     "closed streams": spoiled(make_model, "config.json", CHAT),
     "full disk": spoiled(make_model, "generation_config.json", PRUNE),
@@ -567,67 +503,39 @@ CLASSES = {
 }
 CODES = {"gate": (0, 2, 3)}
 BLIND = ("closed streams", "full disk")  # where no line can be written
-OURS = (
-    *(sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), str(folders.root())),
-    *(
-        "/proc/",
-        "/sys/",
-        "/dev/",
-        "/etc/",
-        "/usr/",
-        "/lib",
-        str(Path.home() / ".cache" / "slimvlm"),
-    ),
-)
-"""Where every command may read. Below the last ones it could meet a secret; below ours it cannot."""
+READ = (sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), str(folders.root()))
+READ += ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/", "/lib", str(Path.home() / ".cache"))
+"""Where every command may read: its installation, the system, and the models of all inputs."""
+TEMPORARY = ("/tmp/slimvlm-scratch-", "/tmp/tmp", "/tmp/torch", "/dev/")
+NEVER = {"os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.getaddrinfo"}
+CHANGES = {f"os.{name}" for name in ("remove", "rename", "rmdir", "mkdir", "symlink", "link")}
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def watch(home, errors):
     """Note every file, network and process that this process should leave alone, from now on."""
-    notes = os.open(errors.with_name("noted"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    mine = (
-        str(home / "work"),
-        str(errors),
-        "/tmp/slimvlm-scratch-",
-        "/tmp/tmp",
-        "/tmp/torch",
-        "/dev/",
-    )
+    notes = os.open(errors.with_name("noted"), os.O_WRONLY | os.O_CREAT)
+    mine = (str(home / "work"), str(errors), *TEMPORARY)
 
-    def is_fine(path, writes):
-        place = os.path.realpath(os.fsdecode(path))
-        return place.startswith(mine) or (
-            not writes and place.startswith(OURS) and place != "/etc/passwd"
-        )
+    def is_wrong(event, given):
+        first = os.fsdecode(given[0]) if isinstance(given[0], str | bytes | os.PathLike) else None
+        if event == "subprocess.Popen":
+            return not any(str(word).endswith("data/child.py") for word in given[1])
+        if event == "exec":
+            file = getattr(given[0], "co_filename", "")
+            return file.startswith(str(home)) or "transformers_modules" in file
+        if event == "open" and first is not None:
+            read = () if (given[2] or 0) & WRITES or first == "/etc/passwd" else READ
+            return not os.path.realpath(first).startswith((*mine, *read))
+        if event in CHANGES and first is not None:
+            parent, name = os.path.split(first)
+            place = f"{os.path.realpath(parent)}/{name}"
+            is_there = event == "os.mkdir" and Path(place).exists()
+            return not place.startswith(mine) and not is_there
+        return event in NEVER
 
     def noticed(event, given):
-        wrong = event in (
-            "os.system",
-            "os.exec",
-            "socket.connect",
-            "socket.getaddrinfo",
-            "os.posix_spawn",
-        )
-        if event == "open" and isinstance(given[0], str | bytes | os.PathLike):
-            flags = given[2] or 0
-            wrong = not is_fine(given[0], flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        elif event in (
-            "os.remove",
-            "os.rename",
-            "os.rmdir",
-            "os.mkdir",
-            "os.symlink",
-            "os.link",
-            "shutil.rmtree",
-        ):
-            wrong = isinstance(given[0], str | bytes | os.PathLike) and not is_fine(
-                os.path.dirname(os.path.abspath(given[0])), True
-            )
-        elif event == "subprocess.Popen":
-            wrong = not any(str(word).endswith("data/child.py") for word in given[1])
-        elif event == "exec":
-            wrong = getattr(given[0], "co_filename", "").startswith((str(home), "/tmp/"))
-        if wrong:
+        if given and is_wrong(event, given):
             os.write(notes, f"{event} {str(given[:2])[:200]}\n".encode(errors="replace"))
 
     sys.addaudithook(noticed)
@@ -712,7 +620,7 @@ def attempt(name, seed, home):
         or said.count("slimvlm: ") - last.startswith("slimvlm: ") > 0
     ):
         wrong.append(f"code {code}")
-    noted = errors.with_name("noted").read_text(errors="replace")
+    noted = errors.with_name("noted").read_text()
     if noted:
         wrong.append(f"it went elsewhere: {noted[:300]}")
     if code == 2 and not last.startswith("slimvlm: ") and name not in BLIND:

@@ -41,8 +41,6 @@ _MARK, _UNFINISHED = ".slimvlm", {"written_by": "slimvlm", "is": "unfinished"}
 MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     _MARK: lambda values: values == _UNFINISHED,
     "slimvlm_checkpoint.json": lambda values: values.get("format") == "slimvlm-checkpoint/1",
-    # of an earlier version
-    "slimvlm_manifest.json": lambda values: values.get("format") == "slimvlm-manifest/1",
     # of a run, and of a stage of a study
     "config.json": lambda values: {"model", "made_from", "version"} <= values.keys(),
     "stage.json": lambda values: values.get("format") == "slimvlm-stage/1",
@@ -180,15 +178,12 @@ def working_folder(path: Path) -> Path:
         found = [path] if path.is_symlink() else path.rglob("*")
         if link := next(filter(Path.is_symlink, found), None):
             raise ConfigError(f"working folder: {str(link)!r} is a link; remove it")
-        others = (
-            [each.name for each in path.iterdir() if each.name != _MARK] if path.exists() else []
-        )
-        if others and not _is_ours(path, [_MARK]):
+        path.mkdir(parents=True, exist_ok=True)
+        if {each.name for each in path.iterdir()} <= {_MARK}:
+            (path / _MARK).write_text(json.dumps(_UNFINISHED))
+        elif not _is_ours(path, [_MARK]):
             told = "is in the way, which slimvlm did not write; move it, or choose another place"
             raise ConfigError(f"working folder: {str(path)!r} {told}")
-        path.mkdir(parents=True, exist_ok=True)
-        if not others:
-            (path / _MARK).write_text(json.dumps(_UNFINISHED))
     return path
 
 

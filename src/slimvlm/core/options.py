@@ -7,22 +7,13 @@ below a field is the help of the command line, where a `FILE_ONLY` one has no fl
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.core.files import beside
@@ -49,6 +40,7 @@ SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 MIN_NEW_TOKENS = 3
 ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
 FILE_ONLY = "file only"  # in an option's type: it has no flag on the command line
+WITHOUT_FLAG = "without_flag"  # names of inherited options that have none in a class
 MOST = 2**53  # numbers below it are exact in every file and every library
 
 _hints = cache(partial(get_type_hints, include_extras=True))
@@ -56,9 +48,6 @@ _hints = cache(partial(get_type_hints, include_extras=True))
 
 class Options:
     """A group of options whose values are checked against their types."""
-
-    without_flag: ClassVar[tuple[str, ...]] = ()
-    """Inherited options that have no flag here, as if each were `FILE_ONLY`."""
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
@@ -83,20 +72,26 @@ class Options:
 def file_only(kind: Any) -> set[str]:
     """List the options of a class that have no flag on the command line."""
     hints = _hints(kind).items()
-    inherited = (getattr(each, "without_flag", ()) for each in kind.__mro__)
+    inherited = (vars(each).get(WITHOUT_FLAG, ()) for each in kind.__mro__)
     own = {name for name, hint in hints if FILE_ONLY in getattr(hint, "__metadata__", ())}
     return own.union(*inherited)
 
 
-def given_of(config: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Take those of some options that differ from their defaults."""
-    rows = {row.name: row for row in fields(config)}
-    usual = {
-        name: row.default if row.default_factory is MISSING else row.default_factory()
-        for name in names
-        if (row := rows.get(name)) is not None
-    }
-    return {n: getattr(config, n) for n, value in usual.items() if getattr(config, n) != value}
+def given_of(config: Any, names: Container[str] | None = None) -> dict[str, Any]:
+    """Take those of some options, or of all, that differ from their defaults."""
+    found = {}
+    for row in fields(config):
+        default = row.default if row.default_factory is MISSING else row.default_factory()
+        if (names is None or row.name in names) and getattr(config, row.name) != default:
+            found[row.name] = getattr(config, row.name)
+    return found
+
+
+def refuse_given(config: Any, names: Container[str], why: str) -> None:
+    """Refuse options that differ from their defaults, but for nothing at all; ``why`` ends it."""
+    for name, value in given_of(config, names).items():
+        if value not in (0, "none"):
+            raise ConfigError(f"{name} {value!r} {why}")
 
 
 def part_of(config: Any, kind: type[T]) -> T:
@@ -195,66 +190,46 @@ class TrainingConfig(Options):
         _require_passable("lora", self.lora, OF_LORA)
 
 
-def _number(row: Range) -> Range:
-    """Make the range of a number that another library computes with."""
-    holds = lambda v: type(v) in (int, float) and v < 10**9 and row.holds(v)  # noqa: E731
-    return Range(holds, f"a number {row.meaning}, in YAML like 1.0e-2")
-
-
-def _one_of(*choices: Any) -> Range:
-    kinds = {type(choice) for choice in choices}
-    holds = lambda v: type(v) in kinds and v in choices  # noqa: E731
-    return Range(holds, f"one of: {', '.join(map(str, choices))}")
-
-
-def _are_patterns(values: Any) -> bool:
-    """Whether a regular expression, or each one of a list, can be compiled."""
-    try:
-        return all(map(re.compile, [values] if isinstance(values, str) else values))
-    except (TypeError, re.error, RecursionError, OverflowError):
-        return False
-
-
-_PATTERNS = Range(_are_patterns, "names of modules, or a regular expression of them")
-
-
-def _are_ranks(values: Any) -> bool:
-    is_some = isinstance(values, Mapping) and _are_patterns([*values])
-    return is_some and all(type(n) is int and 0 < n <= 4096 for n in values.values())
-
-
-_RANKS = Range(_are_ranks, "names of modules with ranks, whole numbers from 1 to 4096")
-_SWITCH, _SOME = _one_of(True, False), _number(ABOVE_0)
-OF_LORA = {
-    **{"lora_alpha": _SOME, "lora_dropout": _number(SHARE), "use_rslora": _SWITCH},
-    **{"use_dora": _SWITCH, "init_lora_weights": _one_of(True, False, "gaussian", "orthogonal")},
-    **{"target_modules": _PATTERNS, "exclude_modules": _PATTERNS, "rank_pattern": _RANKS},
+OF_LORA: Mapping[str, Range | tuple[Any, ...] | None] = {
+    **{"lora_alpha": ABOVE_0, "lora_dropout": SHARE, "use_rslora": (True, False)},
+    **{"target_modules": None, "exclude_modules": None},
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
-OF_TRAINER = {
-    **{"weight_decay": _number(AT_LEAST_0), "max_grad_norm": _number(AT_LEAST_0)},
-    **{"adam_beta1": _number(SHARE), "adam_beta2": _number(SHARE), "adam_epsilon": _SOME},
-    "optim": _one_of("adamw_torch", "adamw_torch_fused", "adafactor", "sgd"),
-    "lr_scheduler_type": _one_of(
-        *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
-        *("constant", "constant_with_warmup"),
-    ),
-    **{"warmup_steps": _number(AT_LEAST_0), "logging_steps": _SOME, "save_steps": _SOME},
-    **dict.fromkeys(("report_to", "run_name"), Range(_are_patterns, "text")),
-    **{"logging_first_step": _SWITCH, "ddp_timeout": _number(AT_LEAST_1)},
+_SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+    *("constant", "constant_with_warmup"),
+)
+OF_TRAINER: Mapping[str, Range | tuple[Any, ...] | None] = {
+    **{"weight_decay": AT_LEAST_0, "max_grad_norm": AT_LEAST_0, "warmup_steps": AT_LEAST_0},
+    **{"adam_beta1": SHARE, "adam_beta2": SHARE, "adam_epsilon": ABOVE_0},
+    **{"optim": ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")},
+    **{"lr_scheduler_type": _SCHEDULES, "report_to": None, "run_name": None},
+    **{"logging_steps": ABOVE_0, "logging_first_step": (True, False), "save_steps": ABOVE_0},
 }
-"""Arguments of peft.LoraConfig and transformers.TrainingArguments that are passed on."""
+"""Arguments of LoraConfig and TrainingArguments that are passed on: their numbers, their choices,
+or None for names and regular expressions."""
 
 
-def _require_passable(option: str, values: Any, known: Mapping[str, Range]) -> None:
+def _require_passable(option: str, values: Any, known: Mapping[str, Any]) -> None:
     """Refuse keys and values that another library would refuse after weights are read, or obey."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{option} {values!r} must map names to values")
     for key, value in values.items():
-        told = f"{option}: {shortened(str(key))[1:-1]} {shortened(value)}"
+        told, allowed = f"{option}: {shortened(str(key))[1:-1]} {shortened(value)}", known.get(key)
         if key not in known:
             raise ConfigError(f"{told} cannot be given. Known: {', '.join(known)}")
-        if not known[key].holds(value):
-            raise ConfigError(f"{told} must be {known[key].meaning}")
+        if isinstance(allowed, Range):
+            fits = type(value) in (int, float) and value < 10**9 and allowed.holds(value)
+            meaning = f"a number {allowed.meaning}, in YAML like 1.0e-2"
+        elif allowed is not None:
+            fits = value in allowed and type(value) in map(type, allowed)
+            meaning = f"one of: {', '.join(map(str, allowed))}"
+        else:
+            meaning, fits = "names, or a regular expression", False
+            with suppress(TypeError, re.error, RecursionError, OverflowError):
+                fits = all(map(re.compile, [value] if isinstance(value, str) else value))
+        if not fits:
+            raise ConfigError(f"{told} must be {meaning}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +310,7 @@ NO_RESULT = tuple(row.name for row in fields(LoadConfig) if not row.compare)
 class FileLoading(LoadConfig):
     """How models are read by verbs that have many options."""
 
-    without_flag = ("attn_implementation", "device_map")
+    without_flag = frozenset({"attn_implementation", "device_map"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,8 +327,7 @@ class DataConfig(LoadConfig):
     """Tokens of a sample at most, those of pictures included; by default as many as the model
     reads."""
     too_long: TooLong = "refuse"
-    """What becomes of longer samples: refuse, which makes them broken rows; or cut, which takes
-    turns from the end, and the end of an answer, and says of how many."""
+    """Longer samples: refuse makes them broken rows; cut drops turns, then an answer's end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,14 +342,12 @@ class CalibrationConfig(DataConfig):
     """Which conversations a model is shown that is to be scored, and what counts."""
 
     samples: Annotated[int, AT_LEAST_1] = 192
-    """Calibration samples, the first ones of the data in the order of the seed."""
+    """Calibration samples, drawn from the whole of the data."""
     seed: Annotated[int, SEED] = 0
-    """Order of the data: 0 is that of the file, pictures and text in step where they stand apart,
-    any other number shuffles it; training takes what comes after the calibration samples. Also
-    seeds whatever is drawn, in scores and in training."""
+    """Draws the samples for calibration and training, and all else but the final test's."""
     general_text: Annotated[float | None, SHARE] = None
-    """Share of general text among what calibrates, beside the data: from the descriptions of the
-    packages that slimvlm needs. By default 0.2 where weights are repaired, else 0."""
+    """Share of general text in calibration, beside the data: descriptions of the packages that
+    slimvlm needs. By default 0.2 where weights are repaired, else 0."""
     gradient: Gradient = "per_sample"
     """For taylor: one gradient over all samples, or one for each."""
     token_weights: str | None = None
@@ -539,8 +511,8 @@ class ReportOptions(Options):
     """How many samples judge a finished model."""
 
     report_samples: Annotated[int | None, AT_LEAST_0] = None
-    """Samples, the last ones that are read, from which nothing is learnt: on them the end says what
-    was kept. At most a fifth of the data; 0 for none. By default as many as calibrate, up to 64."""
+    """Samples from which nothing is learnt, the same for all seeds: on them the end says what was
+    kept. At most a fifth of the data; 0 for none. By default as many as calibrate, up to 64."""
 
     def unseen(self, calibration: int) -> int:
         """Count held-out samples at most; by default as many as calibrate, as both take as long."""
@@ -559,7 +531,7 @@ class TrainingShare(Options):
 class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
     """What models are asked and shown, and how much is trained on."""
 
-    without_flag = ("task_folder", "template_args", "floors")
+    without_flag = frozenset({"task_folder", "template_args", "floors"})
     image_tokens: Annotated[float | None, INSIDE] = None
     """Share of the tokens that the data's pictures take now; the smaller model sees them with so
     many from calibration on, the original in reports with all. See docs/images-budget.md."""
@@ -575,7 +547,7 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
 class RunPruning(FileLoading, PruneConfig):
     """What to remove, and how to choose and to mend."""
 
-    without_flag = ("gradient",)
+    without_flag = frozenset({"gradient"})
 
 
 @dataclass(frozen=True, kw_only=True)

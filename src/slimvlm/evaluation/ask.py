@@ -25,8 +25,8 @@ from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.data.templates import rendered
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.bench import stored_bytes, times_of
-from slimvlm.evaluation.on_data import answer_losses, divided
-from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.on_data import answer_losses
+from slimvlm.evaluation.results import Result, TaskResult, asked_of
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
 from slimvlm.models.load import anatomy, digest_of_weights
@@ -134,7 +134,7 @@ def _score_replies(
         score=100 * sum(scores) / max(len(scores), 1),
         chance=task.chance,
         in_average=task.in_average,
-        ids=tuple(question.id for question in questions),
+        **asked_of(questions),
         replies=tuple(replies),
         scores=tuple(scores),
         details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
@@ -171,6 +171,7 @@ def _score_likelihoods(
             encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
         else:  # a plain passage has no chat template
             encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
+            encoded = {n: each[:, : context_of(model.config)] for n, each in encoded.items()}
             encoded["labels"] = encoded["input_ids"]
         where = f"the loss of passage {question.id!r} of {task.name!r}"
         found, counted = answer_losses(model, encoded, where)
@@ -185,7 +186,7 @@ def _score_likelihoods(
         score=loss if task.metric == "loss" else metrics.perplexity(loss),
         chance=task.chance,
         in_average=False,
-        ids=tuple(question.id for question in questions),
+        **asked_of(questions),
         replies=("",) * len(questions),
         scores=means,
     )
@@ -330,7 +331,7 @@ def batches_by_length(
     """Batch the indices of prompts of similar length, longest first, and show progress."""
     kinds = sees or [True] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (not kinds[i], -len(prompts[i]), i))
-    yield from progress(divided(order, kinds, batch_size), name, reached=reached)
+    yield from progress(chat.divided(order, kinds, batch_size), name, reached=reached)
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:

@@ -46,24 +46,24 @@ ADAPTER, TEMPLATE = "adapter_config.json", "chat_template.jinja"
 SETTINGS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
-    "chat_template.json",
+    *("chat_template.json", AUDIO_TOKENIZER_NAME),
 )
 """Files that must hold names and values if they are there."""
 _TIMM = {
-    *("depth", "embed_dim", "embed_dims", "layers", "mlp_ratios", "num_heads", "img_size"),
-    *("patch_size", "init_values", "global_pool", "ref_feat_shape", "use_post_transformer_norm"),
-    *("class_token", "qkv_bias", "inference_mode"),
+    *("depth", "embed_dim", "embed_dims", "layers", "num_heads", "img_size", "patch_size"),
+    *("init_values", "global_pool", "ref_feat_shape", "use_post_transformer_norm"),
+    "inference_mode",
 }
 """Arguments of timm's models that a configuration may give; others name files to read."""
-_READERS = r"\w*(Processor|Extractor|Tokenizers?|Backend)(Fast|Pil)?"
-_TEXTS = {
-    r"(processor|tokenizer)_class|(image|video)_processor_type|\w+_extractor_type": _READERS,
-    r"architecture": r"[\w.-]*",
-}
-"""Names of classes and of timm's models, and the pattern of their values; other classes of
-transformers read weights, and timm asks the hub for names with a colon."""
+_NEVER = {"audio_tokenizer", "audio_tokenizer_class", "configuration_files"}
+"""Keys that name models and files to read which nobody has looked at."""
 _UNREAD = r"\w*(attn|experts)_implementation\w*|transformers_weights"
 """Keys of configurations that name kernels to download, or other files of weights."""
+_READERS = r"\w*(Processor|Extractor|Tokenizers?|Backend)(Fast|Pil)?"  # others read weights
+_TEXTS = {
+    r"(processor|tokenizer)_class|(image|video)_processor_type|\w+_extractor_type": _READERS,
+    r"architecture": r"[\w.-]*",  # timm asks the hub for a name with a colon
+}
 _HUB_ID = r"\w[\w.-]*/[\w.-]+"
 _ONLY = ["tokenizer.json"]  # the tokenizer that is checked before it is read, and thus no other
 _MOST_SETTINGS, _MOST_TEMPLATE = 64 * 2**20, 2**20  # bytes of settings, and of a chat template
@@ -115,11 +115,8 @@ def unreadable(model: str | Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def alone(model: str | Path, trust_remote_code: bool = False) -> Iterator[None]:
-    """Inside, transformers reads no other model, asks nothing, and is told of no kernels.
-
-    Relies on: all its files are found by ``cached_files``, and configurations by
-    ``_get_config_dict``. Tried with 5.24.
-    """
+    """Inside, transformers reads no other model, asks nothing, and is told of no kernels."""
+    # relies on: ``cached_files`` finds all files, and ``_get_config_dict`` reads all configurations
     place, plain = split_revision(model)[0], vars(PreTrainedConfig)["_get_config_dict"].__func__
     search = hub_files.cached_files
 
@@ -167,13 +164,7 @@ def check_folder(model: str | Path) -> None:
     Refused are links out of the folder (but to the hub's cache), an index that names anything but
     safetensors files in it, adapters, and malformed files. Of a hub id the small files are read.
     """
-    small = (
-        CONFIG_NAME,
-        GENERATION_CONFIG_NAME,
-        SAFE_WEIGHTS_INDEX_NAME,
-        *SETTINGS,
-        AUDIO_TOKENIZER_NAME,
-    )
+    small = (CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, *SETTINGS)
     folder = Path(model)
     if not folder.is_dir():
         found = [file_if_reachable(str(model), name) for name in (*small, ADAPTER)]
@@ -190,12 +181,6 @@ def check_folder(model: str | Path) -> None:
             _require_plausible(values, f"{where}: {name}:")
             if values.get("fast_tokenizer_files", _ONLY) != _ONLY:
                 raise ConfigError(f"{where}: {name}: fast_tokenizer_files must be {_ONLY}")
-            if "configuration_files" in values:
-                raise ConfigError(f"{where}: {name}: configuration_files names others; remove it")
-    if (folder / AUDIO_TOKENIZER_NAME).exists():
-        raise ConfigError(
-            f"{where}: {AUDIO_TOKENIZER_NAME} names another model, which is not read; remove it"
-        )
     if (folder / TEMPLATE).exists():
         read_text(folder / TEMPLATE, "model", _MOST_TEMPLATE)
     if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
@@ -322,12 +307,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
 def _require_plausible(values: Any, where: str, name: str = "") -> None:
     """Check every number and every name of code, at any depth."""
     if isinstance(values, dict):
-        odd = sorted(values.keys() - _TIMM) if name == "model_args" else []
-        if odd or "audio_tokenizer" in values:
-            told = "names what is not read" if odd else "names another model, which is not read"
-            raise ConfigError(
-                f"{where} {shortened([*odd, 'audio_tokenizer'][0])} {told}; remove it"
-            )
+        odd = values.keys() - _TIMM if name == "model_args" else values.keys() & _NEVER
+        if odd:
+            raise ConfigError(f"{where} {shortened(min(odd))} names what is not read; remove it")
         longest = values.get("longest_edge")
         are_areas = isinstance(longest, int) and longest > 2**12  # of Qwen's processors
         for key, value in values.items():

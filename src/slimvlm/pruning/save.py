@@ -432,11 +432,7 @@ def last_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def probe(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
-    """Make a small input to compare two copies of a model: a short chat, or random tokens.
-
-    The latter where its template refuses that chat, or makes more tokens of it than the model
-    reads: after a walk, no template may cost the work.
-    """
+    """Make a short chat to compare two copies, or random tokens if its template cannot write it."""
     if processor is not None and getattr(processor, "chat_template", None) is not None:
         sees = chat.can_see(processor)
         picture = Image.linear_gradient("L").resize((96, 96)).convert("RGB")

@@ -26,13 +26,19 @@ from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models import load as models
 from slimvlm.models.files import Origin, origins_in_files, unreadable, weight_files
-from slimvlm.models.hidden import all_finite, layer_output, replaced_forward, require_finite_values
+from slimvlm.models.hidden import (
+    all_finite,
+    as_inputs,
+    layer_output,
+    replaced_forward,
+    require_finite_values,
+)
 from slimvlm.models.parts import Parts, shares_keys
-from slimvlm.scoring.batches import Batch, forward_backbone, on_device
+from slimvlm.scoring.batches import Batch, forward_backbone
 from slimvlm.scoring.stores import Store, packed, unpacked
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_KEPT = ("input_ids", "labels")
+_KEPT = ("input_ids", "labels", "image_embeds_position_mask")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer without its hidden states."""
@@ -250,7 +256,7 @@ class LayerwiseModel:
                 stored = self.store.about("batches", place)
                 if stored is not None and stored["digest"] == code:
                     continue
-                moved = on_device(self.model, batch)
+                moved = as_inputs(self.model, batch)
                 noted.clear()
                 forward_backbone(self.model, moved)
                 (_, hidden, _), *later = noted

@@ -98,7 +98,7 @@ class Scratch:
         """As `Memory.has`; a set with a damaged entry, which a kill can leave, is dropped."""
         whole = self.folder / name
         if whole not in self._sound and whole.is_dir():
-            if not all(map(self._is_sound, whole.iterdir())):
+            if not (entries := [*whole.iterdir()]) or not all(map(self._is_sound, entries)):
                 self.drop(name)
             self._sound.add(whole)
         return whole.is_dir()

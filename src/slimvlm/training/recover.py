@@ -68,10 +68,7 @@ class History:
     @classmethod
     def load(cls, path: str | Path) -> "History":
         """Read the ``history.json`` of a run or a study; raise ConfigError if it is none."""
-        values = read_object(path, "history")
-        for name in ("evaluations", "held_out_ids"):  # of earlier versions
-            values.pop(name, None)
-        history = built(cls, values, where := f"history {str(path)!r}")
+        history = built(cls, read_object(path, "history"), where := f"history {str(path)!r}")
         numbers = [value for row in history.steps for value in row.values()]
         whole = history.steps and all("step" in row for row in history.steps)
         if not whole or not all(abs(number) < 1e30 for number in numbers):

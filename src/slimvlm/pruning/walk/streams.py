@@ -220,7 +220,10 @@ class Streams:
         model = self.runner.model
         with self.runner.source.loaded("after", self.runner.device):
             states = (
-                (Parts(model).norm(self.state(stream, end, batch["place"])), labels_of(batch))
+                (
+                    Parts(model).norm(self.state(stream, end, batch["place"])),
+                    labels_of(model.config, batch),
+                )
                 for batch in self.runner.batches()
                 if batch["place"] in self.held_out
             )

@@ -12,6 +12,7 @@ from slimvlm.core.files import require_free
 from slimvlm.core.options import Repair
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.roles import valid_tokens
+from slimvlm.data.samples import divided
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
 from slimvlm.models.hidden import device_of, evaluating, frozen
@@ -77,7 +78,7 @@ def walk_(
             ``auto``: both, as far as held-out tokens confirm, and judged at the end by held-out
             answers: the result is never worse there than without repair.
         held_out: Batches that confirm and judge. For ``auto`` and ``local_steps`` without any,
-            every fifth batch is set aside.
+            every fourth batch is set aside.
         local_steps: Optimizer steps on each layer; see `slimvlm.pruning.walk.engine`.
         token_weights: Weight of ``image``, ``prompt`` and ``answer`` tokens in choice and fit; all
             1 if None.
@@ -179,9 +180,9 @@ def _prepared(
     steps = Steps(repair=cast(Repair, repair), ridge=ridge, count=count)
     judges = list(held_out) if held_out is not None else []
     if (steps.repair == "auto" or steps.count) and not judges:
-        batches, judges = [b for i, b in enumerate(batches) if i % 5 != 4], batches[4::5]
+        batches, judges = divided(batches)
         if not judges:
-            raise DataError("the walk needs held_out batches, or 5 calibration batches")
+            raise DataError("the walk needs held_out batches, or 4 calibration batches")
     if not batches:
         raise DataError("no calibration batch was given")
     return batches, judges, steps
