@@ -68,8 +68,8 @@ def walk_(
     Options are those of ``slimvlm compress``, or of `make_plan`. A ``plan`` says what to remove
     instead of ``ratio`` and ``axis``; ``scores`` of widths choose the units in place of the walk,
     and those of layers default to `DEFAULT_CRITERIA`. ``held_out`` batches confirm and judge: for
-    ``repair="auto"`` and ``local_steps`` without any, every fourth batch is set aside. For ``ridge``
-    see `slimvlm.pruning.repair.refit`.
+    ``repair="auto"`` and ``local_steps`` without any, every fourth batch is set aside. For
+    ``ridge`` see `slimvlm.pruning.repair.refit`.
 
     Returns:
         The plan, a report of every layer, and the weights that are no slices of the original's.
