@@ -605,38 +605,22 @@ def test_compress_prints_nothing_but_json_and_says_what_comes_next(run, home, ll
     assert (answered.code, "my run" in answered.out) == (0, True)
 
 
-OF_TRAINING = {
-    **{"fraction": 0.5, "epochs": 2.0, "max_steps": 7, "learning_rate": 0.001, "batch_size": 3},
-    **{"gradient_accumulation": 2, "lora_rank": 5, "paper_exact": True, "seed": 4, "bf16": False},
-    **{"gradient_checkpointing": True, "temperature": 3.0, "trainer": {"weight_decay": 0.1}},
-    **{"lora": {"lora_alpha": 3}, "train": "full", "loss": "sft", "keep_adapter": True},
-}
-
-
-@pytest.mark.parametrize("name", [row.name for row in dataclasses.fields(sv.RecoverConfig)])
-def test_no_training_option_of_a_file_is_dropped(name, tmp_path):
-    """A field that `recover` alone has is refused by its name."""
-    seed = OF_TRAINING["seed"] if name == "seed" else 0
-    values = {"model": "m", "seed": seed, "recover": {name: OF_TRAINING[name]}}
-    (tmp_path / "run.yaml").write_text(json.dumps(values))
-    words = ["--out", "out", "--config", str(tmp_path / "run.yaml")]
-    if name == "keep_adapter":
-        with pytest.raises(SlimError, match="keep_adapter True: compress"):
-            cli.parsed("compress", words)
-        return
-    given = cli.parsed("compress", words)
-    holder = given["pruning" if name == "seed" else "training"]
-    assert getattr(holder, name) == OF_TRAINING[name] != getattr(sv.RecoverConfig(), name)
-
-
-@pytest.mark.parametrize(("verb", "told"), [("compress", "to go on"), ("export", "is unchanged")])
-def test_ctrl_c_ends_in_one_line(verb, told, run, llava, monkeypatch):
+@pytest.mark.parametrize(
+    ("verb", "told", "options"),
+    [
+        ("compress", "to go on", ["--ratio", "0.3"]),
+        ("export", "is unchanged", []),
+        ("prune", "is unchanged", ["--ratio", "0.3"]),
+        ("prune", "to go on", ["--ratio", "0.3", "--low-memory"]),
+    ],
+)
+def test_ctrl_c_ends_in_one_line(verb, told, options, run, llava, monkeypatch):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("slimvlm.runs.compress.compress", stopped)
     monkeypatch.setattr("slimvlm.export.gguf.export_gguf", stopped)
-    options = ["--ratio", "0.3"] if verb == "compress" else []
+    monkeypatch.setattr("slimvlm.runs.verbs.prune", stopped)
     result = run(verb, llava, "--out", "out", *options)
     assert result.code == 130
     assert re.fullmatch(rf"slimvlm: stopped\. [^\n]*{told}[^\n]*\n", result.err)
@@ -650,6 +634,17 @@ def test_text_from_outside_is_printed_as_text(capsys):
     for text in shown:
         assert "\x1b[2J" not in text
         assert "[bold]x[/nonsense] \\x1b[2J\\x07" in text
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_a_narrow_terminal_cuts_no_word_of_a_table(columns, capsys, monkeypatch):
+    for name, value in (("COLUMNS", str(columns)), ("FORCE_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    numbers = [f"{i}3.4567 [{i}1.2345, {i}5.6789]" for i in range(1, 9)]
+    print_table(["task", *map(str, range(1, 9))], [["capitals", *numbers]])
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert all(f"{i}{end}" in shown for i in range(1, 9) for end in ("3.4567", "1.2345", "5.6789"))
 
 
 # Out of memory.

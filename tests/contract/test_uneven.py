@@ -269,7 +269,7 @@ def test_widths_that_no_layer_can_have_are_named(tmp_path):
             anatomy(tmp_path / "out")
 
 
-# What files say, and what earlier versions wrote.
+# What files say.
 @every_family
 def test_layers_have_their_own_configuration_in_transformers_form(name, read_back):
     case, out = case_of(name), read_back[name][0] / "out"
@@ -290,67 +290,6 @@ def test_layers_have_their_own_configuration_in_transformers_form(name, read_bac
             for each in (native, layer)
         )
         assert found == expected
-
-
-def as_earlier_versions_wrote(folder, shape):
-    """Write the widths of every layer into ``pruned_layers``, in place."""
-    file = folder / "config.json"
-    values = json.loads(file.read_text())
-    text_values = values.get("text_config", values)
-    del text_values["per_layer_config"], text_values[READS_GLOBAL]
-    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    text_values["pruned_layers"] = [
-        {
-            name: count or text_values[name]
-            for name, count in zip(
-                names, (s.num_heads, s.num_kv_heads, s.intermediate_size), strict=True
-            )
-        }
-        for s in shape.layers
-    ]
-    file.write_text(json.dumps(values))
-
-
-@pytest.mark.parametrize("name", ["llama", "llava-phi3", "qwen2_vl", "lfm2"])
-def test_files_of_earlier_versions_are_the_same_model(name, tmp_path):
-    case, out, again = case_of(name), tmp_path / "out", tmp_path / "again"
-    save(case.model, None, out)
-    written = json.loads((out / "config.json").read_text())
-    as_earlier_versions_wrote(out, case.plan.after)
-    assert anatomy(out) == anatomy(AutoConfig.from_pretrained(out)) == case.plan.after
-    model, _ = load(out)
-    assert torch.equal(logits(model, case.inputs), logits(case.model, case.inputs))
-    save(model, None, again)
-    values = json.loads((again / "config.json").read_text())
-    assert "pruned_layers" not in values.get("text_config", values)
-    assert values.keys() == written.keys()
-    assert torch.equal(logits(load(again)[0], case.inputs), logits(case.model, case.inputs))
-    # a list that lacks a layer
-    file = out / "config.json"
-    values = json.loads(file.read_text())
-    values.get("text_config", values)["pruned_layers"].pop()
-    file.write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match="config cannot be read"):
-        load(out)
-
-
-def test_a_model_of_an_earlier_file_and_class_is_cut_and_saved(tmp_path):
-    """As plain transformers leaves it, with its widths in ``pruned_layers`` alone."""
-    case = case_of("llama")
-    save(case.model, None, tmp_path / "out")
-    model, _ = load(tmp_path / "out")
-    widths = [(s.num_heads, s.num_kv_heads, s.intermediate_size) for s in case.plan.after.layers]
-    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    model.config.per_layer_config = None
-    model.config.pruned_layers = [dict(zip(names, each, strict=True)) for each in widths]
-    save(model, None, tmp_path / "again")
-    assert torch.equal(
-        logits(load(tmp_path / "again")[0], case.inputs), logits(case.model, case.inputs)
-    )
-    model.config.per_layer_config = None
-    model.config.pruned_layers = [dict(zip(names, each, strict=True)) for each in widths]
-    plan = uneven_plan(read_anatomy(model), (0, 1), seed=3)
-    assert_cut_as_masked(model, load(tmp_path / "out")[0], plan, case.inputs)
 
 
 def test_a_plain_file_with_layers_of_their_own_loads(tmp_path):

@@ -62,14 +62,14 @@ def test_another_request_is_refused_and_told_what_differs(request, data, file):
     other = {**request, name: value}
     assert not is_begun_for(file, other)
     told = refusal_of(noted_request(file), other)
-    assert told == f"work in 'here' belongs to a run with other {name}. Go away"
+    assert told == f"work in 'here' belongs to a run with another {name}. Go away"
 
 
 def test_values_inside_others_are_named_by_their_place(file):
     note_request(file, {"config": {"steps": 3, "seed": 0}, "model": "a", "gone": 1})
     told = refusal_of(noted_request(file), {"config": {"steps": 4, "seed": 0}, "model": "b"})
     assert told is not None
-    assert "with other config.steps and model and gone. Go away" in told
+    assert "with another config.steps and another model and another gone. Go away" in told
 
 
 @given(request=REQUESTS, data=st.data())

@@ -34,7 +34,11 @@ def test_a_folder_appears_when_the_block_ends(tmp_path):
         assert folder.parent == out.parent
         (folder / "sub").mkdir()
         (folder / "sub" / "file").write_text("new")
+        save_file({"weight": torch.zeros(1)}, folder / "sub" / "a.safetensors")
         assert not out.exists()
+    weights = out / "sub" / "a.safetensors"
+    assert weights.stat().st_mode == (out / "sub" / "file").stat().st_mode
+    weights.unlink()
     assert contents(tmp_path) == {"deep/out/sub/file": "new"}
 
 

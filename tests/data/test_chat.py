@@ -68,16 +68,61 @@ def test_an_answer_ends_alike_whoever_speaks_last(kind):
     assert labelled_runs(both) == labelled_runs(alone)
 
 
-def test_paligemma_reads_the_prompt_in_both_directions_and_never_answers():
-    llava = copy.deepcopy(folders.processor("llava"))
+def paligemma():
+    words = copy.deepcopy(folders.processor("llava").tokenizer)
     pictures = hf.SiglipImageProcessor(size={"height": 32, "width": 32})
     pictures.image_seq_length = 4
-    how = {"chat_template": llava.chat_template}
-    processor = hf.PaliGemmaProcessor(pictures, llava.tokenizer, **how)
+    return hf.PaliGemmaProcessor(pictures, words)
+
+
+def test_paligemma_reads_the_prompt_in_both_directions_and_never_answers():
+    processor = paligemma()
+    processor.chat_template = folders.LLAVA_CHAT
     batch = chat.encode_samples(processor, [samples_of("llava")["seen"]])
     first = int((batch["labels"][0] != IGNORE).nonzero()[0])
     rest = batch["labels"].shape[1] - first
     assert batch["token_type_ids"][0].tolist() == [0] * first + [1] * rest
+
+
+def kosmos():
+    named = {"image_token": "<s>", "boi_token": "<image>", "eoi_token": "</image>"}
+    words = folders.tokenizer(["<image>", "</image>"], adds_bos=False, extra_special_tokens=named)
+    pictures = hf.Kosmos2_5ImageProcessor(patch_size={"height": 8, "width": 8}, max_patches=16)
+    return hf.Kosmos2_5Processor(pictures, words, num_image_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "asked"),
+    [(paligemma, "<image>" * 4 + "<s>"), (kosmos, "<s><image><s><s><s><s></image>")],
+    ids=["paligemma", "kosmos-2.5"],
+)
+def test_models_that_are_published_without_a_template_see_pictures(make, asked):
+    """A line break stands between question and answer, and neither is asked in another way."""
+    processor, item = make(), samples_of("llava")["seen"]
+    batch = chat.encode_samples(processor, [item])
+    assert decoded_labels(processor, batch["labels"][0]) == ["It is red.</s>"]
+    question = chat.encode_questions(
+        processor, [Question("q", "Which colour?", ("",), (picture(),))]
+    )
+    first = int((batch["labels"][0] != IGNORE).nonzero()[0])
+    for ids in (question["input_ids"][0], batch["input_ids"][0, :first]):
+        assert processor.tokenizer.decode(ids) == f"{asked}Which colour?\n"
+
+
+def test_a_cut_answer_has_no_end():
+    words, item = folders.processor("text"), samples_of("text")["single"]
+    whole = chat.encode_samples(words, [item])["labels"][0]
+    cut = fitted(words, item, len(whole) - 3, cuts=True)
+    (said,) = decoded_labels(words, chat.encode_samples(words, [cut])["labels"][0])
+    assert said
+    assert answers_of(item)[0].startswith(said)
+
+
+def test_a_tokenizer_that_cannot_end_an_answer_is_refused():
+    words = copy.deepcopy(folders.processor("llava"))
+    words.tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="has no eos_token, so the end of an answer cannot"):
+        chat.require_readable(words, samples_of("llava")["single"])
 
 
 CASES = [(kind, name) for kind in KINDS for name in samples_of(kind)]
@@ -248,11 +293,9 @@ def turns(before, after, content="m['content']"):
 C, TRIMMED = "m['content']", "(m['content'] | trim)"
 IM, HEADER = "<|im_start|>%s\\n", "<|start_header_id|>%s<|end_header_id|>\\n\\n"
 BARS, START = "<|%s|>\\n", "<start_of_turn>%s\\n"
-USER = f"'<|user|>\\n' + {C} + '<|end|>\\n<|assistant|>\\n'"
 REFUSAL = "raise_exception('System role not supported')"
 TODAY = "bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\n' + strftime_now('%d %b %Y')"
-# Each with what the labels of an answer are. Some answers are stripped; some end in a token that
-# only stands between turns, in one that only ends the conversation, or in one that is put there.
+# Each with what the labels of an answer are.
 TEMPLATES = {
     "vicuna": (
         template(
@@ -267,16 +310,11 @@ TEMPLATES = {
     ),
     "chatml": (template("''", *turns(IM, "<|im_end|>\\n"), IM), "{}<|im_end|>"),
     "phi-3": (template("bos_token", *turns(BARS, "<|end|>\\n"), BARS, "eos_token"), "{}<|end|>"),
-    "phi-3, header in the user's turn": (
-        template("bos_token", REFUSAL, USER, f"{C} + '<|end|>\\n'"),
-        "{}<|end|>",
-    ),
     "gemma": (
         template("bos_token", REFUSAL, *turns(START, "<end_of_turn>\\n", TRIMMED)[1:], START),
         "{}<end_of_turn>",
     ),
     "llama-3": (template(TODAY, *turns(HEADER, "<|eot_id|>", TRIMMED), HEADER), "{}<|eot_id|>"),
-    "no end": (template("''", *turns("%s:\\n", "\\n"), "%s:\\n"), "{}</s>"),
 }
 ADDED = [
     *("<|im_start|>", "<|im_end|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"),
@@ -292,16 +330,6 @@ def plain_words():
 def with_template(monkeypatch, chat_template):
     monkeypatch.setattr(plain_words(), "chat_template", chat_template)
     return plain_words()
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_labels_are_the_answers_in_every_template(name, monkeypatch):
-    chat_template, answer = TEMPLATES[name]
-    words = with_template(monkeypatch, chat_template)
-    for item in samples_of("text").values():
-        batch = chat.encode_samples(words, [item])
-        expected = [answer.format(said) for said in answers_of(item)]
-        assert decoded_labels(words, batch["labels"][0]) == expected
 
 
 @pytest.mark.parametrize(("name", "strips"), [("gemma", True), ("llama-3", True), ("phi-3", False)])
@@ -321,7 +349,7 @@ def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
     with pytest.raises(DataError, match=told):
         chat.encode_samples(words, [item])
     with pytest.raises(DataError, match=told):
-        fitted(words, item, 1000)
+        fitted(words, item, 1)
 
 
 @pytest.mark.parametrize("name", ["gemma", "mistral"])

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_of_more_than_there_are_all_are_drawn():
 
 
 def test_it_is_a_share_of_what_calibrates_and_nothing_else(tmp_path):
-    data = str(folders.write_llava_data(tmp_path))
+    data, words = str(folders.write_llava_data(tmp_path)), folders.processor("llava")
 
     def read(share, say=silent):
         config = PruneConfig(ratio=0.2, data=data, samples=8, general_text=share)
@@ -53,9 +54,11 @@ def test_it_is_a_share_of_what_calibrates_and_nothing_else(tmp_path):
 
     said = []
     plain, mixed = read(0.0), read(0.2, said.append)
-    added = [place for place, s in enumerate(mixed.calibration) if s not in plain.calibration]
-    assert added == [2, 7]  # evenly
-    assert [s for s in mixed.calibration if s in plain.calibration] == list(plain.calibration)
+    assert [s for s in mixed.calibration if not s.is_general] == list(plain.calibration)
+    texts = [s for s in mixed.calibration if s.is_general]
+    assert len(texts) == 2
+    usual = median(encode_samples(words, [s])["input_ids"].numel() for s in plain.calibration)
+    assert all(len(s.messages[-1]["content"][0]["text"]) <= 6 * usual for s in texts)
     assert (mixed.training, mixed.report) == (plain.training, plain.report)
     assert said[-1] == "2 passages of general text calibrate, too (general_text)"
 

@@ -7,6 +7,8 @@ import torch
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.roles import ROLES, parse_token_weights, role_masks, token_weights
+from slimvlm.scoring.batches import labels_of
+from tests import tiny
 
 IMAGE = 9
 CONFIG = SimpleNamespace(image_token_id=IMAGE)
@@ -33,6 +35,17 @@ def test_every_valid_token_has_one_role_and_a_weight():
     del embedded["input_ids"]
     assert not role_masks(CONFIG, embedded)["image"].any()
     assert role_masks(CONFIG, embedded)["answer"].sum() == 3
+
+
+def test_placeholders_are_found_in_every_family_and_never_predicted():
+    parts = tiny.CONFIGS["phi4_multimodal"]()
+    ids = torch.tensor([[5, tiny.IMAGE_TOKEN, tiny.IMAGE_TOKEN, 6, 121]])
+    by_id = role_masks(parts, {"input_ids": ids})["image"]
+    assert by_id.tolist() == [[False, True, True, False, True]]  # 121 stands for sound
+    assert labels_of(parts, {"input_ids": ids}).tolist() == [[5, -100, -100, 6, -100]]
+    marked = {"input_ids": ids, "image_embeds_position_mask": torch.tensor([[0, -1, 1, 1, 0]])}
+    found = role_masks(tiny.CONFIGS["kosmos2_5"](), marked)["image"]
+    assert found.tolist() == [[False, False, True, True, False]]
 
 
 @pytest.mark.parametrize("text", ["", "image", "image=x", "sky=1", "image=-1", "image=1,image=2"])

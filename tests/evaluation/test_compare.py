@@ -83,6 +83,21 @@ def test_counts_of_all_tasks_add_up_and_others_are_named():
     found = compare(a, b, {})
     assert found.counts == {"lost": 2, "gained": 1, "both wrong": 1, "both right": 4}
     assert found.difference.points == pytest.approx(-12.5)
+    worded = [
+        result(n, one=answered(one, ["dog", word] * 2)) for n, word in (("a", "cat"), ("b", "cow"))
+    ]
+    found = compare(*worded, {})
+    assert (found.flips, found.counts["lost"]) == (2, 2)
+    worded[0] = result("a", one=answered(one, ["dog", "hen"] * 2))
+    found = compare(*worded, {})
+    assert (found.flips, found.counts["lost"]) == (2, 0)  # wrong before and after, in other words
+    halves = {
+        n: result(n, mme_perception=replace(MME, scores=(s,) * 4))
+        for n, s in (("a", 20.0), ("b", 18.0))
+    }
+    found = compare(halves["a"], halves["b"], {})  # 2000 and 1800 of 2000 points
+    assert found.difference.points == pytest.approx(-10)
+    assert found.tasks["mme_perception"].difference.points == pytest.approx(-200)
     kinds = [pair.kind for pair in graded().tasks["pets"].pairs]
     assert kinds == ["both right", "lost"]  # graded answers are right from one half
     both = answered(TWO, "10")
@@ -94,13 +109,14 @@ def test_counts_of_all_tasks_add_up_and_others_are_named():
 
 
 TWO = questions("pets", 2)
+MME = TaskResult("mme", 2000.0, 37.5, True, tuple("abcd"), ("yes",) * 4, (20.0,) * 4)
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"pets": answered(TWO[:1], "1")}, r"'pets'.*other questions \(2 and 1"),
-        ({"pets": answered(TWO, "11", "set_f1")}, "'exact_match' in one, 'set_f1'"),
+        ({"pets": answered(TWO[:1], "1")}, r"'pets'.*other questions"),
+        ({"pets": answered(TWO, "11", "set_f1")}, r"'pets'.*another metric"),
         ({"cats": answered(TWO, "11")}, "no task"),
     ],
 )
@@ -112,16 +128,16 @@ def test_results_that_do_not_pair_are_refused(other, message):
 def test_rows_mark_a_significant_difference_and_json_names_answers():
     header, rows = comparison_rows(two("1" * 40, "1" * 20 + "0" * 20)[0])
     assert header[0] == "task"
-    assert header[-5:] == ["flips", *CHANGES]
+    assert header[-5:] == ["flips = lost + gained + reworded", *CHANGES]
     assert [row[0] for row in rows] == ["pets", "all", "AVG-% free, floor 0.0"]
     assert rows[-1][1] == "100.0"
     assert re.fullmatch(r"50\.0 \[\d+\.\d, \d+\.\d\]", rows[-1][2])
     assert all(len(row) == len(header) for row in rows)
     assert rows[0][1:3] == ["100.0", "50.0"]
     assert re.fullmatch(r"-50\.0 \[-\d+\.\d, -\d+\.\d\] \*", rows[0][3])
-    assert rows[0][-5:] == ["20", "20", "0", "0", "20"]
+    assert rows[0][-5:] == ["20 = 20 + 0 + 0", "20", "0", "0", "20"]
     _, rows = comparison_rows(two("1010", "1010")[0])
-    assert rows[0][3].strip() == "0.0 [0.0, 0.0]"
+    assert re.fullmatch(r"0\.0 \[-\d+\.\d, \+\d+\.\d\]", rows[0][3].strip())
     values = comparison_json(two("1101", "1010")[0])
     pets = values["tasks"]["pets"]
     assert pets["lost"] == ["pets-1", "pets-3"]

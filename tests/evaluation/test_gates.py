@@ -2,7 +2,6 @@
 
 import json
 from contextlib import redirect_stderr
-from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -86,11 +85,11 @@ def on_data(loss, same=10):
 
 
 def on_tasks(*rights):
-    """Results on ten questions, of which so many are right."""
+    """Results on a hundred questions, of which so many tenths are right."""
     found = {}
     for model, right in zip(("baseline", "model"), rights, strict=True):
-        scores, ids = (1.0,) * right + (0.0,) * (10 - right), tuple(map(str, range(10)))
-        task = TaskResult("exact_match", 10.0 * right, 0.0, True, ids, ("",) * 10, scores)
+        scores, ids = ((1.0,) * right + (0.0,) * (10 - right)) * 10, tuple(map(str, range(100)))
+        task = TaskResult("exact_match", 10.0 * right, 0.0, True, ids, ("",) * 100, scores)
         found[model] = Result(model, 20, 10, {"pets": task}, 1.0, 1.0)
     return found
 
@@ -134,7 +133,7 @@ def test_figure_interval_and_bound_are_in_one_line():
     assert str(told.value) == (
         "regression: loss is 2.0000 [2.0000, 2.0000], "
         "not at most 1.5000 (1.5 times the baseline's 1.0000); "
-        "agreement in percent is 90.0000 [90.0000, 90.0000], not at least 100.0000"
+        "agreement in percent is 90.0000 [81.2361, 94.0052], not at least 100.0000"
     )
     assert said[2].startswith("accepted: loss is 2.0000")
 
@@ -161,7 +160,7 @@ def ended(*words):
     return 0, said.getvalue()
 
 
-def test_evaluate_and_compare_end_with_three_for_a_regression(home, capsys):
+def test_evaluate_ends_with_three_for_a_regression(home, capsys):
     data = ["--data", home / "data" / "data.json", "--limit", "6", "--json"]
     asked = ["--require", "agreement >= 99.9%", "loss <= 1.05x"]
     code, said = ended("evaluate", MODEL, *data, "--baseline", MODEL, *asked)
@@ -172,12 +171,9 @@ def test_evaluate_and_compare_end_with_three_for_a_regression(home, capsys):
     assert said.splitlines()[-1].startswith("slimvlm: regression: agreement in percent is ")
     assert set(json.loads(capsys.readouterr().out)) == {"baseline", "model"}
 
-    tasks = ["--tasks", "presence", "--limit", "4", "--out", home / "result.json"]
+    tasks = ["--tasks", "presence", "--limit", "4"]
     code, said = ended("evaluate", MODEL, *tasks, "--require", "presence >= 0", "avg <= 100%")
     assert (code, said.count("accepted: ")) == (0, 2), said
-    same = ["compare", home / "result.json", home / "result.json", "--require"]
-    assert ended(*same, "presence >= 1x")[0] == 0
-    assert ended(*same, "retention >= 200%")[0] == 3
 
 
 def test_mistakes_are_found_before_a_model_is_read(home, monkeypatch):
@@ -220,11 +216,3 @@ def test_a_run_that_misses_what_its_file_requires_is_whole_and_ends_with_three(h
         assert f"- loss <= {bound}" in (home / name / "run.yaml").read_text()
     assert "regression: loss is" in said
     capsys.readouterr()
-
-
-def test_other_questions_give_no_multiple():
-    tasks = on_tasks(5, 5)
-    fewer = replace(tasks["model"].tasks["pets"], ids=("0",), replies=("",), scores=(1.0,))
-    tasks["model"] = replace(tasks["model"], tasks={"pets": fewer})
-    with pytest.raises(ConfigError, match="the baseline has nothing to compare it with"):
-        judge(["pets >= 0.9x"], tasks, {}, silent)

@@ -1,4 +1,4 @@
-"""Metrics of replies, averages, retention, and paired differences with their intervals."""
+"""Metrics of replies, averages, retention, and paired differences."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def means_of(*models):
     return [float(np.mean([100 * np.mean(model[n]) for n in "ab"])) for model in models]
 
 
-def test_retention_is_a_ratio_of_means_in_a_paired_and_seeded_interval():
+def test_retention_is_a_ratio_of_means_in_a_paired_interval():
     kept = metrics.retention(PRUNED, ORIGINAL, CHANCE)
     mean, base = means_of(PRUNED, ORIGINAL)
     assert kept.percent == pytest.approx(100 * mean / base)
@@ -76,13 +76,9 @@ def test_retention_is_a_ratio_of_means_in_a_paired_and_seeded_interval():
     assert many.percent == pytest.approx(kept.percent)
     assert many.high - many.low < 0.4 * (kept.high - kept.low)  # more questions narrow it
     same = metrics.retention(ORIGINAL, ORIGINAL, CHANCE)
-    found = (same.percent, same.low, same.high, same.above_chance)
-    assert found == pytest.approx((100, 100, 100, 100))
-    # answers that differ nowhere leave no doubt, however few they are
+    assert (same.percent, same.above_chance) == pytest.approx((100, 100))
+    assert 97 < same.low < 100 < same.high < 103  # the next question may differ
     assert kept == metrics.retention(PRUNED, ORIGINAL, CHANCE)
-    half = {n: [0.5 * value for value in values] for n, values in ORIGINAL.items()}
-    paired = metrics.retention(half, ORIGINAL, CHANCE)
-    assert (paired.low, paired.percent, paired.high) == pytest.approx((50, 50, 50))
 
 
 @pytest.mark.parametrize(
@@ -111,18 +107,17 @@ def test_floors_of_questions_are_drawn_may_not_be_reached_and_mme_has_its_scale(
     assert level.above_floor == pytest.approx(100 * (mean - 45) / (base - 45))
     assert level.above_floor_low < level.above_floor < level.above_floor_high
     same = metrics.retention(PRUNED, ORIGINAL, CHANCE, PRUNED)
-    assert (same.above_floor, same.above_floor_low, same.above_floor_high) == (0, 0, 0)
-    blind = {n: [0.2 * v for v in values] for n, values in ORIGINAL.items()}
-    half = {n: [0.6 * v for v in values] for n, values in ORIGINAL.items()}
-    paired = metrics.retention(half, ORIGINAL, CHANCE, blind)
-    bounds = paired.above_floor_low, paired.above_floor, paired.above_floor_high
-    assert bounds == pytest.approx((50, 50, 50))
+    assert same.above_floor_low < same.above_floor == 0 < same.above_floor_high
     half = {"a": [1.0, 0.0]}
     kept, below = (metrics.retention(half, half, {"a": 0.0}, {"a": f}) for f in (40.0, 60.0))
     assert kept.above_floor == pytest.approx(100)
     assert np.isnan(kept.above_floor_low)
     assert np.isnan(below.above_floor)
-    assert np.isfinite(metrics.retention(half, {"a": [0.0, 0.0]}, {"a": 0.0}).percent)
+    nothing = metrics.retention(half, {"a": [0.0, 0.0]}, {"a": 0.0})
+    assert {*nothing.as_json().values()} == {None}
+    assert str(nothing) == "-"
+    few = metrics.retention(*[{"a": [1.0] * 2 + [0.0] * 18}] * 2, {"a": 0.0})
+    assert str(few) == "100.0 [no bounds]"  # 2 of 20 are not clearly above none
     # scores of MME reach 20 for each question; half of its full score is 50 %
     scores, base = {"mme_perception": [5.0, 15.0] * 30}, {"mme_perception": [15.0] * 60}
     kept = metrics.retention(scores, base, {"mme_perception": 37.5})
@@ -140,7 +135,8 @@ def test_differences_of_averages_are_significant_where_they_are_clear():
     assert found.low < found.points < found.high < 0
     assert found.significant
     none = metrics.average_difference(ORIGINAL, ORIGINAL)
-    assert (none.points, none.low, none.high, none.significant) == (0, 0, 0, False)
+    assert none.low < none.points == 0 < none.high
+    assert not none.significant
     one = {"a": ORIGINAL["a"]}, {"a": PRUNED["a"]}
     assert metrics.average_difference(*one).points == pytest.approx(
         metrics.paired_difference(one[0]["a"], one[1]["a"]).points
@@ -162,9 +158,9 @@ def test_differences_of_averages_are_significant_where_they_are_clear():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
-def test_a_model_does_not_differ_from_itself(scores):
+def test_a_model_does_not_differ_significantly_from_itself(scores):
     same = metrics.paired_difference(scores, scores)
-    assert (same.points, same.low, same.high, same.significant) == (0, 0, 0, False)
+    assert same.low < same.points == 0 < same.high
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=20))
@@ -173,13 +169,3 @@ def test_swapping_the_models_turns_the_difference_round(pairs):
     there, back = (metrics.paired_difference(*each) for each in ((a, b), (b, a)))
     assert back.points == pytest.approx(-there.points)
     assert (back.low, back.high) == pytest.approx((-there.high, -there.low))
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(200):
-        a, b = ((rng.random(80) < share).astype(float).tolist() for share in (0.8, 0.6))
-        found = metrics.paired_difference(a, b)
-        hits += found.low <= -20 <= found.high
-    assert 178 <= hits <= 199  # 95 % of 200, give or take three standard errors

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from slimvlm import evaluate_data
-from slimvlm.core.errors import ConfigError, DataError, NumericalError
+from slimvlm.core.errors import ConfigError, DataError, NumericalError, RegressionError
+from slimvlm.core.progress import silent
 from slimvlm.data.chat import encode_samples
 from slimvlm.evaluation import on_data
+from slimvlm.evaluation.gates import judge
 from slimvlm.evaluation.on_data import DataResult, Predictions, predictions_of
 from slimvlm.models.hidden import head_weights_of
 from slimvlm.models.load import load
@@ -74,12 +77,11 @@ def test_intervals_are_around_the_figures_and_a_model_differs_in_nothing_from_it
     assert found.figures.loss.low < found.figures.loss.high
     again = evaluate_data(model, processor, samples, other)
     assert again.figures == found.figures
-    assert evaluate_data(model, processor, samples, other, seed=1).figures != found.figures
     alone = evaluate_data(model, processor, samples[:1]).figures
     assert (alone.loss.low, alone.loss.high) == (None, None)
     figures = evaluate_data(model, processor, samples, model).figures
     assert (figures.increase.value, figures.increase.low, figures.increase.high) == (0, 0, 0)
-    assert (figures.agreement.value, figures.agreement.low) == (100, 100)
+    assert figures.agreement.low < figures.agreement.value == figures.agreement.high == 100
     assert figures.divergence.value == 0
 
 
@@ -120,7 +122,20 @@ def test_of_plain_text_every_token_counts_and_vocabularies_may_differ():
     found = evaluate_data(model, tokenizer, samples, model, baseline_processor=coarse)
     assert found.figures.agreement is None
     assert any("6 of 6 samples" in note for note in found.notes)
-    assert found.figures.loss == evaluate_data(model, tokenizer, samples).figures.loss
+    # the same texts in more tokens: nats for each token of the baseline
+    fine = evaluate_data(model, tokenizer, samples)
+    found = evaluate_data(model, coarse, samples, model, baseline_processor=tokenizer)
+    nats = [sum(each.loss * each.tokens for each in r.samples) for r in (found, fine)]
+    assert found.tokens > fine.tokens
+    assert found.figures.loss.value == pytest.approx(nats[0] / fine.tokens)
+    assert found.figures.increase.value == pytest.approx((nats[0] - nats[1]) / fine.tokens)
+    figures = {"baseline": fine, "model": found}
+    for bound, error in (("1.001x", None), ("0.999x", RegressionError)):
+        exact = f"loss <= {float(bound[:-1]) * nats[0] / nats[1]:.6f}x"
+        with pytest.raises(error) if error else nullcontext():
+            judge([exact], {}, figures, silent)
+    with pytest.raises(ConfigError, match="0 of 6 samples have the baseline's tokens"):
+        judge(["kl <= 1"], {}, figures, silent)
 
 
 def test_requests_that_are_refused_and_nan(pair):

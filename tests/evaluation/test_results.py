@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.evaluation.results import Result, TaskResult, kind_of, read_baseline
+from slimvlm.data.samples import Question, Task
+from slimvlm.evaluation.results import Result, TaskResult, asked_of, kind_of, read_baseline
 
-PASSAGES = TaskResult("perplexity", 12.0, 0.0, False, ("p",), ("",), (2.5,))
+PASSAGES = TaskResult("perplexity", 12.1825, 0.0, False, ("p",), ("",), (2.5,))
 TIMES = {"prefill_range_ms": (2.0, 2.5), "decode_range_ms": (1.0, 1.0)}
 KNOWN, HALF = "101100110", "100100000"
 
@@ -106,7 +107,7 @@ def test_a_broken_file_is_named(text, tmp_path):
 def test_models_of_one_shape_have_the_same_times_and_retain_all():
     found = result(KNOWN)
     kept = found.retention(found)
-    assert (kept.percent, kept.low, kept.high) == pytest.approx((100, 100, 100))
+    assert kept.low < kept.percent == 100 < kept.high
     assert result(HALF).retention(found).percent == pytest.approx(40)
     slow = replace(found, prefill_ms=9.0, prefill_range_ms=(8.0, 10.0))
     assert found.timed_as(slow) == slow
@@ -120,39 +121,11 @@ def test_models_of_one_shape_have_the_same_times_and_retain_all():
 def test_retention_above_the_highest_floor(floor, scores):
     """Chance is 25 %, the best constant answer 33 %; the blind floor counts if it is higher."""
     known, half = result("101100111"), result("100100011")
-    blind = None
-    if scores:
-        blind = result(scores, blind=True)
-        colours = blind.tasks["colours"]
-        blind = replace(blind, tasks={"colours": replace(colours, blind_scores=colours.scores)})
-    kept = half.retention(known, floors=blind)
+    colours = replace(known.tasks["colours"], blind_scores=tuple(map(float, scores)))
+    kept = half.retention(replace(known, tasks={"colours": colours}))
     score, base = 4 / 9, 6 / 9
     assert kept.above_chance == pytest.approx(100 * (score - 0.25) / (base - 0.25))
     assert kept.above_floor == pytest.approx(100 * (score - floor) / (base - floor))
-
-
-@pytest.mark.parametrize(
-    ("baseline", "message"),
-    [
-        ("ids", "'colours' asked other questions"),
-        ("name", "shares no task"),
-        ("no average", "shares no task"),
-        ("blind", r"baseline: th.* asked blind"),
-    ],
-)
-def test_baselines_that_do_not_compare(baseline, message):
-    found = result(KNOWN)
-    colours = found.tasks["colours"]
-    other = {
-        "ids": replace(found, tasks={"colours": replace(colours, ids=colours.ids[::-1])}),
-        "name": replace(found, tasks={"shapes": colours}),
-        "no average": replace(found, tasks={"passages": PASSAGES}),
-        "blind": replace(found, blind=True),
-    }[baseline]
-    for one, two in ((found, other), (other, found)):
-        for compared in (Result.retention, Result.difference):
-            with pytest.raises(ConfigError, match=message):
-                compared(one, two)
 
 
 def test_a_blind_result_as_baseline(tmp_path):
@@ -166,8 +139,16 @@ def test_a_blind_result_as_baseline(tmp_path):
         read_baseline(tmp_path / "blind.json", blind=True, floors=True)
 
 
-def test_scores_of_two_metrics_are_not_compared():
-    ours = result(KNOWN)
-    other = replace(ours.tasks["colours"], metric="set_f1")
-    with pytest.raises(ConfigError, match="scored by another metric"):
-        replace(ours, tasks={"colours": other}).retention(ours)
+def test_a_baseline_file_of_other_questions_is_known_before_a_model_is_read(tmp_path):
+    asked = [Question("q0", "what?", ("red",))]
+    colours = replace(result("1").tasks["colours"], **asked_of(asked))
+    replace(result("1"), tasks={"colours": colours}).save(tmp_path / "r.json")
+    same = {"colours": Task("colours", "exact_match", 25.0, lambda limit: asked[:limit])}
+    assert read_baseline(tmp_path / "r.json", tasks=same).tasks["colours"] == colours
+    other = {
+        "colours": replace(
+            same["colours"], load=lambda limit: [replace(asked[0], answers=("blue",))]
+        )
+    }
+    with pytest.raises(ConfigError, match=r"'colours'.*other prompts or answers"):
+        read_baseline(tmp_path / "r.json", tasks=other)

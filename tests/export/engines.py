@@ -30,7 +30,7 @@ from slimvlm.evaluation.ask import answer
 from slimvlm.evaluation.bench import Bench, Run, Side, in_turn, random_prompts, summarised
 from slimvlm.export.gguf import export_gguf, write_backbone
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
+from slimvlm.models.cost import BYTES, kv_cache_bytes, weight_bytes
 from slimvlm.models.load import empty_model, is_quantized, load, load_config, resolve
 from slimvlm.models.parts import context_of, family_of
 from slimvlm.models.serving import GGUF_PICTURES
@@ -270,7 +270,7 @@ def bench_engine(
         for number, side in enumerate(sides):
             work = folder / str(number)
             work.mkdir()
-            cache = at_once * length * kv_cache_bytes_per_token(side.shape, side.dtype)
+            cache = at_once * kv_cache_bytes(side.shape, length, side.dtype)
             request = {
                 **readable_by(engine, side.name, side.dtype, work),
                 "dtype": side.dtype,

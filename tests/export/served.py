@@ -16,8 +16,11 @@ from tests.tiny import QWEN_IDS
 SHAPE = {
     **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4},
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
+    "query_pre_attn_scalar": 32,  # as in Gemma 3 up to 12B
 }
 MAX_POSITIONS = 512
+FULL, FULL_AT_EVERY = "full_attention", {"gemma2": 2, "gemma3_text": 6}
+WINDOW = 8  # shorter than every prompt
 ENDS = (tiny_folder.EOS, "<|im_end|>", "<end_of_utterance>", tiny_folder.PAD)
 """Tokens that end a reply; llama.cpp knows them by name."""
 
@@ -107,8 +110,12 @@ def build(kind: str) -> tuple[PreTrainedModel, Any]:
         if hasattr(text, name):
             setattr(text, name, value)
     text.max_position_embeddings = MAX_POSITIONS
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1] * SHAPE["num_hidden_layers"]
+    if getattr(text, "layer_types", None):  # two periods, as real models have them
+        every = FULL_AT_EVERY.get(text.model_type, 1)
+        text.num_hidden_layers = max(SHAPE["num_hidden_layers"], 2 * every)
+        places = range(1, text.num_hidden_layers + 1)
+        text.layer_types = [FULL if n % every == 0 else "sliding_attention" for n in places]
+        text.sliding_window = WINDOW if every > 1 else None
     torch.manual_seed(0)
     model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -156,7 +156,10 @@ def pruned(kind, out):
         if axis != "as it is":
             same_heads = axis == "width" and kind.rpartition("/")[2] == "qwen2"  # for vLLM
             heads = {"kv_heads": shape.legal_kv_heads()[-1]} if same_heads else {}
-            plan = make_plan(shape, random_scores(shape), 0.25, axis, **heads)
+            if axis == "depth" and len(shape.kinds) > 1:  # a whole period
+                plan = plan_by_hand(shape, range(shape.num_layers // 2, shape.num_layers))
+            else:
+                plan = make_plan(shape, random_scores(shape), 0.25, axis, **heads)
             prune_(model, plan)
         save(model, words, out / f"{kind.replace('/', '-')}-{axis}", plan)
         folders.append(out / f"{kind.replace('/', '-')}-{axis}")

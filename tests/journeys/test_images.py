@@ -244,7 +244,7 @@ def test_a_stopped_run_goes_on_with_its_budget_alone(more, tmp_path, monkeypatch
         patch.setattr(compress_module, "finish", stops)
         with pytest.raises(Stopped):
             compress(*asked, out, say=silent)
-    with pytest.raises(ConfigError, match="with other image_tokens"):
+    with pytest.raises(ConfigError, match="with another image_tokens"):
         compress(*compression("internvl", more, image_tokens=0.6), out, say=silent)
     monkeypatch.setattr(stages, "prune_", stops)  # done already
     assert compress(*asked, out, say=silent).config.image_tokens == 0.5

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from pathlib import Path
+from dataclasses import replace
 
 import jaxtyping
 import pytest
@@ -253,18 +253,15 @@ def opened(data, where="", **options):
     return with_tokens(request, samples.counted(request), heard.append), heard
 
 
-def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(data, tmp_path):
-    rows = Path(data).read_text().splitlines()
-    for place in range(stages.HELD_OUT_EVERY - 1, len(rows), stages.HELD_OUT_EVERY):
-        rows[place] = rows[place].replace("wide.", "jumps over the lazy dog.")
-    rare = tmp_path / "rare.jsonl"
-    rare.write_text("\n".join(rows))
-    request, heard = opened(str(rare))
+def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(data):
+    request, heard = opened(data)
     assert request.tokens is None
     assert f"{len(request.fewer_tokens or ())} of 533 tokens stay" in heard[-1]
+    rare = tiny_folder.turn("assistant", "It jumps over the lazy dog.")
     loaded, processor = stages.load_original(request, "cpu")
     before = snapshot(loaded)
-    samples = stages.read_split(request, heard.append).calibration
+    samples = list(stages.read_split(request, heard.append).calibration)
+    samples[3::4] = [replace(s, messages=(s.messages[0], rare)) for s in samples[3::4]]
     calibration = stages.Calibration(processor, samples, request.hold_out)
     scores = list(stages.calibrate(request, loaded, calibration).values())
     losses = stages.try_axes(request, loaded, calibration, scores)
@@ -276,13 +273,13 @@ def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(data,
     held_out = {"held_out": calibration.held_out, "tokens": request.fewer_tokens}
     walked = sv.walk_(student, calibration.fitted, 0.4, best, scores=scores, **held_out)
     sv.trim_tokenizer_(processor, walked.plan)
-    judges = samples[stages.HELD_OUT_EVERY - 1 :: stages.HELD_OUT_EVERY]
+    judges = samples[3::4]
     said = sv.evaluate_data(student, processor, judges).samples
     whole, words = stages.load_original(request, "cpu")
-    read = sum(sample.tokens for sample in sv.evaluate_data(whole, words, judges).samples)
-    assert sum(s.tokens for s in said) > read  # some answers are in shorter pieces now
-    nats = sum(sample.loss * sample.tokens for sample in said)
-    assert losses[last] == pytest.approx(nats / read, rel=1e-4)
+    read = [sample.tokens for sample in sv.evaluate_data(whole, words, judges).samples]
+    assert sum(s.tokens for s in said) > sum(read)  # some answers are in shorter pieces now
+    means = [s.loss * s.tokens / count for s, count in zip(said, read, strict=True)]
+    assert losses[last] == pytest.approx(sum(means) / len(means), rel=1e-4)
 
 
 @pytest.mark.parametrize("lost", [0.5, 2.0])

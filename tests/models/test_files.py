@@ -245,7 +245,7 @@ def test_a_run_is_of_one_revision_and_its_card_names_the_model(reached, tmp_path
     sv.compress("own/tiny@v1.0", ratio=0.3, out=out, say=silent, **how)
     assert metadata_load(out / "checkpoint" / "README.md")["base_model"] == "own/tiny"
     assert json.loads((out / "config.json").read_text())["model"] == "own/tiny@v1.0"
-    with pytest.raises(ConfigError, match="with other model"):
+    with pytest.raises(ConfigError, match="with another model"):
         sv.compress("own/tiny@refs/pr/3", ratio=0.3, out=out, say=silent, **how)
 
 

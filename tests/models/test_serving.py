@@ -44,7 +44,7 @@ def test_a_plain_even_llama_is_ok_where_it_was_run_and_only_there():
         (shaped("internvl-qwen2", kv_heads=2), "vllm", "head_dim", "fail"),
         (shaped("phi", kv_heads=4), "sglang", "head_dim", "fail"),
         (shaped("llava-llama", kv_heads=2), "mlx", "head_dim", "fail"),
-        (shaped("llava_next", kv_heads=2), "mlx", "query heads", "fail"),
+        (shaped("llava_next", kv_heads=2), "mlx", "head_dim", "fail"),
         (shaped("llava-llama"), "mlx", "pictures", "fail"),
         (shaped("phi3", kv_heads=2), "gguf", "head_dim", "fail"),
         (shaped("phi", neurons=128, kv_heads=8), "gguf", "MLP width", "fail"),

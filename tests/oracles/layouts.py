@@ -30,7 +30,6 @@ CHATML_TALK = (
 )
 BOT = "<|START_OF_TURN|><|CHATBOT|><|START_RESPONSE|>"
 LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
-LLAMA4 = "<|header_start|>{}<|header_end|>\n\n"
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 IDEFICS = "User:$@<end_of_utterance>\n", "Assistant: @<end_of_utterance>\n", "Assistant:"
 IDEFICS_TALK = (
@@ -66,11 +65,6 @@ LAYOUTS = {
         "<|im_start|>user <image>\n\nWhat is shown?<|im_end|><|im_start|>assistant \n"
         "«A cat.<|im_end|>»<|im_start|>user \nWhich colour?<|im_end|><|im_start|>assistant \n"
         "«Grey.<|im_end|>»",
-    ),
-    "vip-llava": Layout(
-        *("<s>", "</s>", "<image>\n", ("###Human: $@", "###Assistant: @", "###Assistant:")),
-        "<s>###Human: <image>\nWhat is shown?###Assistant:« A cat.</s>»"
-        "###Human: Which colour?###Assistant:« Grey.</s>»",
     ),
     "bunny": Layout(
         *(None, "<|endoftext|>", "<image>\n"),
@@ -111,14 +105,6 @@ LAYOUTS = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n«Grey.<|eot_id|>»",
         "<|begin_of_text|>",
     ),
-    "llama-4": Layout(
-        *("<|begin_of_text|>", "<|eot|>", "<|image|>", headed(LLAMA4, "<|eot|>")),
-        "<|begin_of_text|><|header_start|>user<|header_end|>\n\n<|image|>What is shown?<|eot|>"
-        "<|header_start|>assistant<|header_end|>\n\n«A cat.<|eot|>»"
-        "<|header_start|>user<|header_end|>\n\nWhich colour?<|eot|>"
-        "<|header_start|>assistant<|header_end|>\n\n«Grey.<|eot|>»",
-        "<|begin_of_text|>",
-    ),
     "pixtral": Layout(
         *("<s>", "</s>", "[IMG]", ("[INST]$@[/INST]", "@</s>", "")),
         "<s>[INST][IMG]What is shown?[/INST]«A cat.</s>»[INST]Which colour?[/INST]«Grey.</s>»",
@@ -135,16 +121,16 @@ LAYOUTS = {
         "<s><|user|>\n<image>\nWhat is shown?<|end|>\n<|assistant|>\n«A cat.<|end|>»\n"
         "<|user|>\nWhich colour?<|end|>\n<|assistant|>\n«Grey.<|end|>»\n",
     ),
-    "deepseek-vl": Layout(
-        *("<s>", "<end_of_sentence>", "<image_placeholder>"),
-        ("User: $@\n\n", "Assistant: @<end_of_sentence>", "Assistant:"),
-        "<s>User: <image_placeholder>What is shown?\n\nAssistant:« A cat.<end_of_sentence>»"
-        "User: Which colour?\n\nAssistant:« Grey.<end_of_sentence>»",
-    ),
     "molmo": Layout(
         *(None, "<|endoftext|>", "<|image|>", (" User: $@", " Assistant: @", " Assistant:")),
         " User: <|image|>What is shown? Assistant:« A cat.<|endoftext|>»"
         " User: Which colour? Assistant:« Grey.<|endoftext|>»",
+    ),
+    "phi-3": Layout(  # the user's turn has the assistant's header
+        *("<s>", "<|end|>", "<|image|>"),
+        ("<|user|>\n$@<|end|>\n<|assistant|>\n", "@<|end|>\n", ""),
+        "<s><|user|>\n<|image|>What is shown?<|end|>\n<|assistant|>\n«A cat.<|end|>»\n"
+        "<|user|>\nWhich colour?<|end|>\n<|assistant|>\n«Grey.<|end|>»\n",
     ),
     "glm-4v": Layout(  # generation ends where the user's turn would begin, too
         *(None, "<|endoftext|>", "<|begin_of_image|><|image|><|end_of_image|>"),

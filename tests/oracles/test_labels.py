@@ -4,12 +4,21 @@ import re
 from itertools import groupby
 
 import pytest
+import torch
 
+from slimvlm.core.options import RecoverConfig
 from slimvlm.data.chat import encode_questions, encode_samples
 from slimvlm.data.samples import Question
+from slimvlm.models.hidden import hold_in_
+from slimvlm.models.load import load
+from slimvlm.scoring.batches import answer_loss
+from slimvlm.training import trainer
+from slimvlm.training.recover import recover
+from tests import tiny
 from tests import tiny_folder as folders
 from tests.oracles.layouts import LAYOUTS, Layout
-from tests.tiny_folder import picture, sample, turn
+from tests.tiers import tiered
+from tests.tiny_folder import picture, sample, short_samples, turn
 
 SPECIAL = r"<\|?[a-zA-Z_/0-9]+\|?>|\[/?[A-Za-z]+\]"
 TALK = sample(
@@ -79,3 +88,76 @@ def test_answers_and_their_ends_are_learnt(name):
     asked = decoded(processor, encode_questions(processor, [question])["input_ids"][0])
     if name != "llava-onevision":  # whose template asks with other white space than it shows
         assert asked == layout.expected.partition("«")[0]
+
+
+def learnt(**changes):
+    how = {"train": "full", "loss": "sft", "learning_rate": 1e-2, "bf16": False}
+    return RecoverConfig(**how, trainer={"logging_steps": 1}, **changes)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_a_model_stops_where_it_was_taught_to(kind):
+    """Whether the template writes an end token or, as LLaVA's, none."""
+    model, processor = load(folders.folder(kind))
+    samples = short_samples(2)
+    recover(model, None, samples, learnt(max_steps=24, batch_size=2), processor)
+    end = processor.tokenizer.convert_tokens_to_ids("</s>" if kind == "llava" else "<|im_end|>")
+    model.generation_config.suppress_tokens = None
+    for item in samples:
+        texts = [message["content"][-1]["text"] for message in item.messages]
+        asked = encode_questions(processor, [Question("q", texts[0], (texts[1],), item.images)])
+        said = model.generate(**asked, do_sample=False, max_new_tokens=24, eos_token_id=end)
+        reply = said[0, asked["input_ids"].shape[1] :]
+        assert reply[-1] == end
+        assert processor.tokenizer.decode(reply[:-1]).strip() == texts[1]
+
+
+def batches_of(model):
+    """A batch with a picture and one without, and what encodes samples as these."""
+    seen = tiny.batch(model)
+    names = ("input_ids", "attention_mask", "labels")
+    places = seen["input_ids"][0] != tiny.IMAGE_TOKEN
+    blind = {name: tiny.batch(model, seed=1)[name][:, places][:, 3:] for name in names}
+
+    def encode(processor, samples):
+        (item,) = samples  # one kind alone
+        return dict(seen if item.images else blind)
+
+    return seen, blind, encode
+
+
+def trained(model, monkeypatch, **changes):
+    *batches, encode = batches_of(model)
+    monkeypatch.setattr(trainer, "encode_samples", encode)
+    shown = [*short_samples(1), *short_samples(2, sees=False)[1:]]
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    expected = answer_loss(model, batches)
+    history = recover(model, None, shown, learnt(batch_size=2, **changes), object())
+    return history, expected, before
+
+
+MIXED = [
+    "mllama",
+    "llama4",
+    *tiered(["idefics2", "qwen3_vl_moe", "gemma3", "llava_onevision"], lambda *_: False),
+]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_pictures_and_texts_of_a_batch_count_as_each_alone(name, monkeypatch):
+    history, expected, _ = trained(tiny.build(name), monkeypatch, max_steps=1)
+    assert history.steps[0]["loss_sft"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fast_vlm"])
+def test_training_leaves_the_statistics_of_frozen_towers(name, monkeypatch):
+    model = tiny.build(name)
+    _, _, before = trained(model, monkeypatch, max_steps=2)
+    assert any("running_mean" in buffer for buffer in before)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["llama4", "mllama"])
+def test_pictures_come_in_the_model_s_own_data_type(name):
+    hold_in_(model := tiny.build(name), torch.bfloat16)
+    assert answer_loss(model, [tiny.batch(model)]) > 0

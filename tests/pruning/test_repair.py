@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import Parts
 from slimvlm.pruning import repair
@@ -18,7 +18,7 @@ from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.score_model import collect
 from slimvlm.scoring.unit_scores import Statistics
 from tests import tiny
-from tests.handmade import logits, plan_by_hand
+from tests.handmade import assert_untouched, logits, plan_by_hand, snapshot
 from tests.pruning.pruned import batches, build, narrow, sliced, with_determined_neurons_
 from tests.tolerances import SOLVE, assert_close
 
@@ -86,6 +86,19 @@ def test_one_shot_refuses_what_does_not_fit():
 TOKENS, CHANNELS, OUTPUTS = 80, 12, 5
 KEEP = torch.tensor([0, 2, 3, 6, 7, 10, 11])
 RIDGES = (0.0, 1e-4, 1e-2, 1.0)
+
+
+def test_one_shot_repairs_every_matrix_or_none():
+    """Half precision holds the new weights of the first layers, but not the last one."""
+    model = build("llama")
+    plan, path = narrow(model), "mlp.down_proj"
+    student, statistics = sliced(model, plan).half(), capture_grams(model, batches(model))
+    kept, gone = plan.neurons[3][0], min({*range(96)} - {*plan.neurons[3]})
+    statistics.parts[3, path].gram[[gone, kept], [kept, gone]] = 1e9
+    before = snapshot(student)
+    with pytest.raises(NumericalError, match=rf"weight of layer 3\.{path}"):
+        repair_(student, plan, statistics)
+    assert_untouched(student, before)
 
 
 def drawn(*shape, seed=0):

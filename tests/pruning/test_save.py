@@ -279,6 +279,9 @@ def carded(tmp_path_factory):
     original = root / "original"
     original.mkdir()
     (original / CARD_FILE).write_text(BASE)
+    (original / "LICENSE").write_text("All rights.")
+    (root / "secret").write_text("a key")
+    (original / "NOTICE").symlink_to(root / "secret")
     net = tiny.build("llava-llama")
     net.config._name_or_path = str(original)
     plan = plan_by_hand(anatomy(net), layers=(0, 2, 3))
@@ -335,6 +338,33 @@ def test_the_first_screen_says_what_went_what_stayed_how_to_load_and_how_to_serv
     assert "| 4 samples |" in kept
     assert "92.3 %" in kept
     assert "free answers" not in kept
+
+
+def test_a_license_goes_along_and_a_second_pruning_counts_from_the_original(carded, tmp_path):
+    first = Plan.load(carded / PLAN_FILE)
+    net = load(str(carded))[0]
+    again = plan_by_hand(anatomy(net), layers=(0, 2))
+    prune_(net, again)
+    save(net, None, tmp_path / "again", again)
+    facts = CardFacts(base=str(tmp_path / "again"), name="same")
+    save(net, None, tmp_path / "same", again, facts=facts)
+    for name in ("again", "same"):
+        text = (tmp_path / name / CARD_FILE).read_text()
+        assert (
+            f"| all parameters | {first.before.total_params:,} | {again.after.total_params:,} |"
+            in text
+        )
+        assert "| layers | 4 | 2 |" in text
+        assert "It is the last of several" in text
+        assert f"instead of {first.before.total_params / 1e6:,.1f} M" in text
+        assert (tmp_path / name / "LICENSE").read_text() == "All rights."
+        assert not (tmp_path / name / "NOTICE").exists()  # a link that leads out
+    data, text = written(
+        tmp_path, base=BASE.replace("license: llama2\n", ""), training=("full", "sft", 16)
+    )
+    assert "A fine-tuned [some/original]" in text
+    assert "license was not stated or not in reach" in text
+    assert data["tags"] == ["slimvlm", "llava"]
 
 
 def test_a_card_needs_neither_an_original_nor_facts_and_names_the_first_of_a_chain(

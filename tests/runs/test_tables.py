@@ -17,9 +17,34 @@ from slimvlm.runs.tables import (
     held_out_text,
     result_json,
     result_rows,
+    training_notes,
 )
 from tests import tiny
 from tests.evaluation.test_compare import TEXT, answered, questions, result
+
+
+def test_notes_say_what_training_learnt_and_whether_it_did_harm():
+    def on_data(divergence):
+        rows = [OnSample(f"s{i}", 10, 2.0, 2.0, 9, divergence) for i in range(3)]
+        return DataResult("m", tuple(rows))
+
+    asked = questions("pets", 4)
+    stages = ("original", "pruned", "recovered")
+    results = {
+        n: result(n, pets=answered(asked, r))
+        for n, r in zip(stages, ("1111", "1110", "1100"), strict=True)
+    }
+    data = dict(zip(stages, map(on_data, (None, 0.002, 0.009)), strict=True))
+    learnt, moved, worse = training_notes(results, data, "sft+kl")
+    assert "learnt the data's answers (loss sft+kl)" in learnt
+    assert "0.002 nats became 0.009" in moved
+    assert "(AVG 75.0 and 50.0): ship the pruned one" in worse
+    fine = {
+        "original": results["original"],
+        "pruned": results["recovered"],
+        "recovered": results["pruned"],
+    }
+    assert training_notes(fine, {}, "kl") == []
 
 
 def printed(shape):

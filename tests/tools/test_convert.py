@@ -346,6 +346,7 @@ def test_the_command_and_the_python_name_write_the_same(tmp_path, capsys):
     source, tower = (str(FIXTURES / "llava" / n) for n in ("original", "vision_tower"))
     cli.main(["convert", source, str(tmp_path / "cli"), "--vision-tower", tower])
     assert f"checkpoint: {tmp_path / 'cli'}" in capsys.readouterr().out
+    assert "The weights of original: " in (tmp_path / "cli" / "README.md").read_text()
     for _ in range(2):  # the second time its module has been imported
         sv.convert(source, tmp_path / "python", vision_tower=tower, force=True)
     for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):

@@ -346,6 +346,7 @@ def test_a_teacher_of_another_width_is_refused():
     with pytest.raises(ConfigError, match="teacher"):
         recover(student, other, SAMPLES, config(loss="hidden"), processor)
     history = recover(student, other, SAMPLES, config(loss="sft+kl", max_steps=1), processor)
+    assert history.num_samples == config().batch_size < len(history.sample_ids)
     assert history.teacher == "separate"  # what it says can be compared
 
 
@@ -492,11 +493,11 @@ def test_a_training_goes_on_only_from_its_own_start(tmp_path, monkeypatch):
         ("model", shifted[0], teacher, SAMPLES),
         ("teacher", models()[0], shifted[1], SAMPLES),
     ):
-        with pytest.raises(ConfigError, match=rf"belongs to a run with other {what}\."):
+        with pytest.raises(ConfigError, match=rf"belongs to a run with another {what}\."):
             recover(*start, config(**LONG), processor, tmp_path)
     for name, value in (("seed", 7), ("train", "projector"), ("learning_rate", 1e-3)):
         asked = config(**{**LONG, name: value})
-        with pytest.raises(ConfigError, match=rf"a run with other config\.{name}\."):
+        with pytest.raises(ConfigError, match=rf"a run with another config\.{name}\."):
             recover(models()[0], teacher, SAMPLES, asked, processor, tmp_path)
 
 

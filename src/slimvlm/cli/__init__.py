@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _stopped_once)
     out, err = (stream or StringIO() for stream in (sys.stdout, sys.stderr))
+    for stream in (out, err):
+        if isinstance(stream, TextIOWrapper):  # what its encoding lacks is written out
+            stream.reconfigure(errors="backslashreplace")
     if not err.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries, before their import
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they miss a GPU, or kernels
@@ -78,7 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
             code, told = 3 if isinstance(error, errors.RegressionError) else 2, one_line(error)
         except KeyboardInterrupt:
             resume = f"Give the same command again to go on{' (with --log)' * (verb == 'evaluate')}"
-            told = resume if verb in GOING_ON else "What was there before is unchanged"
+            goes_on = verb in GOING_ON or "--low-memory" in words
+            told = resume if goes_on else "What was there before is unchanged"
             code, told = 130, f"stopped. {told}"
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

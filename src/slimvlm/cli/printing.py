@@ -39,9 +39,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
 
     from slimvlm.runs.tables import as_table
 
-    terminal = Console()
-    wide = terminal if terminal.is_terminal else Console(width=120)
-    wide.print(as_table(header, rows, title=title))
+    table, terminal = as_table(header, rows, title=title), Console()
+    longest = Console(width=10**6).measure(table).minimum  # of the words of all columns
+    width = max(terminal.width if terminal.is_terminal else 120, longest)  # no digit is cut
+    Console(width=width).print(table)
 
 
 def show(
@@ -62,10 +63,14 @@ def show(
 
 def print_results(results: "Mapping[str, Result]", as_json: bool, title: str = "") -> None:
     """Print the scores of models; no table if no task was asked."""
+    from slimvlm.evaluation.results import guessed
     from slimvlm.runs.tables import result_json, result_rows
 
+    known = guessed(next(iter(results.values()))) if len(results) > 1 else {}
+    told = "the original is not clearly above guessing, yet it counts in AVG-%"
+    notes = [f"{name}: {told} ({scores})" for name, scores in known.items()]
     if results or as_json:
-        show(as_json, lambda: result_json(results), lambda: result_rows(results), title)
+        show(as_json, lambda: result_json(results), lambda: result_rows(results), title, notes)
 
 
 def print_held_out(results: "Mapping[str, DataResult]") -> None:

@@ -599,6 +599,7 @@ def export(
     config = load_config(model)
     described = text_config_alone(config) if text_only else config
     found = serving.check(read_anatomy(empty_model(described)), check, is_quantized(config))
+    found.sort(key=lambda each: ("fail", "warn", "unknown", "ok").index(each.level))
     if json:
         print_json([asdict(finding) for finding in found])
         return

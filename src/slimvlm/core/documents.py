@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
@@ -20,7 +21,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from slimvlm import __version__
 from slimvlm.core.errors import LONGEST, ConfigError, SlimError, one_line, raised_as, shortened
-from slimvlm.core.files import cache_dir, new_file, path_of, write_text
+from slimvlm.core.files import cache_dir, path_of, write_text
 from slimvlm.core.options import NO_RESULT
 from slimvlm.core.progress import progress
 
@@ -39,6 +40,19 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        _unique([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+        return super().construct_mapping(node, deep=deep)
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Make a mapping of pairs; refuse a key that stands there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {shortened(twice)} stands there twice")
+    return found
 
 
 def read_text(path: str | Path, what: str, most: int = MAX_BYTES) -> str:
@@ -69,7 +83,7 @@ def read_object(path: str | Path, what: str, most: int = MAX_BYTES) -> dict[str,
 def parse_json(text: str) -> Any:
     """Parse JSON; raise ValueError if it is none or too deep."""
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError(f"more than {MAX_DEPTH} levels inside one another") from error
     _require_shallow(values)
@@ -216,7 +230,7 @@ def require_same_request(
     if noted is None:
         return
     if differing := list(_differing(noted, _comparable(request))):
-        raise ConfigError(f"{what} with other {' and '.join(differing)}. {cure}")
+        raise ConfigError(f"{what} with another {' and another '.join(differing)}. {cure}")
 
 
 def _differing(
@@ -263,25 +277,26 @@ def identity_of_files(name: str, source: str) -> str:
 
 def _hash(file: Path) -> str:
     """Hash the content of a file; of a large one that nobody touched since, look the hash up."""
-
-    def state() -> tuple[int, ...]:
-        found = file.stat()  # the time of the last change of any kind is nobody's to set
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-    before = state()
+    before = _state(file)
+    size, modified, changed = before[:3]
     noted = cache_dir() / "hashes" / digest([str(file.resolve()), before])
     with suppress(OSError, ValueError):
-        if before[2] > LARGE and len(known := noted.read_text()) == 64:
+        if size > LARGE and len(known := noted.read_text()) == 64:
             return known
     with file.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
-    is_settled = time.time_ns() - max(before[3:]) > _SETTLED and state() == before
-    if before[2] > LARGE and is_settled:
+    is_settled = time.time_ns() - max(modified, changed) > _SETTLED and _state(file) == before
+    if size > LARGE and is_settled:
         with suppress(OSError, SlimError):
             noted.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(noted, outlives_power_cut=False) as partial:
-                partial.write_text(found)
+            write_text(noted, found)
     return found
+
+
+def _state(file: Path) -> list[int]:
+    """Return what changes with a file; nobody can set the last of its times."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
 
 
 @cache

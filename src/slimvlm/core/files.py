@@ -41,8 +41,6 @@ _MARK, _UNFINISHED = ".slimvlm", {"written_by": "slimvlm", "is": "unfinished"}
 MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     _MARK: lambda values: values == _UNFINISHED,
     "slimvlm_checkpoint.json": lambda values: values.get("format") == "slimvlm-checkpoint/1",
-    # of an earlier version
-    "slimvlm_manifest.json": lambda values: values.get("format") == "slimvlm-manifest/1",
     # of a run, and of a stage of a study
     "config.json": lambda values: {"model", "made_from", "version"} <= values.keys(),
     "stage.json": lambda values: values.get("format") == "slimvlm-stage/1",
@@ -165,6 +163,9 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         working_folder(partial)
         try:
             yield partial
+            usual = (partial / ".slimvlm").stat().st_mode
+            for file in partial.rglob("*.safetensors"):  # the library lets only its owner read it
+                file.chmod(usual)
             _replace(partial, path)
             (path / _MARK).unlink(missing_ok=True)
         finally:

@@ -7,23 +7,13 @@ below a field is the help of the command line, where a `FILE_ONLY` one has no fl
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.core.files import beside
@@ -50,6 +40,7 @@ SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 MIN_NEW_TOKENS = 3
 ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
 FILE_ONLY = "file only"  # in an option's type: it has no flag on the command line
+WITHOUT_FLAG = "without_flag"  # names of inherited options that have none in a class
 MOST = 2**53  # numbers below it are exact in every file and every library
 
 _hints = cache(partial(get_type_hints, include_extras=True))
@@ -57,9 +48,6 @@ _hints = cache(partial(get_type_hints, include_extras=True))
 
 class Options:
     """A group of options whose values are checked against their types."""
-
-    without_flag: ClassVar[tuple[str, ...]] = ()
-    """Inherited options that have no flag here, as if each were `FILE_ONLY`."""
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
@@ -84,20 +72,26 @@ class Options:
 def file_only(kind: Any) -> set[str]:
     """List the options of a class that have no flag on the command line."""
     hints = _hints(kind).items()
-    inherited = (getattr(each, "without_flag", ()) for each in kind.__mro__)
+    inherited = (vars(each).get(WITHOUT_FLAG, ()) for each in kind.__mro__)
     own = {name for name, hint in hints if FILE_ONLY in getattr(hint, "__metadata__", ())}
     return own.union(*inherited)
 
 
-def given_of(config: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Take those of some options that differ from their defaults."""
-    rows = {row.name: row for row in fields(config)}
-    usual = {
-        name: row.default if row.default_factory is MISSING else row.default_factory()
-        for name in names
-        if (row := rows.get(name)) is not None
-    }
-    return {n: getattr(config, n) for n, value in usual.items() if getattr(config, n) != value}
+def given_of(config: Any, names: Container[str] | None = None) -> dict[str, Any]:
+    """Take those of some options, or of all, that differ from their defaults."""
+    found = {}
+    for row in fields(config):
+        default = row.default if row.default_factory is MISSING else row.default_factory()
+        if (names is None or row.name in names) and getattr(config, row.name) != default:
+            found[row.name] = getattr(config, row.name)
+    return found
+
+
+def refuse_given(config: Any, names: Container[str], why: str) -> None:
+    """Refuse options that differ from their defaults, but for nothing at all; ``why`` ends it."""
+    for name, value in given_of(config, names).items():
+        if value not in (0, "none"):
+            raise ConfigError(f"{name} {value!r} {why}")
 
 
 def part_of(config: Any, kind: type[T]) -> T:
@@ -316,7 +310,7 @@ NO_RESULT = tuple(row.name for row in fields(LoadConfig) if not row.compare)
 class FileLoading(LoadConfig):
     """How models are read by verbs that have many options."""
 
-    without_flag = ("attn_implementation", "device_map")
+    without_flag = frozenset({"attn_implementation", "device_map"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,8 +327,7 @@ class DataConfig(LoadConfig):
     """Tokens of a sample at most, those of pictures included; by default as many as the model
     reads."""
     too_long: TooLong = "refuse"
-    """What becomes of longer samples: refuse, which makes them broken rows; or cut, which takes
-    turns from the end, and the end of an answer, and says of how many."""
+    """Longer samples: refuse makes them broken rows; cut drops turns, then an answer's end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,14 +342,12 @@ class CalibrationConfig(DataConfig):
     """Which conversations a model is shown that is to be scored, and what counts."""
 
     samples: Annotated[int, AT_LEAST_1] = 192
-    """Calibration samples, the first ones of the data in the order of the seed."""
+    """Calibration samples, drawn from the whole of the data."""
     seed: Annotated[int, SEED] = 0
-    """Order of the data: 0 is that of the file, pictures and text in step where they stand apart,
-    any other number shuffles it; training takes what comes after the calibration samples. Also
-    seeds whatever is drawn, in scores and in training."""
+    """Draws the samples for calibration and training, and all else but the final test's."""
     general_text: Annotated[float | None, SHARE] = None
-    """Share of general text among what calibrates, beside the data: from the descriptions of the
-    packages that slimvlm needs. By default 0.2 where weights are repaired, else 0."""
+    """Share of general text in calibration, beside the data: descriptions of the packages that
+    slimvlm needs. By default 0.2 where weights are repaired, else 0."""
     gradient: Gradient = "per_sample"
     """For taylor: one gradient over all samples, or one for each."""
     token_weights: str | None = None
@@ -520,8 +511,8 @@ class ReportOptions(Options):
     """How many samples judge a finished model."""
 
     report_samples: Annotated[int | None, AT_LEAST_0] = None
-    """Samples, the last ones that are read, from which nothing is learnt: on them the end says what
-    was kept. At most a fifth of the data; 0 for none. By default as many as calibrate, up to 64."""
+    """Samples from which nothing is learnt, the same for all seeds: on them the end says what was
+    kept. At most a fifth of the data; 0 for none. By default as many as calibrate, up to 64."""
 
     def unseen(self, calibration: int) -> int:
         """Count held-out samples at most; by default as many as calibrate, as both take as long."""
@@ -540,7 +531,7 @@ class TrainingShare(Options):
 class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
     """What models are asked and shown, and how much is trained on."""
 
-    without_flag = ("task_folder", "template_args", "floors")
+    without_flag = frozenset({"task_folder", "template_args", "floors"})
     image_tokens: Annotated[float | None, INSIDE] = None
     """Share of the tokens that the data's pictures take now; the smaller model sees them with so
     many from calibration on, the original in reports with all. See docs/images-budget.md."""
@@ -556,7 +547,7 @@ class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
 class RunPruning(FileLoading, PruneConfig):
     """What to remove, and how to choose and to mend."""
 
-    without_flag = ("gradient",)
+    without_flag = frozenset({"gradient"})
 
 
 @dataclass(frozen=True, kw_only=True)

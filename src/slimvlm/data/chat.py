@@ -10,11 +10,10 @@ there.
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateSyntaxError
 from PIL import Image
 from torch import Tensor
 
@@ -63,7 +62,7 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
     """Render a conversation as the model's input text, with a placeholder for each picture."""
     if processor is None:
         raise ConfigError("model: its folder has neither a processor nor a tokenizer")
-    if not _has_template(processor):
+    if getattr(processor, "chat_template", None) is None:
         picture = _picture_word(processor)
         turns = [str(_text_only(message, picture)["content"]) for message in messages]
         return "\n".join(turns) + ("\n" if generate else "")
@@ -73,8 +72,6 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
     try:
         with limited():
             return str(processor.apply_chat_template(chat, **how))
-    except TemplateSyntaxError as error:
-        raise ConfigError(f"model: its chat template is malformed ({one_line(error)})") from error
     except errors.SlimError:
         raise
     except Exception as error:  # a template is a program
@@ -92,13 +89,9 @@ def _text_only(message: Message, picture: str | None = None) -> Message:
     return {"role": message["role"], "content": content}
 
 
-def _has_template(processor: Any) -> bool:
-    return getattr(processor, "chat_template", None) is not None
-
-
 def _picture_word(processor: Any) -> str | None:
     """Return what stands for a picture in a text, if no template says so; None if nothing does."""
-    if _has_template(processor) or not can_see(processor):
+    if getattr(processor, "chat_template", None) is not None or not can_see(processor):
         return None
     if type(processor).__name__ == "Kosmos2_5Processor":  # puts the picture before the text
         return ""
@@ -106,6 +99,12 @@ def _picture_word(processor: Any) -> str | None:
         if word := getattr(processor, name, None):
             return str(word)
     raise ConfigError("model: its processor has neither a chat template nor an image_token")
+
+
+def divided(order: Sequence[int], sees: Sequence[bool], size: int) -> list[list[int]]:
+    """Divide an order into batches of one kind: pictures beside none are refused, or disturb."""
+    groups = [list(group) for _, group in groupby(order, sees.__getitem__)]
+    return [each[i : i + size] for each in groups for i in range(0, len(each), size)]
 
 
 def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -242,7 +241,7 @@ def _located(processor: Any, sample: Sample) -> tuple[str, list[_Answer]]:
             f"sample {sample.id!r}: the chat template rewrites what was said, so answers cannot be "
             "located"
         )
-    behind = {number: around[place + 1] for place, number in enumerate(order)}
+    before, behind = (dict(zip(order, part, strict=False)) for part in (around, around[1:]))
     prompt = ""  # what the template writes before the first answer begins
     if first := next((i for i, m in enumerate(marked) if m["role"] == "assistant"), 0):
         asked, waiting = (
@@ -267,9 +266,9 @@ def _located(processor: Any, sample: Sample) -> tuple[str, list[_Answer]]:
         if message["role"] != "assistant" or not written:
             continue
         start, stop = places[written[0]][0], places[written[-1]][1]
-        before, after = around[order.index(written[0])], behind[written[-1]]
-        if (prompted := before.rfind(prompt)) >= 0:
-            start -= len(before) - prompted - len(prompt)
+        header, after = before[written[0]], behind[written[-1]]
+        if (prompted := header.rfind(prompt)) >= 0:
+            start -= len(header) - prompted - len(prompt)
         shown = pictures[written[0]]
         since[shown] = min(since[shown], start - len(prompt) * (prompted >= 0) + added)
         if not (sample.is_cut and number == count):

@@ -1,6 +1,7 @@
 """Read general text that every machine has: the descriptions of the packages that slimvlm needs."""
 
 import random
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 
@@ -12,20 +13,24 @@ from slimvlm.data.chat import answered_sample
 from slimvlm.data.samples import Question, Sample
 
 SHARE = 0.2  # of what calibrates, where weights are repaired (docs/results.md)
-PASSAGE = 800  # characters of a passage at most, so that it is not longer than a usual sample
+PASSAGE, LEAST = 800, 100  # characters of a passage at most, whatever others have
 _MARKUP = frozenset("<>{}[]|`#=")  # also what special tokens are written with
 _WORDS = 6  # of a line of prose at least
 
 
-def general_samples(count: int, seed: int, longest: int | None = None) -> list[Sample]:
+def general_samples(
+    count: int, seed: int, longest: int | None = None, usual: int | None = None
+) -> list[Sample]:
     """Draw so many passages, or as many as there are, as answers to "Go on.".
 
-    A sample has at most ``longest`` tokens: no token of a passage is shorter than a character, and
-    a quarter is left for the chat template.
+    A sample has about the ``usual`` tokens of others, at 4 characters each, and at most
+    ``longest``: none is shorter than a character, and a quarter is left for the chat template.
     """
-    known = _passages(PASSAGE if longest is None else min(PASSAGE, longest * 3 // 4))
+    characters = PASSAGE if usual is None else min(PASSAGE, max(4 * usual, LEAST))
+    known = _passages(characters if longest is None else min(characters, longest * 3 // 4))
     drawn = enumerate(random.Random(seed).sample(known, min(count, len(known))))
-    return [answered_sample(Question(f"general text {n}", "Go on.", ()), text) for n, text in drawn]
+    rows = ((Question(f"general text {n}", "Go on.", ()), text) for n, text in drawn)
+    return [replace(answered_sample(*row), is_general=True) for row in rows]
 
 
 def identity_of_general_text() -> str:

@@ -1,110 +1,64 @@
 """Read JSON, JSONL, parquet and what ``datasets`` reads as `Sample`s: LLaVA's or chat turns."""
 
+import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import compress, count, islice, pairwise
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from slimvlm.core.documents import identity_of_files, parse_json, read_object
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.options import TooLong
 from slimvlm.core.progress import Say, silent
-from slimvlm.data.chat import can_see, length_of, num_images, rendered, require_readable
-from slimvlm.data.samples import Message, Sample, find_image
-
-Member = TypeVar("Member")
+from slimvlm.data import chat
+from slimvlm.data.samples import Message, Sample, find_image, size_of
 
 MAX_LINE_BYTES = 64 * 2**20  # longest line of a ``.jsonl`` file
+DEMO = 1024  # conversations of the demo that a seed draws from
 BATCH, BATCH_BYTES = 64, 2**28
 """Rows of a parquet or Arrow file in memory at once, and their bytes unless one row has more."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Names of JSON files beside the data."""
+ENDINGS = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".zip")
+TRAIN = ("train",)
 _OTHER_SPLITS = {
     "test": {"test", "testing"},
     "validation": {"valid", "validation", "val", "dev", "eval", "evaluation"},
 }
 SPLITS = {"train": {"train", "training"}, **_OTHER_SPLITS}
 """Splits of a source, and the words in names of files that tell them apart."""
-KEPT_BYTES = 2**29  # a ``.jsonl`` file up to this size is parsed once, and its rows are kept
 
 
-def rows_in_step(data: str | Path, say: Say) -> Iterator[tuple[int, Any]]:
-    """Yield the numbered rows of a source in an order whose beginning represents the whole.
-
-    The order is the source's, unless rows with a picture and rows without are separated in it: then
-    they are interleaved, each kind in its order, and ``say`` receives a line. Of n rows in random
-    order, p with a picture, 2 p (n - p) / n have a successor of the other kind, on average (Wald
-    and Wolfowitz 1940). Kinds are separated where less than half as many have.
-    """
-    path, kept = path_of(data, "data"), None
-    if path.suffix == ".json" or (
-        path.suffix == ".jsonl" and path.is_file() and path.stat().st_size <= KEPT_BYTES
-    ):
-        kept = list(read_rows(data))
-
-    def again(outlined: bool = False) -> Iterator[Any]:
-        return read_rows(data, outlined) if kept is None else iter(kept)
-
-    shows = [_shows_picture(row) for row in again(outlined=True)]
-    pictures, texts = sum(shows), len(shows) - sum(shows)
-    changes = sum(one != other for one, other in pairwise(shows))
-    if changes * len(shows) >= pictures * texts:
-        yield from enumerate(again())
-        return
-    say(f"data {str(data)!r}: {pictures} rows with pictures and {texts} without are interleaved")
-    with_picture = compress(enumerate(again()), shows)
-    without = compress(enumerate(again()), (not shown for shown in shows))
-    for shown in interleaved([(0.5, [False] * texts), (0.5, [True] * pictures)]):
-        yield next(with_picture if shown else without)
+def drawn(places: Sequence[int], seed: int, last: int = 0) -> tuple[list[int], list[int]]:
+    """Order rows by their places, which are hashes, and draw all but the last anew by a seed."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    first = max(len(order) - last, 0)
+    ahead, behind = order[:first], order[first:]
+    if seed:
+        ahead.sort(key=lambda row: blake2b(f"{seed} {places[row]}".encode()).digest())
+    return ahead, behind
 
 
-def _shows_picture(row: Any) -> bool:
-    """Return whether a row has a picture, as far as can be told without opening one."""
-    if not isinstance(row, dict):
-        return False
-    turns = turns_of(row)
-    return bool(stated_pictures(row)) or any(
-        part.get("type") == "image"
-        for turn in (turns if isinstance(turns, list) else ())
-        if isinstance(turn, dict) and isinstance(turn.get("content"), list)
-        for part in turn["content"]
-        if isinstance(part, dict)
-    )
-
-
-def turns_of(row: dict[str, Any]) -> Any:
-    """Return the field of a row that should hold its turns."""
-    return row.get("messages") or row.get("conversations")
-
-
-def stated_pictures(row: dict[str, Any]) -> Any:
-    """Return the field of a row that should hold its pictures: one, a list of them, or None."""
-    return row.get("images") if row.get("images") is not None else row.get("image")
-
-
-def interleaved(groups: Iterable[tuple[float, Sequence[Member]]]) -> list[Member]:
-    """Merge (offset u, members): the k-th of n members has the place (k + u) / n."""
-    placed = [
-        ((k + offset) / len(members), order, member)
-        for order, (offset, members) in enumerate(groups)
-        for k, member in enumerate(members)
-    ]
-    return [member for *_, member in sorted(placed, key=lambda row: row[:2])]
+def place_of(row: Any, seen: Counter[bytes]) -> int:
+    """Hash a row's turns and pictures, and how many equal ones came before it."""
+    content = [row.get(name) for name in _USED] if isinstance(row, dict) else str(row)
+    key = blake2b(json.dumps(content, sort_keys=True, default=repr).encode()).digest()
+    seen[key] += 1
+    return int.from_bytes(blake2b(key + b"%d" % seen[key], digest_size=8).digest())
 
 
 def read_rows(
-    data: str | Path,
-    outlined: bool = False,
-    splits: Sequence[str] = ("train",),
-    say: Say = silent,
+    data: str | Path, outlined: bool = False, splits: Sequence[str] = TRAIN, say: Say = silent
 ) -> Iterator[Any]:
-    """Yield rows as plain values, or errors; ``outlined`` ones have numbers for stored pictures.
+    """Yield rows as plain values, or errors; a table's ``outlined`` ones without pictures.
 
     Of a folder or a hub dataset, the first of ``splits`` is read that it has, which ``say`` gets.
     """
@@ -115,7 +69,9 @@ def read_rows(
                 yield from _rows_of_file(file, outlined)
         except OSError as error:
             raise ConfigError(f"data {str(data)!r}: cannot be read ({error.strerror})") from error
-    elif str(data).count("/") == 1 and not str(data).startswith((".", "/")):
+    elif str(data).count("/") == 1 and not (
+        str(data).startswith((".", "/", "~")) or path.suffix in ENDINGS or path.parent.is_dir()
+    ):
         import datasets
 
         try:
@@ -126,10 +82,10 @@ def read_rows(
             for part in table.iter(batch_size=BATCH):
                 yield from plain_rows(part, outlined)
         except Exception as error:
-            reason = one_line(error.__cause__ or error)[:LONGEST]
-            raise ConfigError(f"data {str(data)!r}: cannot be loaded ({reason})") from error
+            told = f"cannot be loaded ({one_line(error.__cause__ or error)[:LONGEST]})"
+            raise ConfigError(f"data {str(data)!r}: {told}") from error
     else:
-        raise ConfigError(f"data {str(data)!r}: no such file, folder or dataset")
+        raise ConfigError(f"data {str(data)!r}: no such file or folder, nor a hub id (owner/name)")
 
 
 def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
@@ -157,14 +113,11 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
             raise DataError(f"data {str(path)!r}: must be a list of conversations")
         yield from rows
     else:
-        raise ConfigError(
-            f"data {str(path)!r}: must end in .json, .jsonl or .parquet, or be a folder"
-        )
+        told = "must end in .json, .jsonl or .parquet, or be a folder"
+        raise ConfigError(f"data {str(path)!r}: {told}")
 
 
-def files_of_folder(
-    folder: Path, splits: Sequence[str] = ("train",), say: Say = silent
-) -> list[Path]:
+def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = silent) -> list[Path]:
     """List the data files of a folder: what ``datasets`` saved, or else those of a split.
 
     Files and links that lead out of the folder are refused, and no card or script in it is read.
@@ -206,8 +159,7 @@ def files_of_folder(
         if wanted := [path for path in files if split[path] & SPLITS[each]]:
             say(each)
             return wanted
-    others = set[str]().union(*_OTHER_SPLITS.values())
-    return [path for path in files if not split[path] & others]
+    return [path for path in files if not split[path] & set[str]().union(*_OTHER_SPLITS.values())]
 
 
 def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
@@ -230,9 +182,8 @@ def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
                 for start in range(0, len(batch), at_once):
                     yield from plain_rows(batch.slice(start, at_once), outlined)
     except Exception as error:  # broken files make pyarrow raise almost anything
-        kind = path.suffix.removeprefix(".")
-        reason = one_line(error)[:LONGEST]
-        raise DataError(f"data {str(path)!r}: is not a {kind} file ({reason})") from error
+        told = f"is not a {path.suffix[1:]} file ({one_line(error)[:LONGEST]})"
+        raise DataError(f"data {str(path)!r}: {told}") from error
 
 
 def _at_once(path: Path, num_rows: int, num_bytes: int) -> int:
@@ -244,23 +195,23 @@ def _at_once(path: Path, num_rows: int, num_bytes: int) -> int:
 
 def plain_rows(part: Any, outlined: bool) -> Any:
     """Convert a batch to rows, with pictures as stored, so that no path in them is opened."""
-    for index, name in enumerate(part.schema.names if outlined else ()):
-        if name in ("image", "images"):
-            column = part.column(index)
-            chunks = getattr(column, "chunks", [column])
-            numbers = [getattr(chunk, "value_lengths", chunk.is_valid)() for chunk in chunks]
-            joined = numbers if hasattr(column, "chunks") else numbers[0]
-            part = part.set_column(index, name, joined)
+    if outlined:
+        part = part.select([name for name in part.schema.names if name not in ("image", "images")])
     return part.to_pylist()
 
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLES = {"human": "user", "gpt": "assistant"} | {n: n for n in ("system", "user", "assistant")}
 IMAGE_WORD = "<image>"  # placeholder of a picture in plain text
 MOST_PICTURES = 1024  # pictures of a sample
-LARGE_PICTURE = 2048  # upper estimate of a picture's tokens
-_AT_ONCE = 256
-_FIELDS = {"id", "messages", "conversations", "image", "images"}
+_USED = ("messages", "conversations", "image", "images", "system")
+_WEIGHTS = {"weight", "loss_weight", "loss", "train", "training"}  # 1 is understood
+_CONTENT = {  # fields of rows and turns that change what is said, and that no sample holds
+    *("video", "videos", "audio", "audios", "tools", "functions", "tool_calls", "function_call"),
+    *("documents", "refusal", "reasoning_content", "reasoning", "thinking"),
+}
+_IN_PART = ("image", "path", "url", "image_url")
 _MISSING = object()
+_MEDIA = re.compile("image|img|video|audio|vision", re.IGNORECASE)
 
 
 def load_samples(
@@ -273,171 +224,226 @@ def load_samples(
     max_length: int | None = None,
     context: int | None = None,
     too_long: TooLong = "refuse",
+    seed: int = 0,
+    test: int = 0,
 ) -> list[Sample]:
-    """Read conversations from any supported source.
+    """Read conversations from any supported source, in an order drawn by their content.
 
     Args:
         data: ``demo``; a LLaVA-format ``.json``; a ``.jsonl`` or ``.parquet`` with ``messages``
             (or ``conversations``); a folder that ``datasets`` saved; or a hub dataset id.
-        images: Folder that image paths start from and lie in; by default the data file's own, or
-            the folder that ``datasets`` saved.
-        limit: Read only the first so many good samples, in the order of `rows_in_step`.
+        images: Folder that image paths start from and lie in; by default that of the data.
+        limit: Read only so many good samples, drawn from the whole source.
         max_bad: Up to so many broken rows are skipped and named; one more is an error.
-        warn: Receives one line for each row that was skipped.
-        processor: A model's processor or tokenizer. Rows that it cannot read are broken, too: those
-            that its chat template refuses, and pictures where it takes none.
+        warn: Receives one line for each row that was skipped, and one that names unknown columns.
+        processor: A model's processor or tokenizer. Rows that it cannot read are broken, too, and
+            those with its own tokens for media in a text.
         max_length: Rows with more tokens, counted by the processor, are too long.
         context: Tokens that the model reads at most; rows with more are too long, too.
-        too_long: Whether rows that are too long are broken, too (``refuse``), or ``cut``; how many
-            were cut is said.
+        too_long: ``refuse``: rows that are too long are broken; ``cut``: they are shortened.
+        seed: Other ones draw other samples.
+        test: So many of the limit are the same for all seeds and limits.
 
     Raises:
         ConfigError: If the source does not exist or is not understood.
         DataError: If too many rows are broken; the message names the first one.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"samples {limit} must be at least 1")
+    for name, value in (("samples", limit), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} {value} must be at least 1")
     if max_length is not None and processor is None:
         raise ConfigError(f"max_length {max_length} needs a processor to count tokens with")
-    if max_length is not None and max_length < 1:
-        raise ConfigError(f"max_length {max_length} must be at least 1")
     given = [value for value in (max_length, context) if value is not None]
     most = min(given, default=None) if processor is not None else None
     is_asked, cuts = most == max_length, too_long == "cut"
-    samples: list[Sample] = []
+    marks = [] if processor is None else media_words(processor)
+    found, unknown = dict[int, Sample](), set[str]()
     bad = cut = 0
-    for found in _samples(data, images, limit, warn, processor):
+    root = _root_of(data, images)
+    rows, places = _placed(data, limit, seed, processor is None or chat.can_see(processor))
+    ahead, behind = drawn(places, seed, 0 if limit is None else min(test, limit))
+    order = [*behind, *ahead[: None if limit is None else limit - len(behind) + max_bad]]
+    for number, sample in _samples(rows, set(order), root, unknown):
         try:
-            if isinstance(found, DataError):
-                raise found
+            if isinstance(sample, DataError):
+                raise sample
             if processor is not None:
-                require_readable(processor, found)
-            short = found if most is None else fitted(processor, found, most, is_asked, cuts)
-            samples.append(short)
-            cut += short is not found
+                chat.require_readable(processor, sample)
+                said = "".join(p.get("text", "") for m in sample.messages for p in m["content"])
+                if word := next((each for each in marks if each in said), None):
+                    raise DataError(f"sample {sample.id!r}: a text has the model's own {word!r}")
+            short = sample if most is None else fitted(processor, sample, most, is_asked, cuts)
+            tokens = 0 if processor is None else estimated_length(short, 0, processor)
+            found[number] = replace(short, place=places[number], tokens=tokens)
+            cut += short is not sample
         except DataError as error:
             bad += 1
             if bad > max_bad:
                 raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
             warn(f"skipped: {error}")
-        if len(samples) == limit:
-            break
+    _most_tokens.cache_clear()  # it holds the processor
+    samples = [found[row] for row in order if row in found][:limit]
     if bad:
         warn(f"data {str(data)!r}: {bad} broken rows skipped, {len(samples)} samples read")
     if cut:
         warn(f"data {str(data)!r}: {cut} samples were cut to {most} tokens")
+    if unknown:
+        blind = "" if any(sample.images for sample in samples) else "no row has an image; "
+        warn(f"data {str(data)!r}: {blind}unknown columns: {', '.join(sorted(unknown))}")
     if not samples:
         raise DataError(f"data {str(data)!r}: no usable sample")
     return samples
 
 
-def _samples(
-    data: str | Path, images: str | Path | None, limit: int | None, warn: Say, processor: Any
-) -> Iterator[Sample | DataError]:
-    """Yield each row as a sample, or the error that makes it broken."""
-    if str(data) == "demo":
-        from slimvlm.demo.questions import demo_samples
-
-        has_pictures = processor is None or can_see(processor)
-        yield from demo_samples(limit or 1024, pictures=has_pictures)
-        return
+def _root_of(data: str | Path, images: str | Path | None) -> Path:
     root = path_of(data, "data") if images is None else path_of(images, "images")
-    root = root if root.is_dir() or images is not None else root.parent
     if images is not None and not root.is_dir():
         raise ConfigError(f"images {str(images)!r} is not a folder")
-    root = root.absolute()
+    return (root if root.is_dir() else root.parent).absolute()
 
-    def attempt(numbered: tuple[int, Any]) -> Sample | DataError:
+
+def _placed(
+    data: str | Path, limit: int | None, seed: int, pictures: bool
+) -> tuple[Iterable[Any], list[int]]:
+    """Return rows, and their places in every draw."""
+    if str(data) == "demo":  # a mix already, without an end
+        from slimvlm.demo.questions import demo_samples
+
+        made = demo_samples(max(limit or DEMO, DEMO if seed else 1), pictures=pictures)
+        return made, list(range(len(made)))
+    seen = Counter[bytes]()
+    if path_of(data, "data").suffix == ".json":
+        rows = list(read_rows(data))
+        return rows, [place_of(row, seen) for row in rows]
+    return read_rows(data), [place_of(row, seen) for row in read_rows(data, outlined=True)]
+
+
+def _samples(
+    rows: Iterable[Any], wanted: set[int], root: Path, unknown: set[str]
+) -> Iterator[tuple[int, Sample | DataError]]:
+    """Yield the wanted rows with their numbers, as samples or the errors that break them."""
+    known = {"id", *_USED, *_WEIGHTS, *_CONTENT}
+
+    def attempt(numbered: tuple[int, Any]) -> tuple[int, Sample | DataError]:
+        number, row = numbered
         try:
-            return _sample(*numbered, root)
+            return number, row if isinstance(row, Sample) else _sample(number, row, root, unknown)
         except DataError as error:
-            return error
+            return number, error
 
-    rows = (  # others' columns may be large
-        (n, {k: row[k] for k in _FIELDS & row.keys()} if isinstance(row, dict) else row)
-        for n, row in rows_in_step(data, warn)
+    slimmed = (  # others' columns may be large
+        (n, {k: v if k in known else bool(v) or None for k, v in row.items()})
+        if isinstance(row, dict)
+        else (n, row)
+        for n, row in enumerate(rows)
+        if n in wanted
     )
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # decodes pictures
-        while chunk := list(islice(rows, min(limit or _AT_ONCE, _AT_ONCE))):
+        while chunk := list(islice(slimmed, 256)):
             yield from pool.map(attempt, chunk)
 
 
-def _sample(index: int, row: Any, root: Path) -> Sample:
+def _known(fields: dict[str, Any], used: set[str], where: str, unknown: set[str]) -> dict[str, Any]:
+    """Keep the fields of a row, turn or part that have values and are read; refuse lost content."""
+    given = {field: value for field, value in fields.items() if value not in (None, "", [], {})}
+    for field, value in given.items():
+        if field in _CONTENT or (field in _WEIGHTS and value != 1):
+            raise DataError(f"{where} has {field!r} ({shortened(str(value))}), which is not read")
+    unknown |= given.keys() - used - _WEIGHTS
+    return {field: given[field] for field in given.keys() & used}
+
+
+def _sample(index: int, row: Any, root: Path, unknown: set[str]) -> Sample:
     """Convert a row. Pictures without a placeholder come before the first user turn's text."""
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, dict):
         raise DataError(f"row {index} is not an object")
     name = str(row.get("id", index))[:100]
-    turns = turns_of(row)
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"sample {name!r} has no messages or conversations")
-    messages, sources = _messages(turns, name)
-    stated = stated_pictures(row)
-    listed = iter([] if stated is None else stated if isinstance(stated, list) else [stated])
+    where = f"sample {name!r}"
+    row = _known(row, {"id", *_USED}, where, unknown)
+    for one, other in (("messages", "conversations"), ("images", "image")):
+        if one in row and other in row:
+            raise DataError(f"{where} has both {one} and {other}")
+    turns = row.get("messages", row.get("conversations"))
+    if not isinstance(turns, list):
+        raise DataError(f"{where} has no messages or conversations")
+    messages, sources = _messages(turns, where, unknown)
+    if system := row.get("system"):
+        if not isinstance(system, str) or any(m["role"] == "system" for m in messages):
+            raise DataError(f"{where}: 'system' must be a text, and the only system turn")
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    stated = row.get("images", row.get("image", []))
+    listed = iter(stated if isinstance(stated, list) else [stated])
     shown = [next(listed, _MISSING) if source is None else source for source in sources]
     named = [image for image in (*shown, *listed) if image is not _MISSING]
     if len(named) > MOST_PICTURES:
-        raise DataError(
-            f"sample {name!r} has {len(named)} images; at most {MOST_PICTURES} are read"
-        )
+        raise DataError(f"{where} has {len(named)} images; at most {MOST_PICTURES} are read")
     pictures = tuple(find_image(image, name, root) for image in named)
     if sources and len(sources) != len(pictures):
-        raise DataError(
-            f"sample {name!r} has {len(sources)} image placeholders, {len(pictures)} images"
-        )
+        raise DataError(f"{where} has {len(sources)} image placeholders, {len(pictures)} images")
     if pictures and not sources:
         first = next((m for m in messages if m["role"] == "user"), None)
         if first is None:
-            raise DataError(f"sample {name!r} has images, but no user turn to show them in")
+            raise DataError(f"{where} has images, but no user turn to show them in")
         first["content"] = [{"type": "image"}] * len(pictures) + first["content"]
     return Sample(id=name, messages=tuple(messages), images=pictures)
 
 
-def _messages(turns: list[Any], name: str) -> tuple[list[Message], list[Any]]:
+def _messages(turns: list[Any], where: str, unknown: set[str]) -> tuple[list[Message], list[Any]]:
     """Convert turns to chat form; return also each placeholder's picture, None if it has none."""
     messages: list[Message] = []
     sources: list[Any] = []
     for turn in turns:
         if not isinstance(turn, dict):
-            raise DataError(f"sample {name!r}: a turn is not an object")
+            raise DataError(f"{where}: a turn is not an object")
+        turn = _known(turn, {"role", "from", "content", "value"}, f"{where}: a turn", unknown)
+        if {"role", "from"} <= turn.keys() or {"content", "value"} <= turn.keys():
+            raise DataError(f"{where}: a turn has both role and from, or content and value")
         written = turn.get("role", turn.get("from"))
-        role = "system" if written == "system" else _ROLES.get(str(written))
-        content = turn.get("content", turn.get("value"))
+        role, content = _ROLES.get(str(written)), turn.get("content", turn.get("value", ""))
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         if role is None or not isinstance(content, list):
-            raise DataError(
-                f"sample {name!r}: a turn needs a known role and text (role {written!r})"
-            )
-        parts, shown = _parts(content, name)
+            raise DataError(f"{where}: a turn needs a known role and text (role {written!r})")
+        parts, shown = _parts(content, where, unknown)
         sources += shown
         messages.append({"role": role, "content": parts})
     texts = [(m["role"], "".join(part.get("text", "") for part in m["content"])) for m in messages]
     answers = [text for role, text in texts if role == "assistant"]
     if not answers or not all(text.strip() for text in answers):
-        raise DataError(f"sample {name!r} has no answer, or an empty one")
+        raise DataError(f"{where} has no answer, or an empty one")
     try:  # JSON can hold half of a surrogate pair, where an emoji was cut
         "".join(text for _, text in texts).encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"sample {name!r}: a text is not Unicode ({error.reason})") from error
+        raise DataError(f"{where}: a text is not Unicode ({error.reason})") from error
     return messages, sources
 
 
-def _parts(content: list[Any], name: str) -> tuple[list[dict[str, Any]], list[Any]]:
+def _parts(
+    content: list[Any], where: str, unknown: set[str]
+) -> tuple[list[dict[str, Any]], list[Any]]:
     """Convert a turn's content; ``<image>`` in a text becomes a part of its own."""
     parts: list[dict[str, Any]] = []
     sources: list[Any] = []
     for part in content:
-        if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
-            raise DataError(f"sample {name!r}: content parts must be text or image")
-        if part["type"] == "image":
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image", "image_url"):
+            raise DataError(f"{where}: content parts must be text or image, not {kind!r:.40}")
+        text = part.get("text")
+        part = _known(part, {"type", "text", *_IN_PART}, f"{where}: a part", unknown)
+        if len(part) > 2:
+            raise DataError(f"{where}: a part has more than one of text, {', '.join(_IN_PART)}")
+        if kind != "text":
+            source = next((part[k] for k in _IN_PART if k in part), None)
             parts.append({"type": "image"})
-            sources.append(next((part[k] for k in ("image", "path", "url") if part.get(k)), None))
+            sources.append(
+                source.get("url") if kind == "image_url" and isinstance(source, dict) else source
+            )
             continue
-        if not isinstance(part.get("text"), str):
-            raise DataError(f"sample {name!r}: a text part without text")
-        for position, piece in enumerate(part["text"].split(IMAGE_WORD)):
+        if not isinstance(text, str):
+            raise DataError(f"{where}: a text part without text")
+        for position, piece in enumerate(text.split(IMAGE_WORD)):
             if position:
                 parts.append({"type": "image"})
                 sources.append(None)
@@ -447,18 +453,49 @@ def _parts(content: list[Any], name: str) -> tuple[list[dict[str, Any]], list[An
     return parts, sources
 
 
+def media_words(processor: Any) -> list[str]:
+    """List the tokens that stand for pictures and other media, which no text may have."""
+    words = [str(token) for token in chat.tokenizer_of(processor).added_tokens_decoder.values()]
+    return [w for w in words if w == getattr(processor, "image_token", "") or _MEDIA.search(w)]
+
+
+def picture_tokens(processor: Any, size: tuple[int, int]) -> int:
+    """Count the tokens by which a picture of a size lengthens a question."""
+    shown = chat.plain_question(processor, size)
+    asked = [chat.encode_questions(processor, [q]) for q in (shown, replace(shown, images=()))]
+    return int(asked[0]["input_ids"].shape[1] - asked[1]["input_ids"].shape[1])
+
+
+@lru_cache(maxsize=2**14)
+def _most_tokens(processor: Any, size: tuple[int, int] | None) -> int:
+    """Count a picture's tokens, which may be stored turned, never too few; None: a usual one."""
+    if size is None:
+        return picture_tokens(processor, chat.USUAL_SIZE)
+    ways = (size, size[::-1])
+    try:  # transformers' own count is private, but much faster, and leaves out separators
+        asked = {"image_sizes": (*ways, chat.USUAL_SIZE)}
+        *counts, usual = processor._get_num_multimodal_tokens(**asked)["num_image_tokens"]
+        more = max(_most_tokens(processor, None) / usual, 1)
+        return int(max(counts) * more * 9 / 8) + 16
+    except Exception:  # some processors have none
+        return max(picture_tokens(processor, way) for way in ways)
+
+
 def fitted(
     processor: Any, sample: Sample, most: int, is_asked: bool = True, cuts: bool = False
 ) -> Sample:
     """Return a sample of at most so many tokens; to cut it, drop last turns, then its answer's end.
 
-    A limit that no user asked for is the model's context; what cannot exceed it is not tokenised.
+    A limit that no user asked for is the model's context. Pictures are processed, which is slow,
+    only where an estimate is above it.
     """
-    if not is_asked:  # no token of text is shorter than a byte; a tokenizer adds a few
-        size = len(rendered(processor, sample).encode()) + LARGE_PICTURE * len(sample.images) + 8
-        if size <= most:
-            return sample
-    length = length_of(processor, sample)
+    text = chat.rendered(processor, sample)
+    shown = sum(_most_tokens(processor, size_of(image)) for image in sample.images)
+    if len(text.encode()) + 8 + shown <= most:  # no token is shorter than a byte; a few are added
+        return sample
+    if chat.process(processor, [text], [[]], "right")["input_ids"].shape[1] + shown <= most:
+        return sample
+    length = chat.length_of(processor, sample)
     if length <= most:
         return sample
     which = "--max-length is" if is_asked else "the model reads"
@@ -468,9 +505,9 @@ def fitted(
     answered = [n for n, message in enumerate(sample.messages, 1) if message["role"] == "assistant"]
     for kept in reversed(answered):
         turns = sample.messages[:kept]
-        pictures = sample.images[: sum(map(num_images, turns))]
+        pictures = sample.images[: sum(map(chat.num_images, turns))]
         shorter = replace(sample, messages=turns, images=pictures)
-        if length_of(processor, shorter) <= most:
+        if chat.length_of(processor, shorter) <= most:
             return shorter
     # cut the last answer at the last character that fits, found by bisection
     *before, last = shorter.messages
@@ -484,7 +521,7 @@ def fitted(
     fits, beyond = 0, len(answer)
     while beyond - fits > 1:  # so many characters fit, so many do not
         middle = (fits + beyond) // 2
-        if length_of(processor, with_answer(middle)) <= most:
+        if chat.length_of(processor, with_answer(middle)) <= most:
             fits = middle
         else:
             beyond = middle
@@ -500,19 +537,21 @@ def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
         first = sample.images[0] if sample.images else None
         folder = str(first.parent) if isinstance(first, Path) else ""
         strata.setdefault((min(len(sample.images), 2), folder), []).append(index)
-    draw = random.Random(seed)
-    groups: list[tuple[float, list[int]]] = []
-    for members in strata.values():  # each in random order, with one random offset
+    draw, placed = random.Random(seed), list[tuple[float, int]]()
+    for members in strata.values():  # each in random order, evenly spread from a random offset
         draw.shuffle(members)
-        groups.append((draw.random(), members))
-    chosen = interleaved(groups)[: max(round(len(samples) * fraction), 1)]
-    return [samples[i] for i in sorted(chosen)]
+        offset = draw.random()
+        placed += [((k + offset) / len(members), index) for k, index in enumerate(members)]
+    chosen = sorted(placed)[: max(round(len(samples) * fraction), 1)]
+    return [samples[index] for index in sorted(index for _, index in chosen)]
 
 
-def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
+def estimated_length(sample: Sample, image_tokens: int = 576, processor: Any = None) -> int:
     """Estimate a sample's tokens: 4 characters each; 576 a picture (LLaVA-1.5's number)."""
     parts = (part for message in sample.messages for part in message["content"])
     characters = sum(len(part.get("text", "")) for part in parts)
+    if processor is not None:
+        image_tokens = max((_most_tokens(processor, size_of(i)) for i in sample.images), default=0)
     return characters // 4 + image_tokens * len(sample.images)
 
 

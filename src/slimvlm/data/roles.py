@@ -1,18 +1,44 @@
 """Assign a role to each token of a batch: image, prompt, answer or padding. B batch, T token."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from slimvlm.core.errors import ConfigError
 
 IGNORE = -100
 
 ROLES = ("image", "prompt", "answer")
-_IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "video_token_id")
+TOKEN_FIELD = re.compile(
+    r"\w*token_(id|ids|index)|image_patch_id|(begin_)?suppress_tokens|(bad|force)_words_ids"
+)
+"""Names of the fields of configurations and modules that hold token ids."""
+_PLACEHOLDER = re.compile(
+    r"(image|video|audio)_(token|patch)_(id|index)|visual_indicator_token_ids"
+)
+
+
+def token_fields(config: Any, prefix: str = "") -> Iterator[tuple[Any, str, str, Any]]:
+    """Yield owner, path, name and value of every field of a configuration that holds token ids."""
+    for name, value in vars(config).items() if config is not None else ():
+        if isinstance(value, PreTrainedConfig):
+            yield from token_fields(value, f"{prefix}{name}.")
+        elif TOKEN_FIELD.fullmatch(name) and value is not None:
+            yield config, f"{prefix}{name}", name, value
+
+
+def token_numbers(value: Any) -> Iterator[int]:
+    """Yield the token ids in the value of such a field."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from token_numbers(each)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
 
 
 def parse_token_weights(text: str) -> dict[str, float]:
@@ -43,9 +69,12 @@ def role_masks(config: Any, batch: Mapping[str, Any]) -> dict[str, Bool[Tensor, 
     answer = nowhere if labels is None else (labels.to(valid.device) != IGNORE) & valid
     image = nowhere
     if "input_ids" in batch:
-        ids = [getattr(config, name, None) for name in _IMAGE_TOKEN_FIELDS]
-        wanted = torch.tensor([i for i in ids if i is not None], dtype=torch.long)
-        image = torch.isin(batch["input_ids"], wanted.to(valid.device)) & valid & ~answer
+        fields = [value for *_, name, value in token_fields(config) if _PLACEHOLDER.fullmatch(name)]
+        wanted = torch.tensor(list(token_numbers(fields)), dtype=torch.long)
+        image = torch.isin(batch["input_ids"], wanted.to(valid.device))
+        if "image_embeds_position_mask" in batch:  # Kosmos 2.5's are no tokens of their own
+            image = image | (batch["image_embeds_position_mask"] > 0)
+        image = image & valid & ~answer
     return {"image": image, "prompt": valid & ~answer & ~image, "answer": answer}
 
 

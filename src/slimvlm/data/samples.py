@@ -1,10 +1,11 @@
 """Conversations, questions and tasks as plain values, and their pictures."""
 
 import io
+from base64 import b64decode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image, ImageOps
 
@@ -26,6 +27,10 @@ class Sample:
     """Turns in chat form; the last one is the assistant's."""
     images: tuple[Image.Image | Path, ...] = ()
     """The pictures (or their paths), one per ``{"type": "image"}`` entry, in order."""
+    # set by `load_samples`: hash of its content, by which it is drawn; about how many tokens it has
+    place: int = field(default=0, compare=False, repr=False)
+    tokens: int = field(default=0, compare=False, repr=False)
+    is_general: bool = False  # general text, not the user's
     is_cut: bool = False
     """Whether the end of the last answer is missing, so that none is taught."""
 
@@ -34,18 +39,14 @@ class Sample:
 class Question:
     """One question of a benchmark."""
 
-    id: str
-    """Unique within its task."""
+    id: str  # unique within its task
     prompt: str
     """The user's text. Pictures come before it."""
     answers: tuple[str, ...]
     """Accepted answers; the first is the one shown."""
     images: tuple[Image.Image | Path, ...] = ()
-    """The pictures (or their paths)."""
-    choices: tuple[str, ...] = ()
-    """Letters or words to choose from, where the metric needs them."""
-    group: str = ""
-    """A label that a metric may report on separately (for example ``"adversarial"``)."""
+    choices: tuple[str, ...] = ()  # letters or words, where the metric needs them
+    group: str = ""  # that a metric may report on separately (for example ``"adversarial"``)
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,27 @@ class Task:
     """A benchmark: questions, how they are scored and what luck alone would give."""
 
     name: str
-    """Unique name, used on the command line."""
     metric: str
-    """A name that `slimvlm.evaluation.metrics.metric_named` knows; or ``perplexity`` or ``loss`` of
-    the first answer."""
+    """One of `slimvlm.evaluation.metrics`; or ``perplexity`` or ``loss`` of the first answer."""
     chance: float
     """Score of guessing, in percent."""
     load: Callable[[int | None], Sequence[Question]] = field(compare=False)
     """Returns the first ``limit`` questions (all if None), always in the same order."""
     max_new_tokens: int = 8
-    """Longest answer."""
-    like: str = ""
-    """The published benchmark that this one stands for, if any."""
-    in_average: bool = True
-    """Whether it counts in AVG. Text perplexity does not."""
+    like: str = ""  # the published benchmark that this one stands for, if any
+    in_average: bool = True  # whether it counts in AVG; text perplexity does not
     by_likelihood: bool = False
-    """The reply is the one of a question's choices that the model finds likeliest, instead of what
-    it generates."""
+    """The reply is the question's likeliest choice, instead of what the model generates."""
+
+
+Item = TypeVar("Item")
+VALIDATION_EVERY = 4
+
+
+def divided(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """Set every fourth calibration item aside, for validation."""
+    fitted = [item for number, item in enumerate(items, 1) if number % VALIDATION_EVERY]
+    return fitted, list(items[VALIDATION_EVERY - 1 :: VALIDATION_EVERY])
 
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -79,8 +84,7 @@ MAX_PIXELS = 89_478_485
 """Larger pictures are refused unread: decoded, they take more than 256 MiB (Pillow's own limit)."""
 
 LARGE_PIXELS, LARGE_SIZE = 2**25, (4096, 4096)
-"""Pictures with more pixels are reduced to this size: no processor keeps as many, and their copies
-in float32 take gigabytes."""
+"""Pictures with more pixels are reduced to this size: their copies in float32 take gigabytes."""
 
 MAX_ASPECT = 200  # longer side over shorter one; processors that keep the shape fail beyond it
 _GLANCE = (64, 64)
@@ -96,6 +100,14 @@ def open_image(image: Image.Image | Path) -> Image.Image:
         if content is not None:
             return _decoded(io.BytesIO(content))
         return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def size_of(image: Image.Image | Path) -> tuple[int, int]:
+    """Read the width and height of a picture as it is stored."""
+    if not isinstance(image, Path):
+        return image.size
+    with Image.open(image, formats=FORMATS) as opened:
+        return opened.size
 
 
 def identifying_bytes(image: Image.Image | Path, may_move: bool = False) -> bytes:
@@ -119,6 +131,8 @@ def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
         return source
     content = source.get("bytes") if isinstance(source, dict) else None
     try:
+        if isinstance(source, str) and source.startswith("data:image/"):  # as OpenAI's files have
+            content = b64decode(source.partition(",")[2])
         if isinstance(content, bytes) and content:
             _decoded(io.BytesIO(content), glance=True)
             return Image.open(io.BytesIO(content), formats=FORMATS)

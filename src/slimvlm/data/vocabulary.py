@@ -24,13 +24,12 @@ from slimvlm.core.documents import read_text
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.data.chat import render, tokenizer_of
-from slimvlm.data.samples import Sample
+from slimvlm.data.samples import VALIDATION_EVERY, Sample
 from slimvlm.data.templates import check_texts
 
-HELD_OUT_EVERY = 4  # every fourth text is counted separately, to estimate what unseen texts need
 ENOUGH = 0.99  # share of the tokens of unseen texts that ``auto`` keeps
 _AT_ONCE = 256
-_CHARACTERS = 4096
+_SOME_LINES = re.compile(r"(?s:.{1,4096})[^\n]*\n?")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MODELS = ("BPE", "Unigram")
 _PAIRS = ("BertProcessing", "RobertaProcessing")
@@ -53,21 +52,17 @@ class TokenizerFile:
         tokenizer = tokenizer_of(processor)
         name = type(tokenizer).__name__
         if not getattr(tokenizer, "is_fast", False):
-            raise UnsupportedModelError(
-                f"tokens: {name} is no fast tokenizer; only one with a tokenizer.json can lose some"
-            )
+            told = "is no fast tokenizer; only one with a tokenizer.json can lose some"
+            raise UnsupportedModelError(f"tokens: {name} {told}")
         values = json.loads(tokenizer.backend_tokenizer.to_str())
         model = values["model"]
         if model["type"] not in _MODELS:
-            raise UnsupportedModelError(
-                f"tokens: {name} is of type {model['type']!r}, and only {', '.join(_MODELS)} can "
-                "lose some"
-            )
+            told = f"is of type {model['type']!r}, and only {', '.join(_MODELS)} can lose some"
+            raise UnsupportedModelError(f"tokens: {name} {told}")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
-                raise UnsupportedModelError(
-                    f"tokens: {name} has {option} {model[option]!r}, with which none can go"
-                )
+                told = f"has {option} {model[option]!r}, with which none can go"
+                raise UnsupportedModelError(f"tokens: {name} {told}")
         _with_ids(values["post_processor"], int, name)  # refuses an unknown kind
         return cls(name, values, frozenset(tokenizer.all_special_ids))
 
@@ -168,9 +163,8 @@ class TokenizerFile:
             raise ConfigError(f"tokens: {self.name} has no token {unknown[0]}")
         if lost := sorted(self.needed - kept):
             named = f"{lost[0]} ({shortened(self.texts.get(lost[0], ''))})"
-            raise ConfigError(
-                f"tokens: {named} must stay, as all special tokens, bytes and single characters"
-            )
+            told = "must stay, as all special tokens, bytes and single characters"
+            raise ConfigError(f"tokens: {named} {told}")
         new = {old: index for index, old in enumerate(sorted(kept))}
         model = dict(self.values["model"])
         if model["type"] == "Unigram":
@@ -225,9 +219,8 @@ class Vocabulary:
     tokens: tuple[int, ...]  # sorted ids
     total: int  # tokens of the tokenizer
     seen: int  # different tokens in the texts
-    # share of the tokens of a held-out quarter of the texts that a choice of this size from the
-    # other three quarters keeps; None with fewer than four texts
-    coverage: float | None
+    # share of the tokens of a quarter of the texts that a choice of this size from the others keeps
+    coverage: float | None  # None with fewer than four texts
 
     def line(self) -> str:
         """Summarise it in one line."""
@@ -247,11 +240,10 @@ def choose_tokens(
 ) -> tuple[int, ...]:
     """Choose the tokens to keep for some data; return their ids, sorted.
 
-    Counted are conversations as the chat template of ``processor`` writes them, and further
-    ``texts`` or paths of text files and of folders of them. ``size`` is how many tokens stay; None
-    for as many as the data needs: all that it has, and so many more, in the order of the model's
-    own ranks, that 99 % of the tokens of unseen texts stay (as a quarter of the data tells that is
-    not counted for it). Ids in ``keep`` stay beside special tokens, bytes and single characters.
+    Counted are conversations as the chat template of ``processor`` writes them, and ``texts`` or
+    paths of text files and folders. ``size`` is how many tokens stay; None for as many as the data
+    needs: all that it has, and more, in the order of the model's own ranks, to cover 99 % of unseen
+    text (measured on a quarter). Ids in ``keep`` stay beside special tokens, bytes and characters.
 
     Raises:
         ConfigError: If ``size`` is smaller than what must stay, or a path cannot be read.
@@ -280,8 +272,8 @@ def choose_vocabulary(
         with raised_as(DataError, Exception, "vocabulary: the tokenizer refuses a text"):
             check_texts(tokenizer_of(processor).name_or_path, some)
             rows = tokenizer_of(processor)(some, add_special_tokens=False)["input_ids"]
-        for ids in rows:
-            (shown if next(numbers) % HELD_OUT_EVERY else unseen).update(ids)
+        for ids in rows:  # every fourth text is counted apart, to estimate what unseen texts need
+            (shown if next(numbers) % VALIDATION_EVERY else unseen).update(ids)
     everything = shown + unseen
     if size is None:
         if not everything:
@@ -293,10 +285,8 @@ def choose_vocabulary(
         seen = len(file.with_parts({*must, *everything}))
         size = max(seen, enough, min(fewest, len(file.texts)))
     if len(must) > size:
-        raise ConfigError(
-            f"vocab_size {size} must be at least {len(must)}: special tokens, bytes and single "
-            "characters stay"
-        )
+        told = f"at least {len(must)}: special tokens, bytes and single characters stay"
+        raise ConfigError(f"vocab_size {size} must be {told}")
     chosen = set(islice(_in_order(file, must, everything, size), size))
     tried = set(islice(_in_order(file, must, shown, size), size))
     kept = sum(times for token, times in unseen.items() if token in tried)
@@ -317,15 +307,8 @@ def read_texts(path: str | Path) -> Iterator[str]:
                 text = file.read_text(encoding="utf-8")
             except UnicodeDecodeError:
                 continue
-        found, lines, length = True, list[str](), 0
-        for line in text.splitlines(keepends=True):
-            lines.append(line)
-            length += len(line)
-            if length >= _CHARACTERS:
-                yield "".join(lines)
-                lines, length = [], 0
-        if lines:
-            yield "".join(lines)
+        found = True
+        yield from _SOME_LINES.findall(text)
     if not found:
         raise ConfigError(f"vocab_text {str(path)!r}: no UTF-8 text file in this folder")
 

@@ -25,8 +25,8 @@ from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.data.templates import rendered
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.bench import stored_bytes, times_of
-from slimvlm.evaluation.on_data import answer_losses, divided
-from slimvlm.evaluation.results import Result, TaskResult
+from slimvlm.evaluation.on_data import answer_losses
+from slimvlm.evaluation.results import Result, TaskResult, asked_of
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
 from slimvlm.models.load import anatomy, digest_of_weights
@@ -134,7 +134,7 @@ def _score_replies(
         score=100 * sum(scores) / max(len(scores), 1),
         chance=task.chance,
         in_average=task.in_average,
-        ids=tuple(question.id for question in questions),
+        **asked_of(questions),
         replies=tuple(replies),
         scores=tuple(scores),
         details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
@@ -171,6 +171,7 @@ def _score_likelihoods(
             encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
         else:  # a plain passage has no chat template
             encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
+            encoded = {n: each[:, : context_of(model.config)] for n, each in encoded.items()}
             encoded["labels"] = encoded["input_ids"]
         where = f"the loss of passage {question.id!r} of {task.name!r}"
         found, counted = answer_losses(model, encoded, where)
@@ -185,7 +186,7 @@ def _score_likelihoods(
         score=loss if task.metric == "loss" else metrics.perplexity(loss),
         chance=task.chance,
         in_average=False,
-        ids=tuple(question.id for question in questions),
+        **asked_of(questions),
         replies=("",) * len(questions),
         scores=means,
     )
@@ -206,10 +207,9 @@ def with_arguments(processor: Any, given: Sequence[str]) -> Any:
             values[name] = parse_json(value)
         except ValueError:
             values[name] = value
-    if not values:
-        return processor
-    changed = copy(processor)
-    changed.template_args = values
+    changed = copy(processor) if values else processor
+    if values:
+        changed.template_args = values
     return changed
 
 
@@ -254,10 +254,7 @@ def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
 def answer(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
-    """Reply greedily to a batch of questions; say whether a reply is cut off at its token limit.
-
-    Where the prompt opens a thought (``<think>``), the reply begins with it.
-    """
+    """Reply greedily to a batch of questions; say which replies are cut off at the token limit."""
     inputs = as_inputs(model, chat.encode_questions(processor, questions))
     _require_context(model, inputs, questions[0].id)
     tokenizer, generator = chat.tokenizer_of(processor), cast(Any, model)
@@ -283,7 +280,8 @@ def answer(
     ends = generator.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, device=output.device).flatten()
     cut = (new_tokens.shape[1] >= max_new_tokens) & ~torch.isin(new_tokens, ends).any(1)
-    tails = tokenizer.batch_decode(inputs["input_ids"][:, -8:])  # how the prompt ends
+    # a prompt may end with the beginning of a thought
+    tails = tokenizer.batch_decode(inputs["input_ids"][:, -8:])
     opened = (max(t * tail.rstrip().endswith(t) for t in metrics.THINKING) for tail in tails)
     replies: list[str] = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
     texts = [begun + reply.strip() for begun, reply in zip(opened, replies, strict=True)]
@@ -293,21 +291,16 @@ def answer(
 def choose(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int = 0
 ) -> list[tuple[str, bool]]:
-    """Pick each question's choice with the highest log-probability of the answer turn per byte.
-
-    Dividing by the bytes of the choice (``acc_norm`` of lm-eval) keeps the beginning of a longer
-    choice from always being likelier. As many choices as questions are read at once.
-    """
+    """Pick the choice whose turn has the highest log-probability per byte (lm-eval's acc_norm)."""
+    # undivided, the beginning of a longer choice would always be likelier
     pairs = [(question, choice) for question in questions for choice in question.choices]
-    best: dict[str, tuple[float, str]] = {}
+    values: dict[str, dict[str, float]] = {question.id: {} for question in questions}
     for start in range(0, len(pairs), len(questions)):
         batch = pairs[start : start + len(questions)]
         found = likelihoods(model, processor, batch)
         for (question, choice), (value, _) in zip(batch, found, strict=True):
-            per_byte = value / max(len(choice.encode()), 1)
-            if question.id not in best or per_byte > best[question.id][0]:
-                best[question.id] = per_byte, choice
-    return [(best[question.id][1], False) for question in questions]
+            values[question.id][choice] = value / max(len(choice.encode()), 1)
+    return [(max(each, key=each.__getitem__), False) for each in values.values()]
 
 
 def likelihoods(
@@ -338,7 +331,7 @@ def batches_by_length(
     """Batch the indices of prompts of similar length, longest first, and show progress."""
     kinds = sees or [True] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (not kinds[i], -len(prompts[i]), i))
-    yield from progress(divided(order, kinds, batch_size), name, reached=reached)
+    yield from progress(chat.divided(order, kinds, batch_size), name, reached=reached)
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
@@ -410,6 +403,6 @@ class AnswerLog:
                 log.write("\n")
                 self._cut_short = False
             for q, reply, is_cut in new:
-                row = {"id": q.id, "prompt": q.prompt, "answers": q.answers, "reply": reply}
-                row |= {"cut": True} if is_cut else {}
+                row: dict[str, Any] = {"id": q.id, "prompt": q.prompt, "answers": q.answers}
+                row |= {"reply": reply, **({"cut": True} if is_cut else {})}
                 log.write(json.dumps(row) + "\n")

@@ -30,7 +30,7 @@ from slimvlm.data.samples import Question
 from slimvlm.evaluation.metrics import Estimate
 from slimvlm.evaluation.results import Times
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.cost import decode_flops, kv_cache_bytes_per_token, prefill_flops, slow_widths
+from slimvlm.models.cost import decode_flops, kv_cache_bytes, prefill_flops, slow_widths
 from slimvlm.models.hidden import as_inputs, evaluating, hidden_states, require_finite_values
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.parts import Parts
@@ -334,8 +334,7 @@ def summarised(
     for size, (fast, slow) in runs.items() if len(sides) > 1 else ():
         read = [prefill_flops(side.shape, workload.prompt_tokens, size) for side in sides]
         written = [
-            side.read_bytes
-            + size * workload.mean_context * kv_cache_bytes_per_token(side.shape, side.dtype)
+            side.read_bytes + size * kv_cache_bytes(side.shape, workload.mean_context, side.dtype)
             for side in sides
         ]
         prefill, decode = (share.value for share in _shares(slow, fast))

@@ -9,8 +9,8 @@ from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.ask import with_other_pictures
-from slimvlm.evaluation.metrics import LIKELIHOODS, Difference, normalise, paired_difference, signed
-from slimvlm.evaluation.results import Kind, Result
+from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Difference, normalise, signed
+from slimvlm.evaluation.results import Kind, Result, average_of, require_same_task, task_difference
 
 Change = Literal["lost", "gained", "both wrong", "both right"]
 CHANGES: tuple[Change, ...] = ("lost", "gained", "both wrong", "both right")
@@ -41,7 +41,7 @@ class _Answered:
     """Questions that both models answered, in the task's order."""
 
     pairs: tuple[Pair, ...]
-    difference: Difference  # B - A, in points
+    difference: Difference  # B - A, in points; of several tasks that of AVG
     note: str = ""  # why questions and pictures are missing, or which model was asked blind
 
     @property
@@ -52,8 +52,11 @@ class _Answered:
 
     @property
     def flips(self) -> int:
-        """Answers that differ, right or wrong."""
-        return sum(normalise(pair.reply_a) != normalise(pair.reply_b) for pair in self.pairs)
+        """Answers that differ: lost, gained, or as right as before in other words."""
+        return sum(
+            pair.kind in ("lost", "gained") or normalise(pair.reply_a) != normalise(pair.reply_b)
+            for pair in self.pairs
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +96,7 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         if ours is None or theirs is None:
             left_out[name] = f"only {'B' if ours is None else 'A'} answered it"
             continue
-        if ours.ids != theirs.ids:
-            raise ConfigError(
-                f"task {name!r}: the two models were asked other questions "
-                f"({len(ours.ids)} and {len(theirs.ids)}; see --limit)"
-            )
-        if ours.metric != theirs.metric:
-            raise ConfigError(
-                f"task {name!r}: scored by {ours.metric!r} in one, {theirs.metric!r} in the other"
-            )
+        require_same_task(name, theirs, ours, a.blind == b.blind)
         if ours.metric in LIKELIHOODS:
             scores = f"{ours.metric} {ours.score:.2f} of A, {theirs.score:.2f} of B"
             left_out[name] = f"{scores} (lower is better)"
@@ -125,13 +120,15 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
             except SlimError as error:
                 why = str(error)
         asked = [questions.get(key, Question(key, "", ())) for key in ours.ids]
-        answers = (asked, ours.replies, theirs.replies, ours.scores, theirs.scores)
+        full = MME_FULL_SCORES.get(name, 100.0) / 100
+        scores = ([score / full for score in task.scores] for task in (ours, theirs))
+        answers = (asked, ours.replies, theirs.replies, *scores)
         found[name] = TaskComparison(
             name=name,
             metric=ours.metric,
             score_a=ours.score,
             score_b=theirs.score,
-            difference=paired_difference(ours.scores, theirs.scores),
+            difference=task_difference(name, theirs, ours),
             pairs=tuple(map(Pair, *answers)),
             note=why and f"questions and pictures are not shown: {why}",
         )
@@ -154,7 +151,7 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         params_b=b.total_params,
         tasks=found,
         pairs=pairs,
-        difference=paired_difference([p.score_a for p in pairs], [p.score_b for p in pairs]),
+        difference=average_of(*({name: of.tasks[name] for name in found} for of in (b, a))),
         left_out=left_out,
         kept=b.retention_by_kind(a) if a.blind == b.blind else {},
         note=note,
@@ -194,8 +191,11 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
         points, low, high = (signed(row[each]) for each in ("points", "low", "high"))
         change = f"{points} [{low}, {high}] {'*' if row['significant'] else ' '}"
         counts = [str(row["counts"][kind]) for kind in CHANGES]
-        rows.append([name, *scores, change, str(row["flips"]), *counts])
+        reworded = row["flips"] - row["counts"]["lost"] - row["counts"]["gained"]
+        flips = f"{row['flips']} = {counts[0]} + {counts[1]} + {reworded}"
+        rows.append([name, *scores, change, flips, *counts])
     for kind, kept in comparison.kept.items():
         label, blank = f"AVG-% {kind}, floor {kept.floor:.1f}", [""] * (2 + len(CHANGES))
         rows.append([label, "100.0", str(kept), *blank])
-    return ["task", "A", "B", "B - A [95 % interval]", "flips", *CHANGES], rows
+    flips = "flips = lost + gained + reworded"
+    return ["task", "A", "B", "B - A [95 % interval]", flips, *CHANGES], rows

@@ -4,16 +4,17 @@ A requirement is the name of a figure, ``>=`` or ``<=``, and a bound. Figures in
 share ``0.95``, too; ``1.1x`` is a multiple of the baseline's. The figure decides, not its interval.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from slimvlm.core.errors import ConfigError, RegressionError, shortened
 from slimvlm.core.progress import Say
-from slimvlm.evaluation import metrics
 from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Estimate
 from slimvlm.evaluation.on_data import DataResult
-from slimvlm.evaluation.results import Result
+from slimvlm.evaluation.results import Result, average_of, comparable, guessed, task_difference
 
 OF_DATA = {"loss": "loss", "perplexity": "perplexity", "increase": "increase"}
 OF_DATA |= {"agreement": "agreement", "kl": "divergence"}
@@ -44,6 +45,8 @@ def parse(
             names = ", ".join(known) or "those of --tasks, or of --data with unseen samples"
             raise ConfigError(f"{where}: figure {name!r} must be one of: {names}")
         bound, compares = float(number), name in COMPARED
+        if bound > 1e9:
+            raise ConfigError(f"{where}: bound {shortened(number)} must be at most 1e9")
         if known[name] and not unit and bound <= 1:
             unit, bound = "%", 100 * bound
         if unit != "%" * known[name] and (unit != "x" or compares):
@@ -60,35 +63,16 @@ def judge(
     texts: Iterable[str], results: Mapping[str, Result], on_data: Mapping[str, DataResult], say: Say
 ) -> None:
     """Say which requirements the last model meets, beside the first; raise those that it misses."""
-    found: dict[str, tuple[Estimate, float | None]] = {}  # with the baseline's figure
-    tasks = [*results.values()][-1].tasks if results else {}
-    known, failed = in_percent(tasks, bool(on_data)), []
-    asked = parse(texts, known)
-    if asked and results:
-        first, last = ([*results.values()][place] for place in (0, -1))
-        for name, task in tasks.items():
-            spread = metrics.paired_difference([0.0] * len(task.scores), task.scores)
-            bounds = () if task.metric in LIKELIHOODS else (spread.low, spread.high)
-            other = first.tasks.get(name)
-            theirs = other.score if other is not None and other.ids == task.ids else None
-            found[name] = Estimate(task.score, *bounds), theirs
-        if "avg" in known:
-            ours = {name: task.scores for name, task in tasks.items() if task.in_average}
-            spread = metrics.average_difference({n: [0.0] * len(s) for n, s in ours.items()}, ours)
-            found["avg"] = Estimate(last.average, spread.low, spread.high), first.average
-        if any(name == "retention" for name, *_ in asked):
-            kept = last.retention(first)
-            found["retention"] = Estimate(kept.percent, kept.low, kept.high), None
-    if asked and on_data:
-        before, after = ([*on_data.values()][place].figures for place in (0, -1))
-        for name, field in OF_DATA.items():
-            estimate, theirs = getattr(after, field), getattr(before, field)
-            if estimate is not None:
-                found[name] = estimate, theirs and theirs.value
-    for name, sign, bound, unit in asked:
-        estimate, theirs = found.get(name, (None, None))
+    tasks, data, failed = [*results.values()], [*on_data.values()], list[str]()
+    known = in_percent(tasks[-1].tasks if tasks else {}, bool(data))
+    for name, sign, bound, unit in parse(texts, known):
+        estimate, theirs = (
+            _on_data(name, data[-1], data[0])
+            if data and name in OF_DATA
+            else _on_tasks(name, tasks[-1], tasks[0], unit == "x" or name in COMPARED, say)
+        )
         times = theirs if unit == "x" else 1.0
-        if estimate is None or times is None:
+        if estimate is None or not times or not math.isfinite(estimate.value):
             raise ConfigError(f"require {name!r}: the baseline has nothing to compare it with")
         about = f" ({bound:g} times the baseline's {times:.4f})" if unit == "x" else ""
         bound *= times
@@ -101,3 +85,47 @@ def judge(
             failed.append(f"{told}, not {words}")
     if failed:
         raise RegressionError(f"regression: {'; '.join(failed)}")
+
+
+Found = tuple[Estimate | None, float | None]  # a figure, and the baseline's
+
+
+def _on_data(name: str, after: DataResult, before: DataResult) -> Found:
+    if [sample.id for sample in after.samples] != [sample.id for sample in before.samples]:
+        raise ConfigError(f"require {name!r}: the baseline has other samples")
+    if after is not before and any(sample.baseline_loss is None for sample in after.samples):
+        raise ConfigError(f"require {name!r}: some samples were not compared with the baseline")
+    alike = sum(sample.same is not None for sample in after.samples)
+    if name in ("agreement", "kl") and 2 * alike < len(after.samples):
+        told = f"{alike} of {len(after.samples)} samples have the baseline's tokens"
+        raise ConfigError(f"require {name!r}: only {told}; loss and increase compare all")
+    theirs = getattr(before.figures, OF_DATA[name])
+    return getattr(after.figures, OF_DATA[name]), theirs and theirs.value
+
+
+def _on_tasks(name: str, last: Result, first: Result, compares: bool, say: Say) -> Found:
+    if name in last.tasks:
+        if compares:
+            comparable(last, first, [name])
+        other = first.tasks.get(name)
+        task, spread = last.tasks[name], task_difference(name, last.tasks[name])
+        bounds = () if task.metric in LIKELIHOODS else (spread.low, spread.high)
+        return Estimate(task.score, *bounds), None if other is None else other.score
+    counted = {n for result in (last, first) for n, t in result.tasks.items() if t.in_average}
+    if compares:
+        comparable(last, first, sorted(counted))
+    guesses = {} if last is first else guessed(first)
+    for task, told in guesses.items():
+        say(f"{name} leaves out {task!r}: the baseline is not clearly above guessing ({told})")
+    last, first = (
+        replace(each, tasks={n: t for n, t in each.tasks.items() if n in counted - guesses.keys()})
+        for each in (last, first)
+    )
+    if not last.tasks:
+        raise ConfigError(f"require {name!r}: the baseline is clearly above guessing on no task")
+    if name == "avg":
+        spread = average_of(last.tasks)
+        return Estimate(last.average, spread.low, spread.high), first.average
+    kept = last.retention(first)
+    bounds = () if math.isnan(kept.low) else (kept.low, kept.high)
+    return Estimate(kept.percent, *bounds), None

@@ -270,15 +270,11 @@ def _shipped_tasks() -> Any:
 
 
 def adapter(
-    model: PreTrainedModel,
-    processor: Any,
-    batch_size: int,
-    replies: dict[int, tuple[str, bool]],
+    model: PreTrainedModel, processor: Any, batch_size: int, replies: dict[int, tuple[str, bool]]
 ) -> Any:
-    """Wrap a model for a run of one task.
+    """Wrap a model for a run of one task; ``replies`` receives them, and whether they are cut off.
 
-    ``replies`` receives them by index of the question, and whether the token limit cut them off.
-    The runner gets them without thoughts.
+    The keys are indices of questions. The runner gets replies without thoughts.
     """
     from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
@@ -291,20 +287,19 @@ def adapter(
             longest = min(int(options.get("max_new_tokens", LONGEST_REPLY)), LONGEST_REPLY)
             stops = options.get("until") or ()
             stops = [stops] if isinstance(stops, str) else stops
-            texts, cut_off = [""] * len(requests), [False] * len(requests)
+            found = [("", False)] * len(requests)
             prompts, task = [request.args[0] for request in requests], requests[0].args[4]
             for batch in batches_by_length(prompts, batch_size, str(task)):
                 asked = [_asked(requests[i].args, self.task_dict)[0] for i in batch]
-                found = answer(model, processor, asked, longest)
-                for index, (text, is_cut) in zip(batch, found, strict=True):
-                    text = answer_of(text)
-                    kept = text
+                answers = answer(model, processor, asked, longest)
+                for index, (whole, is_cut) in zip(batch, answers, strict=True):
+                    text = answer_of(whole)
                     for stop in filter(None, stops):
-                        kept = kept.split(stop)[0]
-                    texts[index], cut_off[index] = kept.strip(), is_cut and kept == text
-            numbers = (request.args[3] for request in requests)
-            replies.update(zip(numbers, zip(texts, cut_off, strict=True), strict=True))
-            return texts
+                        is_cut &= stop not in text
+                        text = text.split(stop)[0]
+                    found[index] = text.strip(), is_cut
+            replies.update((r.args[3], reply) for r, reply in zip(requests, found, strict=True))
+            return [text for text, _ in found]
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
             found = [(0.0, False)] * len(requests)

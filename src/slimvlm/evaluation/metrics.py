@@ -13,6 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,6 @@ from slimvlm.data.samples import Question
 
 MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
 """Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
-RESAMPLES = 1000  # bootstrap draws behind an interval
 
 
 _THOUGHTS = r"(?s).*(?:</think(?:ing)?>|◁/think▷|\[/THINK\])"
@@ -107,10 +107,7 @@ _NO_REPLY += r"|\b(?:yes|no)\s*(?:and|or|/)\s*(?:yes|no)\b"
 
 
 def yes_no(reply: str, question: Question) -> float:
-    """1 if the reply says the right one of yes and no: as its first word, or it alone.
-
-    The last "answer is" or "answer:" begins it. "No idea" or "yes and no" are no answer.
-    """
+    """1 if the reply, or its conclusion, says the right one of yes and no first, or it alone."""
     answer = normalise(question.answers[0])
     return float(_said(reply, answer) == answer)
 
@@ -157,11 +154,7 @@ def similarity(a: str, b: str) -> float:
 
 
 def f1(reply: str, question: Question) -> float:
-    """F1 between the words of the reply and of the best answer (arXiv:1606.05250, Sec. 6.1).
-
-    As there, punctuation and articles do not count. Where a script writes no spaces, each character
-    is a word.
-    """
+    """F1 between the words, without articles, of reply and best answer (arXiv:1606.05250, 6.1)."""
     best, found = 0.0, _counted(reply)
     for answer in question.answers:
         wanted = _counted(answer)
@@ -179,7 +172,7 @@ _NO_SPACES = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9ff
 
 
 def _words(text: str, gap: str) -> list[str]:
-    """Split a text into words of any script; ``gap`` takes the place of other signs."""
+    """Split into words, or characters of scripts without spaces; ``gap`` replaces other signs."""
     text = re.sub(_NO_SPACES, r" \g<0> ", plain(text).casefold())
     signs = ((c if c.isspace() or unicodedata.category(c)[0] in "LMN" else gap) for c in text)
     return "".join(signs).split()
@@ -317,27 +310,116 @@ class Difference:
 
 @dataclass(frozen=True)
 class Retention:
-    """A model's average over another one's, in percent, with 95 % intervals."""
+    """A model's average over another one's, in percent, with 95 % intervals; NaN is unknown."""
 
-    percent: float  # AVG-%: the ratio of the two averages (a ratio of means)
-    low: float
+    percent: float  # AVG-%: the ratio of the two averages; NaN if the original has nothing right
+    low: float  # the bounds are NaN if the original is not clearly above 0
     high: float
     floor: float  # AVG-% of the floors: without doing the tasks
     # the same ratio with the tasks' chance levels, or floors, subtracted from both averages; NaN if
-    # the original is not above them
+    # the original is not above them, and the bounds if it is not clearly above them
     above_chance: float
     above_floor: float = float("nan")
-    # NaN if the original is above the floor in fewer than 97.5 % of draws: the ratio has no bounds
     above_floor_low: float = float("nan")
     above_floor_high: float = float("nan")
 
     def __str__(self) -> str:
         """Format AVG-% and its interval."""
-        return f"{Estimate(self.percent, self.low, self.high):.1f}"
+        return kept_text(self.percent, self.low, self.high)
 
     def as_json(self) -> dict[str, float | None]:
         """Give the figures as plain values, None for NaN."""
         return {name: None if math.isnan(v) else v for name, v in vars(self).items()}
+
+
+def kept_text(percent: float | None, low: float | None, high: float | None) -> str:
+    """Format a retention: a dash for None or NaN, and "no bounds" in place of such bounds."""
+    if percent is None or math.isnan(percent):
+        return "-"
+    if low is None or high is None or math.isnan(low):
+        return f"{percent:.1f} [no bounds]"
+    return f"{Estimate(percent, low, high):.1f}"
+
+
+# Intervals: Student's t on a delete-one jackknife over pictures; wider than a bootstrap's for few.
+
+Values = NDArray[np.float64]
+Groups = Mapping[str, Sequence[str]]
+"""By task, the picture of each question: questions of one picture are no independent evidence."""
+
+
+def t_quantile(freedom: int) -> float:
+    """Compute the 97.5 % quantile of Student's t, from 5 on to 0.3 % (Gaver and Kafadar 1984)."""
+    if freedom < 5:
+        return (math.inf, 12.706, 4.303, 3.182, 2.776)[freedom]
+    return math.sqrt(freedom * math.expm1(3.84146 * (freedom - 1.5) / (freedom - 1) ** 2))
+
+
+def _by_group(rows: Values, groups: Sequence[str]) -> Values:
+    """Sum the columns of each group; an empty name is a group of its own."""
+    named = enumerate(groups or [""] * rows.shape[1])
+    _, places = np.unique([name or f"alone {i}" for i, name in named], return_inverse=True)
+    return np.stack([np.bincount(places, row) for row in rows])
+
+
+def _jackknife(sums: Values, sizes: Values, log: bool = False, scale: Any = 1.0) -> Values:
+    """Compute the covariance of sums over sizes (CR3 of Cameron and Miller 2015), or of logs."""
+    left = (sums.sum(1, keepdims=True) - sums) / (sizes.sum() - sizes)
+    left = np.log(left) if log else left
+    apart = (left - left.mean(1, keepdims=True)) * scale
+    return np.asarray(apart @ apart.T)
+
+
+def _shares(
+    rows: Values, groups: Sequence[str], answered: int, parts: int = 1
+) -> tuple[Values, Values, int]:
+    """Estimate means of shares, their covariance and its degrees of freedom; the last row counts.
+
+    Two questions are added on which the first ``answered`` rows differ (Bonett and Price 2012):
+    else answers that are all alike would leave no doubt, however few they are. They are divided
+    among the ``parts`` of an average, and weigh more where questions share pictures.
+    """
+    table = _by_group(rows, groups)
+    sums, sizes, scale = table[:-1], table[-1], np.ones(table.shape[1])
+    if answered:
+        weight = math.sqrt(sizes.mean()) / parts
+        added = np.repeat(sums.sum(1, keepdims=True) / sizes.sum(), 2, axis=1)
+        added[:answered] = np.eye(2)[:answered]
+        sums, sizes = np.hstack([sums, weight * added]), np.append(sizes, [weight] * 2)
+        scale = np.append(scale, [math.sqrt(parts)] * 2)
+    spread = _jackknife(sums, sizes, scale=scale) if len(sizes) > 1 else np.eye(len(sums))
+    return sums.sum(1) / sizes.sum(), spread, table.shape[1] - 1
+
+
+def _averages(
+    models: Sequence[Mapping[str, Sequence[float]]], groups: Groups | None, answered: int
+) -> tuple[Values, Values, Values, float]:
+    """Compute AVG of each model as a share, its centre and covariance, and the quantile of t."""
+    parts, found = len(models[0]), []
+    for name in models[0]:
+        scores = np.array([model[name] for model in models], float)
+        scores /= MME_FULL_SCORES.get(name, 100.0) / 100
+        rows, named = np.vstack([scores, np.ones_like(scores[:1])]), (groups or {}).get(name, ())
+        found.append((scores.mean(1), *_shares(rows, named, answered, parts)))
+    means, centres, spreads, freedoms = zip(*found, strict=True)
+    covariance = np.sum(spreads, 0) / parts**2
+    return np.mean(means, 0), np.mean(centres, 0), covariance, t_quantile(sum(freedoms))
+
+
+def _bounds(value: float, centre: float, variance: float, times: float) -> tuple[float, float]:
+    """Compute the interval of a share, or of a difference of two, which has the value in it."""
+    reach = times * math.sqrt(variance)
+    return min(centre - reach, value), max(centre + reach, value)
+
+
+def _quotient(centre: Values, covariance: Values, times: float) -> tuple[float, float]:
+    """Compute Fieller's interval of the first mean over the second (1954), in percent, or NaN."""
+    squares = np.outer(centre, centre) - times**2 * covariance
+    if not squares[1, 1] > 0:
+        return math.nan, math.nan
+    root = math.sqrt(max(squares[0, 1] ** 2 - squares[0, 0] * squares[1, 1], 0.0))
+    low, high = (100 * (squares[0, 1] + sign * root) / squares[1, 1] for sign in (-1, 1))
+    return float(low), float(high)
 
 
 def retention(
@@ -345,12 +427,11 @@ def retention(
     baseline: Mapping[str, Sequence[float]],
     chance: Mapping[str, float],
     floors: Mapping[str, float | Sequence[float]] | None = None,
+    groups: Groups | None = None,
 ) -> Retention:
-    """Compute AVG-% with a paired bootstrap over questions.
+    """Compute AVG-% with a paired interval, from scores in [0, 1] of each task and question.
 
-    Per task, ``scores`` and ``baseline`` have one score in [0, 1] for each question; questions are
-    drawn within tasks, the same for both models. ``chance`` is in percent. ``floors`` are scores
-    without doing the task: in percent, or one for each question, drawn with the models' answers.
+    ``chance`` is in percent. ``floors``, without doing the task, are in percent or of questions.
     """
     given = floors if floors is not None else chance
     floor_scores: dict[str, Sequence[float]] = {}
@@ -359,54 +440,86 @@ def retention(
         if isinstance(level, (int, float)):  # on the scale of the task's scores
             level = [level / 100 * MME_FULL_SCORES.get(name, 100.0) / 100] * len(scores[name])
         floor_scores[name] = level
-    found = _averages(scores, baseline, floor_scores)
-    (ours, mean), (theirs, base), (floor, floor_mean) = found
-    guessed = float(np.mean([chance[name] for name in scores]))
-    above_chance, above_floor = (
-        100 * (mean - level) / (base - level) if base > level else float("nan")
-        for level in (guessed, floor_mean)
+    means, centre, covariance, times = _averages((scores, baseline, floor_scores), groups, 2)
+    ours, base, floor = means.tolist()
+
+    def share(level: float) -> float:
+        return 100 * (ours - level) / (base - level) if base > level else math.nan
+
+    low, high = _quotient(centre[:2], covariance[:2, :2], times)
+    apart = np.array([[1, 0, -1], [0, 1, -1]])
+    above = _quotient(apart @ centre, apart @ covariance @ apart.T, times)
+    percent, above_floor = share(0.0), share(floor)
+    return Retention(
+        percent=percent,
+        low=min(max(low, 0.0), percent),
+        high=max(high, percent),
+        floor=100 * floor / base if base > 0 else math.nan,
+        above_chance=share(float(np.mean([chance[name] for name in scores])) / 100),
+        above_floor=above_floor,
+        above_floor_low=min(above[0], above_floor),
+        above_floor_high=max(above[1], above_floor),
     )
-    low, high = np.percentile(100 * ours / np.maximum(theirs, 1e-9), [2.5, 97.5])
-    reached, above_floor_bounds = theirs > floor, list[float]()
-    if reached.mean() >= 0.975:
-        ratios = 100 * (ours - floor)[reached] / (theirs - floor)[reached]
-        above_floor_bounds = np.percentile(ratios, [2.5, 97.5]).tolist()
-    percent, floor_percent = (100 * level / max(base, 1e-9) for level in (mean, floor_mean))
-    above = (above_chance, above_floor, *above_floor_bounds)
-    return Retention(percent, float(low), float(high), floor_percent, *above)
 
 
 def average_difference(
-    a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]
+    a: Mapping[str, Sequence[float]] | None,
+    b: Mapping[str, Sequence[float]],
+    groups: Groups | None = None,
+    bounded: bool = True,
 ) -> Difference:
-    """Compute AVG of ``b`` minus AVG of ``a``, with a paired bootstrap within each task."""
-    (first, first_mean), (second, second_mean) = _averages(a, b)
-    low, high = np.percentile(second - first, [2.5, 97.5])
-    return Difference(points=second_mean - first_mean, low=float(low), high=float(high))
+    """Compute AVG of ``b``, minus that of ``a`` if given; losses are not ``bounded`` by 0 and 1."""
+    models = [b] if a is None else [b, a]
+    sign = np.array([1, -1])[: len(models)]
+    means, centre, covariance, times = _averages(models, groups, len(models) * bounded)
+    ends = _bounds(*map(float, (sign @ means, sign @ centre, sign @ covariance @ sign)), times)
+    least = -1.0 if len(models) > 1 else 0.0
+    low, high = (max(ends[0], least), min(ends[1], 1.0)) if bounded else ends
+    return Difference(100 * float(sign @ means), 100 * low, 100 * high)
 
 
-def _averages(*models: Mapping[str, Sequence[float]]) -> list[tuple[NDArray[np.float64], float]]:
-    """Compute AVG of each model in every draw, and on all questions; all share the draws."""
-    generator = np.random.default_rng(0)
-    drawn = np.zeros((len(models), RESAMPLES))
-    for name in models[0]:
-        count = len(models[0][name])
-        draws = generator.integers(0, count, (RESAMPLES, count))
-        scale = 100 * 100 / MME_FULL_SCORES.get(name, 100.0) / len(models[0])
-        drawn += scale * np.stack([np.asarray(m[name], float)[draws].mean(1) for m in models])
-    means = [average({n: 100 * float(np.mean(m[n])) for n in models[0]}) for m in models]
-    return list(zip(drawn, means, strict=True))
+def paired_difference(
+    a: Sequence[float] | None,
+    b: Sequence[float],
+    groups: Sequence[str] = (),
+    name: str = "",
+    bounded: bool = True,
+) -> Difference:
+    """Compute the mean of ``b - a`` over questions; halves of MME, by ``name``, in their points."""
+    if not len(b) or (a is not None and len(a) != len(b)):
+        raise ValueError(f"scores must be of the same questions: {len(a or ())} and {len(b)}")
+    theirs = None if a is None else {name: a}
+    found = average_difference(theirs, {name: b}, {name: groups}, bounded)
+    scale = MME_FULL_SCORES.get(name, 100.0) / 100
+    return Difference(*(scale * each for each in vars(found).values()))
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Compute the mean of ``b - a`` with a paired bootstrap over questions (Koehn 2004, EMNLP).
+def share_interval(hits: Values, counts: Values, groups: Sequence[str]) -> Estimate:
+    """Compute the share of hits among counts, in percent, and its interval over groups."""
+    share = float(hits.sum() / counts.sum())
+    (centre,), spread, freedom = _shares(np.stack([hits, counts]), groups, 1)
+    low, high = _bounds(share, float(centre), float(spread.sum()), t_quantile(freedom))
+    ends = (100 * max(low, 0.0), 100 * min(high, 1.0)) if freedom else ()
+    return Estimate(100 * share, *ends)
 
-    Where only a few answers differ, the interval is narrower than it should be: an exact sign test
-    needs at least six answers that all changed the same way before it reaches 5 %.
-    """
-    if len(a) != len(b) or not len(a):
-        raise ValueError(f"scores must be of the same questions: {len(a)} and {len(b)} were given")
-    return average_difference({"": a}, {"": b})
+
+def ratio_interval(
+    numbers: Values, counts: Values, groups: Sequence[str], positive: bool = False
+) -> Estimate:
+    """Divide sums; the interval over groups is one of the logarithm for what is ``positive``."""
+    table, value = (
+        _by_group(np.stack([numbers, counts]), groups),
+        float(numbers.sum() / counts.sum()),
+    )
+    sums, sizes = table[:1], table[1]
+    if len(sizes) < 3:
+        return Estimate(value)
+    is_log = positive and value > 0 and bool((sums.sum() > sums).all())
+    # a degree of freedom less than of shares: losses are skewed
+    reach = t_quantile(len(sizes) - 2) * math.sqrt(_jackknife(sums, sizes, is_log).sum())
+    if is_log:
+        return Estimate(value, value * math.exp(-reach), value * math.exp(min(reach, 600.0)))
+    return Estimate(value, value - reach, value + reach)
 
 
 def signed(value: float) -> str:

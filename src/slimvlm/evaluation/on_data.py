@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,11 +26,12 @@ from slimvlm.core.documents import built, parse_json, read_object
 from slimvlm.core.errors import ConfigError, DataError, NumericalError, SlimError, raised_as
 from slimvlm.core.files import new_file, write_text
 from slimvlm.core.progress import progress
-from slimvlm.data.chat import encode_samples, process, tokenizer_of
+from slimvlm.data.chat import divided, encode_samples, process, tokenizer_of
 from slimvlm.data.read import estimated_length
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample
-from slimvlm.evaluation.metrics import RESAMPLES, Estimate, perplexity
+from slimvlm.evaluation.metrics import Estimate, perplexity, ratio_interval, share_interval
+from slimvlm.evaluation.results import digest_of_pictures
 from slimvlm.models.hidden import (
     HeadWeights,
     as_inputs,
@@ -42,7 +42,6 @@ from slimvlm.models.hidden import (
     require_finite_values,
 )
 from slimvlm.models.losses import Head, Hidden, by_chunks, predictions
-from slimvlm.scoring.batches import on_device
 
 _SHARE = 4
 """Divides the number of positions whose logits exist at one time: here they exist seven times."""
@@ -60,7 +59,6 @@ def evaluate_data(
     baseline_processor: Any = None,
     batch_size: int = 8,
     name: str = "",
-    seed: int = 0,
 ) -> "DataResult":
     """Compute loss and perplexity on samples, and agreement and divergence with a baseline.
 
@@ -68,13 +66,13 @@ def evaluate_data(
     beyond rounding. Nothing holds the logits of a batch.
 
     Where the baseline has another vocabulary, agreement and divergence are over the tokens that
-    both have, and a sample whose answers become other tokens is left out of the comparison;
-    `DataResult.notes` says so.
+    both have, and of samples whose answers become the same tokens. Loss, perplexity and increase
+    are of all samples, for each token of the baseline. `DataResult.notes` says so.
 
     ``baseline`` is the model to compare with, usually the original, with a processor of its own if
     ``baseline_processor`` is given; or its predictions on the same samples, from `predictions_of`.
-    The result calls the model ``name``. ``seed`` is that of the bootstrap over samples that gives
-    the intervals.
+    The result calls the model ``name``. Intervals are over samples; those of the same pictures
+    count as one.
 
     Raises:
         ConfigError: If the batch size is not above 0, or conversations and texts are mixed.
@@ -89,7 +87,7 @@ def evaluate_data(
         )
     with evaluating(model):
         ours = _live(model, processor, samples, batch_size, name, head_of(model))
-        return replace(result_of(ours, samples, model.device, baseline), seed=seed)
+        return result_of(ours, samples, model.device, baseline)
 
 
 @torch.no_grad()
@@ -120,26 +118,36 @@ def result_of(
             raise DataError(f"sample {name!r} has no token that counts")
         if theirs_of is not None:
             tokens = [theirs_of.get(token, IGNORE) for token in tokens]
-        if their_head is None or tokens != stored[place][1].tolist():
-            numbers = by_chunks(partial(row_losses, head), rows, wanted, share=_SHARE)[:, :1]
+        theirs = [part.to(device) for part in stored.get(place, ())]
+        compared: dict[str, Any] = {}
+        if their_head is None or tokens != theirs[1].tolist():
+            numbers = [by_chunks(partial(row_losses, head), rows, wanted, share=_SHARE)[:, 0]]
+            if their_head is not None:
+                losses = partial(row_losses, their_head)
+                numbers.append(by_chunks(losses, *theirs, share=_SHARE)[:, 0])
         else:
             compare = partial(_compared, head, their_head, shared)
-            theirs = (part.to(device) for part in stored[place])
-            numbers = by_chunks(compare, rows, wanted, *theirs, share=_SHARE)
-        require_finite_values(numbers, f"the losses of sample {name!r}")
-        loss, *others = numbers.cpu().double().sum(0).tolist()
-        compared: Any = ()
-        if others:
-            their_loss, same, divergence = others
-            compared = their_loss / count, round(same), divergence / count
-        found[place] = OnSample(name, count, loss / count, *compared)
+            numbers = [*by_chunks(compare, rows, wanted, *theirs, share=_SHARE).T]
+        for each in numbers:
+            require_finite_values(each, f"the losses of sample {name!r}")
+        loss, *others = (float(each.cpu().double().sum()) for each in numbers)
+        if theirs:
+            compared = {
+                "baseline_tokens": len(theirs[1]),
+                "baseline_loss": others[0] / len(theirs[1]),
+            }
+        if len(others) > 1:
+            compared |= {"same": round(others[1]), "divergence": others[2] / count}
+        picture = "" if isinstance(sample, str) else digest_of_pictures(sample.images)
+        found[place] = OnSample(name, count, loss / count, picture=picture, **compared)
     results = tuple(found[place] for place in sorted(found))
     if baseline is None:
         return DataResult(ours.model, results)
-    notes, left_out = [], sum(sample.baseline_loss is None for sample in results)
+    notes, left_out = [], sum(sample.same is None for sample in results)
     if left_out:
         told = f"{left_out} of {len(results)} samples have other tokens than the baseline's"
-        notes.append(f"{told} and are not compared")
+        notes.append(f"{told}: agreement and divergence leave them out; losses, of all samples,")
+        notes[-1] += " are for each token of the baseline, so that they compare"
     if shared is not None and left_out < len(results):
         told = "the vocabularies differ: agreement and divergence are over"
         notes.append(f"{told} the {len(shared):,} tokens that both have")
@@ -173,7 +181,7 @@ def _compared(
 
 @dataclass(frozen=True)
 class OnSample:
-    """Losses on one sample; the comparison is None where tokens differ."""
+    """Losses on one sample; agreement and divergence are None where tokens differ."""
 
     id: str
     tokens: Annotated[int, Field(ge=1)]  # of answers, or of plain text all but the first
@@ -181,6 +189,8 @@ class OnSample:
     baseline_loss: float | None = None
     same: int | None = None  # positions at which both models have the same likeliest token
     divergence: float | None = None  # mean KL(baseline ‖ model) at these positions, in nats
+    baseline_tokens: Annotated[int, Field(ge=1)] | None = None  # as many where None
+    picture: str = ""  # a digest of its pictures
 
     def __post_init__(self) -> None:
         numbers = [self.loss, self.baseline_loss, self.divergence]
@@ -190,9 +200,9 @@ class OnSample:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures over all samples; every token counts the same."""
+    """Figures over all samples; every token of the baseline, if there is one, counts the same."""
 
-    loss: Estimate  # mean cross-entropy of a token, in nats
+    loss: Estimate  # cross-entropy for each token, in nats
     perplexity: Estimate
     increase: Estimate | None = None  # loss above the baseline's, on the same samples
     agreement: Estimate | None = None  # positions with the same likeliest token, in percent
@@ -211,8 +221,6 @@ class DataResult:
     """Name of the baseline; empty without one."""
     notes: tuple[str, ...] = ()
     """Why some of it could not be compared."""
-    seed: int = 0
-    """Of the bootstrap."""
 
     @property
     def tokens(self) -> int:
@@ -222,21 +230,26 @@ class DataResult:
     @cached_property
     def figures(self) -> Figures:
         """Loss, perplexity and the comparison, each with an interval."""
-        tokens = np.array([s.tokens for s in self.samples], float)
-        loss = _ratio([s.loss for s in self.samples] * tokens, tokens, self.seed)
+        rows = [[s.tokens * s.loss, s.baseline_tokens or s.tokens] for s in self.samples]
+        (nats, tokens), pictures = np.array(rows, float).T, [s.picture for s in self.samples]
+        loss = ratio_interval(nats, tokens, pictures, positive=True)
         bounds = (perplexity(v) for v in (loss.low, loss.high) if v is not None)
         as_perplexity = Estimate(perplexity(loss.value), *bounds)
-        both = [s for s in self.samples if s.baseline_loss is not None]
-        if not both:
-            return Figures(loss, as_perplexity)
-        rows = [[s.tokens, s.loss, s.baseline_loss, s.same, s.divergence] for s in both]
-        tokens, ours, theirs, same, divergence = np.array(rows, float).T
+        increase: Estimate | None = None
+        theirs = [s.baseline_loss for s in self.samples if s.baseline_loss is not None]
+        if len(theirs) == len(self.samples):
+            increase = ratio_interval(nats - np.array(theirs) * tokens, tokens, pictures)
+        alike = [s for s in self.samples if s.same is not None]
+        if not alike:
+            return Figures(loss, as_perplexity, increase)
+        pictures = [s.picture for s in alike]
+        tokens, same, apart = np.array([[s.tokens, s.same, s.divergence] for s in alike], float).T
         return Figures(
             loss,
             as_perplexity,
-            increase=_ratio((ours - theirs) * tokens, tokens, self.seed),
-            agreement=_ratio(100 * same, tokens, self.seed),
-            divergence=_ratio(divergence * tokens, tokens, self.seed),
+            increase,
+            agreement=share_interval(same, tokens, pictures),
+            divergence=ratio_interval(apart * tokens, tokens, pictures, positive=True),
         )
 
     def save(self, path: str | Path) -> None:
@@ -248,20 +261,10 @@ class DataResult:
     def load(cls, path: str | Path) -> "DataResult":
         """Read what `save` wrote."""
         values = read_object(path, "result")
-        values.pop("figures", None)
+        for derived in ("figures", "seed"):  # files of version 0.2 have the seed of a bootstrap
+            values.pop(derived, None)
         with raised_as(ConfigError, SlimError, f"result {str(path)!r}: cannot be read"):
             return built(cls, values)
-
-
-def _ratio(numbers: Any, tokens: Any, seed: int) -> Estimate:
-    """Divide sums over samples; the interval is a bootstrap over samples."""
-    value = float(numbers.sum() / tokens.sum())
-    if len(tokens) < 2:
-        return Estimate(value)
-    generator = np.random.default_rng(seed)
-    draws = (generator.integers(0, len(tokens), len(tokens)) for _ in range(RESAMPLES))
-    low, high = np.percentile([numbers[d].sum() / tokens[d].sum() for d in draws], [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
 
 
 # Final hidden states at the tokens that count, and losses there.
@@ -372,18 +375,12 @@ def _live(
 ) -> Predictions:
     def states() -> Iterator[States]:
         for places, inputs in batches_of(processor, samples, batch_size):
-            batch = on_device(model, inputs)
+            batch = as_inputs(model, inputs)
             labels = batch.pop("labels")
             (hidden,) = hidden_states(model, batch)
             yield places, hidden, labels
 
     return Predictions.of(name or str(model.config._name_or_path), states(), head, processor)
-
-
-def divided(order: Sequence[int], kinds: Sequence[bool], size: int) -> list[list[int]]:
-    """Divide an order into batches of one kind: some processors refuse pictures beside none."""
-    groups = [list(group) for _, group in groupby(order, kinds.__getitem__)]
-    return [each[i : i + size] for each in groups for i in range(0, len(each), size)]
 
 
 def batches_of(

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from PIL import Image
 from pydantic import Field
 
-from slimvlm.core.documents import built, read_object
+from slimvlm.core.documents import built, digest, read_object
 from slimvlm.core.errors import ConfigError, NumericalError, SlimError, shortened
 from slimvlm.core.files import write_text
+from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.evaluation import metrics
 
 Kind = Literal["chosen", "free"]
@@ -38,6 +40,8 @@ class TaskResult:
     majority: float | None = None  # the best constant answer, in percent; None if not ours to score
     blind_scores: tuple[float, ...] = ()  # with the pictures of other questions; empty if unknown
     offered: bool = False  # every question gives the answers to choose from
+    asked: str = ""  # a digest of prompts and answers; empty if unknown
+    pictures: tuple[str, ...] = ()  # a digest of those of each question; empty if unknown
     cut: int = 0  # replies that reached the token limit
 
     def __post_init__(self) -> None:
@@ -52,6 +56,25 @@ class TaskResult:
     def blind(self) -> float | None:
         """The blind floor: mean of `blind_scores` in percent; None if not measured."""
         return 100 * fmean(self.blind_scores) if self.blind_scores else None
+
+    @property
+    def floor(self) -> float:
+        """The score of guessing or of the best constant answer, in percent."""
+        return max(self.chance, self.majority or 0.0)
+
+
+def digest_of_pictures(images: Sequence[Image.Image | Path]) -> str:
+    """Identify the pictures of a question or sample; nothing for none."""
+    shown = [identifying_bytes(image, may_move=True) for image in images]
+    return digest(shown)[:12] if shown else ""
+
+
+def asked_of(questions: Sequence[Question]) -> dict[str, Any]:
+    """Identify questions: the fields ``ids``, ``asked`` and ``pictures`` of a `TaskResult`."""
+    pictures = tuple(digest_of_pictures(question.images) for question in questions)
+    rows = [[q.id, q.prompt, q.answers, q.choices] for q in questions]
+    ids = tuple(question.id for question in questions)
+    return {"ids": ids, "asked": digest(rows)[:16], "pictures": pictures}
 
 
 def kind_of(name: str, task: TaskResult) -> Kind:
@@ -78,36 +101,20 @@ TIMES = tuple(each.name for each in fields(Times))  # fields of a `Result` that 
 
 @dataclass(frozen=True)
 class Result:
-    """Scores of one model on some tasks.
+    """Scores of one model on some tasks."""
 
-    Attributes:
-        model: Name or path of the model.
-        total_params: Parameters of the whole model.
-        backbone_params: Parameters of its language backbone.
-        tasks: Results by task name.
-        prefill_ms: Median time to the first new token of one question, in milliseconds.
-        decode_ms: Median time of one further token.
-        blind: Whether every question was asked with the pictures of another one.
-        limit: Only the first so many questions of each task were asked; None for all.
-        batch_size: Questions that were answered at once; None if unknown.
-        dtype: Data type of the weights; empty if unknown.
-        weight_bytes: Bytes of all weights as they are in memory; None if unknown.
-        prefill_range_ms: Fastest and slowest of the runs behind ``prefill_ms``; None if unknown.
-        decode_range_ms: The same behind ``decode_ms``.
-    """
-
-    model: str
+    model: str  # name or path
     total_params: int
     backbone_params: int
     tasks: Mapping[str, TaskResult]
-    prefill_ms: float
-    decode_ms: float
-    blind: bool = False
-    limit: int | None = None
-    batch_size: int | None = None
-    dtype: str = ""
-    weight_bytes: int | None = None
-    prefill_range_ms: tuple[float, float] | None = None
+    prefill_ms: float  # median time to the first new token of one question
+    decode_ms: float  # median time of one further token
+    blind: bool = False  # whether every question was asked with the pictures of another one
+    limit: int | None = None  # only the first so many questions of each task; None for all
+    batch_size: int | None = None  # questions answered at once; None if unknown
+    dtype: str = ""  # of the weights; empty if unknown
+    weight_bytes: int | None = None  # of all weights in memory; None if unknown
+    prefill_range_ms: tuple[float, float] | None = None  # fastest and slowest run; None if unknown
     decode_range_ms: tuple[float, float] | None = None
 
     @property
@@ -116,27 +123,24 @@ class Result:
         counted = {name: task.score for name, task in self.tasks.items() if task.in_average}
         return metrics.average(counted) if counted else float("nan")
 
-    def retention(self, baseline: "Result", floors: "Result | None" = None) -> metrics.Retention:
+    def retention(self, baseline: "Result") -> metrics.Retention:
         """Compute AVG-% relative to another model, over the tasks that both answered.
 
         The floor of a task, which `Retention.above_floor` takes off both models, is the highest of
-        chance, the best constant answer, and the baseline's blind floor: its own, or that of
-        ``floors``, the original evaluated blind.
+        chance, the best constant answer, and the baseline's blind floor.
 
         Raises:
             ConfigError: If they share no task, their questions differ, or only one was blind.
         """
-        if floors is not None:
-            baseline = baseline.with_blind_floors(floors)
         ours, theirs = self._shared_tasks(baseline)
         floor_of: dict[str, float | Sequence[float]] = {}
         for name, other in theirs.items():
-            majorities = [m for m in (ours[name].majority, other.majority) if m is not None]
-            floor_of[name] = level = max([ours[name].chance, *majorities])
+            floor_of[name] = level = max(ours[name].chance, ours[name].majority or 0, other.floor)
             if other.blind is not None and metrics.average({name: other.blind}) > level:
                 floor_of[name] = other.blind_scores  # one for each question
         chance = {name: task.chance for name, task in ours.items()}
-        return metrics.retention(_scores(ours), _scores(theirs), chance, floor_of)
+        scores, base, pictures = _scores(ours), _scores(theirs), _pictures(ours)
+        return metrics.retention(scores, base, chance, floor_of, pictures)
 
     def by_kind(self) -> "dict[Kind, Result]":
         """Split the tasks that count: a result for each kind of answers that was asked for."""
@@ -157,19 +161,11 @@ class Result:
     def difference(self, baseline: "Result") -> metrics.Difference:
         """Compute AVG minus that of another model, over the tasks that both answered."""
         ours, theirs = self._shared_tasks(baseline)
-        return metrics.average_difference(_scores(theirs), _scores(ours))
+        return average_of(ours, theirs)
 
-    def with_blind_floors(self, blind: "Result") -> "Result":
-        """Add the floors of the same model's result from ``evaluate(..., blind=True)``."""
-        if self.blind or not blind.blind:
-            raise ConfigError("floors: must be a blind result of a model that was not blind")
-        found = {}
-        for name, task in self.tasks.items():
-            other = blind.tasks.get(name, task)
-            if other.ids != task.ids:
-                raise ConfigError(f"floors: task {name!r} asked other questions (see --limit)")
-            found[name] = replace(task, blind_scores=other.blind_scores)
-        return replace(self, tasks=found)
+    def _shared_tasks(self, baseline: "Result") -> list[dict[str, TaskResult]]:
+        shared = comparable(self, baseline)
+        return [{name: of.tasks[name] for name in shared} for of in (self, baseline)]
 
     def timed_as(self, other: "Result") -> "Result":
         """Take over the times of a result whose model is as large: measuring again adds noise."""
@@ -177,25 +173,6 @@ class Result:
         if any(getattr(self, name) != getattr(other, name) for name in facts):
             return self
         return replace(self, **{name: getattr(other, name) for name in TIMES})
-
-    def _shared_tasks(self, baseline: "Result") -> list[dict[str, TaskResult]]:
-        """Return the tasks that both answered; refuse other questions and other pictures."""
-        if self.blind != baseline.blind:
-            blind, other = ("this", "that") if self.blind else ("that", "this")
-            raise ConfigError(
-                f"baseline: {blind} result was asked blind, with the pictures of other questions, "
-                f"and {other} one was not; their scores do not measure the same"
-            )
-        counted = [name for name, task in self.tasks.items() if task.in_average]
-        shared = [name for name in counted if name in baseline.tasks]
-        if not shared:
-            raise ConfigError("baseline: it shares no task with this result")
-        for name in shared:
-            if self.tasks[name].ids != baseline.tasks[name].ids:
-                raise ConfigError(f"baseline: task {name!r} asked other questions (see --limit)")
-            if self.tasks[name].metric != baseline.tasks[name].metric:
-                raise ConfigError(f"baseline: task {name!r} was scored by another metric")
-        return [{name: of.tasks[name] for name in shared} for of in (self, baseline)]
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON, answers included."""
@@ -215,20 +192,113 @@ class Result:
         except SlimError as error:
             raise ConfigError(f"{where}: cannot be read ({error})") from error
         for name, task in result.tasks.items():
-            counts = {len(task.ids), len(task.replies), len(task.scores)}
-            if len(counts) > 1 or (task.blind_scores and len(task.blind_scores) not in counts):
-                raise ConfigError(
-                    f"{where}: task {shortened(name)} must have as many ids as replies and scores"
-                )
+            if why := _mistake(name, task):
+                raise ConfigError(f"{where}: task {shortened(name)} {why}")
         return result
+
+
+def _mistake(name: str, task: TaskResult) -> str:
+    """Say what is wrong with the numbers of a task; nothing if they fit one another."""
+    given = (task.ids, task.replies, task.scores)
+    counts = {*map(len, given), *(len(each) for each in (task.blind_scores, task.pictures) if each)}
+    is_loss, is_mme = task.metric in metrics.LIKELIHOODS, name in metrics.MME_FULL_SCORES
+    scores, most = (*task.scores, *task.blind_scores), math.inf if is_loss or is_mme else 1.0
+    if len(counts) > 1 or not 0 <= min(scores) <= max(scores) <= most:
+        return "must have as many ids as replies and scores, and scores from 0 to 1"
+    # losses are a mean over tokens, which are not stored; lmms-eval has averages of its own
+    is_mean = is_mme or task.metric in metrics.METRICS or ":" in task.metric
+    ends = [fmean(task.scores)] if is_mean else [min(task.scores), max(task.scores)]
+    if not is_loss:
+        ends = [100 * end for end in ends]
+    elif task.metric == "perplexity":
+        ends = [metrics.perplexity(end) for end in ends]
+    if not 0.9999 * ends[0] - 0.01 <= task.score <= 1.0001 * ends[-1] + 0.01:
+        return f"has the score {task.score:g}, which its scores do not give"
+    return ""
+
+
+def require_same_task(
+    name: str, ours: TaskResult, theirs: TaskResult, same_pictures: bool = True
+) -> None:
+    """Refuse to compare a task with a baseline's that asked or scored anything else."""
+    told = {
+        "ids": "other questions",
+        "metric": "another metric",
+        "asked": "other prompts or answers",
+    }
+    told |= {"pictures": "other images"} if same_pictures else {}
+    for field_, what in told.items():
+        one, other = getattr(ours, field_), getattr(theirs, field_)
+        if one and other and one != other:  # neither is unknown
+            raise ConfigError(f"task {shortened(name)}: the baseline has {what} (see --limit)")
+
+
+def comparable(ours: Result, baseline: Result, names: Sequence[str] | None = None) -> Sequence[str]:
+    """Refuse a baseline that was asked or scored otherwise on these tasks, and return them.
+
+    Without ``names`` they are the tasks of AVG that both answered.
+    """
+    if ours.blind != baseline.blind:
+        blind, other = ("this", "that") if ours.blind else ("that", "this")
+        raise ConfigError(
+            f"baseline: {blind} result was asked blind, with the pictures of other questions, "
+            f"and {other} one was not; their scores do not measure the same"
+        )
+    tasks, known = ours.tasks, baseline.tasks
+    if names is None:
+        names = [name for name, task in tasks.items() if task.in_average and name in known]
+    if not names:
+        raise ConfigError("baseline: it shares no task with this result")
+    for name in names:
+        if name not in tasks or name not in known:
+            raise ConfigError(f"baseline: only one of the two results has task {shortened(name)}")
+        require_same_task(name, tasks[name], known[name])
+    return names
+
+
+def task_difference(
+    name: str, ours: TaskResult, theirs: TaskResult | None = None
+) -> metrics.Difference:
+    """Compute a score, minus the baseline's if given, on the task's scale; of losses 100 times."""
+    base = None if theirs is None else theirs.scores
+    bounded = ours.metric not in metrics.LIKELIHOODS
+    return metrics.paired_difference(base, ours.scores, ours.pictures, name, bounded)
+
+
+def average_of(
+    ours: Mapping[str, TaskResult], theirs: Mapping[str, TaskResult] | None = None
+) -> metrics.Difference:
+    """Compute AVG over tasks, minus the baseline's if given."""
+    base = None if theirs is None else _scores(theirs)
+    return metrics.average_difference(base, _scores(ours), _pictures(ours))
+
+
+def guessed(result: Result) -> dict[str, str]:
+    """Name the tasks of AVG on which a model is not clearly above guessing, and say its score."""
+    found = {}
+    for name, task in result.tasks.items():
+        level = max(task.floor, metrics.average({name: task.blind or 0.0}))
+        if task.in_average and (share := average_of({name: task})).low <= level:
+            found[name] = f"{share.points:.1f} %, guessing {level:.1f} %"
+    return found
 
 
 def _scores(tasks: Mapping[str, TaskResult]) -> dict[str, Sequence[float]]:
     return {name: task.scores for name, task in tasks.items()}
 
 
-def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -> Result:
-    """Read a baseline result that must be a blind one (``blind``), or have blind ``floors``."""
+def _pictures(tasks: Mapping[str, TaskResult]) -> dict[str, Sequence[str]]:
+    return {name: task.pictures for name, task in tasks.items()}
+
+
+def read_baseline(
+    path: str | Path,
+    blind: bool = False,
+    floors: bool = False,
+    tasks: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+) -> Result:
+    """Read a baseline result: a blind one or not, with ``floors``, of these questions of tasks."""
     baseline = Result.load(path)
     if baseline.blind != blind:
         which = "blind, the new result is not" if baseline.blind else "not blind, the new result is"
@@ -237,4 +307,8 @@ def read_baseline(path: str | Path, blind: bool = False, floors: bool = False) -
         raise ConfigError(
             f"baseline {str(path)!r}: it has no blind floors; evaluate that model with --floors"
         )
+    for name, task in (tasks or {}).items():
+        if (theirs := baseline.tasks.get(name)) is not None and isinstance(task, Task):
+            ours = replace(theirs, metric=task.metric, **asked_of(list(task.load(limit))))
+            require_same_task(name, ours, theirs, same_pictures=not blind)
     return baseline

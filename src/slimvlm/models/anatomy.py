@@ -9,6 +9,7 @@ of segments (`slimvlm.models.families.Projection`). In a segment, unit ``u`` own
 ``queries_per_group`` heads that read KV head ``u``.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -26,6 +27,7 @@ from slimvlm.models.parts import Matrix, Parts, layer_matrices, parameters_below
 
 WIDTH_UNITS = ("kv_group", "neuron")  # kinds of unit that pruning in width removes
 LAYER_UNITS = (*WIDTH_UNITS, "expert")  # kinds of unit that a layer has several of
+FULL_ATTENTION = "full_attention"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,14 @@ class LayerShape:
     """Parameters of one expert that no neuron owns, such as the router's row."""
     token_params: Count = 0
     """The part of ``fixed_params`` that one token has in the layer's own embedding."""
+    kind: str = FULL_ATTENTION
+    """How it mixes tokens: ``full_attention``, ``sliding_attention``, ``cross_attention``, ..."""
+    window: Count = 0
+    """Positions that a token attends to at most; 0 without a limit."""
+    fixed_weights: Count = 0
+    """The part of ``fixed_params`` that multiplies every token: matrices without units."""
+    fixed_cache: Count = 0
+    """Channels of keys and values that attention without units adds to the cache for a token."""
 
     @property
     def num_heads(self) -> int:
@@ -80,8 +90,8 @@ class LayerShape:
     def with_units(self, kv_groups: int, neurons: int, experts: int) -> "LayerShape":
         """Return the layer with other numbers of units; a neuron is smaller with fewer experts."""
         lost = (self.num_experts - experts) * self.expert_neuron_params
-        widths = {"num_kv_heads": kv_groups, "intermediate_size": neurons, "num_experts": experts}
-        return replace(self, **widths, neuron_params=self.neuron_params - lost)
+        widths: dict[str, Any] = {"num_kv_heads": kv_groups, "intermediate_size": neurons}
+        return replace(self, **widths, num_experts=experts, neuron_params=self.neuron_params - lost)
 
     def block(self, segment: Segment) -> tuple[int, int]:
         """Return the number of units along a segment and the channels of each."""
@@ -118,14 +128,37 @@ def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
         expert_fixed_params = whole - neurons * expert_neuron_params
     owned = kv_heads * kv_group_params + neurons * neuron_params + experts * expert_fixed_params
     fixed_params = sum(p.numel() for p in layer.parameters()) - owned
+    of_units = {id(matrix.weight) for matrix in (*attention, *mlp, *entries)}
+    fixed = [
+        module.weight.numel()
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) not in of_units
+        if not name.startswith("cross_attn.")  # whose keys are of pictures
+    ]
+    own = None if attention else getattr(layer, "self_attn", None)
+    keys: Any = getattr(own, "k_proj", None)  # none where it reads those of an earlier layer
     return replace(
         shape,
+        fixed_weights=sum(fixed),
+        fixed_cache=0 if keys is None else 2 * keys.out_features,
         kv_group_params=kv_group_params,
         neuron_params=neuron_params,
         fixed_params=fixed_params,
         expert_neuron_params=expert_neuron_params,
         expert_fixed_params=expert_fixed_params,
     )
+
+
+def _mixers(config: Any, count: int) -> list[dict[str, Any]]:
+    """List how each layer mixes tokens, and its window, by the language model's configuration."""
+    sliding = getattr(config, "sliding_window", None) or 0
+    chunk = getattr(config, "attention_chunk_size", None) or 0
+    windows = {"sliding_attention": sliding, "chunked_attention": chunk}
+    every = "sliding_attention" if sliding else FULL_ATTENTION
+    kinds = list(getattr(config, "layer_types", None) or [every] * count)
+    for index in getattr(config, "cross_attention_layers", None) or ():
+        kinds[index] = "cross_attention"
+    return [{"kind": kind, "window": windows.get(kind, 0)} for kind in kinds]
 
 
 def _unit_params(matrix: Matrix, shape: LayerShape) -> int:
@@ -169,6 +202,8 @@ class Anatomy:
     """All other parameters of the text model."""
     experts_per_token: Count = 0
     """Experts that each token takes, of layers that have some: so many stay."""
+    query_scalar: float = 0.0
+    """Products of queries and keys are divided by its root; 0 where it is ``head_dim``."""
 
     @property
     def num_layers(self) -> int:
@@ -191,6 +226,11 @@ class Anatomy:
         """Whether all layers with KV groups have equally many, and so with neurons and experts."""
         kinds = (self.attention_shapes, self.mlp_widths, self.expert_counts)
         return all(len(found) <= 1 for found in kinds)
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """How many layers mix tokens in each way (`LayerShape.kind`)."""
+        return Counter(layer.kind for layer in self.layers)
 
     @property
     def attention_shapes(self) -> list[tuple[int, int, int]]:
@@ -336,13 +376,15 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     elif family.pinned_layers is not None:
         pinned = tuple(range(len(attrgetter(family.pinned_layers)(config))))
     required = backbone.retype_requires.items()
+    mixers = _mixers(text_config, len(shapes))
     return Anatomy(
         model_type=config.model_type,
         text_type=text_config.model_type,
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,
         layers=tuple(
-            replace(s, fixed_params=s.fixed_params + slices, token_params=in_layers) for s in shapes
+            replace(s, fixed_params=s.fixed_params + slices, token_params=in_layers, **mixer)
+            for s, mixer in zip(shapes, mixers, strict=True)
         ),
         embedding_params=count(embedding),
         head_params=count(head - embedding),
@@ -355,6 +397,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         fixed_neurons=getattr(text_config, backbone.neuron_field) if family.fixed_neurons else None,
         other_params=count(set(parts.text_model.parameters()) - listed),
         experts_per_token=experts_per_token,
+        query_scalar=getattr(text_config, "query_pre_attn_scalar", None) or 0.0,
     )
 
 

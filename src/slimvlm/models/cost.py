@@ -1,14 +1,12 @@
 """Count memory and FLOPs of an `Anatomy` from its shapes.
 
 FLOPs are those of the matrix products, two for each multiplication with its addition: weights, and
-attention scores and their weighted values over the whole square of positions. Norms, softmax,
-rotary embeddings and the look-up of tokens are left out, and so are matrices that no unit owns a
-part of (linear attention, attention of Gemma 3n and Gemma 4, MLPs that stay whole). The head counts
-for one position, as in generation. Otherwise this is what `torch.utils.flop_counter` counts.
-
-Reference: Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556,
-Appendix F, whose forward pass also counts softmax, the embedding's look-up and the head at every
-position.
+attention scores and their weighted values, in prefill over the whole square of positions. Norms,
+softmax, rotary embeddings, the look-up of tokens, convolutions, the scan of linear attention, cross
+attention, scores of Gemma 3n and 4 and matrices outside the layers are left out. The head counts
+for one position, as in generation. Otherwise this is what `torch.utils.flop_counter` counts;
+Hoffmann et al. 2022, arXiv:2203.15556, Appendix F, also count softmax, the look-up and the head at
+every position.
 """
 
 import gc
@@ -53,9 +51,12 @@ def weight_bytes(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
     return int(anatomy.total_params * getattr(torch, dtype).itemsize)
 
 
-def kv_cache_bytes_per_token(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
-    """Count bytes of keys and values that one token adds to the cache."""
-    values = sum(2 * s.num_kv_heads * s.head_dim for s in anatomy.layers)
+def kv_cache_bytes(anatomy: Anatomy, tokens: int, dtype: str = "bfloat16") -> int:
+    """Count bytes of keys and values of so many tokens; layers with a window hold no more of it."""
+    values = sum(
+        min(tokens, s.window or tokens) * (2 * s.num_kv_heads * s.head_dim + s.fixed_cache)
+        for s in anatomy.layers
+    )
     return int(values * getattr(torch, dtype).itemsize)
 
 
@@ -81,7 +82,9 @@ def _forward_flops(anatomy: Anatomy, tokens: int, context: int) -> int:
         flops += tokens * 2 * anatomy.hidden_size * channels  # one side is the hidden size
         taken = anatomy.experts_per_token * shape.intermediate_size * shape.expert_neuron_params
         flops += tokens * 2 * (taken + shape.num_experts * shape.expert_fixed_params)
-        flops += 4 * tokens * context * shape.num_heads * shape.head_dim  # scores and values
+        flops += tokens * 2 * shape.fixed_weights
+        reach = max(tokens, min(context, shape.window or context))
+        flops += 4 * tokens * reach * shape.num_heads * shape.head_dim  # scores and values
     return flops
 
 

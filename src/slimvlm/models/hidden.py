@@ -70,7 +70,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Move the tensors among inputs to the model's device; pictures to its data type."""
-    moved, device = {}, device_of(model)
+    moved, device = dict(inputs), device_of(model)
     for name, value in inputs.items():
         if isinstance(value, Tensor):
             floating = value.is_floating_point()

@@ -45,7 +45,7 @@ from slimvlm.models.files import (
     write_merged,
 )
 from slimvlm.models.hidden import shard_config, weight_of
-from slimvlm.models.modeling_pruned import EARLIER, PREFIX, cut_layers_, standardise_
+from slimvlm.models.modeling_pruned import PREFIX, cut_layers_, standardise_
 from slimvlm.models.parts import Parts, backbone_of, family_of, text_config_of
 
 _WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -65,7 +65,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 def is_uneven(config: PreTrainedConfig) -> bool:
     """Whether a configuration gives decoder layers their own widths."""
     text_config = text_config_of(config)
-    has_own = text_config.is_heterogeneous or hasattr(text_config, EARLIER)
+    has_own = text_config.is_heterogeneous
     return has_own and backbone_of(config).can_be_uneven
 
 
@@ -96,7 +96,7 @@ def require_undivided(
 
 
 def check_widths_(config: PreTrainedConfig) -> None:
-    """Check layers' own widths in a configuration from a file, also one of earlier versions."""
+    """Check layers' own widths in a configuration from a file."""
     if not is_uneven(config):
         return
     standardise_(config)

@@ -21,18 +21,12 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 PREFIX = "Pruned"
-EARLIER = "pruned_layers"  # field of earlier versions: a list of the widths of every layer
 READS_GLOBAL = "allow_global_per_layer_attribute_access"  # without it native classes raise
 
 
 def standardise_(config: Any) -> None:
-    """Give a configuration ``per_layer_config`` for `EARLIER`, and let native classes read it."""
-    text_config = config.get_text_config()
-    setattr(text_config, READS_GLOBAL, True)
-    rows = vars(text_config).pop(EARLIER, None)
-    if rows is not None:
-        layers = range(text_config.num_hidden_layers)
-        text_config.per_layer_config = dict(zip(layers, rows, strict=True))
+    """Let native classes read the widths of the whole model."""
+    setattr(config.get_text_config(), READS_GLOBAL, True)
 
 
 def cut_layers_(model: PreTrainedModel) -> None:

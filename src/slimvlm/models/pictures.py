@@ -4,7 +4,7 @@ import copy
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, wraps
 from math import ceil
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
-from slimvlm.data.chat import encode_questions, plain_question
+from slimvlm.data.read import picture_tokens
 from slimvlm.data.samples import Sample, open_image
 from slimvlm.models.cost import free_memory
 from slimvlm.models.families import Knob
@@ -100,13 +100,6 @@ def knobs_of(config: Any) -> tuple[Knob, ...]:
     return found
 
 
-def picture_tokens(processor: Any, size: tuple[int, int]) -> int:
-    """Count the tokens by which a picture of a size lengthens a question."""
-    shown = plain_question(processor, size)
-    asked = [encode_questions(processor, [each]) for each in (shown, replace(shown, images=()))]
-    return int(asked[0]["input_ids"].shape[1] - asked[1]["input_ids"].shape[1])
-
-
 def with_settings(processor: Any, settings: Mapping[str, Any]) -> Any:
     """Return a processor with some other settings, a dot before keys; the given one stays."""
     made, values = copy.copy(processor), processor.image_processor.to_dict()
@@ -169,10 +162,11 @@ def budgets_for(
 
     def choose(share: float) -> PictureBudget:
         if not least <= share * full <= full:
-            raise ConfigError(
-                f"image-token budget {share} must be from {ceil(1000 * least / full) / 1000} to 1: "
-                f"{names} leave that of the {full / len(sizes):.0f} tokens of this data's pictures"
+            told = (
+                f"image-token budget {share} must be from {ceil(1000 * least / full) / 1000} to 1"
             )
+            of = f"{full / len(sizes):.0f} tokens of this data's pictures"
+            raise ConfigError(f"{told}: {names} leave that of the {of}")
         step = bisect_left(range(len(steps)), -share * full, key=lambda i: -sum(counts(i)))
         means = sum(counts(step)) / len(sizes), full / len(sizes)
         return PictureBudget(share, steps[step], *means, sorted(sizes)[len(sizes) // 2])

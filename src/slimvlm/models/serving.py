@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.anatomy import FULL_ATTENTION, Anatomy
 from slimvlm.models.cost import OFF_ROWS_ADVICE, ROW_MULTIPLE, WIDTH_MULTIPLE
 
 Level = Literal["ok", "warn", "fail", "unknown"]
@@ -23,6 +24,14 @@ GGUF_ROW = 32  # block of the formats Q4_0 and Q8_0 along a row
 GGUF_K_ROW = 256  # block of the K formats (Q4_K_M and its like) along a row
 MAX_HEAD_DIM = 256
 MLX = "mlx-vlm 0.7.10"
+_FOURTH = dict.fromkeys(("llama4_text", "qwen3_5_text", "qwen3_5_moe_text"), 4)
+BY_POSITION = {
+    "gguf": {"gemma2": 2, "gemma3_text": 6},
+    "sglang": {"gemma2": 2, **_FOURTH},
+    "mlx": {"gemma3_text": 6, "cohere2": 4, **_FOURTH},
+}
+"""By engine and language model: layers from one with full attention to the next. These engines take
+a layer's kind from its position; all others read ``layer_types``."""
 GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2",
               "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")  # fmt: skip
 """Language models that llama.cpp's converter knows."""
@@ -36,6 +45,13 @@ GGUF_PICTURES = {
 """Models whose vision tower llama.cpp's converter writes (``--mmproj``), and the image tokens of
 their chat templates, which llama.cpp adds by itself."""
 
+OWN_HEAD_DIM = (
+    ("vllm", ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"), "vLLM 0.32.0"),
+    ("sglang", ("phi",), ""),
+    ("gguf", ("phi", "phi3"), ""),
+    ("mlx", ("llava", "llava_next", "idefics3", "qwen2_5_vl"), ""),
+)
+"""Engines that take hidden size / heads for ``head_dim``, models, and the version that was run."""
 OPENVINO_REFUSES = {"gemma2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "internvl"}
 """Models that its converter refused, with transformers 5.5."""
 
@@ -53,19 +69,17 @@ RAN = {
         "llava/qwen2", "qwen2_5_vl/qwen2_5_vl_text", "idefics3/llama", "internvl/qwen2",
     )),
     "gguf": Ran("llama.cpp, xllamacpp 2026.10.11549", (
-        "llama", "mistral", "llava/llama", "llava/mistral", "gemma3/gemma3_text", "idefics3/llama",
-        "smolvlm/llama", "qwen2_vl/qwen2_vl_text", "qwen2_5_vl/qwen2_5_vl_text",
+        "llama", "mistral", "llava/llama", "llava/mistral", "idefics3/llama", "smolvlm/llama",
+        "qwen2_vl/qwen2_vl_text", "qwen2_5_vl/qwen2_5_vl_text",
     )),
     "onnx": Ran("ONNX Runtime GenAI 0.18.0", (
-        "llama", "mistral", "qwen2", "qwen3", "phi", "gemma2", "llava/llama", "llava/mistral",
-        "llava/qwen2",
+        "llama", "mistral", "qwen2", "qwen3", "phi", "llava/llama", "llava/mistral", "llava/qwen2",
     )),
     "openvino": Ran("OpenVINO 2026.4.1", (
         "llama", "mistral", "qwen2", "qwen3", "phi3", "llava/llama", "llava/mistral",
-        "gemma3/gemma3_text",
     )),
 }  # fmt: skip
-"""By target. ``tests/journeys/test_engines.py`` compares every entry."""
+"""By target, with layers of the kinds that real models have; compared by ``make test-engines``."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +148,33 @@ class Finding:
     seen: str = ""  # the engine that showed it in a run
 
 
+def _misplaced(every: dict[str, int], case: Case) -> bool:
+    """Whether a layer is of another kind than its position says."""
+    step = every.get(case.shape.text_type, 0)
+    are_full = [layer.kind == FULL_ATTENTION for layer in case.shape.layers]
+    return step > 0 and are_full != [i % step == step - 1 for i in range(len(are_full))]
+
+
+def _kinds(case: Case) -> str:
+    runs = groupby(layer.kind for layer in case.shape.layers)
+    return ", ".join(f"{len(list(run))} x {kind}" for kind, run in runs)
+
+
+def _gguf_scalar(case: Case) -> int:
+    """What llama.cpp divides products of queries and keys by the root of."""
+    shape = case.shape
+    is_27b = shape.num_layers == {"gemma2": 46, "gemma3_text": 62}.get(shape.text_type)
+    heads = max(layer.num_heads for layer in shape.layers)
+    return shape.hidden_size // heads if is_27b else case.head_dim
+
+
 def _head_dim(case: Case) -> str:
     return f"head_dim {case.head_dim}, {case.heads}, hidden size {case.shape.hidden_size}"
+
+
+def _kind(target: str, case: Case) -> str:
+    blind = case.shape.vision_params > 0 and case.shape.model_type not in GGUF_PICTURES
+    return f"a {case.kind!r} model{', without pictures' * (blind and target == 'gguf')}"
 
 
 def _tower(case: Case) -> str:
@@ -157,7 +196,7 @@ def _rows(case: Case) -> str:
 RULES: tuple[Rule, ...] = (
     *(Rule("answers", (target,), "unknown",
            partial(lambda kinds, c: c.kind not in kinds, ran.kinds),
-           lambda c: f"a {c.kind!r} model",
+           partial(_kind, target),
            "no model of this kind was run there: try it before you rely on it",
            ran.version)
       for target, ran in RAN.items()),
@@ -165,6 +204,21 @@ RULES: tuple[Rule, ...] = (
          lambda c: not c.shape.is_uniform,
          lambda c: "layers have different widths" if not c.shape.is_uniform else "all layers alike",
          "plan with --allocation uniform"),
+    *(Rule("layer kinds", (target,), "fail", partial(_misplaced, every), _kinds,
+           "the engine takes a layer's kind from its position, full attention once in "
+           + ", ".join(f"{step} layers of {name}" for name, step in every.items())
+           + ": remove whole runs of so many, or plan with --axis width")
+      for target, every in BY_POSITION.items()),
+    Rule("attention scale", ("gguf",), "fail",
+         lambda c: c.shape.query_scalar not in (0, _gguf_scalar(c)),
+         lambda c: f"{c.shape.num_layers} layers, query_pre_attn_scalar {c.shape.query_scalar:g}",
+         "llama.cpp takes hidden size / heads at 46 layers of Gemma 2 and 62 of Gemma 3, head_dim "
+         "at other numbers: leave their layers and heads, or plan neurons only"),
+    Rule("MLP width", ("vllm",), "fail",
+         lambda c: c.shape.text_type == "glm_ocr_text" and c.shape.vision_params > 0
+         and any(s.intermediate_size != 3 * c.shape.hidden_size for s in c.shape.layers),
+         lambda c: f"{c.neurons} neurons",
+         "vLLM gives the vision merger as many, which has 3 x hidden size: leave the neurons"),
     Rule("unquantised", ("gguf",), "fail",
          lambda c: c.is_quantized,
          lambda c: "weights are quantised" if c.is_quantized else "weights are not quantised",
@@ -173,25 +227,12 @@ RULES: tuple[Rule, ...] = (
          lambda c: c.is_quantized,
          lambda c: "weights are quantised" if c.is_quantized else "weights are not quantised",
          "not tried there: load it once before you rely on it"),
-    Rule("head_dim", ("vllm",), "fail",
-         lambda c: c.has_own_head_dim
-         and c.shape.text_type in ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"), _head_dim,
-         "vLLM takes hidden size / heads here: prune neurons or layers and leave the heads",
-         seen=RAN["vllm"].version),
-    Rule("head_dim", ("sglang",), "fail",
-         lambda c: c.has_own_head_dim and c.shape.text_type == "phi", _head_dim,
-         "SGLang takes hidden size / heads here: prune neurons or layers and leave the heads"),
-    Rule("head_dim", ("gguf",), "fail",
-         lambda c: c.has_own_head_dim and c.shape.text_type in ("phi", "phi3"), _head_dim,
-         "the converter takes hidden size / heads here: leave the heads"),
-    Rule("head_dim", ("mlx",), "fail",
-         lambda c: c.has_own_head_dim and c.shape.model_type == "llava", _head_dim,
-         "mlx-vlm takes hidden size / heads here: prune neurons or layers and leave the heads",
-         seen=MLX),
-    Rule("query heads", ("mlx",), "fail",
-         lambda c: c.has_own_head_dim
-         and c.shape.model_type in ("llava_next", "idefics3", "qwen2_5_vl"), _head_dim,
-         "mlx-vlm takes hidden size / heads here: prune neurons or layers and leave the heads"),
+    *(Rule("head_dim", (target,), "fail",
+           partial(lambda types, c: c.has_own_head_dim
+                   and bool({*types} & {c.shape.model_type, c.shape.text_type}), types), _head_dim,
+           "the engine takes hidden size / heads here: prune neurons or layers and leave the heads",
+           seen=seen)
+      for target, types, seen in OWN_HEAD_DIM),
     Rule("pictures", ("mlx",), "fail",
          lambda c: c.shape.model_type == "llava", _tower,
          "text only: mlx-vlm hands 'padding' to the image processor, which transformers 5.24 "

@@ -4,62 +4,48 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, NumericalError
+from slimvlm.core.options import AT_LEAST_1, SHARE, Axis, Options, Range
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy
 from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
 from slimvlm.models.hidden import all_finite
-from slimvlm.planning.plan import AXES, Kept, Plan
+from slimvlm.planning.plan import Kept, Plan
 from slimvlm.scoring.unit_scores import Scores
-
-ALLOCATIONS = ("uniform", "protect")
-COUNTINGS = ("parameters", "per_layer")
 
 _PROTECTED_OF_32 = (4, 2)  # first and last layers that the study's code leaves whole
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Options):
     """Check the arguments of `make_plan`; a `ConfigError` names the one that is out of range."""
 
     anatomy: Anatomy
-    ratio: float
-    axis: str
+    ratio: Annotated[float, SHARE]
+    axis: Axis | str
     protect: tuple[int, int] = (0, 0)
-    counting: str = "parameters"
-    round_to: int | None = None
-    depth_share: float = 0.5
-    allocation: str = "uniform"
+    counting: Literal["parameters", "per_layer"] | str = "parameters"
+    round_to: Annotated[int | None, AT_LEAST_1] = None
+    depth_share: Annotated[float, Range(lambda share: 0 <= share <= 1, "between 0 and 1")] = 0.5
+    allocation: Literal["uniform", "protect"] | str = "uniform"
     units: tuple[str, ...] = WIDTH_UNITS
     kv_heads: int | None = None
-    experts: float = 0.0
+    experts: Annotated[float, SHARE] = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise ConfigError(f"ratio {self.ratio} must be at least 0 and below 1")
-        words = {"axis": AXES, "allocation": ALLOCATIONS, "counting": COUNTINGS}
-        for name, allowed in words.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ConfigError(f"{name} {value!r} must be one of: {', '.join(allowed)}")
+        super().__post_init__()
         first, last = self.protected
         if min(first, last) < 0 or first + last >= self.anatomy.num_layers:
             raise ConfigError(
                 f"protect {(first, last)} must leave at least one of "
                 f"{self.anatomy.num_layers} layers"
             )
-        if self.round_to is not None and self.round_to < 1:
-            raise ConfigError(f"round_to {self.round_to} must be at least 1")
-        if not 0 <= self.depth_share <= 1:
-            raise ConfigError(f"depth_share {self.depth_share} must be between 0 and 1")
-        self._check_units()
-
-    def _check_units(self) -> None:
         if not self.units or not set(self.units) <= set(WIDTH_UNITS):
             raise ConfigError(f"units {self.units} must be some of: {', '.join(WIDTH_UNITS)}")
         if self.kv_heads is not None:
@@ -70,8 +56,6 @@ class Budget:
                 raise ConfigError(f"kv_heads {self.kv_heads} needs counting 'parameters'")
             if "kv_group" not in self.units and self.kv_heads != legal[-1]:
                 raise ConfigError(f"kv_heads {self.kv_heads} needs 'kv_group' among units")
-        if not 0 <= self.experts < 1:
-            raise ConfigError(f"experts {self.experts} must be at least 0 and below 1")
         if self.experts and not self.anatomy.expert_counts:
             raise ConfigError(
                 f"experts {self.experts}: {self.anatomy.model_type!r} has none that can go"
@@ -134,12 +118,12 @@ def make_plan(
 
     Args:
         anatomy: The model's.
-        scores: Scores of the units to prune, higher = keep. Units without scores stay whole. If
-            two of them score the same unit, the first one counts.
+        scores: Scores of the units to prune, higher = keep; of two for a unit, the first one
+            counts. Units without scores stay whole.
         ratio: Share to remove, in [0, 1): of the backbone's parameters, or with
-            ``counting="per_layer"`` of the units of each unprotected layer (of the unprotected
-            layers, for ``depth``).
-        axis: ``depth`` removes layers, ``width`` KV groups and neurons, ``both`` mixes them.
+            ``counting="per_layer"`` of the units (for ``depth``, layers) that are not protected.
+        axis: ``depth`` removes layers, but leaves one of each kind at least; ``width`` KV groups
+            and neurons; ``both`` mixes them.
         allocation: How widths share the budget. ``uniform``: the same widths in every unprotected
             layer. ``protect``: the same, with the first 4 and last 2 of 32 layers left whole
             (scaled to the model's depth, one at least) unless ``protect`` says otherwise.
@@ -153,26 +137,19 @@ def make_plan(
         kv_heads: KV groups to keep in every unprotected layer; neurons give the rest. By default
             both kinds give the same share where whole groups allow it.
         tokens: Ids of the tokens to keep, as `slimvlm.choose_tokens` finds them; None for all. The
-            rows that go are part of the ratio: the axis gives the rest, and nothing where they
-            alone reach it.
-        experts: Share of the experts of every layer that goes, in [0, 1), protected layers too; as
-            near as whole experts allow, and as many must stay as each token takes. Scores must
-            cover ``expert``. Their parameters are part of the ratio, as with tokens.
+            rows that go are part of the ratio, of which the axis gives the rest.
+        experts: Share of the experts of every layer that goes, in [0, 1), protected layers too;
+            as many stay as each token takes. Scores must cover ``expert``. Part of the ratio, too.
 
     Returns:
-        A plan whose achieved ratio is as near as whole units allow: within a layer for ``depth``,
-        within one multiple of neurons in all layers for widths.
-
-    Raises:
-        ConfigError: If an argument is out of range or scores for the axis are missing.
-        ImpossiblePlanError: If no legal shape comes near the ratio; the message names the nearest.
+        A plan with the nearest ratio; `ImpossiblePlanError` if none is within one layer for
+        ``depth``, within one multiple of neurons in all layers for widths.
 
     Reference:
-        The protected layers are those of Huang et al. 2025, arXiv:2507.20749, in the released code
-        for InternVL; for its other models that code protects more (3 first and 11 last of 32).
+        Protected layers: Huang et al. 2025, arXiv:2507.20749, in the released code for InternVL.
     """
-    rest = (protect, counting, round_to, depth_share, allocation, tuple(units), kv_heads, experts)
-    budget = Budget(anatomy, ratio, axis, *rest)
+    rest: Any = (axis, protect, counting, round_to, depth_share, allocation)
+    budget = Budget(anatomy, ratio, *(*rest, tuple(units), kv_heads, experts))
     given = [scores] if isinstance(scores, Scores) else list(scores)
     kept = None if tokens is None else tuple(sorted(set(tokens)))
     plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio, tokens=kept)
@@ -207,12 +184,7 @@ def make_plan(
 
 
 def ratio_for_params(anatomy: Anatomy, target_params: int) -> float:
-    """The ratio that leaves a whole model (towers included) with so many parameters.
-
-    Raises:
-        ImpossiblePlanError: If more than the backbone would have to go.
-        ConfigError: If the model is already that small.
-    """
+    """The ratio that leaves a whole model (towers included) with so many parameters."""
     excess = anatomy.total_params - target_params
     if excess < 0:
         raise ConfigError(
@@ -238,10 +210,6 @@ def make_plan_for_params(
     """Make the plan with the smallest ratio whose whole model has at most so many parameters.
 
     Towers count among them. All other arguments are those of `make_plan`.
-
-    Raises:
-        ImpossiblePlanError: If no legal shape is that small.
-        ConfigError: If the model is already that small, or an argument is out of range.
     """
     ratio = ratio_for_params(anatomy, target_params)
     while True:
@@ -272,8 +240,9 @@ def width_candidates(
     as the ratio leaves; any other ``allocation`` the one plan of `make_plan`. The units are
     arbitrary: ``criterion`` will choose them. ``layer_scores`` choose layers; none for ``width``.
     """
-    groups = [torch.zeros(shape.num_kv_heads) for shape in anatomy.layers]
-    neurons = [torch.zeros(shape.intermediate_size) for shape in anatomy.layers]
+    zeros = cache(torch.zeros)
+    groups = [zeros(shape.num_kv_heads) for shape in anatomy.layers]
+    neurons = [zeros(shape.intermediate_size) for shape in anatomy.layers]
     scores = [*layer_scores, Scores(criterion, kv_group=groups, neuron=neurons)]
     if allocation != "balanced":
         return [make_plan(anatomy, scores, ratio, axis, allocation, **options)]
@@ -296,18 +265,25 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     open_layers = filter(budget.is_open, range(anatomy.num_layers))
     candidates = [index for index in open_layers if index not in anatomy.pinned_layers]
     assert scores.layer is not None
-    order = [candidates[int(i)] for i in torch.argsort(scores.layer[candidates], stable=True)]
+    stay, order = anatomy.kinds, list[int]()  # of every kind of layer one stays
+    for place in torch.argsort(scores.layer[candidates], stable=True).tolist():
+        index = candidates[place]
+        if stay[shapes[index].kind] > 1:
+            stay[shapes[index].kind] -= 1
+            order.append(index)
     if budget.counting == "per_layer":
         count = channels_to_remove(len(candidates), budget.ratio)
     else:  # so many that their parameters come nearest; layers may differ in size
         wanted = budget.left(plan) * (budget.depth_share if budget.axis == "both" else 1.0)
         sums = list(accumulate((shapes[i].params for i in order), initial=0))
         count = min(range(len(sums)), key=lambda n: abs(sums[n] - wanted))
-    count = min(count, len(candidates), len(shapes) - 1)
+    count = min(count, len(order))
     if scores.layer_runs is not None and count:
         costs = scores.layer_runs[count - 1]  # of the run that begins at each layer
         runs = [{*range(start, start + count)} for start in candidates]
-        possible = [run for run in runs if run <= set(candidates)]
+        runs = [run for run in runs if run <= set(candidates)]
+        rest = [{s.kind for i, s in enumerate(anatomy.layers) if i not in run} for run in runs]
+        possible = [run for run, kinds in zip(runs, rest, strict=True) if kinds == {*stay}]
         if not possible:
             raise ImpossiblePlanError(
                 f"plan: no {count} layers in a row can go; score layers one by one, such as by "
@@ -351,7 +327,7 @@ def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
 def best_units(values: Tensor, count: int) -> Kept:
     """Return the indices of the highest scores, ascending; of equal ones the later stay."""
     order = torch.argsort(values, stable=True)
-    return tuple(sorted(int(i) for i in order[len(values) - count :]))
+    return tuple(order[len(values) - count :].sort().values.tolist())
 
 
 def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
@@ -411,10 +387,11 @@ def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan
         *_, groups, neurons = min(misses)
         counts = {"kv_group": groups, "neuron": neurons}
     kept = {unit: list(plan.kept(unit)) for unit in scored}
+    best = cache(best_units)  # by the tensor, which layers may share
     for unit, scores in scored.items():
         for index, shape in shapes.items():
             count = counts[unit] if shape.units(unit) else 0
-            kept[unit][index] = best_units(scores.of(unit)[index], count)
+            kept[unit][index] = best(scores.of(unit)[index], count)
     rows: dict[str, Any] = {f"{unit}s": tuple(units) for unit, units in kept.items()}
     criteria = {**plan.criteria, **{unit: scores.criterion for unit, scores in scored.items()}}
     return replace(plan, criteria=criteria, **rows)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -63,8 +64,10 @@ class Plan:
                 kept, count = self.kept(unit)[index], shape.units(unit)
                 has_some = index in self.layers and count > 0
                 checks.append((f"{unit}s[{index}]", kept, count, has_some == bool(kept)))
+        known = {(id(row), n): (row, n) for _, row, n, _ in checks}  # layers may share a tuple
+        good = {place for place, its in known.items() if _are_indices(*its)}
         for name, kept, count, right_emptiness in checks:
-            if not right_emptiness or not _are_indices(kept, count):
+            if not right_emptiness or (id(kept), count) not in good:
                 raise ConfigError(
                     f"plan: {name} must be sorted, unique, below {count}, and empty only where the "
                     "layer is gone"
@@ -75,30 +78,36 @@ class Plan:
                 raise ImpossiblePlanError(
                     f"plan: experts[{index}] keeps {len(experts)}, but each token takes {taken}"
                 )
-        if self.tokens is not None:
-            if before.why_tokens_stay is not None:
-                raise ImpossiblePlanError(
-                    f"plan: tokens of {before.model_type!r} cannot go, since "
-                    f"{before.why_tokens_stay}"
-                )
-            if not self.tokens or not _are_indices(self.tokens, before.vocab_size):
-                raise ConfigError(
-                    "plan: tokens must be at least one, sorted, unique and below "
-                    f"{before.vocab_size}"
-                )
+        self._require_tokens()
         missing = sorted(set(before.pinned_layers) - set(self.layers))
         if missing:
             raise ImpossiblePlanError(
                 f"plan: layers {missing} of {before.model_type!r} must stay, since "
                 f"{before.why_pinned}"
             )
+        for kind in sorted({*before.kinds} - {before.layers[i].kind for i in self.layers}):
+            raise ImpossiblePlanError(
+                f"plan: no layer of {before.model_type!r} with {kind} stays; at least one of its "
+                f"{before.kinds[kind]} must"
+            )
+
+    def _require_tokens(self) -> None:
+        if self.tokens is None:
+            return
+        if (why := self.before.why_tokens_stay) is not None:
+            raise ImpossiblePlanError(
+                f"plan: tokens of {self.before.model_type!r} cannot go, since {why}"
+            )
+        most = self.before.vocab_size
+        if not self.tokens or not _are_indices(self.tokens, most):
+            raise ConfigError(f"plan: tokens must be at least one, sorted, unique and below {most}")
 
     @classmethod
     def everything(cls, anatomy: Anatomy) -> "Plan":
         """The plan that removes nothing."""
+        every = cache(lambda count: tuple(range(count)))
         groups, neurons = (
-            tuple(tuple(range(shape.units(unit))) for shape in anatomy.layers)
-            for unit in WIDTH_UNITS
+            tuple(every(shape.units(unit)) for shape in anatomy.layers) for unit in WIDTH_UNITS
         )
         return cls(anatomy, tuple(range(anatomy.num_layers)), groups, neurons, "both", 0.0)
 
@@ -169,12 +178,7 @@ class Plan:
 
     @property
     def file_format(self) -> FileFormat:
-        """How the smaller model can be written.
-
-        ``native``: as a plain configuration and weights. ``uneven``: with the widths of every
-        layer in the configuration and a Python file that applies them, which needs
-        ``trust_remote_code=True``.
-        """
+        """How it is written: plainly, or with the Python file that applies layers' own widths."""
         after, before = self._narrowed, self.before
         is_legal = after.is_uniform
         if is_legal and after.mlp_widths:
@@ -195,6 +199,10 @@ class Plan:
         others = ""
         if (fewer := self._narrowed.expert_counts) and fewer != self.before.expert_counts:
             others = f", {_span(fewer)} of {_span(self.before.expert_counts)} experts"
+        stay = self._narrowed.kinds
+        for kind, count in self.before.kinds.items():
+            if len(stay) > 1 and 2 * stay[kind] <= count:
+                others += f", only {stay[kind]} of {count} layers with {kind}"
         if self.tokens is not None:
             others += f", {len(self.tokens):,} of {self.before.vocab_size:,} tokens"
         if self.file_format == "uneven":
@@ -270,8 +278,9 @@ class PlanFile:
 
 
 def _are_indices(kept: Sequence[Any], count: int) -> bool:
-    in_range = all(isinstance(i, int) and 0 <= i < count for i in kept)
-    return in_range and list(kept) == sorted(set(kept))
+    if not set(map(type, kept)) <= {int} or list(kept) != sorted(set(kept)):
+        return False
+    return not kept or 0 <= kept[0] <= kept[-1] < count
 
 
 def _span(values: Sequence[Any]) -> str:

@@ -18,7 +18,7 @@ from slimvlm.models import load as models
 from slimvlm.models.anatomy import LAYER_UNITS, Anatomy, channels_of, read_anatomy, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
 from slimvlm.models.hidden import layer_input
-from slimvlm.models.modeling_pruned import EARLIER, READS_GLOBAL, set_counts_
+from slimvlm.models.modeling_pruned import READS_GLOBAL, set_counts_
 from slimvlm.models.parts import Parts, family_of, layer_matrices, text_config_of
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.tokens import renumber_config_, renumber_modules_, require_named_tokens
@@ -41,8 +41,7 @@ def smaller_text_config(
     new: PreTrainedConfig = copy.deepcopy(old)
     if row.can_be_uneven:
         new.per_layer_config = None
-        for name in (EARLIER, READS_GLOBAL):
-            vars(new).pop(name, None)
+        vars(new).pop(READS_GLOBAL, None)
     if plan.needs_retype:
         values, target = new.to_dict(), CONFIG_MAPPING[after.text_type]
         dropped = {"model_type", "architectures", "transformers_version"}

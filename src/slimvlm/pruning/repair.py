@@ -59,8 +59,7 @@ def confirmed(
     share ``s``: with ``r`` the residual of the sliced weights and ``c`` the change by the new ones,
     its lowest point is ``Σ_t w_t r_t·c_t / Σ_t w_t ‖c_t‖²``.
 
-    ``rows`` are of held-out tokens: inputs ``[T, C]``, weights ``[T]`` and, if any, residuals
-    ``[T, O]``; ``keep`` is sorted.
+    ``rows`` are inputs ``[T, C]``, weights ``[T]`` and, if any, residuals ``[T, O]``.
     """
     whole, gone = weight.detach().clone(), weight.detach().clone()
     gone[:, keep] = 0
@@ -105,17 +104,13 @@ def refit(
 
     ``W' = W_K + (W_R G_RK + E_K) (G_KK + λ I)⁻¹``,
 
-    with ``E`` the cross moments of the residuals, 0 without. This is
-    ``W G_{:,K} (G_KK)⁻¹`` in the limit of no ridge. With a bias all moments are centred.
-
-    The ridge pulls towards the sliced weights, not towards zero. So the error on the calibration
-    tokens is never above that of the sliced weights, whatever the ridge, and where nothing is
-    removed and nothing is missing the weights stay as they are, bit for bit. If the Gram matrix is
-    singular beyond the ridge, the ridge is raised until the system can be solved.
+    with ``E`` the cross moments of the residuals, 0 without. With a bias all moments are centred.
+    The ridge pulls towards the sliced weights, so the error on the calibration tokens is never
+    above theirs, and where nothing is removed or missing the weights stay as they are, bit for bit.
+    It is raised until the system can be solved.
 
     Reference:
-        Least squares on the matrix that reads the pruned channels: Meng et al. 2024, OSSCAR,
-        arXiv:2403.12983. The ridge towards the sliced weights and the centring are ours.
+        Meng et al. 2024, OSSCAR, arXiv:2403.12983, without the ridge's aim and the centring.
     """
     if weight.element_size() < 4:  # float32 will do, if it solves to better than what they can hold
         tolerance = torch.finfo(weight.dtype).eps / 8
@@ -233,8 +228,9 @@ class Writer:
         keep = kept_channels(plan, self.index, self.projection)
         return keep.to(self.weight.device)
 
-    def assign_(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Set new parameters in the module's data type; refuse values that are not finite in it."""
+    def parameters(self, weight: Tensor, bias: Tensor | None) -> dict[str, nn.Parameter]:
+        """Convert new values to the module's data type; refuse what is not finite in it."""
+        made: dict[str, nn.Parameter] = {}
         for part, value in (("weight", weight), ("bias", bias)):
             if value is None:
                 continue
@@ -242,7 +238,8 @@ class Writer:
             new = value.to(old)
             if not all_finite(new):
                 raise NumericalError(f"NaN or infinity in the repaired {part} of layer {self.name}")
-            setattr(self.linear, part, nn.Parameter(new, old.requires_grad))
+            made[part] = nn.Parameter(new, old.requires_grad)
+        return made
 
 
 def writers_of_layer(layer: nn.Module, index: int, row: Backbone) -> Iterator[Writer]:
@@ -265,26 +262,21 @@ def repair_(
 ) -> WalkReport:
     """Repair the widths of a pruned model from Gram matrices of the original one, in place.
 
-    Every matrix is fitted to the original inputs, as if only it had been pruned. This needs one
-    pass over the data and no model but the pruned one. `slimvlm.walk_` is better, since it takes
-    each layer's inputs from the already smaller layers before it, and it alone can repair the seams
-    of removed layers.
+    Every matrix is fitted to the original inputs, as if only it had been pruned, in one pass over
+    the data. `slimvlm.walk_` is better: it takes each layer's inputs from the smaller layers before
+    it, and it alone can repair the seams of removed layers.
 
     ``model`` is what ``prune_(model, plan)`` left, ``statistics`` are those of
     ``sv.collect(original, batches, "obs")``, and `slimvlm.pruning.repair.refit` explains ``ridge``.
-    The report's errors are those on the statistics.
-
-    Raises:
-        ConfigError: If the statistics are of another kind or another model, or the model was not
-            pruned by this plan.
-        NumericalError: If a new weight is not finite.
+    The report's errors are those on the statistics. If a new weight is not finite, a
+    `NumericalError` is raised and the model stays as it is.
     """
     require_ridge(ridge)
     if not statistics.matrices:
         raise ConfigError("statistics cannot repair: only those of criterion 'obs' can")
     if read_anatomy(model).layers != plan.after.layers:
         raise ConfigError("model: does not have the shape that the plan leaves; prune it first")
-    fitted: list[tuple[Writer, Refit]] = []
+    fitted: list[tuple[Writer, Refit, dict[str, nn.Parameter]]] = []  # none is set before all are
     for index, layer in zip(plan.layers, Parts(model).layers, strict=True):
         for writer in writers_of_layer(layer, index, plan.before.backbone):
             place, device = (index, writer.projection.path), writer.weight.device
@@ -299,10 +291,10 @@ def repair_(
             if len(keep) < channels:
                 sums = (part.gram.to(device), part.total.to(device), part.count.to(device))
                 found = refit(weight.to(device), writer.bias, Moments(*sums), keep, ridge)
-                fitted.append((writer, found))
+                fitted.append((writer, found, writer.parameters(found.weight, found.bias)))
     layers: dict[int, dict[str, MatrixReport]] = {}
-    for writer, found in fitted:
-        writer.assign_(found.weight, found.bias)
+    for writer, found, parameters in fitted:
+        writer.linear._parameters.update(parameters)
         row = MatrixReport(writer.kind, found.sliced_error, found.repaired_error, 1.0)
         layers.setdefault(writer.index, {})[writer.projection.path] = row
     return WalkReport([LayerReport(index, refits) for index, refits in layers.items()])

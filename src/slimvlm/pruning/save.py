@@ -44,6 +44,7 @@ from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.layerwise import open_checkpoint
 
 CARD_FILE = "README.md"
+LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 _ID = r"(?!.*(--|\.\.))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?"
 _INHERITED = {
     "license": r"[\w.+-]{1,99}",
@@ -82,6 +83,8 @@ def write_card(
 ) -> None:
     """Write a model's card; original, license and data go on from the card of its base."""
     config, shape, handed_on = model.config, read_anatomy(model), base_card(facts.base)
+    copy_licenses(facts.base, folder)
+    first = _first_plan(facts.base, plan, folder)
     data = handed_on.pop("datasets", [])
     if "slimvlm" not in handed_on.pop("tags", ()):
         data = []  # of the original's own training
@@ -91,10 +94,12 @@ def write_card(
         handed_on["base_model"] = split_revision(facts.base)[0]
     if "base_model" in handed_on:
         handed_on["base_model_relation"] = "quantized" if facts.format else "finetune"
+    is_smaller = bool(plan or facts.format or facts.pictures or facts.is_text_of)
     is_rounded = (bool(facts.format) or models.is_quantized(config)) and not facts.files
     sees = Parts(model).family.vision is not None and len(facts.files) != 1
     task = "image-text-to-text" if sees else "text-generation"
-    tags = ["slimvlm", *["pruned"] * (plan is not None), "compressed", config.model_type]
+    tags = ["slimvlm", *["pruned"] * (plan is not None), *["compressed"] * is_smaller]
+    tags.append(config.model_type)
     tags += ["text-only"] * bool(facts.is_text_of)
     results = [  # name and type of the data are the same
         EvalResult(task, name, name, metric, round(value, 2))
@@ -120,6 +125,8 @@ def write_card(
         command=shlex.join(words),
         shape=shape,
         plan=plan,
+        first=first,
+        is_smaller=is_smaller,
         criteria=CRITERIA,
         found=check_serving(shape, ("vllm", "sglang", "gguf"), is_rounded),
         llama_cpp_option=llama_cpp_option(processor, config),
@@ -130,6 +137,25 @@ def write_card(
         transformers=transformers.__version__,
     )
     write_text(folder / CARD_FILE, re.sub(r"\n{3,}", "\n\n", card.content).strip() + "\n")
+
+
+def copy_licenses(base: str, folder: Path) -> None:
+    """Copy the license and notices of a model beside what is made of it, as most ask for."""
+    for name in LICENSES if is_hub_id(base) or Path(base).is_dir() else ():
+        with suppress(ConfigError, OSError):  # the hub may be out of reach
+            path, target = Path(file_if_reachable(base, name) or ""), folder / name
+            leads_out = Path(base).is_dir() and path.resolve().parent != Path(base).resolve()
+            if path.is_file() and not leads_out and not target.exists():
+                write_text(target, read_text(path, "license", 2**22))
+
+
+def _first_plan(base: str, plan: Plan | None, folder: Path) -> Plan | None:
+    """Return the plan whose ``before`` is the original; keep it where an earlier one pruned."""
+    for name in (FIRST_PLAN_FILE, PLAN_FILE):
+        if (path := Path(base) / name).is_file() and (earlier := Plan.load(path)) != plan:
+            earlier.save(folder / FIRST_PLAN_FILE)
+            return earlier
+    return plan
 
 
 def base_card(model: str) -> dict[str, Any]:
@@ -159,6 +185,7 @@ def is_hub_id(name: str) -> bool:
 
 Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no storage for them
 PLAN_FILE = "slimvlm_plan.json"
+FIRST_PLAN_FILE = "slimvlm_first_plan.json"  # of the original, where a later plan pruned further
 SHARD_BYTES = 10**9  # largest weight file written tensor by tensor: one is in memory at a time
 _MOST = 2**14  # tokens of a probe: a picture of 96 x 96 has a few thousand at most
 _COMPARED = 24  # tensors that are compared bit by bit when a folder is read back
@@ -194,10 +221,10 @@ def save(
     Args:
         model: The model.
         processor: Its processor or tokenizer; None writes none.
-        out: The new folder.
+        out: The new folder, which ``force`` may replace.
         plan: The plan that made the model; stored as ``slimvlm_plan.json``. If it removed tokens,
             the processor is written without them; one that still has them stays as it is.
-        force: Whether an existing folder may be replaced.
+        force: See ``out``.
         also: Writes what else belongs into the folder.
         facts: What the model card, ``README.md``, says beside what was removed; by default the
             original is what the model was loaded from.

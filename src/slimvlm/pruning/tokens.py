@@ -6,7 +6,7 @@ for pictures or by default, stay as they are.
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -14,13 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, UnsupportedModelError, shortened
 from slimvlm.data.chat import tokenizer_of
+from slimvlm.data.roles import TOKEN_FIELD, token_fields, token_numbers
 from slimvlm.data.vocabulary import TokenizerFile
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.plan import Plan
 
-_FIELD = re.compile(
-    r"\w*token_(id|ids|index)|image_patch_id|(begin_)?suppress_tokens|(bad|force)_words_ids"
-)
 _OF_PROCESSOR = re.compile(r"\w*_(id|ids|index)")
 _MAY_GO = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 """Fields that forbid tokens; removed tokens are dropped from them."""
@@ -76,9 +74,9 @@ def token_ids_of(*configs: Any) -> set[int]:
     return {
         number
         for config in configs
-        for _, _, name, value in _fields(config, "")
+        for _, _, name, value in token_fields(config)
         if name not in _MAY_GO
-        for number in _numbers(value)
+        for number in token_numbers(value)
         if number >= 0
     }
 
@@ -95,8 +93,8 @@ def require_named_tokens(model: PreTrainedModel, plan: Plan) -> None:
                     f"plan: {type(config).__name__} has a {name}, whose tokens cannot be numbered "
                     "anew; remove it first"
                 )
-        for _, where, name, value in _fields(config, ""):
-            lost = [n for n in _numbers(value) if 0 <= n < rows and n not in kept]
+        for _, where, name, value in token_fields(config):
+            lost = [n for n in token_numbers(value) if 0 <= n < rows and n not in kept]
             if lost and name not in _MAY_GO:
                 raise ConfigError(
                     f"plan: tokens must hold {lost[0]}, which is the model's {where} "
@@ -109,7 +107,7 @@ def renumber_config_(config: PreTrainedConfig, plan: Plan) -> None:
     if plan.tokens is None:
         return
     new = new_numbers(plan)
-    for owner, _, name, value in list(_fields(config, "")):
+    for owner, _, name, value in list(token_fields(config)):
         setattr(owner, name, _renumbered(value, new, name))
     is_whole = config.model_type == plan.before.model_type
     for part in (config, text_config_of(config)) if is_whole else (config,):
@@ -129,7 +127,7 @@ def renumber_modules_(model: PreTrainedModel, plan: Plan) -> None:
     new = new_numbers(plan)
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if _FIELD.fullmatch(name):
+            if TOKEN_FIELD.fullmatch(name):
                 setattr(module, name, _renumbered(value, new, name))
         for name in _row_fields(plan):
             if vars(module).get(name) == plan.before.vocab_size:
@@ -139,32 +137,15 @@ def renumber_modules_(model: PreTrainedModel, plan: Plan) -> None:
     for owner in (text_model, text_model.get_submodule("embed_tokens"), *embeddings):
         if (padding := vars(owner).get("padding_idx")) is not None:
             owner.padding_idx = new.get(padding)  # type: ignore[assignment]
-    for owner, _, name, value in list(_fields(model.generation_config, "")):
+    for owner, _, name, value in list(token_fields(model.generation_config)):
         setattr(owner, name, _renumbered(value, new, name))
-
-
-def _fields(config: Any, prefix: str) -> Iterator[tuple[Any, str, str, Any]]:
-    """Yield owner, path, name and value of every field that holds token ids."""
-    for name, value in vars(config).items() if config is not None else ():
-        if isinstance(value, PreTrainedConfig):
-            yield from _fields(value, f"{prefix}{name}.")
-        elif _FIELD.fullmatch(name) and value is not None:
-            yield config, f"{prefix}{name}", name, value
-
-
-def _numbers(value: Any) -> Iterator[int]:
-    if isinstance(value, list | tuple):
-        for each in value:
-            yield from _numbers(each)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield value
 
 
 def _renumbered(value: Any, new: Mapping[int, int], name: str) -> Any:
     """Replace the token ids in a field's value; leave out forbidden tokens that are gone."""
     if isinstance(value, list | tuple):
         if name in _MAY_GO:
-            value = [each for each in value if all(n in new for n in _numbers(each))]
+            value = [each for each in value if all(n in new for n in token_numbers(each))]
         return type(value)(_renumbered(each, new, name) for each in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return new.get(value, value)

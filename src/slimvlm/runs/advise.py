@@ -1,5 +1,6 @@
 """Tell before a run, without weights, what it would do and cost: `advise`, and a dry run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -13,6 +14,7 @@ from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import Say, duration
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.general import SHARE as GENERAL_TEXT
+from slimvlm.data.samples import Sample
 from slimvlm.data.vocabulary import TokenizerFile
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
@@ -24,7 +26,7 @@ from slimvlm.planning.make import ratio_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import request as requests
 from slimvlm.runs.compress import compress_command, request_of
-from slimvlm.runs.cost import Cost, Sizes, cost, image_tokens, kept_bytes
+from slimvlm.runs.cost import Cost, Sizes, bytes_of_picture, cost, image_tokens, kept_bytes
 from slimvlm.runs.recipes import Recipe, expected, recipe_for, rules, subject_of
 from slimvlm.runs.request import resolved
 from slimvlm.runs.stages import settled
@@ -80,16 +82,8 @@ def advise(
 ) -> Advice:
     """Choose a recipe for a model and a budget.
 
-    Args:
-        model: Folder, hub id or ``demo``; its configuration and its tokenizer are read.
-        ratio: Share of the backbone's parameters to remove.
-        target_params: Instead: parameters of the whole smaller model, such as ``5B``.
-        target_memory: Instead: memory of its weights, such as ``8GiB``.
-        target_latency: Instead: time to read a question as a share of the original's.
-        data: Whether there are conversations to train on.
-        gpu: Whether there is a GPU; by default, whether this machine has one.
-        samples: How many conversations there are; by default as many as the study had.
-        dtype: Data type that weights are held in.
+    Arguments are the options of ``slimvlm advise``; ``gpu`` is by default whether this machine has
+    one, and ``samples`` as many as the study had.
 
     Raises:
         ConfigError: If not exactly one budget is given, or it cannot be met.
@@ -118,6 +112,7 @@ def advise(
         calibration=round(min(options.CalibrationConfig().samples, given) / (1 - GENERAL_TEXT)),
         token_bytes={name: kept_bytes(load_config(model), name) for name in {dtype, "bfloat16"}},
         vocabulary=tokens,
+        beside=bytes_of_picture(load_config(model), pictures, dtype) if pictures else 0.0,
     )
     device = models.default_device()
     if gpu is not None and gpu == (device.type == "cpu"):
@@ -137,6 +132,7 @@ def advise(
 
     def cost_of(recipe: Recipe) -> Cost:
         tried = len(get_args(options.Axis)) if recipe.train else 0
+        tried *= sizes.token_share < ratio
         return cost(resolved(request_of("", config_of(recipe))), sizes, device, dtype, tried)
 
     found, notes = cost_of(recipe), []
@@ -149,7 +145,7 @@ def advise(
         recipe = recipe_for(ratio, False)
         found = cost_of(recipe)
     notes.append(f"the study's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
-    if recipe.train:
+    if recipe.train and sizes.token_share < ratio:
         notes += [
             "axis auto: depth, width and both are tried on the data, and held-out answers choose. "
             "The expected values are those of the chart's axis",
@@ -173,7 +169,9 @@ def advise(
                 promised += [
                     Expectation(model=name, percent=value, source=curve.source, same=same)
                     for curve, value in expected(recipe.axis, train, recipe.loss, share * layers)
-                    if curve.model == name and (train == recipe.train or curve.ours)
+                    if curve.model == name
+                    and (train == recipe.train or curve.ours)
+                    and (curve.repaired or not curve.ours)  # the study's are of its own command
                 ]
     before, after = shape.total_params, shape.total_params - round(ratio * shape.backbone_params)
     held = weight_bytes(shape, dtype)
@@ -256,7 +254,8 @@ def _tokens_first(
         return None, [f"{alone}; no token can go: {error}"]
     if not is_open:
         return None, [f"{alone}; fewer tokens make it smaller: compress --vocab-size auto"]
-    kept = max(third, len(file.with_parts(file.needed)))
+    most = math.ceil(ratio * shape.backbone_params / shape.token_params)  # that the ratio takes
+    kept = max(third, shape.vocab_size - most, len(file.with_parts(file.needed)))
     choice = "compress --vocab-size auto keeps as many as the data needs, all keeps every one"
     return kept, [f"{many}, and {rule.why} ({rule.source}): {kept:,} stay; {choice}"]
 
@@ -341,24 +340,36 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         processor = with_settings(processor, request.pictures.settings)
     given = [*samples.calibration, *samples.training]
     step = max(-(-len(given) // _ENCODED), 1)
-    lengths = [encode_samples(processor, [each])["input_ids"].shape[1] for each in given[::step]]
+
+    def length(sample: Sample) -> int:
+        return int(encode_samples(processor, [sample])["input_ids"].shape[1])
+
+    lengths = [length(sample) for sample in given[::step]]
+    # a batch is as long as its longest sample, which is looked for among all
+    weigh = lambda sample: (len(sample.images), len(repr(sample.messages)))  # noqa: E731
+    parts = (samples.calibration, samples.training)
+    ends = [length(max(part, key=weigh)) if part else 0 for part in parts]
     shown = -(-len(samples.calibration) // step)  # of these calibrate; general text is among them
+    pictures = sum(len(sample.images) for sample in samples.calibration)
     dtype: str = config.dtype
     if dtype == "auto":
         stored = str(described.dtype).removeprefix("torch.")
         dtype = stored if stored in BYTES else "bfloat16"
+    seen = described, image_tokens(model, config.trust_remote_code) if pictures else 0
+    alone = requests.tokens_alone(first, shape)
+    axes = axes if alone is None else axes[:1]  # nothing is left to try
     device, tries = models.device_named(config.device), len(axes) + bool(request.fewer_tokens)
     sizes = Sizes(
         shape=shape,
         tokens=fmean(lengths) if lengths else 0.0,
-        longest=(max(lengths[:shown], default=0), max(lengths[shown:], default=0)),
+        longest=(max([*lengths[:shown], ends[0]]), max([*lengths[shown:], ends[1]])),
         samples=len(samples.training) if request.trains else 0,
         calibration=len(samples.calibration),
         token_bytes={name: kept_bytes(described, name) for name in {dtype, "bfloat16"}},
         vocabulary=None if request.tokens is None else len(request.tokens),
+        beside=pictures / max(len(samples.calibration), 1) * bytes_of_picture(*seen, dtype),
     )
-    plan = requests.tokens_alone(first, shape)
-    plan = plan or requests.dry_plan(first.prune, shape, first.tokens)
+    plan = alone or requests.dry_plan(first.prune, shape, first.tokens)
     return DryRun(
         plan=plan,
         axes=axes,
@@ -408,4 +419,6 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
     if found.training:
         needed = memory(spent.training_bytes, LESS_TO_TRAIN)
         rows += _needs("training", needed, spent.training_hours)
+    if spent.questions_hours:
+        rows.append(["time of questions", f"about {duration(3600 * spent.questions_hours)}"])
     return [*rows, *_basis(found.cost)]

@@ -9,7 +9,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,14 @@ from slimvlm.pruning.save import CardFacts, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.runs import stages, tables
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.runs.request import Request, ratio_of, resolved, scored_by, tokens_alone
+from slimvlm.runs.request import (
+    Request,
+    check_questions,
+    ratio_of,
+    resolved,
+    scored_by,
+    tokens_alone,
+)
 from slimvlm.runs.stages import ORIGINAL, PRUNED, RECOVERED, Calibration, SampleSplit
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
@@ -47,20 +54,20 @@ from slimvlm.training.recover import TRACKER_FOLDER
 STAGES = (ORIGINAL, PRUNED, RECOVERED)
 TIMES_FILE = "times.json"  # times of the smaller model beside the original's, among a run's results
 _PREDICTIONS = "said.safetensors"  # of the original, on held-out samples
-_NOT_TRAINED = "none"
+_NOT_TRAINED, _UNTRAINED = "none", "acts where something is trained"
 
 
 def request_of(model: str, config: CompressConfig) -> Request:
     """Make the request of a run. Before training, an axis that is not named is ``auto``."""
-    of_tasks = ("limit", "batch_size", "baseline", "task_folder", "floors")
-    for needed, names in (("tasks", of_tasks), ("data", ("training_samples", "report_samples"))):
-        for name, value in options.given_of(config, names).items():
-            if value and getattr(config, needed) is None:
-                raise ConfigError(f"{name} {value!r} needs --{needed}")
-    if config.recover is not None and config.data is None:
-        raise ConfigError(f"train {config.recover.train!r} needs --data")
-    if config.recover is None and config.training_samples is not None:
-        raise ConfigError(f"training_samples {config.training_samples}: nothing is trained")
+    if config.tasks is None:
+        of_tasks = ("limit", "batch_size", "baseline", "task_folder", "template_args", "floors")
+        options.refuse_given(config, of_tasks, "needs --tasks")
+    if config.data is None:
+        options.refuse_given(config, ("training_samples", "report_samples"), "needs --data")
+        if config.recover is not None:
+            raise ConfigError(f"train {config.recover.train!r} needs --data")
+    if config.recover is None:
+        options.refuse_given(config, ("training_samples",), _UNTRAINED)
     prune = part_of(config, PruneConfig)
     if prune.axis is None and prune.data is not None and config.recover is not None:
         prune = replace(prune, axis="auto")
@@ -122,23 +129,10 @@ def compress(
 ) -> Compressed:
     """Make a smaller model in one run folder.
 
-    The folder holds ``config.json``, ``run.yaml`` (which ``--config`` takes), ``plan.json``,
-    ``scores/``, ``results/``, ``checkpoint/`` and ``summary.md``.
-
-    Args:
-        model: Folder, hub id or ``demo``.
-        config: What to do; or leave it out and give ``options``.
-        out: The run folder.
-        force: Whether a folder of another run may be replaced; it stays until the new one is whole.
-        say: Receives one line for each stage.
-        **options: What a file of ``--config`` may hold. As there, the study's decision chart says
-            how to train unless ``recover`` does: ``"none"``, a `RecoverConfig`, or some options.
-
-    Returns:
-        The finished run. Its model is read only when it is unpacked, or by its ``load``.
-
-    Raises:
-        SlimError: For anything that the user can mend; checked before weights are read.
+    Give ``config``, or as ``options`` what a file of ``--config`` may hold. As there, the study's
+    decision chart says how to train unless ``recover`` does: ``"none"``, a `RecoverConfig`, or some
+    options. With ``force``, a folder of another run is replaced once the new one is whole. Mistakes
+    are found before weights are read. docs/files.md lists what is in the folder.
     """
     if out is None or (config is not None and options):
         raise ConfigError("compress needs out, and either config or options by name")
@@ -158,9 +152,12 @@ def compress(
         if is_same:
             say(f"going on with the unfinished run in {folder}")
         # every mistake that can be found without weights
+        request = request_of(model, config)
         if config.baseline:
-            read_baseline(config.baseline, floors=config.floors)
-        request, given, samples = stages.settled(request_of(model, config), None, say)
+            known = {} if request.questions is None else check_questions(request.questions)
+            limit = config.limit
+            read_baseline(config.baseline, floors=config.floors, tasks=known, limit=limit)
+        request, given, samples = stages.settled(request, None, say)
         chart = recipe_for(ratio_of(request.prune), request.trains)
         if given is not None:
             say("the tokens alone give the ratio: nothing else goes")
@@ -197,6 +194,9 @@ def compress(
             _measure(run, RECOVERED, student, processor)
             how = (request.recover.train, request.recover.loss, history.num_samples)
             facts = replace(_card_facts(run), training=how)
+            measured = (read_results(folder), read_held_out(folder), request.recover.loss)
+            notes = "\n".join(f"- {note}" for note in tables.training_notes(*measured))
+            facts = replace(facts, held_out=f"{facts.held_out}\n{notes}\n")
             save(student, processor, folder / "checkpoint", plan, facts=facts)
             write_text(folder / "checkpoint.sha256", _identity(folder / "checkpoint"))
         finish(run, plan)
@@ -224,13 +224,9 @@ def config_from(given: Mapping[str, Any], model: str) -> CompressConfig:
         raise ConfigError(f"recover: seed {how['seed']}: a run has one, which is {config.seed}")
     how["train"] = train or chart.train or _NOT_TRAINED
     if how["train"] == _NOT_TRAINED:
-        how = {
-            name: v for name, v in how.items() if name not in ("train", "seed") and v is not None
-        }
-        unused = documents.built(RecoverConfig, how, "recover")
-        for name, value in options.given_of(unused, how).items():
-            why = "nothing is trained" if has_data else "it needs --data"
-            raise ConfigError(f"{name} {value!r}: {why}")
+        asked = {n: v for n, v in how.items() if n not in ("train", "seed") and v is not None}
+        why = _UNTRAINED if has_data else "needs --data"
+        options.refuse_given(documents.built(RecoverConfig, asked, "recover"), asked, why)
         return config
     how["loss"] = how.get("loss") or chart.loss
     return replace(config, recover=documents.built(RecoverConfig, how, "recover"))
@@ -381,7 +377,11 @@ def finish(run: Run, plan: Plan) -> None:
         lines.append(tables.as_markdown(*tables.result_rows(results)))
     if held_out := tables.held_out_text(read_held_out(folder), read_times(folder)):
         lines += ["## What was kept", "", held_out]
-    lines += [f"Peak memory: {peak_memory()}.", ""]
+    loss = "" if run.request.recover is None else run.request.recover.loss
+    for note in tables.training_notes(results, read_held_out(folder), loss):
+        run.say(note)
+        lines += [f"- {note}", ""]
+    lines += [f"Peak memory, since the last start: {peak_memory()}.", ""]
     how = " with `trust_remote_code=True`" if plan.file_format == "uneven" else ""
     lines.append(f"The checkpoint is in `checkpoint/`; `from_pretrained` loads it{how}.")
     if (logs := folder / "training" / TRACKER_FOLDER).exists():
@@ -473,15 +473,10 @@ def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any
 
 def _unusual(config: Any) -> dict[str, Any]:
     """Collect the options that differ from their defaults or that a recipe chooses."""
-    found = {}
-    for row in fields(config):
-        value = getattr(config, row.name)
-        default = row.default if row.default_factory is MISSING else row.default_factory()
-        is_chosen = row.name in ("axis", "train", "loss")  # by a recipe, unless it is given
-        is_given = value is not None and (value != default or is_chosen)
-        if is_given and not isinstance(value, RecoverConfig):
-            found[row.name] = list(value) if isinstance(value, tuple) else value
-    return found
+    chosen = {name: getattr(config, name, None) for name in ("axis", "train", "loss")}
+    found = (chosen | options.given_of(config)).items()
+    plain = {n: v for n, v in found if v is not None and not isinstance(v, RecoverConfig)}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in plain.items()}
 
 
 def _flags(config: Any, names: Mapping[str, str | None]) -> Iterator[str]:

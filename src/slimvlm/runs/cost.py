@@ -7,6 +7,7 @@ The vision tower is not counted. Constants come from ``recipes.yaml``, each with
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -14,11 +15,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from slimvlm.core.options import CalibrationConfig, RecoverConfig, Train
+from slimvlm.core.errors import SlimError
+from slimvlm.core.options import HIDDEN_LOSSES, CalibrationConfig, RecoverConfig, Train
 from slimvlm.evaluation.tasks import builtin_tasks
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.cost import BYTES, free_memory, load_of_others, usable_cores, weight_bytes
-from slimvlm.models.load import computes_bfloat16, default_device, empty_model, load_config
+from slimvlm.models.load import (
+    computes_bfloat16,
+    default_device,
+    empty_model,
+    load_config,
+    load_processor,
+    resolve,
+)
 from slimvlm.models.losses import rows_at_once
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.pruning.walk.engine import PASSES, aims_at_original
@@ -30,6 +39,7 @@ from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.stores import StatesPlace
 
 CALIBRATION_BATCH = 4  # calibration samples in a batch
+USUAL_PICTURE = (480, 640)  # height and width in pixels, where no data says
 TRIAL_SHARE = 1 / 6  # share of a training that an axis is tried with
 LOGITS_COPIES = 3  # tensors as large as a chunk's logits that a loss and its gradient hold at once
 
@@ -45,6 +55,7 @@ class Sizes:
     calibration: int = CalibrationConfig().samples  # conversations to calibrate on
     token_bytes: Mapping[str, float] = field(default_factory=dict)  # `kept_bytes` by data type
     vocabulary: int | None = None  # tokens that stay in the smaller model; None for all
+    beside: float = 0.0  # `bytes_of_picture` of a conversation's pictures
 
     @property
     def pass_flops(self) -> float:
@@ -79,6 +90,7 @@ class Cost:
     pruning_hours: float = 0.0
     training_bytes: float = 0.0  # peak of recovery on the device, 0 without
     training_hours: float = 0.0
+    questions_hours: float = 0.0  # of asking both models, 0 without tasks
     samples: int = 0  # conversations to train on
     hidden_states: str = ""  # size and place in a walk; empty where the device is absent
     load: str = ""  # how much longer it takes beside other work; empty if hardly longer
@@ -109,6 +121,7 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         aims = aims_at_original(prune.repair, prune.local_steps, prune.axis != "width")
         tokens = sizes.tokens * sizes.calibration
         needed = states_bytes(shape.hidden_size, tokens, BYTES[dtype], aims)
+        needed += sizes.calibration * sizes.beside + tokens * longest  # and a mask of each batch
         states = StatesPlace(needed, device, "device", (0, 0))
         if is_here:
             states = StatesPlace.of(needed, device, held)
@@ -122,26 +135,38 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         read = [tokens * count * BYTES[dtype] for count in channels]
         inputs = sum(each for each in read if each <= most)
         is_learning = prune.local_steps != 0
+        taken = max(shape.experts_per_token, 1) if largest.num_experts else 1
+        # activations of a layer for the longest batch while it runs, and its attention scores
+        of_layer = 4 * shape.hidden_size + 3 * taken * largest.intermediate_size
+        running = (of_layer + largest.num_heads * longest) * CALIBRATION_BATCH * longest
         learning = is_learning * constants.learning_bytes * (1 - ratio) * largest.params
         learning += is_learning * batch / shape.num_layers
-        steps.append(held + states.needed * are_here + new * is_cpu + max(grams + inputs, learning))
+        more = max(grams + inputs + running * BYTES[dtype], learning)
+        steps.append(held + states.needed * are_here + new * is_cpu + more)
     if any(CRITERIA[name].capture.backward for name in prune.criterion):
         logits = rows_at_once(device, round(free)) * of_logits
         steps.append(held + batch + largest.params * BYTES[dtype] + logits)
     brief = replace(request, prune=replace(prune, local_steps=0), report_samples=0)
     work = stage_flops("calibrate", request, sizes) + stage_flops("prune", request, sizes)
     work += tried * stage_flops("prune", brief, sizes)  # with the same scores
+    asking = 0.0
+    if (asked := request.questions) is not None:
+        alone = replace(request, questions=replace(asked, floors=False))
+        asking = stage_flops("evaluate", request, sizes)
+        asking += stage_flops("evaluate", alone, sizes, 1 - ratio)
     about = [
         f"memory of {device}" + ", the process among it" * is_cpu,
         f"pruning: the weights, {constants.gram_copies} Gram matrices, hidden states and inputs of "
-        "a layer's matrices, what a layer learns with, activations where a criterion reads "
-        f"gradients; or both models while they are compared ({constants.walk_source})",
+        "a layer's matrices, its activations for the longest batch, what a layer learns with, "
+        "activations where a criterion reads gradients; or both models while they are compared "
+        f"({constants.walk_source})",
         f"time: {timed}; {sizes.tokens:.0f} tokens a conversation; the vision tower is not counted",
     ]
     pruning = Cost(
         calibration_bytes=float(constants.process_bytes * is_cpu + max(steps)),
         pruning_hours=work / (3600 * speed),
         hidden_states=str(states or "") if is_here else "",
+        questions_hours=asking / (3600 * speed),
         load=load_of_others() if is_cpu else "",
         rests_on=tuple(about),
     )
@@ -172,6 +197,9 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         of_token /= shape.num_layers
         of_token += shape.num_layers * shape.hidden_size * BYTES[held_in]
     batch = min(config.batch_size, sizes.learnt(config))
+    if config.loss_weights.keys() & set(HIDDEN_LOSSES):  # both models' states, where compared
+        compared = 1 if "sft" in config.loss_weights else 1 + shape.num_layers
+        of_token += 2 * compared * shape.hidden_size * BYTES[kept_in]
     activations = batch * longest_learnt * of_token * (1 - sizes.decoder_share(ratio))
     beside = constants.learning_bytes * learn + activations
     logits = rows_at_once(device, round(room - models)) * of_logits
@@ -290,9 +318,25 @@ def kept_bytes(config: PreTrainedConfig, dtype: str) -> float:
     return sum(kept.values()) / count
 
 
+def bytes_of_picture(config: PreTrainedConfig, tokens: float, dtype: str) -> float:
+    """Count the bytes that a walk keeps of a picture of so many tokens, beside hidden states."""
+    vision, text = getattr(config, "vision_config", None), text_config_of(config)
+    channels = text.hidden_size * BYTES[dtype]
+    added = len(getattr(vision, "deepstack_visual_indexes", None) or ())  # and the tokens' places
+    found = added * tokens * (channels + torch.int64.itemsize)
+    if getattr(text, "cross_attention_layers", None) and vision is not None:
+        patches = (vision.image_size // vision.patch_size) ** 2 + 1
+        found += vision.max_num_tiles * patches * channels
+    return found
+
+
 def image_tokens(model: str, trust_remote_code: bool = False) -> int:
-    """Count the tokens of a picture: the tower's patches, or fewer if the configuration says so."""
+    """Count the tokens of a picture of usual size by the processor, else by the configuration."""
     config = load_config(model, trust_remote_code)
+    with suppress(SlimError, AttributeError, KeyError, TypeError, ValueError):  # some cannot say
+        processor = load_processor(resolve(model), config, trust_remote_code)
+        counted = processor._get_num_multimodal_tokens(image_sizes=[USUAL_PICTURE])
+        return int(sum(counted["num_image_tokens"]))
     vision = getattr(config, "vision_config", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     side, step = (value[0] if isinstance(value, list | tuple) else value for value in (size, patch))

@@ -44,6 +44,7 @@ class Curve:
     train: Train | None = None
     loss: str = ""
     ours: bool = False
+    repaired: bool = True  # whether what is left was fitted before it was trained; of ours
 
     def at(self, ratio: float) -> float | None:
         """Interpolate the value at a ratio; None if it is too far outside the measured ones."""

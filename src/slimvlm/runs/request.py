@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
-from slimvlm.core.options import Axis, PruneConfig, Questions, RecoverConfig, SizeOptions, given_of
+from slimvlm.core.options import (
+    Axis,
+    PruneConfig,
+    Questions,
+    RecoverConfig,
+    SizeOptions,
+    refuse_given,
+)
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.general import SHARE as GENERAL_TEXT
 from slimvlm.data.roles import parse_token_weights
@@ -89,8 +96,7 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
         needs_tokens = config.vocab_size == "auto" and config.vocab_text is None
         chosen = (config.ratio or config.experts) and reads and not reads & set(config.criterion)
         if chosen and config.data is None and not needs_tokens:  # default criteria choose
-            if config.images is not None:
-                raise ConfigError(f"images {config.images!r} needs --data")
+            refuse_given(config, ("images",), "needs --data")
             say("no --data: calibrating on the demo's conversations")
             config = replace(config, data="demo", images=None, too_long="cut")
             request = replace(request, recover=None, report_samples=0)
@@ -210,9 +216,8 @@ def check_options(config: PruneConfig) -> None:
             raise ConfigError(f"token_weights {config.token_weights!r}: no criterion reads data")
     if config.vocab_size == "auto" and config.data is None and config.vocab_text is None:
         raise ConfigError("vocab_size 'auto' needs --data or --vocab-text")
-    for name, value in given_of(config, _OF_DATA).items():
-        if config.data is None and value not in (0, "none"):  # what `resolved` takes without data
-            raise ConfigError(f"{name} {value!r} needs --data")
+    if config.data is None:
+        refuse_given(config, _OF_DATA, "needs --data")
 
 
 def require_possible(request: Request, anatomy: Anatomy, say: Say) -> None:
@@ -254,6 +259,8 @@ def check_questions(questions: Questions, blind: bool = False, log: bool = False
         found |= check_names(theirs, questions.limit, questions.task_folder)
         if blind or questions.floors or log:
             raise ConfigError(f"--blind, --floors and --log do not work with {theirs[0]!r}")
+    elif questions.task_folder is not None:
+        raise ConfigError(f"task_folder {questions.task_folder!r} is for benchmarks such as mme")
     if blind and questions.floors:
         raise ConfigError("--floors: a --blind result is the floor; leave out one of them")
     return found

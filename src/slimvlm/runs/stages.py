@@ -2,25 +2,24 @@
 
 import copy
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.documents import digest
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, SlimError, raised_as
 from slimvlm.core.options import Axis, CalibrationConfig, DataConfig, RecoverConfig, part_of
 from slimvlm.core.progress import Say, progress, silent
+from slimvlm.data import read
 from slimvlm.data.general import general_samples
-from slimvlm.data.read import estimated_length, interleaved, load_samples
-from slimvlm.data.roles import IGNORE
-from slimvlm.data.samples import Sample, identifying_bytes
+from slimvlm.data.read import estimated_length, load_samples
+from slimvlm.data.samples import VALIDATION_EVERY, Sample, divided, identifying_bytes
 from slimvlm.evaluation import gates
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy, read_anatomy
@@ -46,7 +45,6 @@ from slimvlm.training.recover import History
 from slimvlm.training.recover import recover as train
 from slimvlm.training.trainer import prepare_training
 
-HELD_OUT_EVERY = 4  # every fourth calibration sample is held out, to judge plans and repairs
 UNSEEN_SHARE, FEWEST_UNSEEN = 5, 2  # fewer than two have no interval
 """At most one of so many samples stays unseen, and so many at least."""
 HELD_OUT_BATCH = 4  # held-out samples that run at once
@@ -67,27 +65,24 @@ class SampleSplit:
 
     def counted(self, request: Request) -> list[Sample]:
         """Return the samples whose tokens count: without the held-out ones if these judge."""
-        judges = _judging(self.calibration) if request.tries_tokens else ()
+        judges = {*map(id, _judging(self.calibration) if request.tries_tokens else ())}
         known = {id(sample): sample for sample in (*self.calibration, *self.training)}
-        for judge in judges:
-            del known[id(judge)]
-        return list(known.values())
+        return [sample for key, sample in known.items() if key not in judges]
 
 
 def _judging(calibration: Sequence[Sample]) -> Sequence[Sample]:
-    """Return the held-out calibration samples; of fewer than four all."""
-    few = len(calibration) < HELD_OUT_EVERY
-    return calibration if few else calibration[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    """Return the user's validation samples, by which alone is judged; of fewer than four all."""
+    own = [sample for sample in calibration if not sample.is_general]
+    return own if len(own) < VALIDATION_EVERY else divided(own)[1]
 
 
 def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
-    """Divide samples: the last ones stay unseen, calibration takes the first, training the rest."""
+    """Divide samples at random; those for the test are the same for all seeds and numbers."""
     config = request.prune
-    if config.seed:  # 0 keeps the order of the rows
-        samples = random.Random(config.seed).sample(samples, len(samples))
     unseen = min(request.report_samples, len(samples) // UNSEEN_SHARE)
     unseen = 0 if unseen < FEWEST_UNSEEN else unseen
-    used, last = samples[: len(samples) - unseen], samples[len(samples) - unseen :]
+    order = read.drawn([sample.place for sample in samples], config.seed, unseen)
+    used, last = ([samples[index] for index in part] for part in order)
     shown, rest = used[: config.samples], used[config.samples :]
     # the first ones, too, where these are none or fewer than `training_samples`
     training = [*rest, *shown][: request.training_samples or len(rest) or None]
@@ -99,13 +94,14 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
 
 def with_general_text(
     samples: Sequence[Sample], config: CalibrationConfig, context: int | None = None
-) -> Sequence[Sample]:
-    """Add the share of general text that is asked for, evenly among the samples."""
+) -> list[Sample]:
+    """Add a share of general text, in passages about as long as these samples."""
     share = config.general_text or 0.0
     count = round(len(samples) * share / (1 - share))
     longest = [each for each in (config.max_length, context) if each is not None]
-    texts = general_samples(count, config.seed, min(longest, default=None))
-    return interleaved([(0.5, samples), (0.5, texts)])
+    usual = round(median(sample.tokens for sample in samples)) or None
+    texts = general_samples(count, config.seed, min(longest, default=None), usual)
+    return [*samples, *texts]
 
 
 def not_among(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
@@ -122,26 +118,25 @@ def not_among(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sampl
 
 def rows_to_read(request: Request) -> int | None:
     """Count the samples of the file that a request needs; None for all."""
-    config = request.prune
-    if config.seed or (request.trains and request.training_samples is None):
+    training = request.training_samples if request.trains else 0
+    if training is None:
         return None
-    training = request.training_samples if request.trains else None
-    needed = config.samples + (training or 0) + request.report_samples
+    needed = request.prune.samples + training + request.report_samples
     return max(needed, request.report_samples * UNSEEN_SHARE)
 
 
 def read_split(request: Request, say: Say) -> SampleSplit:
     """Read the samples of a request, as many as it needs, and divide them."""
-    source = part_of(request.prune, DataConfig)
-    samples = samples_for(request.model, source, rows_to_read(request), say)
+    config = request.prune
+    how = (rows_to_read(request), say, config.seed, request.report_samples)
+    samples = samples_for(request.model, part_of(config, DataConfig), *how)
     found = split(samples, request)
-    if texts := {*map(id, found.calibration)} - {*map(id, samples)}:
-        say(f"{len(texts)} passages of general text calibrate, too (general_text)")
+    if count := sum(sample.is_general for sample in found.calibration):
+        say(f"{count} passages of general text calibrate, too (general_text)")
     if samples and request.report_samples and not found.report:
         enough = FEWEST_UNSEEN * UNSEEN_SHARE
-        why = "the last ones also stand among the others"
-        if len(samples) < enough:
-            why = f"{len(samples)} samples are too few, {enough} would do"
+        few = f"{len(samples)} samples are too few, {enough} would do"
+        why = few if len(samples) < enough else "the test samples also stand among the others"
         say(f"data: no sample stays unseen, so the end cannot say what was kept: {why}")
     return found
 
@@ -159,7 +154,8 @@ def settled(
     shape, has_data = models.anatomy(request.model), request.prune.data is not None
     described = models.load_config(request.model, request.prune.trust_remote_code)
     if request.image_tokens is not None:
-        knobs_of(described)
+        with raised_as(ConfigError, SlimError, f"image_tokens {request.image_tokens}:"):
+            knobs_of(described)
         if not has_data:
             raise ConfigError(f"image_tokens {request.image_tokens} needs --data")
     request = requests.resolved(request, say, shape if given is None else None)
@@ -195,15 +191,16 @@ def settled(
     return request, given, samples
 
 
-def samples_for(model: str | Path, source: DataConfig, limit: int | None, say: Say) -> list[Sample]:
+def samples_for(
+    model: str | Path, source: DataConfig, limit: int | None, say: Say, seed: int = 0, test: int = 0
+) -> list[Sample]:
     """Read the conversations that options name, if any; ``say`` hears of each skipped row."""
     if source.data is None:
         return []
     config = models.load_config(model, source.trust_remote_code)
     processor = models.load_processor(models.resolve(model), config, source.trust_remote_code)
-    longest = (source.max_length, context_of(config), source.too_long)
-    where, images = source.data, source.images
-    return load_samples(where, images, limit, source.max_bad, say, processor, *longest)
+    how = (processor, source.max_length, context_of(config), source.too_long, seed, test)
+    return load_samples(source.data, source.images, limit, source.max_bad, say, *how)
 
 
 @dataclass
@@ -212,27 +209,31 @@ class Calibration:
 
     processor: Any
     samples: Sequence[Sample]
-    hold_out: bool  # keep every fourth sample out of `fitted`
+    hold_out: bool  # keep every fourth sample out of `fitted`, where there are four
 
     @cached_property
     def fitted(self) -> list[dict[str, Any]]:
         """Batches for scores and repairs."""
-        samples = self.samples
-        if self.hold_out and len(samples) >= HELD_OUT_EVERY:
-            samples = [s for i, s in enumerate(samples, 1) if i % HELD_OUT_EVERY]
-        return self._encoded(samples, "encode")
+        own, general = ([s for s in self.samples if s.is_general == kind] for kind in (False, True))
+        if self.hold_out and len(own) >= VALIDATION_EVERY:
+            own, general = divided(own)[0], divided(general)[0]
+        return self._encoded([*own, *general], "encode")
 
     @cached_property
     def held_out(self) -> list[dict[str, Any]]:
-        """Held-out batches; of fewer than four samples all."""
+        """Validation batches of the user's samples."""
         return self._encoded(_judging(self.samples), "encode held-out")
 
+    @cached_property
+    def general(self) -> list[dict[str, Any]]:
+        """Validation batches of general text, which decide nothing."""
+        general = divided([s for s in self.samples if s.is_general])[1] if self.hold_out else []
+        return self._encoded(general, "encode general text") if general else []
+
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
-        """Encode batches of like length, those with pictures apart: some processors demand it."""
+        """Encode batches of like length."""
         alike = sorted(samples, key=lambda s: (len(s.images), estimated_length(s, 0)))
-        groups = [list(group) for _, group in groupby(alike, lambda s: bool(s.images))] or [alike]
-        how = (CALIBRATION_BATCH, description)
-        return [b for group in groups for b in calibration_batches(self.processor, group, *how)]
+        return list(calibration_batches(self.processor, alike, CALIBRATION_BATCH, description))
 
 
 def load_original(request: Request, device: str | None = None) -> tuple[PreTrainedModel, Any]:
@@ -246,9 +247,7 @@ def calibrate(
     """Score a model by each criterion of the request but the one that the walk chooses by."""
     found: dict[str, Scores] = {}
     for name in scored_by(request.prune):
-        batches: Any = ()
-        if CRITERIA[name].needs_data:
-            batches = progress(calibration.fitted, name)
+        batches: Any = progress(calibration.fitted, name) if CRITERIA[name].needs_data else ()
         found[name] = score(model, batches, name, **requests.criterion_options(request.prune, name))
     return found
 
@@ -272,10 +271,8 @@ def walk(
     plans, chooses = walking.plans_for(shape, scores, config.ratio, *along, plan=plan, **kept)
     if not any(each.cuts_layers for each in plans):
         return Walked(plans[0])
-    if config.local_steps is None:
-        count = steps_for(plans[0], len(calibration.fitted))
-    else:
-        count = config.local_steps
+    given = config.local_steps
+    count = steps_for(plans[0], len(calibration.fitted)) if given is None else given
     steps = Steps(repair=config.repair, count=count)
     if not chooses and not steps.kinds and not count:
         return Walked(plans[0])
@@ -313,7 +310,12 @@ def prune_(
         notes = (note,)
     with seen_once(model, known):
         walked = walk(request, Live(model), store, model.device, calibration, scores, plan, say)
+    texts = calibration.general if walked.plan.tokens is None else []  # else they have other tokens
+    before = answer_loss(model, texts) if texts else 0.0
     walked.apply_(model)
+    if texts:
+        after = answer_loss(model, texts)
+        notes += (f"loss of general text, which decides nothing: {before:.4f} -> {after:.4f}",)
     return replace(walked, report=replace(walked.report, notes=(*notes, *walked.report.notes)))
 
 
@@ -328,8 +330,7 @@ def try_axes(
     """Measure the held-out loss after a short try along each axis; the model stays unchanged.
 
     The best axis is tried again with fewer tokens, if the request has such. Losses, by axis (and
-    `BEHIND`), are in nats for each token of the original's tokenizer, because with fewer tokens a
-    text splits into other tokens.
+    `BEHIND`), are in nats for each token of the original's tokenizer.
     """
     shape, shown = read_anatomy(model), replace(calibration)  # with fewer batches, of all lengths
     shown.fitted = calibration.fitted[:: max(len(calibration.fitted) // _TRIAL_BATCHES, 1)]
@@ -362,12 +363,7 @@ def try_axes(
         if processor is not shown.processor:
             read = replace(shown, processor=processor).held_out
         with evaluating(student), seen_once(model, known):
-            loss = answer_loss(student, read)
-        pieces, theirs = (
-            sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
-            for batches in (read, shown.held_out)
-        )
-        return loss * pieces / theirs
+            return answer_loss(student, read, like=shown.held_out)
 
     whole = requests_by_axis(request, shape)
     losses: dict[str, float] = {axis: tried(each) for axis, each in whole.items()}

@@ -11,23 +11,22 @@ from rich.text import Text
 
 from slimvlm.core.errors import printable
 from slimvlm.evaluation.bench import PairedTimes
-from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, paired_difference
+from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, kept_text
 from slimvlm.evaluation.on_data import DataResult
-from slimvlm.evaluation.results import KINDS, TIMES, Result, kind_of
+from slimvlm.evaluation.results import KINDS, TIMES, Result, kind_of, task_difference
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.cost import BYTES, kv_cache_bytes_per_token, weight_bytes
+from slimvlm.models.cost import BYTES, kv_cache_bytes, weight_bytes
 from slimvlm.models.pictures import PictureBudget
 
 GIB = 1024**3
 MIB = 1024**2
 MARK = " *"
-LEGEND = "* The 95 % interval of the difference excludes 0 (paired bootstrap over questions)."
+LEGEND = "* The 95 % interval of the paired difference excludes 0."
 """Caption of a table with a marked cell."""
 FLOORS = ("chance", "majority", "blind")
 """Scores without doing a task: guessing, the best constant answer, other pictures."""
-INTERVALS = "In brackets: 95 % intervals (bootstrap over samples)."
+INTERVALS = "In brackets: 95 % intervals over samples; those of one image count as one."
 UNSEEN = "On samples of the data that neither calibrated nor trained."
-_SHARE = "{percent:.1f} [{low:.1f}, {high:.1f}]"
 _OF_A_MODEL = (
     *("total_params", "backbone_params", "weight_bytes", *TIMES),
     *("blind", "limit", "batch_size", "dtype"),
@@ -68,8 +67,8 @@ def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
                 **each.details,
             }
             theirs = first.tasks.get(task) if first is not None and found else None
-            if theirs is not None and theirs.ids == each.ids:
-                apart = paired_difference(theirs.scores, each.scores)
+            if theirs is not None:
+                apart = task_difference(task, each, theirs)
                 if each.metric not in LIKELIHOODS:
                     row["difference"] = vars(apart)
                 row["significant"] = apart.significant
@@ -115,20 +114,17 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
 
     figures = [["AVG", *(_marked(m, "average", mark="average_significant") for m in models)]]
     if kept := [model["retention"] for model in models if "retention" in model]:
-        figures.append(["AVG-% [95 % interval]", "100.0", *map(_SHARE.format_map, kept)])
+        figures.append(["AVG-% [95 % interval]", "100.0", *map(_kept, kept)])
         figures.append(["AVG-% above chance", "100.0", *(_number(k["above_chance"]) for k in kept)])
     if kept and len(shown) > 1:
-        cells = []
-        for k in kept:
-            low, high = k["above_floor_low"], k["above_floor_high"]
-            bounds = "no bounds" if low is None else f"{low:.1f}, {high:.1f}"
-            cells.append("-" if k["above_floor"] is None else f"{k['above_floor']:.1f} [{bounds}]")
+        names = ("above_floor", "above_floor_low", "above_floor_high")
+        cells = [_kept(each, names) for each in kept]
         figures.append(["AVG-% above floor [95 % interval]", "100.0", *cells])
     for kind in KINDS:
         parts = [model["by_kind"].get(kind, {}).get("retention") for model in models[1:]]
         if some := [*filter(None, parts)]:
             label = f"AVG-% {kind}, floor {some[0]['floor']:.1f} [95 % interval]"
-            figures.append([label, "100.0", *(_SHARE.format_map(p) if p else "-" for p in parts)])
+            figures.append([label, "100.0", *(_kept(p) if p else "-" for p in parts)])
     figures += [
         ["backbone parameters", *(millions(m["backbone_params"]) for m in models)],
         ["all parameters", *(millions(m["total_params"]) for m in models)],
@@ -144,6 +140,10 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
         figures.append([label, *(f"{Estimate(middle, *ends or ()):.1f}" for middle, ends in times)])
     rows += [[label, *[""] * len(shown), *cells] for label, *cells in figures]
     return ["task", *(FLOORS[i] for i in shown), *results], rows
+
+
+def _kept(values: Mapping[str, Any], names: Sequence[str] = ("percent", "low", "high")) -> str:
+    return kept_text(*(values[name] for name in names))
 
 
 def held_out_json(results: Mapping[str, DataResult]) -> dict[str, dict[str, Any]]:
@@ -177,6 +177,31 @@ def held_out_text(results: Mapping[str, DataResult], times: PairedTimes | None =
         return text
     notes = "\n".join(f"- {note}" for note in (UNSEEN, *held_out_notes(results)))
     return f"{as_markdown(*held_out_rows(results))}\n{notes}\n{text}"
+
+
+def training_notes(
+    results: Mapping[str, Result], on_data: Mapping[str, DataResult], loss: str
+) -> list[str]:
+    """Say what training did beside bringing the original back, and whether it did harm."""
+    found = []
+    if len(results or on_data) == 3 and "sft" in loss:
+        found.append(
+            f"Training also learnt the data's answers (loss {loss}): scores may exceed the "
+            "original's, and what is above them was learnt, not kept."
+        )
+    moved = [each.figures.divergence for each in on_data.values()][1:]
+    if len(moved) == 2 and moved[0] and moved[1] and moved[1].value > moved[0].value:
+        found.append(
+            "Training moved the model away from the original: a KL divergence of "
+            f"{moved[0].value:.3f} nats became {moved[1].value:.3f}."
+        )
+    averages = [each.average for each in results.values()][1:]
+    if len(averages) == 2 and averages[0] > averages[1]:
+        found.append(
+            f"The pruned model scores higher than the trained one (AVG {averages[0]:.1f} and "
+            f"{averages[1]:.1f}): ship the pruned one, which --train none writes."
+        )
+    return found
 
 
 def held_out_notes(results: Mapping[str, DataResult]) -> list[str]:
@@ -280,7 +305,7 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     ]
     for dtype in BYTES:
         memory = size(weight_bytes(anatomy, dtype))
-        cache = size(1024 * kv_cache_bytes_per_token(anatomy, dtype))
+        cache = size(kv_cache_bytes(anatomy, 1024, dtype))
         rows.append([f"memory in {dtype}", f"{memory} weights, {cache} cache for 1024 tokens"])
     return rows
 

@@ -42,7 +42,7 @@ from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as models
 from slimvlm.models import pictures
-from slimvlm.models.cost import kv_cache_bytes_per_token, params_of_target
+from slimvlm.models.cost import kv_cache_bytes, params_of_target
 from slimvlm.models.hidden import evaluating, gathered_weights, head_weights_of
 from slimvlm.models.load import check_models, device_named, load_as
 from slimvlm.models.parts import Parts, text_config_of
@@ -193,11 +193,11 @@ def prune(
         raise ConfigError(
             "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
         )
-    planned = ("axis", "allocation", "criterion", "gradient", "units", "protect", "round_to")
-    for name, value in options.given_of(config, planned if plan_file else ()).items():
-        raise ConfigError(f"{name} {value!r}: --plan says what goes; leave out one of them")
-    if config.data is None and report.report_samples:
-        raise ConfigError(f"report_samples {report.report_samples} needs --data")
+    if plan_file is not None:
+        planned = ("axis", "allocation", "criterion", "gradient", "units", "protect", "round_to")
+        options.refuse_given(config, planned, "is decided by --plan; leave out one of them")
+    if config.data is None:
+        options.refuse_given(report, ("report_samples",), "needs --data")
     plan = None if plan_file is None else Plan.load(plan_file)
     request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
     if memory.low_memory:
@@ -410,7 +410,9 @@ def evaluate(
     samples = stages.samples_for(model, source, questions.limit, say)
     results: dict[str, Any] = {}
     if baseline is not None and is_file:
-        results["baseline"] = read_baseline(baseline, blind, questions.floors)
+        results["baseline"] = read_baseline(
+            *(baseline, blind, questions.floors), tasks, questions.limit
+        )
     predicted, size, floors = None, questions.batch_size, questions.floors
     for role, name in named.items():
         loaded = load_as(source, name)
@@ -513,7 +515,7 @@ def images(
     full = {name: on_data.predictions_of(loaded, processor, its) for name, its in groups.items()}
     dtype, found = str(loaded.dtype).removeprefix("torch."), []
     for budget in chosen.values():
-        times, cache = None, budget.tokens * kv_cache_bytes_per_token(models.anatomy(config), dtype)
+        times, cache = None, kv_cache_bytes(models.anatomy(config), round(budget.tokens), dtype)
         held_out = {n: result_of(full[n], groups[n], loaded.device) for n in groups}
         if budget.settings:
             small = models.sharing_copy(loaded)

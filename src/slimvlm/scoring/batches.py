@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from slimvlm.core.errors import DataError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.hidden import (
     all_finite,
-    device_of,
+    as_inputs,
     head_of,
     hidden_states,
     layer_output,
@@ -90,13 +91,13 @@ def batches_with_targets(
 ) -> Iterator[tuple[Batch, Targets]]:
     """Yield each batch without its labels, and the tokens whose predictions count.
 
-    Without ``token_weights`` labelled tokens count 1 each (without labels all valid tokens). With
+    Without ``token_weights`` labelled tokens count 1 each (without labels all of the text). With
     them a prompt or answer token counts the weight of its role, labelled or not; tokens of pictures
     are never predicted.
     """
     for batch in _all_on_device(model, batches):
         if token_weights is None:
-            labels = labels_of(batch)
+            labels = labels_of(model.config, batch)
             weights = (labels[:, 1:] != IGNORE).float()
         else:
             if "input_ids" not in batch:
@@ -119,38 +120,35 @@ def forward_backbone(model: Any, batch: Batch) -> None:
 
 
 @torch.no_grad()
-def mean_answer_loss(states: Iterable[tuple[Hidden, Tensor]], head: Head) -> float:
-    """Average the cross-entropy over all labelled tokens, from final hidden states and labels."""
-    total, count = 0.0, 0
+def mean_answer_loss(
+    states: Iterable[tuple[Hidden, Tensor]], head: Head, counts: Iterable[Tensor] | None = None
+) -> float:
+    """Average the samples' mean cross-entropies, by their labels' or another tokenizer's counts."""
+    means, given = list[float](), None if counts is None else iter(counts)
     for hidden, labels in states:
-        found = with_float64(token_cross_entropy(hidden, head, labels))
-        total += float(found.sum(dtype=torch.float64))
-        count += int(label_counts(labels).sum())
-    if not count:
+        found = with_float64(token_cross_entropy(hidden, head, labels)).sum(1, dtype=torch.float64)
+        counted = (label_counts(labels) if given is None else next(given)).to(found.device)
+        means += (found / counted)[counted > 0].tolist()
+    if not means:
         raise DataError("held-out batches have no labelled token: nothing to judge by")
-    return total / count
+    return sum(means) / len(means)
 
 
-def answer_loss(model: Any, batches: Iterable[Batch]) -> float:
-    """Average the cross-entropy over the labelled tokens of some batches."""
+def answer_loss(model: Any, batches: Iterable[Batch], like: Iterable[Batch] | None = None) -> float:
+    """`mean_answer_loss` of some batches; by the label counts of others, if ``like`` is given."""
     states = (
-        (hidden_states(model, without_labels(batch))[0], labels_of(batch))
+        (hidden_states(model, without_labels(batch))[0], labels_of(model.config, batch))
         for batch in _all_on_device(model, batches)
     )
-    return mean_answer_loss(states, head_of(model))
+    counts = None if like is None else (label_counts(labels_of(model.config, batch)) for batch in like)
+    return mean_answer_loss(states, head_of(model), counts)
 
 
-def on_device(model: nn.Module, batch: Mapping[str, Any]) -> Batch:
-    """Move a batch to where the model takes its inputs."""
-    device = device_of(model)
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def _all_on_device(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch]:
+def _all_on_device(model: Any, batches: Iterable[Batch]) -> Iterator[Batch]:
     empty = True
     for batch in batches:
         empty = False
-        yield on_device(model, batch)
+        yield as_inputs(model, batch)
     if empty:
         raise DataError("no calibration batch was given")
 
@@ -160,13 +158,14 @@ def without_labels(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def labels_of(batch: Batch) -> Tensor:
-    """Return the given labels, or the whole text as labels, without padding."""
+def labels_of(config: Any, batch: Batch) -> Tensor:
+    """Return the given labels, or the whole text as labels, without padding and pictures."""
     labels: Tensor | None = batch.get("labels")
     if labels is None:
         if "input_ids" not in batch:
             raise DataError("a batch of inputs_embeds needs labels for this criterion")
-        labels = batch["input_ids"]
+        is_picture = role_masks(config, batch)["image"]
+        labels = batch["input_ids"].masked_fill(is_picture, IGNORE)
     mask = batch.get("attention_mask")
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORE)
 
@@ -185,7 +184,7 @@ class Watched:
             yield batch
             first += len(valid_tokens(batch))
 
-    def place(self, model: nn.Module) -> str:
+    def place(self, model: PreTrainedModel) -> str:
         """Name the samples in flight and the first layer whose output is not finite."""
         for first, batch in self._last:
             layer = first_spoilt_layer(model, batch)
@@ -197,7 +196,7 @@ class Watched:
 
 
 @torch.no_grad()
-def first_spoilt_layer(model: nn.Module, batch: Batch) -> int | None:
+def first_spoilt_layer(model: PreTrainedModel, batch: Batch) -> int | None:
     """Find the first decoder layer that makes NaN or infinity of a batch, if any."""
     spoilt: list[int] = []
 
@@ -208,5 +207,5 @@ def first_spoilt_layer(model: nn.Module, batch: Batch) -> int | None:
     with ExitStack() as stack:
         for index, layer in enumerate(Parts(model).layers):
             stack.enter_context(layer.register_forward_hook(partial(look, index)))
-        forward_backbone(model, on_device(model, batch))
+        forward_backbone(model, as_inputs(model, batch))
     return min(spoilt, default=None)

@@ -26,13 +26,19 @@ from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models import load as models
 from slimvlm.models.files import Origin, origins_in_files, unreadable, weight_files
-from slimvlm.models.hidden import all_finite, layer_output, replaced_forward, require_finite_values
+from slimvlm.models.hidden import (
+    all_finite,
+    as_inputs,
+    layer_output,
+    replaced_forward,
+    require_finite_values,
+)
 from slimvlm.models.parts import Parts, shares_keys
-from slimvlm.scoring.batches import Batch, forward_backbone, on_device
+from slimvlm.scoring.batches import Batch, forward_backbone
 from slimvlm.scoring.stores import Store, packed, unpacked
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_KEPT = ("input_ids", "labels")
+_KEPT = ("input_ids", "labels", "image_embeds_position_mask")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer without its hidden states."""
@@ -43,7 +49,8 @@ class LayerCalls:
     """The arguments to run one batch through the decoder layer by layer."""
 
     arguments: dict[int, Arguments]  # by layer; none where a batch skips one (Mllama, no picture)
-    added: dict[int, Tensor]  # by layer: features added to the states before it (deepstack)
+    # by layer: features added to the states before it (deepstack), and the tokens that get them
+    added: dict[int, tuple[Tensor, Tensor]]
 
     def with_own_dictionaries(self) -> "LayerCalls":
         """Copy the dictionaries in which layers pass keys and values to later ones."""
@@ -64,8 +71,10 @@ class LayerCalls:
 
     def after(self, index: int, output: Tensor) -> Tensor:
         """Turn the output of a layer into the input of the next one, or of the final norm."""
-        added = self.added.get(index + 1)
-        return output if added is None else output + added.to(output.device)
+        if index + 1 not in self.added:
+            return output
+        values, tokens = (each.to(output.device) for each in self.added[index + 1])
+        return output.flatten(0, -2).index_add(0, tokens, values).view_as(output)
 
 
 @dataclass(frozen=True)
@@ -250,7 +259,7 @@ class LayerwiseModel:
                 stored = self.store.about("batches", place)
                 if stored is not None and stored["digest"] == code:
                     continue
-                moved = on_device(self.model, batch)
+                moved = as_inputs(self.model, batch)
                 noted.clear()
                 forward_backbone(self.model, moved)
                 (_, hidden, _), *later = noted
@@ -261,8 +270,14 @@ class LayerwiseModel:
                     for index, _, given in noted
                 }
                 tensors["hidden"] = hidden
-                tensors |= {f"added.{i}": entering for i, entering, _ in later if entering.any()}
-                self.store.write("batches", place, tensors, {"digest": code, "calls": tree})
+                added = list[int]()
+                for i, entering, _ in later:
+                    rows = entering.flatten(0, -2)
+                    if len(tokens := rows.any(-1).nonzero()[:, 0]):
+                        tensors |= {f"added.{i:03}": rows[tokens], f"gets.{i:03}": tokens}
+                        added.append(i)
+                about = {"digest": code, "calls": tree, "added": added}
+                self.store.write("batches", place, tensors, about)
         if not self._digests:
             raise DataError("no calibration batch was given")
         self.store.finish("batches")
@@ -272,7 +287,7 @@ class LayerwiseModel:
         """Read the input of a layer; after the last one, of the final norm."""
         if index == 0:
             return self.store.read("batches", place, self.devices[0], "hidden")["hidden"]
-        return self.calls(place).after(index - 1, self.output_of(index - 1, place))
+        return self.calls(place, index - 1).after(index - 1, self.output_of(index - 1, place))
 
     def output_of(self, index: int, place: int) -> Tensor:
         """Read the output of a layer."""
@@ -296,7 +311,7 @@ class LayerwiseModel:
         layer = Parts(self.model).layers[index]
 
         def run(place: int) -> None:
-            output = self.calls(place).run(layer, index, self.input_of(index, place))
+            output = self.calls(place, index).run(layer, index, self.input_of(index, place))
             if not all_finite(output):
                 mask = "batch.attention_mask"
                 earlier = (self.store.read("batches", p, self.device, mask) for p in range(place))
@@ -346,13 +361,23 @@ class LayerwiseModel:
         finally:
             text_model.layers = before
 
-    def calls(self, place: int) -> LayerCalls:
-        """Read the calls of the layers by the batch at a place."""
-        stored = self.store.read("batches", place, self.device, ("batch.", "added.", "call."))
-        tree = self.store.about("batches", place)["calls"]
-        added = {int(name): value for name, value in _below("added.", stored).items()}
-        calls = {int(index): unpacked(given, stored) for index, given in tree.items()}
-        return LayerCalls({i: ((*args,), kwargs) for i, (args, kwargs) in calls.items()}, added)
+    def calls(self, place: int, only: int | None = None) -> LayerCalls:
+        """Read the calls of the layers by the batch at a place, or what one layer needs of them."""
+
+        def read(name: str) -> Tensor:
+            return self.store.read("batches", place, self.device, name)[name]
+
+        about = self.store.about("batches", place)
+        calls = {int(index): given for index, given in about["calls"].items()}
+        if only is not None:
+            calls = {only: calls[only]} if only in calls else {}
+        arguments = {i: unpacked(given, read) for i, given in calls.items()}
+        added = {
+            i: (read(f"added.{i:03}"), read(f"gets.{i:03}"))
+            for i in about["added"]
+            if only in (None, i - 1)
+        }
+        return LayerCalls({i: ((*args,), named) for i, (args, named) in arguments.items()}, added)
 
 
 def _below(prefix: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

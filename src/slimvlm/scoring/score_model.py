@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from slimvlm.core.errors import ConfigError, DataError, NumericalError, raised_as
 from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress, silent
-from slimvlm.data.chat import encode_samples
+from slimvlm.data.chat import divided, encode_samples
 from slimvlm.data.roles import ROLES
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import LAYER_UNITS, read_anatomy
@@ -260,9 +260,9 @@ def score_by_layer(
 def calibration_batches(
     processor: Any, samples: Sequence[Sample], batch_size: int = 1, description: str = "calibrate"
 ) -> Iterable[dict[str, Tensor]]:
-    """Encode samples batch by batch, with a progress bar on stderr."""
+    """Encode samples batch by batch, with pictures or without; show progress on stderr."""
     if not samples:
         raise DataError("no calibration sample was given")
-    starts = range(0, len(samples), batch_size)
-    for start in progress(starts, description):
-        yield encode_samples(processor, samples[start : start + batch_size])
+    sees = [bool(sample.images) for sample in samples]
+    for places in progress(divided(range(len(samples)), sees, batch_size), description):
+        yield encode_samples(processor, [samples[place] for place in places])

@@ -8,7 +8,7 @@ last whole layer.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +193,7 @@ def packed(value: Any, tensors: dict[str, Tensor]) -> str:
     def named(part: Any) -> dict[Any, Any]:
         if isinstance(part, Tensor):
             known = (name for name, tensor in tensors.items() if tensor is part)
-            name = next(known, f"call.{len(tensors)}")
+            name = next(known, f"call.{len(tensors):03}")
             tensors[name] = part
             return {"tensor": name}
         if isinstance(part, Mapping):
@@ -206,11 +206,11 @@ def packed(value: Any, tensors: dict[str, Tensor]) -> str:
     return json.dumps(value, default=named)
 
 
-def unpacked(value: Any, tensors: Tensors) -> Any:
+def unpacked(value: Any, read: Callable[[str], Tensor]) -> Any:
     """The inverse of `packed`, with lists for tuples; objects that were kept are as they are."""
     if not isinstance(value, str):
         return value
-    return json.loads(value, object_hook=lambda d: tensors[d["tensor"]] if "tensor" in d else d)
+    return json.loads(value, object_hook=lambda d: read(d["tensor"]) if "tensor" in d else d)
 
 
 @dataclass(frozen=True)

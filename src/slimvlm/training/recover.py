@@ -26,7 +26,7 @@ from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import release_memory
+from slimvlm.models.cost import free_memory, release_memory
 from slimvlm.models.hidden import is_sharded
 from slimvlm.models.load import digest_of_weights
 from slimvlm.models.losses import layer_map
@@ -57,9 +57,9 @@ class History:
     steps: tuple[Mapping[str, int | float], ...]
     """Log rows: step, loss, its components, learning rate."""
     num_samples: Count
-    """Samples that were learnt from."""
+    """Samples that were learnt from; fewer than ``sample_ids`` if the steps ended earlier."""
     sample_ids: tuple[str, ...]
-    """Their names, in order."""
+    """Names of those that they were drawn from, in order."""
     trained_params: Count
     """Parameters that learned."""
     teacher: str = "none"
@@ -68,10 +68,7 @@ class History:
     @classmethod
     def load(cls, path: str | Path) -> "History":
         """Read the ``history.json`` of a run or a study; raise ConfigError if it is none."""
-        values = read_object(path, "history")
-        for name in ("evaluations", "held_out_ids"):  # of earlier versions
-            values.pop(name, None)
-        history = built(cls, values, where := f"history {str(path)!r}")
+        history = built(cls, read_object(path, "history"), where := f"history {str(path)!r}")
         numbers = [value for row in history.steps for value in row.values()]
         whole = history.steps and all("step" in row for row in history.steps)
         if not whole or not all(abs(number) < 1e30 for number in numbers):
@@ -100,20 +97,12 @@ def recover(
     model's own weights wherever these are frozen and equal (`training.teacher.share_`). Such a
     teacher is used up: its weights are gone when training ends.
 
-    Args:
-        model: The pruned model.
-        teacher: The original model; not needed if the loss is ``sft`` alone. It may lie on the CPU
-            while the model is on a GPU.
-        dataset: Conversations to learn from, such as `load_samples` gives.
-        config: What learns, from which loss, on which share of the data.
-        processor: The model's processor or tokenizer; by default the one of the folder or hub id
-            that the model was read from, without the tokens that the plan removes.
-        work: Folder for resumable checkpoints. If it holds some, training goes on from the last
-            one, and the result equals an uninterrupted run's. With ``keep_adapter`` its folder
-            ``adapter`` holds the adapter afterwards, and ``runs`` what TensorBoard wrote.
-        plan: The plan that pruned the model, for sharing weights with the teacher, for comparing
-            inner layers, and for telling a teacher the numbers of tokens where the model has fewer.
-        share: Let the teacher read the model's weights, so that it is changed; False keeps its own.
+    ``teacher`` is the original, on any device; for the loss ``sft`` alone None. The ``processor``
+    is by default that of the folder or hub id that the model was read from, without the tokens that
+    ``plan`` removes. A folder ``work`` holds resumable checkpoints; training goes on from the last
+    one to the same result, and it also gets an adapter to keep and a tracker's files. ``plan`` is
+    what pruned the model: for sharing weights, comparing inner layers, and a teacher's numbers of
+    tokens. With ``share`` False the teacher keeps its own weights and is not changed.
 
     Raises:
         ConfigError: If a teacher or processor is needed and missing, or the teacher does not fit.
@@ -195,9 +184,11 @@ def recover(
         merged = merge(plain, dtype)
         assert merged is model, "merging must give back the model that was handed in"
     model.eval()
+    at_once = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    at_once *= arguments.world_size
     return History(
         steps=tuple(row for row in trainer.state.log_history if "loss" in row),
-        num_samples=len(learnt),
+        num_samples=min(len(learnt), trainer.state.global_step * at_once),
         sample_ids=tuple(sample.id for sample in learnt),
         trained_params=trained_params,
         teacher=about_teacher,
@@ -220,10 +211,12 @@ def _trained(
 ) -> DistillationTrainer:
     """Train from the last checkpoint on; batches that do not fit are divided and accumulated."""
     is_alone = arguments.device.type != "cpu" and num_ranks() == 1
-    before = {}
-    if is_alone:
-        learning = training.learning_parameters(given["model"])
-        before = {name: p.detach().cpu() for name, p in learning}
+    before: dict[str, Tensor] | None = None  # needed where memory ends after the first step
+    learning = dict(training.learning_parameters(given["model"]))
+    held = sum(p.nbytes for p in learning.values())
+    is_divisible = is_alone and arguments.per_device_train_batch_size > 1
+    if is_divisible and held <= free_memory(torch.device("cpu")) / 4:
+        before = {name: p.detach().cpu() for name, p in learning.items()}
     while True:
         trainer = DistillationTrainer(args=arguments, **given)
         try:
@@ -237,7 +230,8 @@ def _trained(
             raise type(error)(told.strip()) from error
         except RuntimeError as error:
             size = arguments.per_device_train_batch_size
-            if not (is_alone and size > 1 and is_out_of_memory(error)):
+            is_begun = before is None and trainer.state.global_step > 0
+            if not (is_alone and size > 1 and is_out_of_memory(error)) or is_begun:
                 raise
         parts = next(count for count in range(2, size + 1) if size % count == 0)
         to_log(
@@ -247,8 +241,8 @@ def _trained(
         training.without_autocast(trainer)
         trainer.model.zero_grad()  # type: ignore[union-attr]
         with torch.no_grad():
-            for name, parameter in training.learning_parameters(given["model"]):
-                parameter.copy_(before[name])
+            for name, kept in (before or {}).items():
+                learning[name].copy_(kept)
         arguments = copy(arguments)
         arguments.per_device_train_batch_size //= parts
         arguments.gradient_accumulation_steps *= parts

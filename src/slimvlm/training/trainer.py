@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -26,7 +29,7 @@ from slimvlm.core.errors import ConfigError, NumericalError, raised_as
 from slimvlm.core.files import write_text
 from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, Positions, RecoverConfig
 from slimvlm.core.progress import LoggedStage, num_ranks
-from slimvlm.data.chat import encode_samples
+from slimvlm.data.chat import divided, encode_samples
 from slimvlm.data.roles import predicts_label, valid_tokens
 from slimvlm.data.samples import Sample
 from slimvlm.models import losses
@@ -64,13 +67,18 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
         reads_logits = bool(config.loss_weights.keys() - set(HIDDEN_LOSSES))
         head.requires_grad_(reads_logits)
         model.get_submodule(family.backbone).requires_grad_(True)  # a tied head with it
-        for path in family.towers:  # some lie inside the backbone
-            model.get_submodule(path).requires_grad_(False)
+        for tower in _towers(model):  # some lie inside the backbone
+            tower.requires_grad_(False)
     for path in family.projector:
         for parameter in parameters_below(model, path):
             parameter.requires_grad_(True)
     hold_in_(model, torch.float32, learning_only=True)
     return trained
+
+
+def _towers(model: PreTrainedModel) -> list[nn.Module]:
+    parts = (part_at(model, path) for path in Parts(model).family.towers)
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 @contextmanager
@@ -141,21 +149,12 @@ def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
 def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Return the plain model behind a trained one: LoRA merged, in ``dtype``, nothing frozen."""
     plain = plain_model(trained)
-    if plain is not trained and is_sharded(plain):  # each process adds to its own shards
-        from peft.tuners.lora import Linear as LoraLinear
-        from torch.distributed.tensor import distribute_tensor
+    if plain is not trained:
+        from torch.distributed.tensor.experimental import implicit_replication
 
         reshard(trained)
-        for module in trained.modules():
-            if isinstance(module, LoraLinear):
-                weight: Any = module.get_base_layer().weight
-                for name in module.active_adapters:
-                    change = module.get_delta_weight(name).to(weight.dtype)
-                    shards = distribute_tensor(change, weight.device_mesh, weight.placements)
-                    weight.data.add_(shards)
-        plain = trained.unload()
-    elif plain is not trained:
-        plain = trained.merge_and_unload()
+        with implicit_replication():  # each process adds to its own shards, if there are any
+            plain = trained.merge_and_unload()
     hold_in_(plain, dtype, learning_only=True)
     # torch 2.13 copies a frozen head for each sample when it runs over a slice of states
     model: PreTrainedModel = plain.requires_grad_(True)
@@ -196,6 +195,7 @@ def plain_model(trained: Any) -> PreTrainedModel:
 TRAINED_FILE = "trained.safetensors"
 DISTANCES = {"hidden": losses.hidden_l2, "cosine": losses.hidden_cosine}  # of hidden states
 SUPERVISION = "supervision"  # key of the supervision in a batch
+REST = "rest"  # key of the samples without a picture, where others of the batch have one
 LEAST_SHARED = 2**30  # bytes of free shared memory that batches from other processes need
 
 
@@ -230,8 +230,14 @@ class Collator:
     positions: Positions
 
     def __call__(self, samples: list[Sample]) -> dict[str, Any]:
-        """Encode and pad some samples; some processors demand those with pictures first."""
+        """Encode and pad some samples: those with pictures, and apart from them the others."""
         samples = sorted(samples, key=lambda sample: not sample.images)
+        sees, size = [bool(sample.images) for sample in samples], len(samples)
+        kinds = divided(range(size), sees, size)
+        first, *rest = (self._encoded([samples[place] for place in kind]) for kind in kinds)
+        return {**first, REST: rest}
+
+    def _encoded(self, samples: list[Sample]) -> dict[str, Any]:
         inputs = encode_samples(self.processor, samples)
         labels = inputs.pop("labels")
         is_all = self.positions == "all"
@@ -287,10 +293,37 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **kwargs: Any
     ) -> Tensor:
         """Compute the weighted sum of the losses; each is kept for the log."""
-        wanted: Supervision = inputs.pop(SUPERVISION)
+        for tower in _towers(plain_model(self.model)):  # frozen, and so are their statistics
+            for module in tower.modules():  # in evaluation mode layers keep all for the gradient
+                module.training = isinstance(module, GradientCheckpointingLayer)
+        batches, values = [inputs, *inputs.pop(REST)], dict[str, Tensor]()
+        supervisions = [batch.pop(SUPERVISION) for batch in batches]
+        total, means = torch.stack([each.counts for each in supervisions]).sum(0), 1
+        if self._step_counts is not None:  # so that the mean over batches is one over tokens
+            means = self.accelerator.num_processes * self.current_gradient_accumulation_steps
+            total = self._step_counts
+        rows = sum(len(wanted.ids) for wanted in supervisions)
+        for place, (batch, wanted) in enumerate(zip(batches, supervisions, strict=True)):
+            scale = wanted.counts / total.clamp_min(1) * means
+            of_teacher = len(wanted.ids) / rows if self._recovery.paper_exact else scale[1]
+            # DDP counts passes: the first alone is its own
+            found = self._losses(batch, wanted, None if place else model)
+            for name, value in found.items():
+                part = value * (scale[0] if name == "sft" else of_teacher)
+                values[name] = values[name] + part if place else part
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+        self._num_sums += 1
+        weights = self._recovery.loss_weights
+        return torch.stack([weights[name] * value for name, value in values.items()]).sum()
+
+    def _losses(
+        self, inputs: dict[str, Any], wanted: Supervision, runner: nn.Module | None
+    ) -> dict[str, Tensor]:
+        """Compute each loss of samples of one kind."""
         student, weights = plain_model(self.model), self._recovery.loss_weights
         with self.accelerator.autocast():
-            hidden = hidden_states(student, inputs, self._our_layers, runner=model)
+            hidden = hidden_states(student, inputs, self._our_layers, runner=runner)
             parts = {}
             if "sft" in weights:
                 parts["sft"] = losses.cross_entropy(hidden[0], head_of(student), wanted.labels)
@@ -303,8 +336,9 @@ class DistillationTrainer(Trainer):
                     targets = [states[wanted.compared][None] for states in targets]
                 for name, distance in DISTANCES.items():
                     if name in weights:
-                        pairs = zip(hidden, targets, strict=True)
-                        each = [distance(*pair, None, self._reduction) for pair in pairs]
+                        of = partial(distance, mask=None, reduction=self._reduction)
+                        pairs = zip(hidden, targets, strict=True)  # no float32 copy stays
+                        each = [checkpoint(of, *pair, use_reentrant=False) for pair in pairs]
                         parts[name] = torch.stack(each).mean()
                 head, tokens = head_of(self._teacher), self._tokens
                 theirs = head if tokens is None else lambda states: head(states)[..., tokens]
@@ -319,15 +353,7 @@ class DistillationTrainer(Trainer):
                 where = f"step {self.state.global_step + 1} (samples {', '.join(wanted.ids)})"
                 origin = self._origin_of_nan(student, inputs)
                 raise NumericalError(f"loss {name!r} is {number} at {where}{origin}")
-        if self._step_counts is not None:  # so that the mean over batches is one over tokens
-            means = self.accelerator.num_processes * self.current_gradient_accumulation_steps
-            scale = wanted.counts / self._step_counts.clamp_min(1) * means
-            of_teacher = torch.ones_like(scale[1]) if self._recovery.paper_exact else scale[1]
-            parts = {n: v * (scale[0] if n == "sft" else of_teacher) for n, v in parts.items()}
-        for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
-        self._num_sums += 1
-        return torch.stack([weights[name] * value for name, value in parts.items()]).sum()
+        return parts
 
     def _as_teacher_reads(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._tokens is None:
@@ -353,7 +379,8 @@ class DistillationTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_counts = None
         if batches and (len(batches) > 1 or self.accelerator.num_processes > 1):
-            counts = torch.stack([batch[SUPERVISION].counts for batch in batches]).sum(0)
+            kinds = [kind for batch in batches for kind in (batch, *batch[REST])]
+            counts = torch.stack([kind[SUPERVISION].counts for kind in kinds]).sum(0)
             self._step_counts = self.accelerator.reduce(counts.to(self.args.device), "sum")
         return batches, num_items
 

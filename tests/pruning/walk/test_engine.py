@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slimvlm.core.errors import UnsupportedModelError
+from slimvlm.core.errors import NumericalError, UnsupportedModelError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import auto_class, load
 from slimvlm.pruning.save import prune_checkpoint, save
@@ -382,6 +382,13 @@ def test_held_out_tokens_refuse_what_does_not_help_them(is_too_fast):
     assert old == new
     assert (old == 0) == (not is_too_fast)
     assert_equal(layer.state_dict(), before)
+
+
+def test_a_layer_without_a_finite_output_is_refused():
+    layer, target = pair(torch.float32)
+    layer[2].bias.data.fill_(float("nan"))
+    with pytest.raises(NumericalError, match="its outputs are NaN or infinite"):
+        distil_(layer, lessons(layer, target, range(2)), (), 1, 1e-2)
 
 
 def test_errors_count_relative_to_each_token_and_linearly_where_they_are_large():

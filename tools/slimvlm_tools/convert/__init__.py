@@ -11,6 +11,8 @@ import torch
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.models.files import unreadable
+from slimvlm.models.load import empty_model, load_config
+from slimvlm.pruning.save import CardFacts, write_card
 from slimvlm_tools.convert.internvl import plan_internvl
 from slimvlm_tools.convert.llava import plan_bunny, plan_llava
 from slimvlm_tools.convert.pieces import Conversion
@@ -99,6 +101,8 @@ def convert(
     with new_folder(out, force) as partial:
         write_checkpoint(conversion, generation, partial, DTYPES[dtype] if dtype else None)
         check_written(partial)
+        empty = empty_model(load_config(partial))
+        write_card(partial, empty, None, CardFacts(base=str(source), name=out.name, copied=True))
         mark_checkpoint(partial)
     return out
 

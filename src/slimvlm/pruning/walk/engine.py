@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from slimvlm.core.errors import NumericalError
-from slimvlm.core.options import ABOVE_0, AT_LEAST_0, Options, Repair
+from slimvlm.core.errors import NumericalError, raised_as
+from slimvlm.core.options import AT_LEAST_0, Options, Repair
 from slimvlm.core.progress import progress
 from slimvlm.models.anatomy import WIDTH_UNITS
 from slimvlm.models.parts import Parts
@@ -127,7 +127,10 @@ def distil_(
             totals = torch.stack([lesson.weights.sum() for lesson in judges]).tolist()
             found = torch.stack([lesson.error() for lesson in judges]).tolist()
         errors[share] = sum(e * n for e, n in zip(found, totals, strict=True)) / sum(totals)
-    best = min((share for share in errors if math.isfinite(errors[share])), key=errors.__getitem__)
+    finite = [share for share in errors if math.isfinite(errors[share])]
+    if not finite:
+        raise NumericalError("its outputs are NaN or infinite, before its local steps and after")
+    best = min(finite, key=errors.__getitem__)
     _blend_(layer, before, after, best)
     return errors[0.0], errors[best]
 
@@ -151,8 +154,6 @@ class Steps(Options):
     """See `slimvlm.pruning.repair.refit`."""
     count: Annotated[int, AT_LEAST_0] = 0
     """Optimizer steps on each layer alone; see `slimvlm.pruning.walk.engine`."""
-    learning_rate: Annotated[float | None, ABOVE_0] = None
-    """Peak rate of these, as in `distil_`; by default `RATE` times the share that goes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,8 +232,9 @@ class LayerWalk:
                     target = partial(streams.state, ORIGINAL, end, place)
                     lessons[place in streams.held_out].append(Lesson(run, target, of_tokens))
             if lessons[False]:
-                rate = steps.learning_rate or RATE * self.plan.decoder_ratio
-                distilled = distil_(layer, lessons[False], lessons[True], steps.count, rate)
+                rate = RATE * self.plan.decoder_ratio
+                with raised_as(NumericalError, NumericalError, f"layer {index}:"):
+                    distilled = distil_(layer, lessons[False], lessons[True], steps.count, rate)
         streams.pass_on(PREFIX, index, end, streams.places)
         refitted = tuple(f"{path}." for path, row in self._refits.items() if row.share)
         weights = {  # that are no plain slices
@@ -289,7 +291,7 @@ class LayerWalk:
                     inputs.values[place] = inputs.held(x.to(keep.device)[..., keep])
         self._sliced.append((writer.linear, dict(writer.linear._parameters)))
         if fitted is not None:
-            writer.assign_(*fitted)
+            writer.linear._parameters.update(writer.parameters(*fitted))
 
 
 _TRIAL_PLAN = "trial-plan"
@@ -342,7 +344,8 @@ class Walk:
         notes = []
         if idle := sorted(set(plan.layers) - streams.layers_run):
             numbers = ", ".join(map(str, idle))
-            notes.append(f"no calibration batch runs layer {numbers}: it stays as it is")
+            by = "by the size of their weights" if self.config.chooses else "as planned"
+            notes.append(f"no calibration batch runs layer {numbers}: units go {by}, no refit")
         if SEAM in self.config.steps.kinds and plan.layers[0] > 0:
             notes.append("the first layers are gone: no layer before them could be repaired")
         notes += of_layers

@@ -70,11 +70,11 @@ class Streams:
         """All places."""
         return range(len(self.fitted) + len(self.held_out))
 
-    def calls(self, stream: str, place: int) -> LayerCalls:
-        """Return the calls of layers for a batch; streams do not share dictionaries of keys."""
+    def calls(self, stream: str, index: int, place: int) -> LayerCalls:
+        """Return the call of a layer for a batch; streams do not share dictionaries of keys."""
         # layers of Gemma 3n and Gemma 4 put keys and values for later layers into these
         if not shares_keys(self.runner.model.config):
-            return self.runner.calls(place)
+            return self.runner.calls(place, index)
         if (stream, place) not in self._own_calls:
             own = self.runner.calls(place).with_own_dictionaries()
             self._own_calls[stream, place] = own
@@ -105,7 +105,7 @@ class Streams:
             for inputs in self.kept if stream == PREFIX else ():
                 answer = partial(inputs.answer, place)
                 stack.enter_context(replaced_forward(inputs.block, answer))
-            calls = self.calls(stream, place)
+            calls = self.calls(stream, index, place)
             return calls.after(index, calls.run(layer, index, hidden))
 
     def pass_on(self, stream: str, index: int, end: int, places: Sequence[int]) -> None:
@@ -220,7 +220,10 @@ class Streams:
         model = self.runner.model
         with self.runner.source.loaded("after", self.runner.device):
             states = (
-                (Parts(model).norm(self.state(stream, end, batch["place"])), labels_of(batch))
+                (
+                    Parts(model).norm(self.state(stream, end, batch["place"])),
+                    labels_of(model.config, batch),
+                )
                 for batch in self.runner.batches()
                 if batch["place"] in self.held_out
             )

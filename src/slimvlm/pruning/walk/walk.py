@@ -1,6 +1,7 @@
 """`walk_` and `walk_checkpoint`: prune a model in one pass through its layers."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,10 +13,11 @@ from slimvlm.core.files import require_free
 from slimvlm.core.options import Repair
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.roles import valid_tokens
+from slimvlm.data.samples import divided
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
 from slimvlm.models.hidden import device_of, evaluating, frozen
-from slimvlm.models.parts import shares_keys, text_config_of
+from slimvlm.models.parts import text_config_of
 from slimvlm.planning.make import make_plan, width_candidates
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import require_expressible
@@ -63,26 +65,11 @@ def walk_(
     between two layers (twice where the original's are aimed at), on the model's device, in host
     memory or in files (`slimvlm.scoring.stores.StatesPlace`); and one layer's sums.
 
-    Args:
-        model: The original model.
-        batches: Calibration data: model inputs with ``labels``.
-        ratio: Share of the backbone to remove, as for `make_plan`.
-        axis: ``depth``, ``width`` or ``both``.
-        plan: What to remove, instead of a ratio and an axis: nothing is chosen then.
-        scores: Scores of layers, for ``depth`` and ``both``; by default those of
-            `DEFAULT_CRITERIA`. If they score widths, too, nothing is chosen.
-        allocation: As for `make_plan`, or ``balanced``: as many KV groups in each layer as costs a
-            few layers least when they are tried, and neurons for the rest.
-        repair: ``none``, ``width`` (attention and MLP outputs), ``depth`` (seams), ``both``, or
-            ``auto``: both, as far as held-out tokens confirm, and judged at the end by held-out
-            answers: the result is never worse there than without repair.
-        held_out: Batches that confirm and judge. For ``auto`` and ``local_steps`` without any,
-            every fifth batch is set aside.
-        local_steps: Optimizer steps on each layer; see `slimvlm.pruning.walk.engine`.
-        token_weights: Weight of ``image``, ``prompt`` and ``answer`` tokens in choice and fit; all
-            1 if None.
-        ridge: See `slimvlm.pruning.repair.refit`.
-        **options: Further arguments of `make_plan`.
+    Options are those of ``slimvlm compress``, or of `make_plan`. A ``plan`` says what to remove
+    instead of ``ratio`` and ``axis``; ``scores`` of widths choose the units in place of the walk,
+    and those of layers default to `DEFAULT_CRITERIA`. ``held_out`` batches confirm and judge: for
+    ``repair="auto"`` and ``local_steps`` without any, every fourth batch is set aside. ``ridge`` is
+    that of `slimvlm.pruning.repair.refit`.
 
     Returns:
         The plan, a report of every layer, and the weights that are no slices of the original's.
@@ -179,9 +166,9 @@ def _prepared(
     steps = Steps(repair=cast(Repair, repair), ridge=ridge, count=count)
     judges = list(held_out) if held_out is not None else []
     if (steps.repair == "auto" or steps.count) and not judges:
-        batches, judges = [b for i, b in enumerate(batches) if i % 5 != 4], batches[4::5]
+        batches, judges = divided(batches)
         if not judges:
-            raise DataError("the walk needs held_out batches, or 5 calibration batches")
+            raise DataError("the walk needs held_out batches, or 4 calibration batches")
     if not batches:
         raise DataError("no calibration batch was given")
     return batches, judges, steps
@@ -218,6 +205,16 @@ def states_bytes(hidden_size: int, tokens: float, itemsize: int, aims: bool) -> 
     return (3.5 + 2 * aims) * tokens * hidden_size * itemsize
 
 
+def bytes_beside(source: Source, batches: Sequence[Batch], device: torch.device) -> float:
+    """Measure by the largest batch what is kept of all beside hidden states: masks, pictures."""
+    sizes = [sum(v.nbytes for v in b.values() if isinstance(v, torch.Tensor)) for b in batches]
+    one = LayerwiseModel(source, Memory(torch.device("cpu")), device)
+    one.embed([batches[sizes.index(max(sizes))]])
+    kept = one.store.read("batches", 0, torch.device("cpu"))
+    beside = sum(value.nbytes for name, value in kept.items() if name != "hidden")
+    return beside * sum(sizes) / max(sizes)
+
+
 def walk(
     source: Source,
     config: WalkConfig,
@@ -234,17 +231,20 @@ def walk(
         require_expressible(model, plan)
         if config.chooses:
             require_choosable(plan)
-    if states is None and shares_keys(model.config) and isinstance(source, Live):
-        states = Memory()  # layers share objects
-    elif states is None:
-        tokens = sum(valid_tokens(batch).numel() for batch in everything)
-        hidden, aims = text_config_of(model.config).hidden_size, config.aims_at_original
-        needed = states_bytes(hidden, tokens, model.dtype.itemsize, aims)
-        place = StatesPlace.of(needed, device)
-        say(f"hidden states: {place}")
-        states = place.store(results.folder / "states" if isinstance(results, Scratch) else None)
-    runner = LayerwiseModel(source, states, device)
     with evaluating(model), frozen(model):
+        if states is None:
+            # shared keys, and the masks of flex_attention, which are no tensors, stay on the device
+            with suppress(UnsupportedModelError):
+                beside = bytes_beside(source, everything, device)
+                tokens = sum(valid_tokens(batch).numel() for batch in everything)
+                size, aims = text_config_of(model.config).hidden_size, config.aims_at_original
+                needed = beside + states_bytes(size, tokens, model.dtype.itemsize, aims)
+                place = StatesPlace.of(needed, device)
+                say(f"hidden states: {place}")
+                is_files = isinstance(results, Scratch)
+                states = place.store(results.folder / "states" if is_files else None)
+        states = Memory() if states is None else states
+        runner = LayerwiseModel(source, states, device)
         runner.embed(everything)
         fitted = range(len(config.batches))
         held_out = range(len(fitted), len(everything))

@@ -26,16 +26,24 @@ from slimvlm.core.documents import read_object
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
-from slimvlm.data.samples import open_image
+from slimvlm.data.samples import Task, open_image
 from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair, compare
+from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, signed
 from slimvlm.evaluation.results import KINDS, Result
-from slimvlm.evaluation.tasks import Task, builtin_tasks, find_tasks
+from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as runs
 from slimvlm.runs.recipes import published
 from slimvlm.runs.study import DONE, FAILED, OF_A_KIND, ORIGINAL, STUDY, TABLE
-from slimvlm.runs.tables import LEGEND, MARK, held_out_notes, held_out_rows, result_rows
+from slimvlm.runs.tables import (
+    LEGEND,
+    MARK,
+    held_out_notes,
+    held_out_rows,
+    result_rows,
+    training_notes,
+)
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 
@@ -226,7 +234,8 @@ class Record:
 def read_record(folder: str | Path, tasks: str | None = None) -> Record:
     """Read a run folder of `compress` or of a study; ``tasks`` are asked ones of the user's own."""
     path = path_of(folder, "run")
-    known = builtin_tasks() | {task.name: task for task in find_tasks(tasks or "demo")}
+    own, _ = split_names(tasks or "demo")  # lmms-eval's: answers without questions
+    known = builtin_tasks() | {task.name: task for task in find_tasks(own or "demo")}
     try:
         if (path / "config.json").is_file() and (path / "plan.json").is_file():
             return _read_run(path, known)
@@ -289,11 +298,13 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
     compared = len(entries) > 1 and entries[0].is_original
     first, last = (entries[0], entries[-1]) if compared else (None, None)
     if last is not None and last.percent is not None:
-        interval = f"95 % interval {last.low:.1f} to {last.high:.1f}"
+        bounds = None if last.low is None else f"95 % interval {last.low:.1f} to {last.high:.1f}"
+        interval = bounds or "no bounds: the original is not clearly above 0"
         cards.append(("Kept (AVG-%)", f"{last.percent:.1f}", interval))
         for kind, kept in list(results.values())[-1].retention_by_kind(results[ORIGINAL]).items():
-            interval = f"{kept.low:.1f} to {kept.high:.1f}, floor {kept.floor:.1f}"
-            cards.append((f"Kept of {kind} answers", f"{kept.percent:.1f}", interval))
+            bounds = "no bounds" if math.isnan(kept.low) else f"{kept.low:.1f} to {kept.high:.1f}"
+            told = (f"{kept.percent:.1f}", f"{bounds}, floor {kept.floor:.1f}")
+            cards.append((f"Kept of {kind} answers", *told))
     asked = "" if plan.asked_ratio is None else f"asked for {plan.asked_ratio:.1%}"
     before, after = plan.before.total_params / 1e6, plan.after.total_params / 1e6
     cards.append(("Backbone removed", f"{plan.ratio:.1%}", asked))
@@ -332,6 +343,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
         trainings=_training(folder / "history.json", learns),
         tables=tables,
         comparison=comparison,
+        notes=training_notes(results, on_data, str(recover.get("loss"))),
     )
 
 
@@ -410,7 +422,7 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
         rows[-1] += [f"{entry.total_params / 1e6:.1f} M"]
         rows[-1] += [f"{entry.prefill_ms:.1f}", f"{entry.decode_ms:.1f}"]
     note = (
-        "* The 95 % interval (paired bootstrap over questions) excludes 100. The study: AVG-% of "
+        "* The 95 % interval excludes 100. The study: AVG-% of "
         "LLaVA-1.5-7B, Mini-InternVL-4B and Bunny-3B for the same axis, recovery and ratio "
         "(arXiv:2604.24380), with all of its data, LoRA next to full training; other models and "
         "tasks, so read the trend."

@@ -66,19 +66,8 @@ def run_study(
     The folder can be given again, with the same study or a larger one: only what is new is done. A
     stopped start loses at most the stages that were running. Several processes may work on one
     folder with the same file at the same time. What fails is recorded and tried again at the next
-    start.
-
-    Args:
-        study: A study, or its YAML file.
-        out: The folder: ``results.parquet``, ``results.csv``, ``claims.md``, ``cache/``.
-        engine: ``local``, one stage after another in this process, or ``ray``.
-        workers: Stages at once, for a Ray that is started here.
-        address: A running Ray cluster.
-        console: Where progress is shown; by default stderr.
-        device: Where models run; by default the accelerator if there is one, else the CPU.
-
-    Raises:
-        SlimError: For anything that the user can mend; found before any work is done.
+    start. Mistakes are found before any work is done. ``engine``, ``workers`` (of a Ray that is
+    started here), ``address`` (of one that runs) and ``device`` are those of ``slimvlm study``.
     """
     if engine not in scheduling.ENGINES:
         raise ConfigError(f"engine {engine!r} must be one of: {', '.join(scheduling.ENGINES)}")
@@ -376,7 +365,7 @@ def _ratio(plan: Path) -> float:
 
 @lru_cache(maxsize=4096)
 def _retention(result: Path, original: Path) -> Mapping[str, float]:
-    """Compute the retention of two result files; cached, because bootstraps take long."""
+    """Compute the retention of two result files; cached: files are large."""
     ours, theirs = Result.load(result), Result.load(original)
     kept, kinds = vars(ours.retention(theirs)), ours.retention_by_kind(theirs).items()
     named = {"percent": "avg_percent", "low": "avg_percent_low", "high": "avg_percent_high"}

@@ -248,10 +248,9 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     if config.loses_tokens:  # chosen as by `compress`: what is trained on counts, too
         named = {n: getattr(config, n) for n in ("vocab_size", "vocab_text", "general_text")}
         read = replace(whole, prune=replace(_reading(config), **named), hold_out=False)
+        read = replace(read, recover=RecoverConfig() if whole.trains else None)
         if not whole.trains:
             read = replace(read, training_samples=None)
-        elif read.recover is not None:
-            read = replace(read, recover=RecoverConfig())  # whose options choose no token
         whole = replace(whole, tokens=_tokens(read, study.data is not None))
     base = replace(whole, recover=None, training_samples=None)
     scored = []  # ratio, allocation and repair change no scores
