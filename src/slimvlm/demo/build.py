@@ -155,11 +155,8 @@ def assemble(delta: Path) -> tuple[Any, Any]:
         weights = {name.removeprefix(f"{part}."): state[name].float() for name in own}
         getattr(model.model, part).load_state_dict(weights)
     model.generation_config = transformers.GenerationConfig(do_sample=False, **DATA["token_ids"])
-    side, half = {"height": SIDE, "width": SIDE}, [0.5, 0.5, 0.5]
-    pictures: dict[str, Any] = {"size": side, "crop_size": side, "do_center_crop": False}
-    pictures |= {"image_mean": half, "image_std": half}
     processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(**pictures),
+        image_processor=transformers.CLIPImageProcessor(**DATA["image_processor"]),
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",

@@ -44,25 +44,14 @@ from slimvlm.models.hidden import require_finite_values
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TEMPLATE = "chat_template.jinja"
-ALLOWED: dict[str, Any] = yaml.safe_load(
+TABLES: dict[str, Any] = yaml.safe_load(
     Path(__file__).with_name("files.yaml").read_text(encoding="utf-8")
 )
-"""What files may say, and which are read."""
-SETTINGS: list[str] = ALLOWED["settings"]
+"""What files may say, which of them are read, and what errors of the hub mean."""
+SETTINGS: list[str] = TABLES["settings"]
 _HUB_ID = r"\w[\w.-]*/[\w.-]+"
 _ONLY = ["tokenizer.json"]  # the tokenizer that is checked before it is read, and thus no other
 _MOST_SETTINGS, _MOST_TEMPLATE = 64 * 2**20, 2**20  # bytes of settings, and of a chat template
-
-_TOKEN = "your token (hf auth login, or HF_TOKEN)"
-_AWAY = "no such folder, not in the hub's cache, and the hub cannot be reached"
-_OF_HUB: dict[type[BaseException], str] = {
-    hub.GatedRepoError: f"gated: accept its licence on its page on the hub, then give {_TOKEN}",
-    hub.RepositoryNotFoundError: f"no such folder, and not on the hub; if private, give {_TOKEN}",
-    hub.RevisionNotFoundError: "the hub has no such branch, tag or commit of it",
-    hub.LocalEntryNotFoundError: _AWAY,
-    hub.OfflineModeIsEnabled: _AWAY,
-}
-"""Errors of the hub's library, and what a user is told."""
 
 
 @contextmanager
@@ -79,7 +68,10 @@ def unreadable(model: str | Path, what: str) -> Iterator[None]:
         told = f"{what} cannot be read ({errors.one_line(error)[: errors.LONGEST]})"
         cause: BaseException | None = None if Path(model).is_dir() else error
         while cause is not None:  # transformers wraps what the hub's library raises
-            told = next((cure for kind, cure in _OF_HUB.items() if isinstance(cause, kind)), told)
+            cures = TABLES["hub_errors"].items()
+            told = next(
+                (cure for kind, cure in cures if isinstance(cause, getattr(hub, kind))), told
+            )
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(f"model {str(model)!r}: {told}") from error
 
@@ -114,7 +106,7 @@ def alone(model: str | Path, trust_remote_code: bool = False) -> Iterator[None]:
 
 def _without_kernels(values: Any) -> Any:
     if isinstance(values, dict):
-        kept = {k: v for k, v in values.items() if not re.fullmatch(ALLOWED["unread"], k)}
+        kept = {k: v for k, v in values.items() if not re.fullmatch(TABLES["unread"], k)}
         return {key: _without_kernels(value) for key, value in kept.items()}
     return [*map(_without_kernels, values)] if isinstance(values, list) else values
 
@@ -182,14 +174,14 @@ def read_adapter(folder: Path) -> tuple[str, dict[str, Any]]:
     values = read_object(folder / ADAPTER, "model", 2**20)
     names = ("init_lora_weights", "base_model_name_or_path", "revision")
     start, base, revision = map(values.get, names)
-    odd = [name for name, value in values.items() if value and name not in ALLOWED["lora"]]
+    odd = [name for name, value in values.items() if value and name not in TABLES["lora"]]
     odd += [] if values.get("peft_type") == "LORA" else ["peft_type"]
-    odd += [] if start in ALLOWED["keeps_base"] else ["init_lora_weights"]
+    odd += [] if start in TABLES["keeps_base"] else ["init_lora_weights"]
     if odd:
         told = shortened(values.get(odd[0]))
         raise ConfigError(f"{where}: {ADAPTER}: {odd[0]} {told} is not merged here; use PEFT")
     weights = {f.name for f in folder.iterdir() if f.suffix in (".bin", ".safetensors")}
-    if others := weights - {*ALLOWED["beside_adapter"]}:
+    if others := weights - {*TABLES["beside_adapter"]}:
         raise ConfigError(f"{where}: beside {ADAPTER} lies {min(others)!r}, which is not merged")
     if isinstance(base, str) and Path(base).is_dir() and not (Path(base) / ADAPTER).exists():
         return base, values
@@ -267,7 +259,7 @@ def _require_plausible(values: Any, where: str, name: str = "") -> None:
     """Check every number and every name of code, at any depth."""
     if isinstance(values, dict):
         is_timm = name == "model_args"
-        odd = values.keys() - ALLOWED["timm"] if is_timm else values.keys() & ALLOWED["never"]
+        odd = values.keys() - TABLES["timm"] if is_timm else values.keys() & TABLES["never"]
         if odd:
             raise ConfigError(f"{where} {shortened(min(odd))} names what is not read; remove it")
         longest = values.get("longest_edge")
@@ -278,12 +270,12 @@ def _require_plausible(values: Any, where: str, name: str = "") -> None:
         for value in values:
             _require_plausible(value, where, name)
     elif isinstance(values, int | float) and not isinstance(values, bool):
-        row = next((row for row in ALLOWED["limits"] if re.fullmatch(row[0], name)), None)
+        row = next((row for row in TABLES["limits"] if re.fullmatch(row[0], name)), None)
         if row is not None and not row[1] <= values <= row[2]:
             limits = f"{row[1]} to {row[2]:,}"
             raise ConfigError(f"{where} {name} {shortened(values)} must be {limits}")
     elif isinstance(values, str):
-        for names, pattern in ALLOWED["texts"].items():
+        for names, pattern in TABLES["texts"].items():
             if re.fullmatch(names, name) and not re.fullmatch(pattern, values):
                 raise ConfigError(f"{where} {name} {shortened(values)} names what is not run here")
 

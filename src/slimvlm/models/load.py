@@ -32,9 +32,9 @@ from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.families import BACKBONES, FAMILIES
 from slimvlm.models.files import (
     ADAPTER,
-    ALLOWED,
     LORA_WEIGHTS,
     SETTINGS,
+    TABLES,
     TEMPLATE,
     alone,
     check_folder,
@@ -179,7 +179,7 @@ def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrain
 _SAMPLED = 64
 _PACKED, _SPARE = 16, 2**20
 """Weights that one stored number can hold, quantised, and weights that files may lack."""
-_OF_PROCESSORS = {*ALLOWED["of_processors"]}  # every processor and tokenizer has one of them
+_OF_PROCESSORS = {*TABLES["of_processors"]}  # every processor and tokenizer has one of them
 
 
 def resolve(model: str | Path) -> str:
@@ -369,7 +369,7 @@ class _Published(GenerationConfig):
 def plain_generation(config: GenerationConfig | None) -> GenerationConfig:
     """Keep the known settings of a generation configuration, which may come with a model."""
     values = {} if config is None else config.to_dict()
-    return _Published.from_dict({k: v for k, v in values.items() if k in ALLOWED["generation"]})
+    return _Published.from_dict({k: v for k, v in values.items() if k in TABLES["generation"]})
 
 
 def generation_of(folder: str | Path) -> GenerationConfig | None:

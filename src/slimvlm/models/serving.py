@@ -127,10 +127,6 @@ def _gguf_scalar(case: Case) -> int:
     return shape.hidden_size // heads if is_27b else case.head_dim
 
 
-def _head_dim(case: Case) -> str:
-    return f"head_dim {case.head_dim}, {case.heads}, hidden size {case.shape.hidden_size}"
-
-
 def _is_blind_in_gguf(case: Case) -> bool:
     return case.shape.vision_params > 0 and case.shape.model_type not in GGUF_PICTURES
 
@@ -155,6 +151,7 @@ _SHOWN: dict[str, Callable[[Case], str]] = {
     ),
     "model": lambda c: f"model {c.shape.model_type!r}",
     "language model": lambda c: f"language model {c.shape.text_type!r}",
+    "neurons": lambda c: f"{c.neurons} neurons",
 }
 """What `Rule.what` of ``serving.yaml`` says, by its name there."""
 
@@ -173,10 +170,8 @@ def _rows(case: Case) -> str:
 
 RULES: tuple[Rule, ...] = (
     *(Rule("answers", (target,), "unknown",
-           partial(lambda kinds, c: c.kind not in kinds, ran.kinds),
-           partial(_kind, target),
-           "no model of this kind was run there: try it before you rely on it",
-           ran.version)
+           partial(lambda kinds, c: c.kind not in kinds, ran.kinds), partial(_kind, target),
+           "no model of this kind was run there: try it before you rely on it", ran.version)
       for target, ran in RAN.items()),
     Rule("even layers", ENGINES, "fail",
          lambda c: not c.shape.is_uniform,
@@ -195,7 +190,7 @@ RULES: tuple[Rule, ...] = (
     Rule("MLP width", ("vllm",), "fail",
          lambda c: c.shape.text_type == "glm_ocr_text" and c.shape.vision_params > 0
          and any(s.intermediate_size != 3 * c.shape.hidden_size for s in c.shape.layers),
-         lambda c: f"{c.neurons} neurons",
+         _SHOWN["neurons"],
          "vLLM gives the vision merger as many, which has 3 x hidden size: leave the neurons"),
     Rule("unquantised", ("gguf",), "fail",
          lambda c: c.is_quantized, _stored,
@@ -205,14 +200,14 @@ RULES: tuple[Rule, ...] = (
          "not tried there: load it once before you rely on it"),
     *(Rule("head_dim", (target,), "fail",
            partial(lambda types, c: c.has_own_head_dim and _is_of(types, c), row["types"]),
-           _head_dim,
+           lambda c: f"head_dim {c.head_dim}, {c.heads}, hidden size {c.shape.hidden_size}",
            "the engine takes hidden size / heads here: prune neurons or layers and leave the heads",
            row.get("seen", ""))
       for target, row in _TABLES["own_head_dim"].items()),
     Rule("MLP width", ("gguf",), "fail",
          lambda c: c.shape.text_type == "phi"
          and any(s.intermediate_size != 4 * c.shape.hidden_size for s in c.shape.layers),
-         lambda c: f"{c.neurons} neurons",
+         _SHOWN["neurons"],
          "the converter takes 4 x hidden size for Phi: prune layers only"),
     Rule("language model", ("gguf",), "fail",
          lambda c: c.shape.text_type not in _TABLES["gguf_types"], _SHOWN["language model"],
@@ -236,18 +231,15 @@ RULES: tuple[Rule, ...] = (
          lambda c: c.heads,
          "must divide by the number of GPUs, or divide it: plan with --kv-heads"),
     Rule("MLP width", (TENSOR_PARALLEL,), "fail",
-         lambda c: c.off(c.tp), lambda c: f"{c.neurons} neurons",
+         lambda c: c.off(c.tp), _SHOWN["neurons"],
          "must divide by the number of GPUs: plan with --round-to"),
     Rule("MLP share", (TENSOR_PARALLEL,), "warn",
-         lambda c: not c.off(c.tp) and c.off(WIDTH_MULTIPLE * c.tp),
-         lambda c: f"{c.neurons} neurons",
+         lambda c: not c.off(c.tp) and c.off(WIDTH_MULTIPLE * c.tp), _SHOWN["neurons"],
          f"each GPU's share should be a multiple of {WIDTH_MULTIPLE}: plan with --round-to"),
     Rule("MLP rows", ("vllm", "sglang"), "warn",
-         lambda c: c.off(ROW_MULTIPLE), lambda c: f"{c.neurons} neurons",
-         OFF_ROWS_ADVICE),
+         lambda c: c.off(ROW_MULTIPLE), _SHOWN["neurons"], OFF_ROWS_ADVICE),
     Rule("MLP width", ("vllm", "sglang"), "warn",
-         lambda c: not c.off(ROW_MULTIPLE) and c.off(WIDTH_MULTIPLE),
-         lambda c: f"{c.neurons} neurons",
+         lambda c: not c.off(ROW_MULTIPLE) and c.off(WIDTH_MULTIPLE), _SHOWN["neurons"],
          f"no multiple of {WIDTH_MULTIPLE}, the group of 4-bit formats and the block of fp8 ones: "
          f"plan with --round-to {WIDTH_MULTIPLE}"),
     Rule("block formats", ("gguf",), "warn",
