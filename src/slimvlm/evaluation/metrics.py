@@ -444,12 +444,15 @@ def retention(
     ours, base, floor = means.tolist()
 
     def share(level: float) -> float:
-        return 100 * (ours - level) / (base - level) if base > level else math.nan
+        is_above = base > level and not math.isclose(base, level)  # up to rounding
+        return 100 * (ours - level) / (base - level) if is_above else math.nan
 
     low, high = _quotient(centre[:2], covariance[:2, :2], times)
     apart = np.array([[1, 0, -1], [0, 1, -1]])
-    above = _quotient(apart @ centre, apart @ covariance @ apart.T, times)
     percent, above_floor = share(0.0), share(floor)
+    above = _quotient(apart @ centre, apart @ covariance @ apart.T, times)
+    if math.isnan(above_floor):
+        above = math.nan, math.nan
     return Retention(
         percent=percent,
         low=min(max(low, 0.0), percent),
