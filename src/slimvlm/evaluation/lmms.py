@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image, ImageFile
 from transformers import PreTrainedModel
 
+from slimvlm.core.documents import read_yaml
 from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.core.options import Questions
 from slimvlm.data.chat import plain_question
@@ -67,6 +68,9 @@ def _mme(values: Values) -> list[float]:
     ]
 
 
+_READERS = {"numbers": _numbers, "mmmu": _mmmu, "mme": _mme}
+
+
 @dataclass(frozen=True)
 class LmmsRow:
     """One benchmark of lmms-eval."""
@@ -81,25 +85,11 @@ class LmmsRow:
     needs_judge: bool = False  # whether another language model reads the replies
 
 
-_MME = partial(LmmsRow, "mme", chance=37.5, read=_mme, together=2)
-LMMS_TASKS: dict[str, LmmsRow] = {
-    "mme_cognition": _MME("mme_cognition_score", full=800),
-    "mme_perception": _MME("mme_perception_score", full=2000),
-    "pope": LmmsRow("pope", "pope_accuracy", chance=50, details={"f1": "pope_f1_score"}),
-    "gqa": LmmsRow("gqa", "exact_match"),
-    "scienceqa_img": LmmsRow("scienceqa_img", "exact_match", chance=40.1),
-    "mmmu_val": LmmsRow("mmmu_val", "mmmu_acc", chance=22.1, read=_mmmu),
-    "ai2d": LmmsRow("ai2d", "exact_match", chance=25),
-    "mathvista": LmmsRow(
-        *("mathvista_testmini_format", "llm_as_judge_eval"), full=100, chance=17.9, needs_judge=True
-    ),
-    "docvqa": LmmsRow("docvqa_val", "anls"),
+LMMS_TASKS = {
+    key: LmmsRow(**{**row, "read": _READERS[row.get("read", "numbers")]})
+    for key, row in read_yaml(Path(__file__).with_name("lmms.yaml"), "benchmarks").items()
 }
-"""The study's benchmarks; ``mme`` names both of its halves.
-
-Chance: MME counts half the answers and a quarter of the pairs. ScienceQA, MMMU and MathVista are
-the "random chance" rows of their papers (arXiv:2209.09513, 2311.16502, 2310.02255).
-"""
+"""The study's benchmarks; ``mme`` names both of its halves."""
 
 
 def split_names(names: str) -> tuple[str, list[str]]:
