@@ -16,9 +16,8 @@ from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Estimate
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result, average_of, comparable, guessed, task_difference
 
-OF_DATA = {"loss": "loss", "perplexity": "perplexity", "increase": "increase"}
-OF_DATA |= {"agreement": "agreement", "kl": "divergence"}
-"""Fields of `slimvlm.evaluation.on_data.Figures` by their names in requirements."""
+OF_DATA = ("loss", "perplexity", "increase", "agreement", "kl")
+"""Fields of `slimvlm.evaluation.on_data.Figures`; kl is its divergence."""
 COMPARED = ("increase", "agreement", "kl", "retention")  # compare with a baseline by themselves
 
 
@@ -99,8 +98,9 @@ def _on_data(name: str, after: DataResult, before: DataResult) -> Found:
     if name in ("agreement", "kl") and 2 * alike < len(after.samples):
         told = f"{alike} of {len(after.samples)} samples have the baseline's tokens"
         raise ConfigError(f"require {name!r}: only {told}; loss and increase compare all")
-    theirs = getattr(before.figures, OF_DATA[name])
-    return getattr(after.figures, OF_DATA[name]), theirs and theirs.value
+    field = "divergence" if name == "kl" else name
+    theirs = getattr(before.figures, field)
+    return getattr(after.figures, field), theirs and theirs.value
 
 
 def _on_tasks(name: str, last: Result, first: Result, compares: bool, say: Say) -> Found:

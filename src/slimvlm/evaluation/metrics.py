@@ -484,10 +484,8 @@ def ratio_interval(
     numbers: Values, counts: Values, groups: Sequence[str], positive: bool = False
 ) -> Estimate:
     """Divide sums; the interval over groups is one of the logarithm for what is ``positive``."""
-    table, value = (
-        _by_group(np.stack([numbers, counts]), groups),
-        float(numbers.sum() / counts.sum()),
-    )
+    table = _by_group(np.stack([numbers, counts]), groups)
+    value = float(numbers.sum() / counts.sum())
     sums, sizes = table[:1], table[1]
     if len(sizes) < 3:
         return Estimate(value)

@@ -58,13 +58,8 @@ def quantize(
 ) -> Quantized:
     """Write a checkpoint whose decoder layers have fewer bits, and read it back.
 
-    int8 has one scale for each row (torchao; compressed-tensors, which also rounds activations to 8
-    bit), or LLM.int8 with outliers in 16 bit (bitsandbytes). int4 has one scale for each 64 weights
-    of a row: affine (torchao), symmetric (compressed-tensors) or nf4 (bitsandbytes). fp8 has one
-    scale for each row, and rounds activations, too.
-
-    vLLM reads compressed-tensors. ``auto`` takes torchao, but bitsandbytes for int4 on a CPU and
-    compressed-tensors for fp8.
+    ``docs/serving.md`` says what each library does. ``auto`` takes torchao, but bitsandbytes for
+    int4 on a CPU and compressed-tensors for fp8.
 
     Raises:
         ConfigError: If the model or the machine does not allow it.
