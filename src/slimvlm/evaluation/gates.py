@@ -109,8 +109,10 @@ def _on_tasks(name: str, last: Result, first: Result, compares: bool, say: Say) 
             comparable(last, first, [name])
         other = first.tasks.get(name)
         task, spread = last.tasks[name], task_difference(name, last.tasks[name])
-        bounds = () if task.metric in LIKELIHOODS else (spread.low, spread.high)
-        return Estimate(task.score, *bounds), None if other is None else other.score
+        theirs = None if other is None else other.score
+        if task.metric in LIKELIHOODS:
+            return Estimate(task.score), theirs
+        return Estimate(task.score, spread.low, spread.high), theirs
     counted = {n for result in (last, first) for n, t in result.tasks.items() if t.in_average}
     if compares:
         comparable(last, first, sorted(counted))
@@ -127,5 +129,6 @@ def _on_tasks(name: str, last: Result, first: Result, compares: bool, say: Say) 
         spread = average_of(last.tasks)
         return Estimate(last.average, spread.low, spread.high), first.average
     kept = last.retention(first)
-    bounds = () if math.isnan(kept.low) else (kept.low, kept.high)
-    return Estimate(kept.percent, *bounds), None
+    if math.isnan(kept.low):
+        return Estimate(kept.percent), None
+    return Estimate(kept.percent, kept.low, kept.high), None

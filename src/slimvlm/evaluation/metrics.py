@@ -100,9 +100,7 @@ def set_f1(reply: str, question: Question) -> float:
     """F1 between the items of the reply and of the answer: lines, or between commas and "and"."""
     answer = question.answers[0]
     text = plain(reply) if ":" in answer else re.sub(r"^[^,:\n]*:\s+", "", plain(reply))
-    found, wanted = _items(text), _items(answer)
-    hits = len(found & wanted)
-    return 2 * hits / (len(found) + len(wanted)) if hits else 0.0
+    return _f1(Counter(_items(text)), Counter(_items(answer)))
 
 
 def _items(text: str) -> set[str]:
@@ -131,12 +129,13 @@ def similarity(a: str, b: str) -> float:
 
 def f1(reply: str, question: Question) -> float:
     """F1 between the words, without articles, of reply and best answer (arXiv:1606.05250, 6.1)."""
-    best, found = 0.0, _counted(reply)
-    for answer in question.answers:
-        wanted = _counted(answer)
-        hits = (found & wanted).total()
-        best = max(best, 2 * hits / (found.total() + wanted.total()) if hits else 0.0)
-    return best
+    found = _counted(reply)
+    return max((_f1(found, _counted(answer)) for answer in question.answers), default=0.0)
+
+
+def _f1(found: Counter[str], wanted: Counter[str]) -> float:
+    hits = (found & wanted).total()
+    return 2 * hits / (found.total() + wanted.total()) if hits else 0.0
 
 
 def _counted(text: str) -> Counter[str]:
