@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
@@ -68,7 +68,7 @@ def _mme(values: Values) -> list[float]:
     ]
 
 
-_READERS = {"numbers": _numbers, "mmmu": _mmmu, "mme": _mme}
+_READERS = {"numbers": _numbers, "mmmu": _mmmu, "mme": _mme}  # give one score for each question
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class LmmsRow:
     metric: str = ""  # key of the score in its results; the task's first metric if empty
     full: float = 1.0  # score of a perfect model
     chance: float = 0.0  # score of guessing, in percent of the full score
-    read: Callable[[Values], list[float]] = _numbers  # one score for each question
+    read: str = "numbers"  # of `_READERS`
     details: Mapping[str, str] = field(default_factory=dict)  # further metrics on the same scale
     together: int = 1  # questions that are scored as one; a limit must be a multiple
     needs_judge: bool = False  # whether another language model reads the replies
 
 
 LMMS_TASKS = {
-    key: LmmsRow(**{**row, "read": _READERS[row.get("read", "numbers")]})
+    key: LmmsRow(**row)
     for key, row in read_yaml(Path(__file__).with_name("lmms.yaml"), "benchmarks").items()
 }
 """The study's benchmarks; ``mme`` names both of its halves."""
@@ -206,7 +206,7 @@ def evaluate_with_lmms(
                     ids=tuple(map(str, scored)),
                     replies=tuple(replies[index][0] for index in scored),
                     cut=sum(replies[index][1] for index in scored),
-                    scores=tuple(row.read([samples[index][metric] for index in scored])),
+                    scores=tuple(_READERS[row.read]([samples[index][metric] for index in scored])),
                     details={k: scale * float(totals[other]) for k, other in row.details.items()},
                     offered=task.OUTPUT_TYPE == "multiple_choice",
                 )
