@@ -112,7 +112,10 @@ def test_floors_of_questions_are_drawn_may_not_be_reached_and_mme_has_its_scale(
     kept, below = (metrics.retention(half, half, {"a": 0.0}, {"a": f}) for f in (40.0, 60.0))
     assert kept.above_floor == pytest.approx(100)
     assert np.isnan(kept.above_floor_low)
-    assert np.isnan(below.above_floor)
+    assert np.isnan([below.above_floor, below.above_floor_low]).all()
+    third = {"a": [1.0] * 3 + [0.0] * 7}  # its mean is above 0.3 by a rounding error
+    level = metrics.retention({"a": [0.0] * 10}, third, {"a": 30.0})
+    assert np.isnan([level.above_floor, level.above_chance, level.above_floor_high]).all()
     nothing = metrics.retention(half, {"a": [0.0, 0.0]}, {"a": 0.0})
     assert {*nothing.as_json().values()} == {None}
     assert str(nothing) == "-"
