@@ -12,7 +12,7 @@ import docstring_parser
 import tyro
 
 from slimvlm.core import options as core
-from slimvlm.core.options import Options, part_of
+from slimvlm.core.options import Options
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 USUAL = {
@@ -153,11 +153,11 @@ def defaults_from(file: str, verb: str) -> dict[str, Any]:
     model, config, learning = read_config(file)
     if verb == "recover":
         untrained = core.RecoverConfig(seed=config.seed)
-        data = {} if config.data is None else {"source": part_of(config, SourceFlags)}
+        data = {} if config.data is None else {"source": config.part(SourceFlags)}
         return {"teacher": model, "training": config.recover or untrained, **data}
     given: dict[str, Any] = {"train": "none"} if learning is None else {}
     if config.recover is not None:
         names = {row.name for row in fields(TrainingFlags)} & set(learning or {}) - {"seed"}
         given = {name: getattr(config.recover, name) for name in names}
-    parts = {"pruning": part_of(config, core.RunPruning), "evaluation": part_of(config, RunFlags)}
+    parts = {"pruning": config.part(core.RunPruning), "evaluation": config.part(RunFlags)}
     return {"model": model, "training": TrainingFlags(**given), **parts}

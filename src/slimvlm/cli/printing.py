@@ -1,12 +1,12 @@
 """Print results on stdout, as a table or as JSON, and remarks on stderr."""
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from slimvlm.core.errors import printable
-from slimvlm.core.progress import is_first_rank
+from slimvlm.core.progress import to_log
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,12 +20,6 @@ _OF_A_CELL = (
     *("model", "axis", "ratio", "recovery", "fraction"),
     *("seed", "avg", "avg_percent", *_OF_KINDS, "status"),
 )
-
-
-def note(line: str) -> None:
-    """Print a remark on stderr; of several processes the first one does."""
-    if is_first_rank():
-        print(printable(line), file=sys.stderr)
 
 
 def print_json(values: Any) -> None:
@@ -58,7 +52,7 @@ def show(
         return
     print_table(*rows(), title=title)
     for line in notes:
-        note(line)
+        to_log(line)
 
 
 def print_results(results: "Mapping[str, Result]", as_json: bool, title: str = "") -> None:
@@ -85,7 +79,6 @@ def print_held_out(results: "Mapping[str, DataResult]") -> None:
 
 def print_study(table: "pd.DataFrame", as_json: bool) -> None:
     """Print the cells of a study and the verdicts on the claims."""
-    from slimvlm.runs.study import as_json as study_json
     from slimvlm_tools.claims import claims_of
 
     def cell(value: object) -> str:
@@ -93,10 +86,12 @@ def print_study(table: "pd.DataFrame", as_json: bool) -> None:
             return "" if value != value else f"{value:.4g}"
         return "" if value is None else str(value)
 
+    claims = claims_of(table)
     if as_json:
-        print_json(study_json(table))
+        rows = json.loads(table.to_json(orient="records"))
+        print_json({"rows": rows, "claims": [asdict(claim) for claim in claims]})
         return
     names = [n for n in _OF_A_CELL if n not in _OF_KINDS or table[n].notna().any()]
     print_table(names, [[cell(row[n]) for n in names] for _, row in table.iterrows()])
-    claims = [[claim.name, claim.statement, claim.verdict] for claim in claims_of(table)]
-    print_table(["claim", "says", "here"], claims)
+    verdicts = [[claim.name, claim.statement, claim.verdict] for claim in claims]
+    print_table(["claim", "says", "here"], verdicts)

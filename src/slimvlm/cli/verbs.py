@@ -11,11 +11,11 @@ import tyro
 
 from slimvlm.cli import options as flags
 from slimvlm.cli.options import Model
-from slimvlm.cli.printing import note, print_held_out, print_json, print_results, print_table, show
+from slimvlm.cli.printing import print_held_out, print_json, print_results, print_table, show
 from slimvlm.core import options
 from slimvlm.core.errors import ConfigError, printable
 from slimvlm.core.files import path_of
-from slimvlm.core.options import part_of
+from slimvlm.core.progress import to_log
 
 
 def score(
@@ -34,7 +34,7 @@ def score(
     """
     from slimvlm.runs.verbs import score as run
 
-    run(model, calibration, criterion, out, memory, force, note)
+    run(model, calibration, criterion, out, memory, force, to_log)
 
 
 def plan(
@@ -54,7 +54,7 @@ def plan(
     """
     from slimvlm.runs.verbs import plan as run
 
-    made = run(model, config, out, scores, force=force, say=note)
+    made = run(model, config, out, scores, force=force, say=to_log)
     if not json:
         print(made.summary())
         return
@@ -83,7 +83,7 @@ def prune(
     """
     from slimvlm.runs.verbs import prune as run
 
-    walked, held_out = run(model, pruning, out, plan, memory, report, force, note)
+    walked, held_out = run(model, pruning, out, plan, memory, report, force, to_log)
     print(f"{walked.summary()}\ncheckpoint: {out}")
     print_held_out(held_out)
 
@@ -115,10 +115,10 @@ def recover(
     from slimvlm.runs.verbs import recover as run
 
     if config is not None:
-        note(f"options of {config}, and those of the command line")
-    history = run(model, source, training, out, teacher, shard, force, note)
-    note(f"teacher: {history.teacher}")
-    note(f"trained on {history.num_samples} samples; checkpoint in {out}")
+        to_log(f"options of {config}, and those of the command line")
+    history = run(model, source, training, out, teacher, shard, force, to_log)
+    to_log(f"teacher: {history.teacher}")
+    to_log(f"trained on {history.num_samples} samples; checkpoint in {out}")
 
 
 def evaluate(
@@ -151,15 +151,15 @@ def evaluate(
             flag = name.replace("_", "-")
             raise ConfigError(f"{name} {str(value)!r}: --{flag} is for tasks, not for --data")
     given = replace(questions, tasks=questions.tasks or options.Questions.tasks)
-    asked, how = part_of(given, options.Questions), (questions.blind, questions.log)
-    found = run(model, asked, source, baseline, out, force, *how, note, require)
+    asked, how = given.part(options.Questions), (questions.blind, questions.log)
+    found = run(model, asked, source, baseline, out, force, *how, to_log, require)
     if source.data is None:
         print_results(found, json)
-        judge(require, found, {}, note)
+        judge(require, found, {}, to_log)
         return
     rows, notes = partial(held_out_rows, found), held_out_notes(found)
     show(json, partial(held_out_json, found), rows, notes=notes)
-    judge(require, {}, found, note)
+    judge(require, {}, found, to_log)
 
 
 def compress(
@@ -198,9 +198,9 @@ def compress(
     how = {name: value for name, value in vars(training).items() if name != "seed"}  # the run's
     whole = config_from({**vars(pruning), **vars(evaluation), "recover": how}, model)
     if config is not None:
-        note(f"options of {config}, and those of the command line")
+        to_log(f"options of {config}, and those of the command line")
     if dry_run:
-        needs = look(model, whole, note)
+        needs = look(model, whole, to_log)
         if not json:
             print_table((), dry_run_rows(needs))
             return
@@ -208,7 +208,7 @@ def compress(
         plan = {"ratio": needs.plan.ratio, "total_params": needs.plan.after.total_params}
         print_json({**values, **plan})
         return
-    done = run(model, whole, out, force, note)
+    done = run(model, whole, out, force, to_log)
     held_out, times = done.held_out, done.times
     if json:
         figures = {"held_out": held_out_json(held_out), "times": times and asdict(times)}
@@ -218,10 +218,10 @@ def compress(
         print_held_out(held_out)
         if times is not None:
             print(f"the smaller model {times}")
-    note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
+    to_log(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
     talk = ["slimvlm", "chat", str(out), "your question", "--other", model]
-    note(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
-    judge(whole.require, done.results, held_out, note)
+    to_log(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
+    judge(whole.require, done.results, held_out, to_log)
 
 
 def study(
@@ -255,7 +255,7 @@ def study(
     if not dry_run:
         print_study(run_study(file, out, engine, workers, address, device=place.device), json)
         if not json:
-            note(f"results: {out}/results.csv, claims: {out}/claims.md")
+            to_log(f"results: {out}/results.csv, claims: {out}/claims.md")
         return
     found = forecast(file, out)
     if json:
@@ -295,7 +295,7 @@ def report(
     page = report_html(read_record(folder, tasks))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, page)
-    note(f"report: {target} ({len(page.encode()) / 1e6:.1f} MB)")
+    to_log(f"report: {target} ({len(page.encode()) / 1e6:.1f} MB)")
 
 
 def advise(
@@ -379,7 +379,7 @@ def demo(
     if what == "build":
         print(build_demo() if delta is None else build_from_delta(delta, out, force))
         return
-    header, rows, lines = run_demo(out, short, force, note, model, place.device, axis, limit)
+    header, rows, lines = run_demo(out, short, force, to_log, model, place.device, axis, limit)
     print_table(header, rows, title="the demo model, 30 % smaller")
     for line in lines:
         print(printable(line))
@@ -442,7 +442,7 @@ def compare(
     notes += [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
     title = f"A: {found.name_a}   B: {found.name_b}"
     show(json, partial(comparison_json, found), partial(comparison_rows, found), title, notes)
-    judge(require, results, {}, note)
+    judge(require, results, {}, to_log)
 
 
 def chat(
@@ -534,7 +534,7 @@ def images(
     from slimvlm.runs.tables import held_out_json, image_rows
     from slimvlm.runs.verbs import images as run
 
-    found = run(model, source, budgets, tasks, limit, keep, out, force, note)
+    found = run(model, source, budgets, tasks, limit, keep, out, force, to_log)
     if json:
         rows = [{**asdict(each), "held_out": held_out_json(each.held_out)} for each in found]
         print_json({"model": model, "budgets": rows})
@@ -584,7 +584,7 @@ def export(
 
         exported = export_gguf(model, out, outtype, force, original, text_only)
         for line in exported.losses:
-            note(line)
+            to_log(line)
         print(f"language backbone: {exported.text}")
         if exported.pictures is not None:
             print(f"vision tower: {exported.pictures}")

@@ -197,12 +197,6 @@ def replacement(path: str | Path) -> Iterator[Path]:
         _replace(partial, path)
 
 
-def discard_replacement(path: str | Path) -> None:
-    """Remove the folder that an unfinished `replacement` left."""
-    if (partial := beside(Path(path), "partial")).exists():
-        shutil.rmtree(partial)
-
-
 @contextmanager
 def new_file(path: str | Path, outlives_power_cut: bool = True) -> Iterator[Path]:
     """Yield a file to write, which takes its name when the block ends without an error."""

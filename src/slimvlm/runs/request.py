@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
-from slimvlm.core.options import (
-    Axis,
-    PruneConfig,
-    Questions,
-    RecoverConfig,
-    SizeOptions,
-    refuse_given,
-)
+from slimvlm.core.options import Axis, PruneConfig, Questions, RecoverConfig, SizeOptions
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.general import SHARE as GENERAL_TEXT
 from slimvlm.data.roles import parse_token_weights
@@ -96,7 +89,7 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
         needs_tokens = config.vocab_size == "auto" and config.vocab_text is None
         chosen = (config.ratio or config.experts) and reads and not reads & set(config.criterion)
         if chosen and config.data is None and not needs_tokens:  # default criteria choose
-            refuse_given(config, ("images",), "needs --data")
+            config.refuse(("images",), "needs --data")
             say("no --data: calibrating on the demo's conversations")
             config = replace(config, data="demo", images=None, too_long="cut")
             request = replace(request, recover=None, report_samples=0)
@@ -217,7 +210,7 @@ def check_options(config: PruneConfig) -> None:
     if config.vocab_size == "auto" and config.data is None and config.vocab_text is None:
         raise ConfigError("vocab_size 'auto' needs --data or --vocab-text")
     if config.data is None:
-        refuse_given(config, _OF_DATA, "needs --data")
+        config.refuse(_OF_DATA, "needs --data")
 
 
 def require_possible(request: Request, anatomy: Anatomy, say: Say) -> None:

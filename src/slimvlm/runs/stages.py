@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.documents import digest
 from slimvlm.core.errors import ConfigError, SlimError, raised_as
-from slimvlm.core.options import Axis, CalibrationConfig, DataConfig, RecoverConfig, part_of
+from slimvlm.core.options import Axis, CalibrationConfig, DataConfig, RecoverConfig
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data import read
 from slimvlm.data.general import general_samples
@@ -129,7 +129,7 @@ def read_split(request: Request, say: Say) -> SampleSplit:
     """Read the samples of a request, as many as it needs, and divide them."""
     config = request.prune
     how = (rows_to_read(request), say, config.seed, request.report_samples)
-    samples = samples_for(request.model, part_of(config, DataConfig), *how)
+    samples = samples_for(request.model, config.part(DataConfig), *how)
     found = split(samples, request)
     if count := sum(sample.is_general for sample in found.calibration):
         say(f"{count} passages of general text calibrate, too (general_text)")

@@ -16,18 +16,9 @@ from torch import distributed
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from slimvlm.core import options
+from slimvlm.core import files, options
 from slimvlm.core.documents import asked, read_object
 from slimvlm.core.errors import ConfigError, ReloadError
-from slimvlm.core.files import (
-    beside,
-    mark_checkpoint,
-    new_folder,
-    path_of,
-    require_free,
-    working_folder,
-    write_text,
-)
 from slimvlm.core.progress import Say, is_first_rank, num_ranks
 from slimvlm.data.chat import answered_sample
 from slimvlm.data.general import identity_of_general_text
@@ -86,7 +77,7 @@ def score(
         require_low_memory(criterion)
     stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
     for suffix in ("json", "safetensors"):
-        require_free(Path(f"{stem}.{suffix}"), force)
+        files.require_free(Path(f"{stem}.{suffix}"), force)
     check_models(config, model)
     samples = stages.read_split(request, say).calibration
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +132,7 @@ def plan(
     say: Say = print,
 ) -> Plan:
     """Make and write a plan; without scores, score on the demo's data."""
-    require_free(out, force)
+    files.require_free(out, force)
     device_named(config.device)
     shape, targets = models.anatomy(model), (config.target_params, config.target_memory)
     named = sum(value is not None for value in (config.ratio, *targets))
@@ -188,16 +179,16 @@ def prune(
     say: Say = print,
 ) -> tuple[Walked, dict[str, DataResult]]:
     """Write a smaller checkpoint, from a plan or a request; return results on held-out samples."""
-    require_free(out, force)
+    files.require_free(out, force)
     if (plan_file is None) != (config.ratio is not None or config.tokens_first):
         raise ConfigError(
             "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
         )
     if plan_file is not None:
         planned = ("axis", "allocation", "criterion", "gradient", "units", "protect", "round_to")
-        options.refuse_given(config, planned, "is decided by --plan; leave out one of them")
+        config.refuse(planned, "is decided by --plan; leave out one of them")
     if config.data is None:
-        options.refuse_given(report, ("report_samples",), "needs --data")
+        report.refuse(("report_samples",), "needs --data")
     plan = None if plan_file is None else Plan.load(plan_file)
     request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
     if memory.low_memory:
@@ -254,7 +245,7 @@ def _prune_from_files(
         stored = scratch / "scored"
         if not stored.exists():
             found = _scores_from_files(request, opened, calibration, scratch / "scoring", say)
-            with new_folder(stored) as folder:
+            with files.new_folder(stored) as folder:
                 for each in found:
                     each.save(folder / each.criterion)
         scores = [Scores.load(stored / name) for name in scored_by(config)]
@@ -347,7 +338,7 @@ def recover(
             if (work / name).exists():
                 shutil.copytree(work / name, folder / name)
 
-    require_free(out, force)
+    files.require_free(out, force)
     if not config.needs_teacher:
         teacher = None
     elif teacher is None:
@@ -362,7 +353,7 @@ def recover(
     student, processor = loaded(model)
     original = None if teacher is None else loaded(teacher, "cpu")[0]
     plan = plan_of(model)
-    work = working_folder(beside(out, "training"))
+    work = files.working_folder(files.beside(out, "training"))
     history = train(student, original, samples, config, processor, work, plan)
     if shard:
         weights = gathered_weights(student)
@@ -396,14 +387,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate ``model``, after ``baseline`` if given, on data or else on tasks; judge nothing."""
     has_data, tasks = source.data is not None, {}
-    is_file = baseline is not None and path_of(baseline, "baseline").is_file()
+    is_file = baseline is not None and files.path_of(baseline, "baseline").is_file()
     if not has_data:
         tasks = check_questions(questions, blind, log_folder is not None)
     elif is_file:
         raise ConfigError(f"baseline {baseline!r}: with --data it must be a model, not a file")
     gates.parse(require, gates.in_percent(tasks, has_data), baseline is not None)
     if out is not None:
-        require_free(out, force)
+        files.require_free(out, force)
     named = {"baseline": baseline} if baseline is not None and not is_file else {}
     named["model"] = model
     check_models(source, *named.values())
@@ -483,7 +474,7 @@ def images(
         words = ["slimvlm", "images", model, "--data", source.data, "--budgets", "--keep"]
         command = shlex.join([*words, str(keep), "--out", out.name])
         facts = CardFacts(base=base, name=out.name, command=command, pictures=budget, copied=True)
-        with new_folder(out, force) as folder:
+        with files.new_folder(out, force) as folder:
             others = shutil.ignore_patterns(CARD_FILE, HELD_OUT_FILE)  # measured with all tokens
             shutil.copytree(models.folder_of(model), folder, ignore=others, dirs_exist_ok=True)
             write_processor(changed, folder)
@@ -491,12 +482,12 @@ def images(
                 changed.image_processor.save_pretrained(folder)
             values = read_object(folder / CONFIG_NAME, "model")
             values |= in_config(config, budget.settings)
-            write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
+            files.write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
             again = models.load_processor(str(folder), models.load_config(folder, trusted), trusted)
             if again.image_processor.to_dict() != changed.image_processor.to_dict():
                 raise ReloadError(f"{str(out)!r}: the processor reads back with other settings")
             write_card(folder, small, plan_of(folder), facts, changed)
-            mark_checkpoint(folder)
+            files.mark_checkpoint(folder)
         say(f"{out}: pictures take {budget}")
         if option := pictures.llama_cpp_option(changed, config):
             say(f"llama.cpp resizes pictures by itself: give it {option}")

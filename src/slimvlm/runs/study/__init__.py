@@ -20,7 +20,7 @@ from rich.text import Text
 
 from slimvlm.core.errors import ConfigError, SlimError, printable, raised_as
 from slimvlm.core.files import explained, held, new_file, require_place, write_text
-from slimvlm.core.options import PruneConfig, Questions, part_of
+from slimvlm.core.options import PruneConfig, Questions
 from slimvlm.core.progress import Say, duration
 from slimvlm.evaluation.lmms import LMMS_TASKS, split_names
 from slimvlm.evaluation.metrics import average
@@ -133,7 +133,7 @@ def prepared(
     """Read a study and plan its stages, after every check that needs no weights."""
     config = study if isinstance(study, StudyConfig) else read_study(study)
     cells = [replace(c, prune=replace(c.prune, device=device)) for c in expand(config)]
-    check_questions(replace(part_of(config, Questions), floors=False))  # floors where possible
+    check_questions(replace(config.part(Questions), floors=False))  # floors where possible
     own, theirs = split_names(config.tasks)
     if not theirs and not any(task.in_average for task in find_tasks(own)):
         raise ConfigError(f"tasks {config.tasks!r}: none counts in AVG, which a study compares")
@@ -167,14 +167,6 @@ def prepared(
             found = f"data {config.data!r} has {len(samples)} samples"
             say(f"{found}: training sees those of calibration")
     return config, schedule
-
-
-def as_json(table: pd.DataFrame) -> dict[str, Any]:
-    """Return the table and its verdicts on the claims as plain values."""
-    from slimvlm_tools.claims import claims_of
-
-    rows = json.loads(table.to_json(orient="records"))
-    return {"rows": rows, "claims": [asdict(claim) for claim in claims_of(table)]}
 
 
 class Clock:

@@ -16,24 +16,10 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from slimvlm.core.documents import (
-    asked,
-    built,
-    digest,
-    identity_of_code,
-    identity_of_files,
-    read_object,
-)
+from slimvlm.core import documents
 from slimvlm.core.errors import ConfigError, InUseError, one_line, raised_as
 from slimvlm.core.files import held, new_folder, write_text
-from slimvlm.core.options import (
-    DataConfig,
-    LoadConfig,
-    PruneConfig,
-    Questions,
-    RecoverConfig,
-    part_of,
-)
+from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, RecoverConfig
 from slimvlm.core.progress import without_bars
 from slimvlm.data.general import identity_of_general_text
 from slimvlm.data.read import estimated_length, identity_of_data
@@ -83,8 +69,8 @@ class Stage:
     def name(self) -> str:
         """The hash; cells that need the same work get the same name."""
         inputs = [stage.name for stage in self.inputs]
-        request = {"kind": self.kind, "request": asked(self.request)}
-        return digest([identity_of_code(), request, inputs])[:20]
+        request = {"kind": self.kind, "request": documents.asked(self.request)}
+        return documents.digest([documents.identity_of_code(), request, inputs])[:20]
 
 
 @dataclass(frozen=True)
@@ -143,12 +129,13 @@ class Cache:
     def records(self, kind: str, name: str = "[!.]*") -> list[Record]:
         """Read the records of all outcomes of a kind, or of the one of this name."""
         paths = sorted((self.root / "cache" / kind).glob(f"{name}/{RECORD}"))
-        return [built(Record, read_object(p, "stage"), f"stage {str(p)!r}") for p in paths]
+        read = [(documents.read_object(path, "stage"), f"stage {str(path)!r}") for path in paths]
+        return [documents.built(Record, *each) for each in read]
 
     def error_of(self, stage: Stage) -> str:
         """Read the error that a stage's last attempt ended with; empty if there is none."""
         path = self._failure(stage)
-        return str(read_object(path, "stage").get("error")) if path.is_file() else ""
+        return str(documents.read_object(path, "stage").get("error")) if path.is_file() else ""
 
     def run(
         self, stage: Stage, flops: float, wait: bool, is_needed: Callable[[Stage], bool]
@@ -200,7 +187,7 @@ class Cache:
         return self.root / "failed" / f"{stage.kind}-{stage.name}.json"
 
 
-_identity = lru_cache(maxsize=64)(identity_of_files)
+_identity = lru_cache(maxsize=64)(documents.identity_of_files)
 _identity_of_data = lru_cache(maxsize=64)(identity_of_data)
 _identities_of_tasks = lru_cache(maxsize=64)(identities_of_tasks)
 _shape_of = lru_cache(maxsize=64)(anatomy)
@@ -263,7 +250,7 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
             request = replace(base, prune=wanted, tokens=None)
             label += f" seed {config.seed}"
         else:
-            loading = vars(part_of(base.prune, LoadConfig))
+            loading = vars(base.prune.part(LoadConfig))
             wanted = PruneConfig(criterion=(criterion,), **known, **loading)
             made_from = base.made_from[:1]
             request = replace(base, prune=wanted, hold_out=False, made_from=made_from, tokens=None)
@@ -280,16 +267,16 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
 
 def _reading(config: PruneConfig) -> PruneConfig:
     """Keep only the options that say what is read, and in which order."""
-    source = vars(part_of(config, DataConfig))
+    source = vars(config.part(DataConfig))
     return PruneConfig(samples=config.samples, seed=config.seed, **source)
 
 
 def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) -> Stage:
-    questions = part_of(study, Questions)
+    questions = study.part(Questions)
     made_from = _identity(cell.model, resolve(cell.model)), *_identities_of_tasks(questions)
     request = Request(
         model=cell.model,
-        prune=PruneConfig(**vars(part_of(cell.prune, LoadConfig))),
+        prune=PruneConfig(**vars(cell.prune.part(LoadConfig))),
         questions=replace(questions, floors=questions.floors and of is None),
         made_from=made_from,
     )
@@ -300,7 +287,7 @@ def samples_of(request: Request) -> tuple[list[Sample], list[str]]:
     """Read all samples of a request's data, and remarks on them, such as skipped rows."""
     if request.prune.data is None:
         return [], []
-    return _samples(request.model, part_of(request.prune, DataConfig), request.made_from)
+    return _samples(request.model, request.prune.part(DataConfig), request.made_from)
 
 
 @lru_cache(maxsize=1)
