@@ -34,17 +34,6 @@ VERBS = {verb.__name__: verb for group in GROUPS.values() for verb in group}
 """Every verb by its name."""
 ABOUT = "Make multimodal LLMs smaller: prune, recover, measure, save."
 GOING_ON = ("recover", "compress", "study", "evaluate")  # verbs that resume a stopped run
-_LAYER_BY_LAYER = "--low-memory keeps one layer on the device at a time"
-_CURES = {
-    "train": errors.LESS_TO_TRAIN,
-    "recover": errors.LESS_TO_TRAIN,
-    "score": _LAYER_BY_LAYER,
-    "prune": _LAYER_BY_LAYER,
-    "compress": "fewer --samples, a smaller --task-batch-size, or prune --low-memory and recover",
-    "evaluate": "a smaller --batch-size",
-    "bench": "smaller --batch-sizes or --prompt-tokens",
-}
-"""Options that lower the memory of a stage, or else of a verb."""
 LONGEST_LINE = 2000  # characters of an error that are printed
 _BYTES = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -221,8 +210,9 @@ def memory_explained(words: Sequence[str]) -> Iterator[None]:
             if room is not None:
                 free, whole = in_bytes(room[3], room[4]), in_bytes(room[1], room[2])
                 facts.append(f"{free} of {whole} was free")
-            cure = _CURES.get(during) or _CURES.get(words[0])
-            if cure == _LAYER_BY_LAYER and "--low-memory" in words:
+            cures = errors.WORDS["cures"]
+            cure = cures.get(during) or cures.get(words[0])
+            if cure == cures["score"] and "--low-memory" in words:
                 cure = "fewer --samples"
             if cure is None:
                 on_host = "--device cpu uses the memory of the host"

@@ -19,7 +19,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from slimvlm.core.errors import LONGEST, ConfigError, SlimError, one_line, raised_as, shortened
+from slimvlm.core import errors
+from slimvlm.core.errors import LONGEST, WORDS, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import cache_dir, path_of, write_text
 from slimvlm.core.options import NO_RESULT
 from slimvlm.core.progress import progress
@@ -149,22 +150,6 @@ def built(kind: type[T], values: Any, where: str = "") -> T:
         raise ConfigError(_first_mistake(kind, error, where)) from error
 
 
-_MISTAKES = {
-    "unexpected_keyword_argument": "{within}key {key!r} is unknown. Allowed: {allowed}",
-    "missing": "{within}key {key!r} is missing",
-    "dataclass_type": "{place} must map keys to values, not {value}",
-    "dict_type": "{place} must map names to values, not {value}",
-    "too_short": "{place}: give at least one value",
-    "too_long": "{place} {value} must be {count} values",
-    "literal_error": "{place} {value} must be one of: {choices}",
-    "int_type": "{place} {value} must be a whole number",
-    "float_type": "{place} {value} must be a number",
-    "string_type": "{place} {value} must be text",
-    "bool_type": "{place} {value} must be true or false",
-}
-"""Messages for pydantic's types of errors."""
-
-
 def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
     """Describe one mistake in a line; an unknown key first, as others often follow from it."""
     found = error.errors(include_url=False)
@@ -182,15 +167,19 @@ def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
         if hint is not None:
             owner = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
     default = getattr(owner, keys[-1], None) if keys else None
-    return _MISTAKES.get(sort, "{place} {value}: {words}").format(
-        words=mistake["msg"],
-        place=place or "the file",
-        within=f"{around}: " if around else "",
-        key=keys[-1] if keys else "",
-        value=shortened(mistake["input"]),
-        allowed=", ".join(f.name for f in fields(owner)) if owner else "",
-        choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),
-        count=len(default) if isinstance(default, tuple) else 0,
+    return (
+        WORDS["mistakes"]
+        .get(sort, "{place} {value}: {words}")
+        .format(
+            words=mistake["msg"],
+            place=place or "the file",
+            within=f"{around}: " if around else "",
+            key=keys[-1] if keys else "",
+            value=shortened(mistake["input"]),
+            allowed=", ".join(f.name for f in fields(owner)) if owner else "",
+            choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),
+            count=len(default) if isinstance(default, tuple) else 0,
+        )
     )
 
 
@@ -284,7 +273,7 @@ def _hash(file: Path) -> str:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     is_settled = time.time_ns() - max(modified, changed) > _SETTLED and _state(file) == before
     if size > LARGE and is_settled:
-        with suppress(OSError, SlimError):
+        with suppress(OSError, errors.SlimError):
             noted.parent.mkdir(parents=True, exist_ok=True)
             write_text(noted, found)
     return found

@@ -18,23 +18,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from slimvlm.core.errors import ConfigError, InUseError, OutputError, one_line, raised_as, shortened
+from slimvlm.core import errors
+from slimvlm.core.errors import WORDS, ConfigError, OutputError, one_line, raised_as, shortened
 from slimvlm.core.progress import is_first_rank
 
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would be larger than this system allows",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "there is no permission to write",
-    errno.EPERM: "there is no permission to write",
-    errno.EIO: "the disk reports an error",
-    errno.EISDIR: "a folder is in the way",
-    errno.EEXIST: "something is in the way",
-    errno.ENOTDIR: "a file is where a folder should be",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.ELOOP: "links lead in a circle",
-}
+_REASONS = {getattr(errno, name): told for name, told in WORDS["reasons"].items()}
 
 LONGEST_NAME = 200  # bytes of a name that leave room for ``.NAME.partial``
 _MARK, _UNFINISHED = ".slimvlm", {"written_by": "slimvlm", "is": "unfinished"}
@@ -132,7 +120,7 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
                 holder = "just ended"
                 with suppress(OSError, UnicodeDecodeError):
                     holder = file.read_text(encoding="utf-8") or "not yet known which"
-                raise InUseError(
+                raise errors.InUseError(
                     f"output {str(path)!r} is in use by another run ({holder}). Wait for its "
                     "end, or choose another place"
                 ) from error

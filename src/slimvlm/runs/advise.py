@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 
 from slimvlm.core import options
-from slimvlm.core.errors import LESS_TO_TRAIN, ConfigError, SlimError
+from slimvlm.core.errors import WORDS, ConfigError, SlimError
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import Say, duration
 from slimvlm.data.chat import encode_samples
@@ -417,7 +417,7 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
             tried += f"; the best is tried again after trimming to {found.fewer_tokens:,} tokens"
         rows.insert(1, ["axes", tried])
     if found.training:
-        needed = memory(spent.training_bytes, LESS_TO_TRAIN)
+        needed = memory(spent.training_bytes, WORDS["cures"]["train"])
         rows += _needs("training", needed, spent.training_hours)
     if spent.questions_hours:
         rows.append(["time of questions", f"about {duration(3600 * spent.questions_hours)}"])

@@ -87,12 +87,17 @@ def score(
         folder = memory.scratch_beside(stem)
         (scores,) = _scores_from_files(request, opened, calibration, folder, say)
     else:
-        loaded, processor = stages.load_original(request)
-        calibration = Calibration(processor, samples, hold_out=False)
-        (scores,) = stages.calibrate(request, loaded, calibration).values()
+        (scores,) = _scores(request, samples)
     scores.save(stem)
     say(f"{criterion} scores of {', '.join(CRITERIA[criterion].units)} written to {stem}.json")
     return scores
+
+
+def _scores(request: Request, samples: Sequence[Sample]) -> list[Scores]:
+    """Load the original and score it."""
+    loaded, processor = stages.load_original(request)
+    calibration = Calibration(processor, samples, hold_out=False)
+    return list(stages.calibrate(request, loaded, calibration).values())
 
 
 def _opened(request: Request) -> tuple[LazyCheckpoint, Any]:
@@ -158,10 +163,7 @@ def plan(
         if make(shape, dry, size, **how).cuts_layers or not config.loses_tokens:
             say(f"no --scores: using {' and '.join(criteria)} on the demo's conversations")
             request = Request(model=model, prune=replace(shown, criterion=criteria))
-            samples = stages.read_split(request, say).calibration
-            loaded, processor = stages.load_original(request)
-            calibration = Calibration(processor, samples, hold_out=False)
-            given = list(stages.calibrate(request, loaded, calibration).values())
+            given = _scores(request, stages.read_split(request, say).calibration)
     made = make(shape, given, size, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)

@@ -34,16 +34,9 @@ from slimvlm.evaluation.results import KINDS, Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as runs
+from slimvlm.runs import tables
 from slimvlm.runs.recipes import published
 from slimvlm.runs.study import DONE, FAILED, OF_A_KIND, ORIGINAL, STUDY, TABLE
-from slimvlm.runs.tables import (
-    LEGEND,
-    MARK,
-    held_out_notes,
-    held_out_rows,
-    result_rows,
-    training_notes,
-)
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 
@@ -275,11 +268,13 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
             row["avg_percent"] = kept.percent
             row |= {"avg_percent_low": kept.low, "avg_percent_high": kept.high}
         entries.append(_entry(row, stage))
-    tables = [Table("Scores in percent", *result_rows(results), LEGEND)] if results else []
+    listed = list[Table]()
+    if results:
+        listed.append(Table("Scores in percent", *tables.result_rows(results), tables.LEGEND))
     if on_data:
-        title, note = "What was kept on unseen samples", "\n".join(held_out_notes(on_data))
-        tables.append(Table(title, *held_out_rows(on_data), note))
-    tables += _walk_tables(folder)
+        title, note = "What was kept on unseen samples", "\n".join(tables.held_out_notes(on_data))
+        listed.append(Table(title, *tables.held_out_rows(on_data), note))
+    listed += _walk_tables(folder)
     there = [
         [entry.name, entry.interval, row.model, f"{value:.1f}", row.source]
         for entry in entries
@@ -292,7 +287,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
             "Other models and tasks: read the trend, not the digits. Values between two published"
             " ratios lie on a straight line; full training is compared with the study's LoRA."
         )
-        tables.append(Table("Published numbers", header, there, note))
+        listed.append(Table("Published numbers", header, there, note))
     # figures to read first
     cards, times = [], runs.read_times(folder)
     compared = len(entries) > 1 and entries[0].is_original
@@ -341,9 +336,9 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
         entries=entries,
         prunings=[("", plan, scores)],
         trainings=_training(folder / "history.json", learns),
-        tables=tables,
+        tables=listed,
         comparison=comparison,
-        notes=training_notes(results, on_data, str(recover.get("loss"))),
+        notes=tables.training_notes(results, on_data, str(recover.get("loss"))),
     )
 
 
@@ -415,9 +410,9 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
         if not entry.is_original and entry.fraction == 1:
             there = published(entry.axis, entry.train, entry.loss, entry.ratio)
         low, high = entry.low, entry.high
-        differs = low is not None and high is not None and not low <= 100 <= high
+        mark = tables.MARK * (low is not None and high is not None and not low <= 100 <= high)
         rows.append([entry.name, f"{entry.ratio:.1%}", f"{entry.average:.1f}"])
-        rows[-1] += [entry.interval + MARK * differs, *(entry.columns.get(n, "") for n in extra)]
+        rows[-1] += [entry.interval + mark, *(entry.columns.get(name, "") for name in extra)]
         rows[-1] += [" / ".join(f"{value:.1f}" for _, value in there)]
         rows[-1] += [f"{entry.total_params / 1e6:.1f} M"]
         rows[-1] += [f"{entry.prefill_ms:.1f}", f"{entry.decode_ms:.1f}"]
@@ -427,14 +422,14 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
         "(arXiv:2604.24380), with all of its data, LoRA next to full training; other models and "
         "tasks, so read the trend."
     )
-    tables = [Table("All cells", header, rows, note, ids=[entry.link for entry in measured])]
+    listed = [Table("All cells", header, rows, note, ids=[entry.link for entry in measured])]
     claims = [claim for claim in claims_of(table) if claim.verdict != "not measured"]
     if claims:
         title, header = "What this says on the study's claims", ["claim", "says", "here"]
         rows = [[claim.name, claim.statement, claim.verdict] for claim in claims]
         numbers = [[claim.name, line] for claim in claims for line in claim.numbers]
         behind = Table("The numbers behind", ["claim", "comparison"], numbers, "", True, True)
-        tables += [Table(title, header, rows, wraps=True), behind]
+        listed += [Table(title, header, rows, wraps=True), behind]
     names = [name for name in done.columns if name.startswith("score:")]
     rows = [
         [entry.name, *("" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in names)]
@@ -442,11 +437,11 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
     ]
     header = ["model", *(name.removeprefix("score:") for name in names)]
     note = "In percent; perplexity as it is."
-    tables.append(Table("Scores by task", header, rows, note, folded=True))
+    listed.append(Table("Scores by task", header, rows, note, folded=True))
     broken = table[table["status"] == FAILED]
     if len(broken):
         rows = [[_name(row), str(row["failed"])] for _, row in broken.iterrows()]
-        tables.append(Table("Failed cells", ["cell", "error"], rows, wraps=True))
+        listed.append(Table("Failed cells", ["cell", "error"], rows, wraps=True))
     models = ", ".join(Path(model).name for model in table["model"].unique())
     axes = " and ".join(wanted["axis"].unique())
     return Record(
@@ -458,7 +453,7 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
         entries=measured,
         prunings=prunings,
         trainings=trainings,
-        tables=tables,
+        tables=listed,
         comparison=comparison,
         notes=notes,
     )
