@@ -3,16 +3,10 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimvlm.core.errors import printable
 from slimvlm.core.progress import to_log
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from slimvlm.evaluation.on_data import DataResult
-    from slimvlm.evaluation.results import Result
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
 _OF_KINDS = ("chosen_percent", "free_percent")  # where such answers were asked for
@@ -55,8 +49,8 @@ def show(
         to_log(line)
 
 
-def print_results(results: "Mapping[str, Result]", as_json: bool, title: str = "") -> None:
-    """Print the scores of models; no table if no task was asked."""
+def print_results(results: Mapping[str, Any], as_json: bool, title: str = "") -> None:
+    """Print results on tasks by model; no table if no task was asked."""
     from slimvlm.evaluation.results import guessed
     from slimvlm.runs.tables import result_json, result_rows
 
@@ -67,8 +61,8 @@ def print_results(results: "Mapping[str, Result]", as_json: bool, title: str = "
         show(as_json, lambda: result_json(results), lambda: result_rows(results), title, notes)
 
 
-def print_held_out(results: "Mapping[str, DataResult]") -> None:
-    """Print the figures of held-out samples as a table; nothing if nothing was measured."""
+def print_held_out(results: Mapping[str, Any]) -> None:
+    """Print results on held-out samples by model; nothing if nothing was measured."""
     from slimvlm.runs.tables import held_out_notes, held_out_rows
 
     if results:
@@ -77,7 +71,7 @@ def print_held_out(results: "Mapping[str, DataResult]") -> None:
             print(printable(line))
 
 
-def print_study(table: "pd.DataFrame", as_json: bool) -> None:
+def print_study(table: Any, as_json: bool) -> None:
     """Print the cells of a study and the verdicts on the claims."""
     from slimvlm_tools.claims import claims_of
 

@@ -68,10 +68,8 @@ def require_free(path: str | Path, force: bool = False) -> Path:
     if path.exists() and not force:
         raise ConfigError(f"output {str(path)!r} exists. Use --force to replace it")
     if path.is_dir() and not _is_ours(path):
-        raise ConfigError(
-            f"output {str(path)!r} is a folder that slimvlm did not write: --force replaces "
-            "only its own. Remove it, or choose another place"
-        )
+        told = "is a folder that slimvlm did not write: --force replaces only its own"
+        raise ConfigError(f"output {str(path)!r} {told}. Remove it, or choose another place")
     is_link = path.is_symlink() and path.is_dir()  # whose target is replaced
     return path.resolve() if is_link else path
 
@@ -221,9 +219,8 @@ def explained(path: str | Path) -> Iterator[None]:
             reason = "the disk is probably full"
         if reason is None:
             raise
-        raise OutputError(
-            f"output {str(path)!r} cannot be written: {reason}. What was there before is unchanged"
-        ) from error
+        told = f"cannot be written: {reason}. What was there before is unchanged"
+        raise OutputError(f"output {str(path)!r} {told}") from error
 
 
 def require_place(path: Path) -> None:
@@ -255,9 +252,8 @@ def beside(path: Path, what: str) -> Path:
     if beside.is_symlink():
         raise ConfigError(f"output {str(path)!r}: {beside.name!r} is a link; remove it")
     if what == "partial" and beside.is_dir() and not _is_ours(beside):
-        raise ConfigError(
-            f"output {str(path)!r}: {beside.name!r} is in the way, which slimvlm did not write"
-        )
+        told = "is in the way, which slimvlm did not write"
+        raise ConfigError(f"output {str(path)!r}: {beside.name!r} {told}")
     return beside
 
 

@@ -130,19 +130,16 @@ def parse_loss(expression: str) -> dict[str, float]:
         match = re.fullmatch(r"(?:(\d+\.?\d*(?:e-?\d+)?)\*)?([a-z]+)", term)
         name = match[2] if match else term
         if match is None or name not in LOSS_NAMES or name in weights:
-            raise ConfigError(
-                f"loss {expression!r}: term {term!r} must be one of {', '.join(LOSS_NAMES)}, once, "
-                "with an optional weight such as 0.5*sft"
-            )
+            told = f"loss {expression!r}: term {term!r} must be one of {', '.join(LOSS_NAMES)}"
+            raise ConfigError(f"{told}, once, with an optional weight such as 0.5*sft")
         weights[name] = float(match[1]) if match[1] else None
     free = [name for name, weight in weights.items() if weight is None]
     rest = 1.0 - sum(weight for weight in weights.values() if weight is not None)
     if any(weight == 0 for weight in weights.values()):
         raise ConfigError(f"loss {expression!r}: every term needs a weight above 0")
     if free and rest <= 0:
-        raise ConfigError(
-            f"loss {expression!r}: {free[0]!r} needs a weight; the others leave nothing of 1 for it"
-        )
+        told = f"loss {expression!r}: {free[0]!r} needs a weight"
+        raise ConfigError(f"{told}; the others leave nothing of 1 for it")
     return {n: rest / len(free) if w is None else w for n, w in weights.items()}
 
 
@@ -545,20 +542,18 @@ class CompressConfig(RunOptions, RunPruning):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_latency is not None:
-            for name in ("ratio", "image_tokens"):
-                if (value := getattr(self, name)) is not None:
-                    told = f"target_latency {self.target_latency}: it does not go with"
-                    raise ConfigError(f"{told} {name} {value}")
-        if self.recover is not None and self.device_map is not None:
+            for name, value in self.given(("ratio", "image_tokens")).items():
+                told = f"target_latency {self.target_latency}: it does not go with"
+                raise ConfigError(f"{told} {name} {value}")
+        if self.recover is None:
+            return
+        if self.device_map is not None:
             raise ConfigError(f"device_map {self.device_map!r}: a model that is trained is whole")
-        if self.recover is not None and self.recover.keep_adapter:
-            raise ConfigError(
-                "keep_adapter True: compress writes merged weights alone; use recover"
-            )
-        if self.recover is not None and self.recover.seed not in (0, self.seed):
-            raise ConfigError(
-                f"seed {self.seed}: a run has one, and recover has {self.recover.seed}"
-            )
+        if self.recover.keep_adapter:
+            told = "compress writes merged weights alone; use recover"
+            raise ConfigError(f"keep_adapter True: {told}")
+        if (seed := self.recover.seed) not in (0, self.seed):
+            raise ConfigError(f"seed {self.seed}: a run has one, and recover has {seed}")
 
 
 @dataclass(frozen=True, kw_only=True)

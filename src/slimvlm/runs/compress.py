@@ -28,7 +28,6 @@ from slimvlm.evaluation import on_data
 from slimvlm.evaluation.ask import identities_of_tasks
 from slimvlm.evaluation.bench import PairedTimes, paired_times
 from slimvlm.evaluation.lmms import evaluate_all
-from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
@@ -99,7 +98,7 @@ class Compressed:
     config: CompressConfig
     plan: Plan
     results: dict[str, Result]  # by stage (original, pruned, recovered), if tasks were given
-    held_out: dict[str, DataResult]  # by stage, if there was data
+    held_out: dict[str, on_data.DataResult]  # by stage, if there was data
     times: PairedTimes | None  # beside the original's, if they were measured
 
     def load(self) -> tuple[PreTrainedModel, Any]:
@@ -230,8 +229,8 @@ def _about(model: str, config: CompressConfig) -> dict[str, Any]:
     """Describe a run by its options and by hashes of the files that they name, which are read."""
     made_from = [documents.identity_of_files(model, resolve(model))]
     made_from += [] if config.data is None else [identity_of_data(config.data)]
-    for file in (config.vocab_text, config.baseline):
-        made_from += [] if file is None else [documents.identity_of_files(file, file)]
+    files = filter(None, (config.vocab_text, config.baseline))
+    made_from += [documents.identity_of_files(file, file) for file in files]
     request = request_of(model, config)
     if request.questions is not None:
         made_from += identities_of_tasks(request.questions)
@@ -404,10 +403,10 @@ def read_results(folder: Path) -> dict[str, Result]:
     return {stage: Result.load(path) for stage, path in paths.items() if path.exists()}
 
 
-def read_held_out(folder: Path) -> dict[str, DataResult]:
+def read_held_out(folder: Path) -> dict[str, on_data.DataResult]:
     """Read the results on held-out samples of a run so far, by stage, the original first."""
     paths = {stage: folder / "results" / f"data-{stage}.json" for stage in STAGES}
-    return {stage: DataResult.load(path) for stage, path in paths.items() if path.exists()}
+    return {stage: on_data.DataResult.load(path) for stage, path in paths.items() if path.exists()}
 
 
 def read_times(folder: Path) -> PairedTimes | None:
@@ -458,9 +457,8 @@ def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any
     given, config = chosen.get("recover", {}), documents.built(CompressConfig, chosen, where)
     if config.recover is not None:
         if read is documents.read_yaml and given.get("seed", config.seed) != config.seed:
-            raise ConfigError(
-                f"{where}: recover: seed {given['seed']}: a run has one, {config.seed}"
-            )
+            told = f"seed {given['seed']}: a run has one, {config.seed}"
+            raise ConfigError(f"{where}: recover: {told}")
         config = replace(config, recover=replace(config.recover, seed=config.seed))
     return values["model"], config, given
 

@@ -18,7 +18,6 @@ from slimvlm.core.options import Axis, CalibrationConfig, DataConfig, RecoverCon
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data import read
 from slimvlm.data.general import general_samples
-from slimvlm.data.read import estimated_length, load_samples
 from slimvlm.data.samples import VALIDATION_EVERY, Sample, divided, identifying_bytes
 from slimvlm.evaluation import gates
 from slimvlm.models import load as models
@@ -200,7 +199,7 @@ def samples_for(
     config = models.load_config(model, source.trust_remote_code)
     processor = models.load_processor(models.resolve(model), config, source.trust_remote_code)
     how = (processor, source.max_length, context_of(config), source.too_long, seed, test)
-    return load_samples(source.data, source.images, limit, source.max_bad, say, *how)
+    return read.load_samples(source.data, source.images, limit, source.max_bad, say, *how)
 
 
 @dataclass
@@ -232,7 +231,7 @@ class Calibration:
 
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
         """Encode batches of like length."""
-        alike = sorted(samples, key=lambda s: (len(s.images), estimated_length(s, 0)))
+        alike = sorted(samples, key=lambda s: (len(s.images), read.estimated_length(s, 0)))
         return list(calibration_batches(self.processor, alike, CALIBRATION_BATCH, description))
 
 

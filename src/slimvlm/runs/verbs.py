@@ -37,7 +37,6 @@ from slimvlm.models.cost import kv_cache_bytes, params_of_target
 from slimvlm.models.hidden import evaluating, gathered_weights, head_weights_of
 from slimvlm.models.load import check_models, device_named, load_as
 from slimvlm.models.parts import Parts, text_config_of
-from slimvlm.models.pictures import in_config
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.layout import write_processor
@@ -68,7 +67,7 @@ def score(
     memory: options.MemoryOptions,
     force: bool,
     say: Say,
-) -> Scores:
+) -> None:
     """Score a model by one criterion; save the scores."""
     wanted = options.PruneConfig(criterion=(criterion,), **vars(config))
     request = Request(model=model, prune=wanted)
@@ -90,7 +89,6 @@ def score(
         (scores,) = _scores(request, samples)
     scores.save(stem)
     say(f"{criterion} scores of {', '.join(CRITERIA[criterion].units)} written to {stem}.json")
-    return scores
 
 
 def _scores(request: Request, samples: Sequence[Sample]) -> list[Scores]:
@@ -183,9 +181,8 @@ def prune(
     """Write a smaller checkpoint, from a plan or a request; return results on held-out samples."""
     files.require_free(out, force)
     if (plan_file is None) != (config.ratio is not None or config.tokens_first):
-        raise ConfigError(
-            "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
-        )
+        told = "either --ratio or --plan, or --vocab-size or --experts alone"
+        raise ConfigError(f"prune needs {told}")
     if plan_file is not None:
         planned = ("axis", "allocation", "criterion", "gradient", "units", "protect", "round_to")
         config.refuse(planned, "is decided by --plan; leave out one of them")
@@ -483,7 +480,7 @@ def images(
             if (folder / IMAGE_PROCESSOR_NAME).is_file():  # which older readers read
                 changed.image_processor.save_pretrained(folder)
             values = read_object(folder / CONFIG_NAME, "model")
-            values |= in_config(config, budget.settings)
+            values |= pictures.in_config(config, budget.settings)
             files.write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
             again = models.load_processor(str(folder), models.load_config(folder, trusted), trusted)
             if again.image_processor.to_dict() != changed.image_processor.to_dict():

@@ -101,11 +101,9 @@ def _render(template: str, **values: Any) -> str:
 
 
 def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Lay out a comparison as cards: the values of ``gallery.html.jinja``.
-
-    Unchanged answers whose replies differ most come first. Pictures are shown until the cards fill
-    ``max_bytes``: those of lost answers first, and tasks take turns.
-    """
+    """Lay out a comparison as cards: the values of ``gallery.html.jinja``."""
+    # Unchanged answers whose replies differ most come first. Pictures are shown until the cards
+    # fill `max_bytes`: those of lost answers first, and tasks take turns.
     queue: list[tuple[int, int, str, Pair]] = []
     hidden: dict[str, Counter[Change]] = {}
     for task in comparison.tasks.values():
@@ -238,13 +236,10 @@ def read_record(folder: str | Path, tasks: str | None = None) -> Record:
         if isinstance(error, ConfigError):
             raise
         told = f"{type(error).__name__}: {one_line(error)[:LONGEST]}"
-        raise ConfigError(
-            f"report {str(folder)!r}: a file in it is not as slimvlm wrote it ({told})"
-        ) from error
-    raise ConfigError(
-        f"report {str(folder)!r}: neither a run folder (config.json and plan.json) nor a study "
-        f"({TABLE} and study.json)"
-    )
+        told = f"a file in it is not as slimvlm wrote it ({told})"
+        raise ConfigError(f"report {str(folder)!r}: {told}") from error
+    told = f"neither a run folder (config.json and plan.json) nor a study ({TABLE} and study.json)"
+    raise ConfigError(f"report {str(folder)!r}: {told}")
 
 
 def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
@@ -268,9 +263,8 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
             row["avg_percent"] = kept.percent
             row |= {"avg_percent_low": kept.low, "avg_percent_high": kept.high}
         entries.append(_entry(row, stage))
-    listed = list[Table]()
-    if results:
-        listed.append(Table("Scores in percent", *tables.result_rows(results), tables.LEGEND))
+    title = "Scores in percent"
+    listed = [Table(title, *tables.result_rows(results), tables.LEGEND)] if results else []
     if on_data:
         title, note = "What was kept on unseen samples", "\n".join(tables.held_out_notes(on_data))
         listed.append(Table(title, *tables.held_out_rows(on_data), note))
@@ -310,8 +304,8 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
             cards.append((title, f"{share.value:.0%}", bounds))
     elif first is not None and last is not None:
         cards.append(("Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"))
-        words = f"a token, of {first.decode_ms:.1f} ms"
-        cards.append(("Decode", f"{last.decode_ms:.1f} ms", words))
+        of = f"a token, of {first.decode_ms:.1f} ms"
+        cards.append(("Decode", f"{last.decode_ms:.1f} ms", of))
     same = list(on_data.values())[-1].figures.agreement if on_data else None
     if same is not None and same.low is not None and same.high is not None:
         interval = f"on unseen samples, 95 % interval {same.low:.1f} to {same.high:.1f}"

@@ -76,10 +76,8 @@ def run_study(
     if address is not None and engine != "ray":
         raise ConfigError(f"address {address!r} needs engine 'ray'")
     if engine == "ray" and device not in (None, "cpu"):  # which card a stage gets is ray's choice
-        raise ConfigError(
-            f"device {device!r}: with engine 'ray' it must be cpu or left out; resources in the "
-            "study's file say how many gpus a stage takes"
-        )
+        told = "with engine 'ray' it must be cpu or left out; resources in the study's file say"
+        raise ConfigError(f"device {device!r}: {told} how many gpus a stage takes")
     require_place(Path(out))
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"output {str(out)!r} is a file, and a study needs a folder")
@@ -285,11 +283,9 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     """Collect all measurements of a study so far.
 
     A row for the original of each model (``axis`` and ``recovery`` say original), then one for each
-    cell: its options, AVG-% and floor-corrected retention with intervals, AVG-% of chosen and of
-    free answers with interval and floor, a column ``score:TASK`` for each task, averages over
-    groups of tasks, costs, paths of the files behind it, seconds by stage, status (done, failed,
-    open) and the error. Models of one shape and data type take
-    equally long: each gets the median of their times.
+    cell: options, retention with intervals and floors, also by kind of answer, ``score:TASK`` for
+    each task, averages over groups of tasks, costs, paths of the files behind it, seconds by stage,
+    status and error. Models of one shape and data type get the median of their times.
     """
 
     def place(stage: Stage, name: str) -> str:
