@@ -23,15 +23,13 @@ from slimvlm.core.files import held
 from slimvlm.core.options import CompressConfig, RecoverConfig, file_only
 from slimvlm.core.progress import current_stage, num_ranks, stage
 
-GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
+GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # every verb, by what it is for
     "Start to end": (verbs.advise, verbs.compress, verbs.report, verbs.study, verbs.demo),
     "Look and measure": (verbs.inspect, verbs.chat, verbs.evaluate, verbs.compare, verbs.bench),
     "In single steps": (verbs.score, verbs.plan, verbs.prune, verbs.recover),
     "Take away": (verbs.images, verbs.quantize, verbs.export, verbs.convert),
 }
-"""Every verb of the command line, by what it is for."""
 VERBS = {verb.__name__: verb for group in GROUPS.values() for verb in group}
-"""Every verb by its name."""
 ABOUT = "Make multimodal LLMs smaller: prune, recover, measure, save."
 GOING_ON = ("recover", "compress", "study", "evaluate")  # verbs that resume a stopped run
 LONGEST_LINE = 2000  # characters of an error that are printed

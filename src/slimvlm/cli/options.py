@@ -15,18 +15,18 @@ from slimvlm.core import options as core
 from slimvlm.core.options import Options
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-USUAL = {
+USUAL = {  # help of parameters that mean the same for every verb that does not explain them
     "model": "Folder, hub id, or demo.",
+    "out": "The new checkpoint folder.",
+    "limit": "Only the first so many questions of each task.",
     "force": "Replace what is there already.",
     "json": "Print JSON.",
 }
-"""Help of parameters that mean the same for every verb."""
 REGISTRY = tyro.constructors.ConstructorRegistry()
-FIRST = (
+FIRST = (  # options that help shows first in their group
     *("ratio", "data", "images", "axis", "train", "loss", "tasks", "samples", "vocab_size"),
     *("epochs", "learning_rate", "limit", "report_samples", "criterion", "low_memory"),
 )
-"""Options that help shows first in their group."""
 
 
 def parse(

@@ -78,7 +78,6 @@ def prune(
     criteria score on the demo's conversations.
 
     Args:
-        out: The new checkpoint folder.
         plan: A plan file instead of ratio, axis, criterion and allocation.
     """
     from slimvlm.runs.verbs import prune as run
@@ -527,7 +526,6 @@ def images(
         source: Conversations with pictures, and how the model is read.
         budgets: Shares of the tokens that the data's pictures take now; none measures nothing.
         tasks: Tasks on whose answers it is measured, too.
-        limit: Only the first so many questions of each task.
         keep: Write a model whose pictures take this share: the same weights, another processor.
         out: The new checkpoint folder, for --keep.
     """
@@ -622,7 +620,6 @@ def quantize(
     pruned or trained.
 
     Args:
-        out: The new checkpoint folder.
         to: Type of the weights.
         backend: Library; auto is torchao, but bitsandbytes for int4 on a CPU and compressed-tensors
             for fp8. What compressed-tensors writes is what vLLM reads best.
@@ -652,7 +649,6 @@ def convert(
 
     Args:
         source: Folder or hub id of the original.
-        out: The new checkpoint folder.
         vision_tower: Folder or hub id of the vision tower, for LLaVA and Bunny. Its weights are
             read where the original does not hold them, its description always.
         dtype: Data type of the new files; by default every tensor stays as it is stored.

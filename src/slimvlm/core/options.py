@@ -103,8 +103,7 @@ AxisChoice = Literal["depth", "width", "both", "auto", "chart"]
 Unit = Literal["kv_group", "neuron"]
 Allocation = Literal["uniform", "balanced", "protect"]
 Gradient = Literal["batch", "per_sample"]
-OutType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
-"""How GGUF files store weights."""
+OutType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]  # of GGUF files
 Repair = Literal["none", "width", "depth", "both", "auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
@@ -284,8 +283,8 @@ class LoadConfig(DeviceOptions):
             raise ConfigError(f"device_map {self.device_map!r}: there is a device, {self.device!r}")
 
 
+# options that decide no result, but for rounding
 NO_RESULT = tuple(row.name for row in fields(LoadConfig) if not row.compare)
-"""Options of `LoadConfig` that decide no result, but for rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -484,8 +483,7 @@ class Questions(Options):
     show each task's blind floor and retention above the floors."""
 
 
-TASK_BATCH_SIZE = "task_batch_size"
-"""Flag of `Questions.batch_size` where training has a batch size, too."""
+TASK_BATCH_SIZE = "task_batch_size"  # flag of `Questions.batch_size` beside that of a training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """Tell before a run, without weights, what it would do and cost: `advise`, and a dry run."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -237,8 +236,8 @@ def _tokens_first(
 ) -> tuple[int | None, list[str]]:
     """Choose how many tokens stay where some go first, None for all; with notes."""
     # is_open: there is data to count, and a budget that fewer tokens help to meet
-    rule, third = rules().tokens_first, requests.tokens_to_try(shape)
-    if third is None:
+    rule, fewest = rules().tokens_first, requests.tokens_to_try(shape, ratio)
+    if fewest is None:
         return None, []
     share = shape.token_params * shape.vocab_size / shape.backbone_params
     many = f"{share:.0%} of the backbone are embeddings and head"
@@ -254,8 +253,7 @@ def _tokens_first(
         return None, [f"{alone}; no token can go: {error}"]
     if not is_open:
         return None, [f"{alone}; fewer tokens make it smaller: compress --vocab-size auto"]
-    most = math.ceil(ratio * shape.backbone_params / shape.token_params)  # that the ratio takes
-    kept = max(third, shape.vocab_size - most, len(file.with_parts(file.needed)))
+    kept = max(fewest, len(file.with_parts(file.needed)))
     choice = "compress --vocab-size auto keeps as many as the data needs, all keeps every one"
     return kept, [f"{many}, and {rule.why} ({rule.source}): {kept:,} stay; {choice}"]
 

@@ -317,11 +317,9 @@ def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) 
         say(chosen.line())
         return replace(request, tokens=chosen.tokens)
     shape, none = models.anatomy(model), replace(request, fewer_tokens=())
-    third = tokens_to_try(shape)
-    if third is None or shape.why_tokens_stay is not None:
+    fewest = tokens_to_try(shape, ratio_of(config))
+    if fewest is None or shape.why_tokens_stay is not None:
         return none
-    most = math.ceil(ratio_of(config) * shape.backbone_params / shape.token_params)
-    fewest = max(third, shape.vocab_size - most)
     try:
         chosen = vocabulary_for(model, config, samples, config.trust_remote_code, fewest)
     except SlimError as error:
@@ -333,11 +331,13 @@ def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) 
     return replace(request, fewer_tokens=chosen.tokens)
 
 
-def tokens_to_try(shape: Anatomy) -> int | None:
+def tokens_to_try(shape: Anatomy, ratio: float) -> int | None:
     """Return how many tokens a try keeps at least; None where they weigh too little."""
     rule, weigh = rules().tokens_first, shape.token_params * shape.vocab_size
-    is_much = weigh >= rule.from_share * shape.backbone_params
-    return shape.vocab_size // rule.one_of if is_much else None
+    if weigh < rule.from_share * shape.backbone_params:
+        return None
+    most = math.ceil(ratio * shape.backbone_params / shape.token_params)  # that the ratio takes
+    return max(shape.vocab_size // rule.one_of, shape.vocab_size - most)
 
 
 def tokens_alone(request: Request, anatomy: Anatomy) -> Plan | None:

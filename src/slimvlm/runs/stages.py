@@ -50,8 +50,7 @@ HELD_OUT_BATCH = 4  # held-out samples that run at once
 ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"  # the models that are compared
 _AXIS, _TRIAL_BATCHES = "axis", 12
 EVEN = 0.02  # held-out losses of two axes count as even if they differ by a smaller share
-BEHIND = " behind fewer tokens"
-"""Suffix of a try in which fewer tokens go first, and the axis gives the rest of the ratio."""
+BEHIND = " behind fewer tokens"  # suffix of a try in which these go first, then the axis
 
 
 @dataclass(frozen=True)

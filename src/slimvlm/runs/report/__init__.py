@@ -42,8 +42,7 @@ from slimvlm.training.recover import History
 
 _WHOLE, MAX_BYTES = 4_900_000, 4_700_000
 """Bytes at most of a whole report, and of its cards, beyond which pictures are left out."""
-MAX_CARDS: Mapping[Change, int] = {"both wrong": 40, "both right": 12}
-"""Cards of one task at most. Answers that were lost or gained are always shown."""
+MAX_CARDS: Mapping[Change, int] = {"both wrong": 40, "both right": 12}  # of a task; others: all
 CARD_BYTES = 850  # markup of a card without its words and pictures, rounded up
 SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
 """Pictures up to the first size are enlarged to the second; those above the third are reduced."""

@@ -39,7 +39,7 @@ from slimvlm.training.recover import History
 _PATIENCE = 600.0  # seconds to wait for another worker that writes the table
 OF_A_KIND = ("percent", "low", "high", "floor")  # columns of AVG-% of one kind of answers
 TABLE, STUDY = "results.parquet", "study.yaml"  # a study's measurements and its questions
-_MEASURED = (
+_MEASURED = (  # columns that a table has even where no cell is done
     *("avg", "avg_free", "avg_choice", "avg_pictures", "avg_text", "perplexity"),
     *("avg_percent", "avg_percent_low", "avg_percent_high"),
     *("above_floor", "above_floor_low", "above_floor_high"),
@@ -47,7 +47,6 @@ _MEASURED = (
     *("backbone_params", "total_params", "prefill_ms", "decode_ms"),
     *("result", "plan", "scores", "history"),
 )
-"""Columns that a table has even where no cell is done."""
 OPEN, DONE, FAILED = "open", "done", "failed"
 ORIGINAL = "original"
 

@@ -45,9 +45,6 @@ ENGINES = ("local", "ray")
 PAUSE_S = 0.5  # seconds between looks at stages that other workers are doing
 RECORD = "stage.json"  # written last into an outcome: request, seconds, estimated work
 CHECKPOINT = "checkpoint"  # output of stages that make a model; no other may be removed later
-_OUTPUTS = {"prune": CHECKPOINT, "recover": CHECKPOINT}
-_OUTPUTS |= {"calibrate": f"{SCORES}.json", "evaluate": RESULT}
-"""What a stage leaves for later ones."""
 _LONGEST_ERROR = 300
 
 
@@ -61,9 +58,9 @@ class Stage:
     label: str = field(compare=False)
 
     @property
-    def output(self) -> str:
-        """The file or folder that later stages read."""
-        return _OUTPUTS[self.kind]
+    def makes_model(self) -> bool:
+        """Whether it leaves a checkpoint for later stages."""
+        return self.kind in ("prune", "recover")
 
     @cached_property
     def name(self) -> str:
@@ -123,7 +120,7 @@ class Cache:
 
     def is_ready(self, stage: Stage) -> bool:
         """Whether another stage could read the outcome."""
-        is_whole = stage.output != CHECKPOINT or self.path(stage, CHECKPOINT).is_dir()
+        is_whole = not stage.makes_model or self.path(stage, CHECKPOINT).is_dir()
         return self.is_done(stage) and is_whole
 
     def records(self, kind: str, name: str = "[!.]*") -> list[Record]:
@@ -425,7 +422,7 @@ class Schedule:
     def clear_checkpoints(self, stage: Stage, cache: Cache) -> None:
         """Remove the models that a finished stage has read, where no open stage needs them."""
         for source in () if self.keeps_checkpoints else stage.inputs:
-            if source.output == CHECKPOINT and not self.is_needed(source, cache):
+            if source.makes_model and not self.is_needed(source, cache):
                 path = cache.path(source, CHECKPOINT)
                 with suppress(FileNotFoundError):  # unless another worker was faster
                     path.rename(path.with_name(f".{CHECKPOINT}.gone.{uuid4().hex}"))
