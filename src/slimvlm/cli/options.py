@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import cache, partial
 from inspect import Parameter, signature
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -100,20 +99,6 @@ def _described(hint: Any, text: str, default: Any) -> Any:
     forms = "|".join(form(part) for part in parts if part is not type(None)) or None
     hidden = "" if default is None or default is False or default == () else None
     return Annotated[hint, tyro.conf.arg(help=text, metavar=forms, help_behavior_hint=hidden)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuestionFlags(core.Questions):
-    """What models are asked, and how."""
-
-    tasks: str | None = None  # type: ignore[assignment]
-    """Comma-separated names: built-in tasks (demo for all, the default without --data), YAML files
-    of your own, or the study's benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista,
-    docvqa (needs slimvlm[eval])."""
-    blind: bool = False
-    """Show the pictures of other questions: the floor of a model that cannot see."""
-    log: Path | None = None
-    """Folder that keeps replies as they come; a stopped evaluation goes on there."""
 
 
 @dataclass(frozen=True, kw_only=True)

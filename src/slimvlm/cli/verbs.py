@@ -15,7 +15,7 @@ from slimvlm.cli.printing import print_held_out, print_json, print_results, prin
 from slimvlm.core import options
 from slimvlm.core.errors import ConfigError, printable
 from slimvlm.core.files import path_of
-from slimvlm.core.progress import to_log
+from slimvlm.core.progress import duration, to_log
 
 
 def score(
@@ -122,7 +122,7 @@ def recover(
 
 def evaluate(
     model: Model,
-    questions: flags.QuestionFlags = flags.QuestionFlags(),
+    questions: options.QuestionFlags = options.QuestionFlags(),
     baseline: str | None = None,
     out: Path | None = None,
     source: options.DataConfig = options.DataConfig(),
@@ -149,9 +149,8 @@ def evaluate(
         if source.data is not None and (value := getattr(questions, name)):
             flag = name.replace("_", "-")
             raise ConfigError(f"{name} {str(value)!r}: --{flag} is for tasks, not for --data")
-    given = replace(questions, tasks=questions.tasks or options.Questions.tasks)
-    asked, how = given.part(options.Questions), (questions.blind, questions.log)
-    found = run(model, asked, source, baseline, out, force, *how, to_log, require)
+    asked = replace(questions, tasks=questions.tasks or options.Questions.tasks)
+    found = run(model, asked, source, baseline, out, force, to_log, require)
     if source.data is None:
         print_results(found, json)
         judge(require, found, {}, to_log)
@@ -188,26 +187,24 @@ def compress(
             data, no weights, and writes nothing.
     """
     from slimvlm.evaluation.gates import judge
-    from slimvlm.runs.advise import dry_run as look
-    from slimvlm.runs.advise import dry_run_rows
-    from slimvlm.runs.compress import compress as run
-    from slimvlm.runs.compress import config_from
+    from slimvlm.runs import advise as advising
+    from slimvlm.runs import compress as runs
     from slimvlm.runs.tables import held_out_json, result_json
 
     how = {name: value for name, value in vars(training).items() if name != "seed"}  # the run's
-    whole = config_from({**vars(pruning), **vars(evaluation), "recover": how}, model)
+    whole = runs.config_from({**vars(pruning), **vars(evaluation), "recover": how}, model)
     if config is not None:
         to_log(f"options of {config}, and those of the command line")
     if dry_run:
-        needs = look(model, whole, to_log)
+        needs = advising.dry_run(model, whole, to_log)
         if not json:
-            print_table((), dry_run_rows(needs))
+            print_table((), advising.dry_run_rows(needs))
             return
         values = {name: value for name, value in asdict(needs).items() if name != "plan"}
         plan = {"ratio": needs.plan.ratio, "total_params": needs.plan.after.total_params}
         print_json({**values, **plan})
         return
-    done = run(model, whole, out, force, to_log)
+    done = runs.compress(model, whole, out, force, to_log)
     held_out, times = done.held_out, done.times
     if json:
         figures = {"held_out": held_out_json(held_out), "times": times and asdict(times)}
@@ -248,7 +245,6 @@ def study(
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # one table shows the progress; before imports
     from slimvlm.cli.printing import print_study
-    from slimvlm.core.progress import duration
     from slimvlm.runs.study import forecast, run_study
 
     if not dry_run:
@@ -321,8 +317,7 @@ def advise(
         samples: How many conversations there are; by default as many as the study had.
         dtype: Data type of the weights (bfloat16 for auto).
     """
-    from slimvlm.runs.advise import advice_rows
-    from slimvlm.runs.advise import advise as find
+    from slimvlm.runs import advise as advising
 
     if data:
         raise ConfigError(
@@ -332,7 +327,7 @@ def advise(
     for name, yes, no in (("data", data is not None, no_data), ("gpu", gpu, no_gpu)):
         if yes and no:
             raise ConfigError(f"--{name} and --no-{name} contradict each other")
-    advice = find(
+    advice = advising.advise(
         model,
         **vars(target),
         data=not no_data,
@@ -343,7 +338,7 @@ def advise(
     if json:
         print_json(asdict(advice))
         return
-    print_table((), advice_rows(advice))
+    print_table((), advising.advice_rows(advice))
     print(f"\n{advice.command}")
 
 
@@ -493,18 +488,17 @@ def bench(
     Args:
         baseline: The model before pruning.
     """
-    from slimvlm.evaluation.bench import bench as run
-    from slimvlm.evaluation.bench import bench_rows
+    from slimvlm.evaluation import bench as timing
     from slimvlm.models.load import check_models, load_as
 
     names = (model,) if baseline is None else (model, baseline)
     check_models(loading, *names)
     small, *large = (load_as(loading, name)[0] for name in names)
-    found = run(small, large[0] if large else None, workload, names)
+    found = timing.bench(small, large[0] if large else None, workload, names)
     title = f"{found.dtype} on {found.device}, {found.threads} CPU threads"
     sides = filter(None, (found.baseline, found.model))
     notes = [f"{side.model}: {line}" for side in sides for line in side.warnings]
-    show(json, partial(asdict, found), partial(bench_rows, found), title, notes)
+    show(json, partial(asdict, found), partial(timing.bench_rows, found), title, notes)
 
 
 def images(

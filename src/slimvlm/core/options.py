@@ -483,6 +483,20 @@ class Questions(Options):
     show each task's blind floor and retention above the floors."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuestionFlags(Questions):
+    """What models are asked, and how."""
+
+    tasks: str | None = None  # type: ignore[assignment]
+    """Comma-separated names: built-in tasks (demo for all, the default without --data), YAML files
+    of your own, or the study's benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista,
+    docvqa (needs slimvlm[eval])."""
+    blind: bool = False
+    """Show the pictures of other questions: the floor of a model that cannot see."""
+    log: Path | None = None
+    """Folder that keeps replies as they come; a stopped evaluation goes on there."""
+
+
 TASK_BATCH_SIZE = "task_batch_size"  # flag of `Questions.batch_size` beside that of a training
 
 

@@ -374,21 +374,19 @@ def recover(
 
 def evaluate(
     model: str,
-    questions: options.Questions,
+    questions: options.QuestionFlags,
     source: options.DataConfig,
     baseline: str | None,
     out: Path | None,
     force: bool,
-    blind: bool,
-    log_folder: Path | None,
     say: Say,
     require: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate ``model``, after ``baseline`` if given, on data or else on tasks; judge nothing."""
-    has_data, tasks = source.data is not None, {}
+    has_data, blind, tasks = source.data is not None, questions.blind, {}
     is_file = baseline is not None and files.path_of(baseline, "baseline").is_file()
     if not has_data:
-        tasks = check_questions(questions, blind, log_folder is not None)
+        tasks = check_questions(questions, blind, questions.log is not None)
     elif is_file:
         raise ConfigError(f"baseline {baseline!r}: with --data it must be a model, not a file")
     gates.parse(require, gates.in_percent(tasks, has_data), baseline is not None)
@@ -410,7 +408,7 @@ def evaluate(
             is_original = role == "baseline" or baseline is None
             given = replace(questions, floors=floors and is_original)
             title = f"{name} (blind)" if blind else name
-            results[role] = evaluate_all(*loaded, given, title, log_folder, blind)
+            results[role] = evaluate_all(*loaded, given, title, questions.log, blind)
         elif role == "baseline":
             head = head_weights_of(loaded[0])
             predicted = on_data.predictions_of(*loaded, samples, size, name, head)

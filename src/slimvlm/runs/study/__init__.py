@@ -16,7 +16,6 @@ import pandas as pd
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from slimvlm.core.errors import ConfigError, SlimError, printable, raised_as
 from slimvlm.core.files import explained, held, new_file, require_place, write_text
@@ -34,6 +33,7 @@ from slimvlm.runs.request import Request, check_options, check_questions, dry_pl
 from slimvlm.runs.study import schedule as scheduling
 from slimvlm.runs.study.config import Cell, StudyConfig, expand, read_study
 from slimvlm.runs.study.schedule import STAGE_KINDS, Cache, Outcome, Schedule, Stage
+from slimvlm.runs.tables import as_table
 from slimvlm.training.recover import History
 
 _PATIENCE = 600.0  # seconds to wait for another worker that writes the table
@@ -248,17 +248,16 @@ class Progress:
     def __rich__(self) -> Table:
         left = duration(self.seconds_left())
         elapsed = duration(time.monotonic() - self.start)
-        table = Table(title=f"{elapsed} gone, about {left} left", title_justify="left")
-        for name in ("stage", "to do", "done", "failed", "now"):
-            table.add_column(name, justify="left" if name in ("stage", "now") else "right")
+        rows = []
         for kind in STAGE_KINDS:
             mine = [stage for stage in self.missing if stage.kind == kind]
             ends = [self.ended[s.name] for s in mine if s.name in self.ended]
             bad = sum(bool(outcome.error) for outcome in ends)
             counts = (len(mine) - len(ends), len(ends) - bad, bad)
             now = self.now.label if self.now is not None and self.now.kind == kind else ""
-            table.add_row(kind, *map(str, counts), Text(printable(now)))
-        return table
+            rows.append([kind, *map(str, counts), now])
+        header = ("stage", "to do", "done", "failed", "now")
+        return as_table(header, rows, f"{elapsed} gone, about {left} left")
 
     def _print(self, stage: Stage, number: int, end: str = "") -> None:
         line = f"[{number}/{len(self.missing)}] {stage.kind} {stage.label}{end}"
