@@ -62,7 +62,7 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
     hints, texts = get_type_hints(kind, include_extras=True), _texts(info.type)
     rows, from_file, without_flag = [], {}, core.file_only(kind)
     rank = {name: number for number, name in enumerate(FIRST)}
-    for row in sorted(fields(kind), key=lambda row: rank.get(row.name, len(FIRST))):  # type: ignore[arg-type]
+    for row in sorted(fields(kind), key=lambda row: rank.get(row.name, len(FIRST))):
         default = getattr(info.default, row.name, row.default)
         if row.name in without_flag:
             if info.default is not tyro.MISSING and hasattr(info.default, row.name):

@@ -79,13 +79,10 @@ def advise(
     samples: int | None = None,
     dtype: str = "bfloat16",
 ) -> Advice:
-    """Choose a recipe for a model and a budget.
+    """Choose a recipe for a model and exactly one budget, which must be possible to meet.
 
     Arguments are the options of ``slimvlm advise``; ``gpu`` is by default whether this machine has
     one, and ``samples`` as many as the study had.
-
-    Raises:
-        ConfigError: If not exactly one budget is given, or it cannot be met.
     """
     shape, known = anatomy_of(model), rules()
     if samples is not None and samples < 1:

@@ -316,7 +316,7 @@ def bytes_of_picture(config: PreTrainedConfig, tokens: float, dtype: str) -> flo
     vision, text = getattr(config, "vision_config", None), text_config_of(config)
     channels = text.hidden_size * BYTES[dtype]
     added = len(getattr(vision, "deepstack_visual_indexes", None) or ())  # and the tokens' places
-    found = added * tokens * (channels + torch.int64.itemsize)
+    found: float = added * tokens * (channels + torch.int64.itemsize)
     if getattr(text, "cross_attention_layers", None) and vision is not None:
         patches = (vision.image_size // vision.patch_size) ** 2 + 1
         found += vision.max_num_tiles * patches * channels

@@ -1,8 +1,4 @@
-"""The `Request` to the stages, resolved and checked once, before any work.
-
-`compress`, studies and the verbs of the command line all make one, so that the same options mean
-the same everywhere.
-"""
+"""The `Request` to the stages, which all who ask make, resolve and check before any work."""
 
 import math
 from collections.abc import Sequence

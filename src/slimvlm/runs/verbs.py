@@ -1,7 +1,4 @@
-"""The verbs that do one stage, from folder to files: score, plan, prune, recover, evaluate, images.
-
-Each checks its options before weights are read.
-"""
+"""The verbs that do one stage, from folder to files; each checks options before reading weights."""
 
 import json
 import shlex

@@ -382,14 +382,15 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
     failed = int((wanted["status"] == FAILED).sum())
     words = f"{failed} failed, {len(wanted) - len(cells) - failed} open"
     cards = [("Cells", str(len(cells)), words)]
-    for ratio in sorted(cells["ratio"].unique())[:5]:
-        entry = entries[cells[cells["ratio"] == ratio]["avg_percent"].idxmax()]
+    rated = cells.dropna(subset=["avg_percent"])  # none where the original has nothing right
+    for ratio in sorted(rated["ratio"].unique())[:5]:
+        entry = entries[rated[rated["ratio"] == ratio]["avg_percent"].idxmax()]
         how = f"{entry.axis}, {entry.recovery if entry.train else 'untrained'}"
         cards.append((f"Best at {ratio:.0%} (AVG-%)", f"{entry.percent:.1f}", how))
     comparison, notes = None, []
-    if not cells.empty:
-        nearest = min(cells["ratio"].unique(), key=lambda each: abs(each - SHOWN_RATIO))
-        best = cells[cells["ratio"] == nearest]["avg_percent"].idxmax()
+    if not rated.empty:
+        nearest = min(rated["ratio"].unique(), key=lambda each: abs(each - SHOWN_RATIO))
+        best = rated[rated["ratio"] == nearest]["avg_percent"].idxmax()
         shown, notes = cells.loc[best], [f"Answers are those of: {entries[best].name}."]
         originals = table[(table["axis"] == ORIGINAL) & (table["model"] == shown["model"])]
         original = Result.load(_inside(folder, originals.iloc[0]["result"]))
