@@ -219,8 +219,8 @@ def explained(path: str | Path) -> Iterator[None]:
             reason = "the disk is probably full"
         if reason is None:
             raise
-        told = f"cannot be written: {reason}. What was there before is unchanged"
-        raise OutputError(f"output {str(path)!r} {told}") from error
+        why = f"cannot be written: {reason}. What was there before is unchanged"
+        raise OutputError(f"output {str(path)!r} {why}") from error
 
 
 def require_place(path: Path) -> None:

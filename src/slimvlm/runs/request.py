@@ -333,7 +333,7 @@ def tokens_to_try(shape: Anatomy, ratio: float) -> int | None:
     if weigh < rule.from_share * shape.backbone_params:
         return None
     most = math.ceil(ratio * shape.backbone_params / shape.token_params)  # that the ratio takes
-    return max(shape.vocab_size // rule.one_of, shape.vocab_size - most)
+    return max(int(shape.vocab_size // rule.one_of), shape.vocab_size - most)
 
 
 def tokens_alone(request: Request, anatomy: Anatomy) -> Plan | None:
