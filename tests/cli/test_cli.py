@@ -18,11 +18,11 @@ import tyro
 import slimvlm as sv
 from slimvlm import cli
 from slimvlm.cli.options import USUAL
-from slimvlm.cli.printing import note, print_table
+from slimvlm.cli.printing import print_table
 from slimvlm.core.documents import built
 from slimvlm.core.errors import SlimError
 from slimvlm.core.options import file_only
-from slimvlm.core.progress import progress
+from slimvlm.core.progress import progress, to_log
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
 from slimvlm.evaluation.results import Result
@@ -629,7 +629,7 @@ def test_ctrl_c_ends_in_one_line(verb, told, options, run, llava, monkeypatch):
 def test_text_from_outside_is_printed_as_text(capsys):
     hostile = "[bold]x[/nonsense] \x1b[2J\x07"
     print_table(["task", hostile], [[hostile, "1"]], title=hostile)
-    note(hostile)
+    to_log(hostile)
     shown = capsys.readouterr()
     for text in shown:
         assert "\x1b[2J" not in text

@@ -189,6 +189,15 @@ def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(study):
         assert "Answers side by side" not in html
 
 
+def test_a_study_has_a_report_where_the_original_has_nothing_right(study):
+    table = pd.read_parquet(study / "results.parquet")
+    table.loc[table["axis"] != "original", "avg_percent"] = float("nan")
+    table.to_parquet(study / "results.parquet", index=False)
+    record = read_record(study)
+    assert "8 of 9 cells measured" in report_html(record)
+    assert ([label for label, *_ in record.cards], record.comparison) == (["Cells"], None)
+
+
 def test_a_study_shows_what_is_kept_of_each_kind_that_was_asked_for(study):
     table = pd.read_parquet(study / "results.parquet")
     numbers = {"free_percent": 61.0, "free_low": 58.25, "free_high": 64.5, "free_floor": 9.75}

@@ -37,7 +37,7 @@ from pyarrow import parquet
 
 from slimvlm import cli
 from slimvlm.core.errors import OutputError
-from slimvlm.core.options import OF_LORA, OF_TRAINER
+from slimvlm.core.options import PASSED_ON
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.load import anatomy
 from slimvlm.planning.plan import Plan
@@ -363,7 +363,7 @@ def passed_on(folder, draw):
     """Arguments of other libraries, with which a tiny model is trained."""
     kind = draw.choice(("lora", "trainer"))
     every = peft.LoraConfig if kind == "lora" else transformers.TrainingArguments
-    ours = OF_LORA if kind == "lora" else OF_TRAINER
+    ours = PASSED_ON[kind]
     key = draw.choice([*ours] * 3 + [row.name for row in dataclasses.fields(every)])
     settings = {"loss": "sft", kind: {key: draw.choice(DRAWN)}}
     values = {"model": "x", "ratio": 0.3, "recover": settings}

@@ -23,7 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, import_utils
 from slimvlm.core.documents import digest, identity_of_files, read_object
 from slimvlm.core.errors import ConfigError, UnsupportedModelError, shortened
 from slimvlm.core.files import cache_dir, file_name, held, new_folder, path_of
-from slimvlm.core.options import LoadConfig, part_of
+from slimvlm.core.options import LoadConfig
 from slimvlm.core.progress import local_rank, num_ranks, to_log
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.templates import check_tokenizer
@@ -416,7 +416,7 @@ def load_as(
     options: LoadConfig, model: str | Path, device: str | None = None, shard: bool = False
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model with options, on their device unless another one is given."""
-    how = vars(part_of(options, LoadConfig))
+    how = vars(options.part(LoadConfig))
     if device is not None:
         how |= {"device": device, "device_map": None}
     return load(model, **how, shard=shard)
