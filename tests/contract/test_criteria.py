@@ -212,20 +212,6 @@ def test_padding_does_not_count(case, model_name, left):
 
 
 @every_case_with_data
-def test_padding_would_count_without_a_mask(case):
-    model = case.build("llama")
-    single = [sample(model, seed, tokens=9 + 4 * seed, labels=4) for seed in range(3)]
-    batch = padded(single, left=True)
-    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-    alone = case.flat(model, single)
-    together = case.flat(model, [batch])
-    assert any(
-        (alone[name] - together[name]).abs().max() > 1e-3 * alone[name].abs().max()
-        for name in alone
-    )
-
-
-@every_case_with_data
 def test_without_labels_the_whole_text_counts_as_prompt_but_not_its_padding(case):
     model = case.build("llama")
     data = [{**one, "labels": one["input_ids"]} for one in samples(model)]

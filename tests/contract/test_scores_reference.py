@@ -171,17 +171,6 @@ def test_magnitude_is_llm_pruners_l1_and_l2(name, p, reduction):
     assert_scores_are(model, scores, terms, mean=reduction == "mean")
 
 
-def test_the_orders_differ_where_the_formulas_do():
-    """So that the comparisons above cannot pass with one formula for all."""
-    model = model_named("llama-gqa")
-    names = ("taylor", "taylor_second", "taylor_mix", "magnitude")
-    found = [score(model, samples(model), name).neuron for name in names]
-    shares = [values[0] / values[0].max() for values in found if values is not None]
-    for i, one in enumerate(shares):
-        for other in shares[i + 1 :]:
-            assert (one - other).abs().max() > 1e-3
-
-
 @every_model
 def test_a_gate_is_the_signed_sum_of_its_columns_taylor_terms(name):
     """Scaling a unit's output by m scales its output columns: dL/dm = sum of w * dL/dw there."""

@@ -4,9 +4,11 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -257,30 +259,14 @@ ODD = synthetic(5, 3, 1, 8, 90, 64, 16)
             for other in ("phi", "7b")
             for axis in ("depth", "width", "both")
         ),
-        ({"axis": "sideways"}, "axis 'sideways' must be one of.*depth"),
-        ({"allocation": "fair"}, "allocation 'fair' must be one of.*uniform"),
-        ({"allocation": "global"}, "allocation 'global' must be one of: uniform, protect"),
-        ({"counting": "fingers"}, "counting 'fingers' must be one of.*per_layer"),
-        ({"round_to": -8}, "round_to"),
-        ({"round_to": 0}, "round_to"),
-        ({"axis": "both", "depth_share": -0.5}, "depth_share"),
-        ({"axis": "both", "depth_share": 1.5}, "depth_share"),
-        ({"axis": "depth", "protect": (4, 0)}, "protect"),
-        ({"axis": "depth", "protect": (2, 2)}, "protect"),
-        ({"axis": "depth", "protect": (0, 9)}, "protect"),
-        ({"axis": "depth", "protect": (-1, 0)}, "protect"),
-        ({"units": ("head",)}, r"units \('head',\) must be some of: kv_group, neuron"),
-        ({"units": ()}, "units"),
-        ({"kv_heads": 5}, r"kv_heads 5 must be one of: \[1, 2, 3, 4\]"),
-        ({"kv_heads": 0}, "kv_heads 0"),
-        ({"kv_heads": 2, "counting": "per_layer"}, "kv_heads 2 needs.*counting 'parameters'"),
-        ({"kv_heads": 2, "units": ("neuron",)}, "kv_heads 2 needs 'kv_group'"),
+        *yaml.safe_load(Path(__file__).with_name("refusals.yaml").read_text()),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):
-    anatomy, scores = anatomy_named("llama"), scores_named("llama")
+    usual = {"anatomy": anatomy_named("llama"), "scores": scores_named("llama"), "ratio": 0.2}
+    lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     with pytest.raises(ConfigError, match=message):
-        make_plan(**{"anatomy": anatomy, "scores": scores, "ratio": 0.2, **options})
+        make_plan(**{**usual, **options, **lists})
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from tests.pruning.pruned import batches, build, doubled, narrow, sliced, with_d
 from tests.scoring.test_obs import by_inverting
 from tests.tolerances import FORWARD, SOLVE, assert_close
 
+NOTHING = {"prompt": 0.0, "image": 0.0, "answer": 0.0}
 FAMILIES = ["llama", "mistral", "phi", "phi3", "gemma3", "qwen2_5_vl", "qwen3_vl", "llava-phi"]
 
 
@@ -218,6 +219,7 @@ def test_a_norm_behind_the_mlp_keeps_its_seam():
         ({"repair": "all"}, ConfigError, "repair 'all'"),
         ({"ridge": -1.0}, ConfigError, "ridge -1.0"),
         ({"token_weights": {"sky": 1.0}}, ConfigError, "'sky'"),
+        ({"plan": None, "ratio": 0.3, "token_weights": NOTHING}, DataError, "weight above 0"),
         ({"batches": []}, DataError, "4 calibration batches"),
         ({"batches": [], "repair": "width"}, DataError, "no calibration batch"),
     ],
@@ -433,20 +435,10 @@ def test_a_walk_that_stops_leaves_the_model_alone(index, monkeypatch):
     assert torch.equal(logits(model, data[0]), said)
 
 
-def test_options_of_plans_go_through_a_walk():
+def test_counting_by_layer_goes_through_a_walk():
     model = tiny.build("llama")
     data = [tiny.batch(model, 12, seed) for seed in range(5)]
-    for options in ({"kv_heads": 2}, {"counting": "per_layer"}):
-        walked = walk_(tiny.build("llama"), data, 0.3, **options)
-        assert walked.plan.ratio > 0.1
-    assert len(walk_(tiny.build("llama"), data, 0.3, kv_heads=2).plan.kv_groups[0]) == 2
-
-
-def test_tokens_that_weigh_nothing_choose_nothing():
-    model = tiny.build("llama")
-    data = [tiny.batch(model, 12, seed) for seed in range(5)]
-    with pytest.raises(DataError, match="weight above 0"):
-        walk_(model, data, 0.3, token_weights={"prompt": 0.0, "image": 0.0, "answer": 0.0})
+    assert walk_(model, data, 0.3, counting="per_layer").plan.ratio > 0.1
 
 
 def test_layers_with_attention_decide_how_much_of_it_goes(monkeypatch):
