@@ -266,7 +266,7 @@ def test_tied_heads_stay_tied_and_frozen_weights_frozen(name):
 # Llama's configuration refuses head counts that do not divide the hidden size. Mistral is the
 # same function without that rule.
 @pytest.mark.parametrize("name", tiered(LLAMA_INSIDE, lambda name: name[-5:] == "llama"))
-def test_retyping_changes_no_bit(name, tmp_path, monkeypatch):
+def test_retyping_changes_no_bit_and_nothing_is_retyped_without_need(name, tmp_path, monkeypatch):
     model, stays_llama = tiny.build(name), tiny.build(name)
     plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2, 3], neurons=range(7, 77))
     assert plan.needs_retype
@@ -285,10 +285,6 @@ def test_retyping_changes_no_bit(name, tmp_path, monkeypatch):
     assert type(loaded) is type(model)
     place = {"_name_or_path": None}
     assert {**loaded.config.to_dict(), **place} == {**model.config.to_dict(), **place}
-
-
-@pytest.mark.parametrize("name", tiered(LLAMA_INSIDE))
-def test_nothing_is_retyped_without_need(name):
     model = tiny.build(name)
     plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2], neurons=range(50))
     assert not plan.needs_retype

@@ -144,28 +144,6 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("kind", [*SPOILT, "config"])
-def test_the_reload_check_catches_what_is_spoilt(kind, tmp_path, monkeypatch):
-    def change(folder):
-        if kind == "config":
-            values = json.loads((folder / "config.json").read_text())
-            values["text_config"]["num_hidden_layers"] += 1
-            (folder / "config.json").write_text(json.dumps(values))
-            return
-        file = folder / "model.safetensors"
-        weights = {name: value.clone() for name, value in load_file(file).items()}
-        SPOILT[kind](weights, next(n for n in weights if n.endswith(MATRIX)))
-        save_file(weights, file, {"format": "pt"})
-
-    model, processor, plan = pruned("llava")
-    spoil_(monkeypatch, hf.PreTrainedModel, change)
-    model.train()
-    with pytest.raises(ReloadError):
-        save(model, processor, tmp_path / "out", plan)
-    assert list(tmp_path.iterdir()) == []
-    assert model.training
-
-
 # Layers of different widths: the battery over all families is in tests/contract/test_uneven.py.
 def uneven(kind):
     model, processor = load(folders.folder(kind))
@@ -177,24 +155,34 @@ def uneven(kind):
 
 
 @pytest.mark.usefixtures("code_cache")
-@pytest.mark.parametrize("change", ["code", "widths", "auto_map"])
-def test_the_reload_check_catches_spoilt_uneven_folders(change, tmp_path, monkeypatch):
-    def spoils(folder):
+@pytest.mark.parametrize("kind", [*SPOILT, "config", "code", "widths", "auto_map"])
+def test_the_reload_check_catches_what_is_spoilt(kind, tmp_path, monkeypatch):
+    def change(folder):
         code, config = folder / "modeling_pruned.py", folder / "config.json"
         values = json.loads(config.read_text())
-        if change == "code":
+        if kind == "config":
+            values["text_config"]["num_hidden_layers"] += 1
+        elif kind == "code":
             code.write_text(code.read_text() + "\n")
-        elif change == "widths":
+        elif kind == "widths":
             values["text_config"]["per_layer_config"]["0"]["intermediate_size"] -= 1
-        else:
+        elif kind == "auto_map":
             values["auto_map"]["AutoModelForImageTextToText"] = "modeling_pruned.PrunedLlavaModel"
+        else:
+            file = folder / "model.safetensors"
+            weights = {name: value.clone() for name, value in load_file(file).items()}
+            SPOILT[kind](weights, next(n for n in weights if n.endswith(MATRIX)))
+            save_file(weights, file, {"format": "pt"})
         config.write_text(json.dumps(values))
 
-    model, processor, plan = uneven("llava")
-    spoil_(monkeypatch, type(model), spoils)
+    make = uneven if kind in ("code", "widths", "auto_map") else pruned
+    model, processor, plan = make("llava")
+    spoil_(monkeypatch, type(model) if make is uneven else hf.PreTrainedModel, change)
+    model.train()
     with pytest.raises(ReloadError):
         save(model, processor, tmp_path / "out", plan)
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
+    assert model.training
 
 
 # Loading: what cannot be loaded is named in one line.
