@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -395,18 +396,10 @@ def test_a_name_of_any_kind_gives_a_file_of_its_own(names):
         assert (file == name) == bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name))
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("answers.json", '{"max_new_tokens": 3}'),
-        ("stage.json", '{"label": "", "seconds": 1, "flops": 1, "request": {}}'),
-        ("config.json", '{"model": "m", "made_from": 1, "seed": 1}'),
-        ("config.json", '{"model_type": "llama"}'),
-        ("index.json", '{"note": "slimvlm-teacher"}'),
-        ("slimvlm_checkpoint.json", '"slimvlm-checkpoint/1"'),
-        ("slimvlm_checkpoint.json", "[" * 5000),
-    ],
-)
+MARKS = yaml.safe_load(Path(__file__).with_name("marks.yaml").read_text())
+
+
+@pytest.mark.parametrize(("name", "text"), [*MARKS, ("slimvlm_checkpoint.json", "[" * 5000)])
 def test_files_that_others_write_too_are_no_marks(name, text, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -1,11 +1,13 @@
 """Where models run: any accelerator that torch finds, or the device that a user names."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+import yaml
 
 import slimvlm as sv
 from slimvlm.core.documents import asked
@@ -150,17 +152,10 @@ def test_attention_and_device_map_are_those_that_were_asked_for(kind, name, tmp_
     assert not hasattr(whole, "hf_device_map")  # a teacher's place is told
 
 
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({"attn_implementation": "fast"}, "attn_implementation 'fast' must be one of: eager, sdpa"),
-        ({"attn_implementation": "evil/kernel"}, "must be one of: eager"),
-        ({"attn_implementation": "flash_attention_2"}, "'flash_attention_2' needs its package"),
-        ({"attn_implementation": "flash_attention_3"}, "'flash_attention_3' needs its package"),
-        ({"device_map": "cpu"}, "device_map 'cpu' must be one of: auto, balanced"),
-        ({"device_map": "auto", "device": "cpu"}, "device_map 'auto': there is a device, 'cpu'"),
-    ],
-)
+WRONG = yaml.safe_load(Path(__file__).with_name("load.yaml").read_text())
+
+
+@pytest.mark.parametrize(("values", "told"), WRONG)
 def test_how_a_model_is_read_is_checked_before_its_weights(values, told, tmp_path, monkeypatch):
     for number in (2, 3):
         name = f"transformers.utils.import_utils.is_flash_attn_{number}_available"

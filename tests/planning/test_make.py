@@ -164,22 +164,13 @@ def test_protected_layers_stay_whole(name, axis, ratio, protect, counting):
 
 
 # LLM-Pruner's counting (REFERENCE.md)
-@pytest.mark.parametrize(
-    ("kv_heads", "head_dim", "neurons", "ratio", "groups_left", "neurons_left"),
-    [
-        (8, 8, 96, 0.2, 7, 76),  # 13 of 64 channels: one whole head; 96 - 20
-        (8, 8, 176, 0.33, 6, 117),  # 22 of 64 channels: two heads; 176 - 59
-        (3, 64, 1536, 0.25, 3, 1152),  # 48 of 192 channels: no whole head
-        (3, 64, 1536, 0.34, 2, 1013),  # 66 of 192 channels: one head; 1536 - 523
-        (4, 8, 640, 0.9, 1, 64),
-        (2, 8, 10, 0.99, 1, 1),  # something is always left
-    ],
-)
-def test_per_layer_counts(kv_heads, head_dim, neurons, ratio, groups_left, neurons_left):
+@pytest.mark.parametrize("row", yaml.safe_load(Path(__file__).with_name("counts.yaml").read_text()))
+def test_per_layer_counts(row):
+    kv_heads, head_dim, neurons, ratio, *left = row
     anatomy = synthetic(3, kv_heads, 1, head_dim, neurons, 64, 128)
     plan = make_plan(anatomy, random_scores(anatomy), ratio, "width", counting="per_layer")
     for shape in plan.after.layers:
-        assert (shape.num_kv_heads, shape.intermediate_size) == (groups_left, neurons_left)
+        assert [shape.num_kv_heads, shape.intermediate_size] == left
 
 
 def test_per_layer_is_a_share_of_the_unprotected_layers_and_follows_the_query_groups():

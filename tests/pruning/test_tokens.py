@@ -208,14 +208,6 @@ def test_a_saved_tokenizer_is_the_old_one_with_fewer_tokens(kind):
     assert len(after) == len(tokens) < len(before)
     assert after.convert_ids_to_tokens(range(len(after))) == before.convert_ids_to_tokens(tokens)
     assert after.special_tokens_map == before.special_tokens_map
-    same = 0
-    for text in (*tiny_words.CORPUS, *tiny_words.WORDS, "žluť 世界 γρά 🚀 <image>x</s>"):
-        old, new = before(text)["input_ids"], after(text)["input_ids"]
-        assert after.decode(new) == before.decode(old)
-        if set(old) <= set(tokens):
-            same += 1
-            assert [tokens[i] for i in new] == old
-    assert same > 20
 
 
 @pytest.mark.parametrize("kind", KINDS)
