@@ -1,8 +1,11 @@
 """Models whose last layers read keys and values of earlier ones: Gemma 3n and Gemma 4."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as hf
+import yaml
 
 from slimvlm.core.errors import ImpossiblePlanError, UnsupportedModelError
 from slimvlm.models.anatomy import read_anatomy
@@ -97,25 +100,14 @@ def test_doubled_mlps_stay_whole(tmp_path):
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
-WITHOUT_PER_LAYER_INPUT = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
-LARGE = {
-    "gemma3n": hf.Gemma3nTextConfig,
-    "gemma4": lambda: hf.Gemma4TextConfig(num_kv_shared_layers=10),
-    "gemma4-dense": lambda: hf.Gemma4TextConfig(
-        **WITHOUT_PER_LAYER_INPUT, num_global_key_value_heads=2
-    ),
-    "gemma4-moe": lambda: hf.Gemma4TextConfig(
-        **WITHOUT_PER_LAYER_INPUT,
-        **{"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2},
-        moe_intermediate_size=64,
-    ),
-}
+LARGE = yaml.safe_load(Path(__file__).with_name("gemmas.yaml").read_text())
 
 
 @pytest.mark.parametrize("name", tiered(LARGE, lambda name: name in ("gemma3n", "gemma4")))
 @pytest.mark.parametrize("axis", tiered(["depth", "width", "both"], lambda axis: axis == "both"))
 def test_shapes_of_full_size(name, axis):
-    model = empty_model(LARGE[name]())
+    kind, changes = LARGE[name]
+    model = empty_model(getattr(hf, kind)(**changes))
     anatomy = read_anatomy(model)
     plan = make_plan(anatomy, random_scores(anatomy), 0.15, axis)
     prune_(model, plan)
