@@ -528,6 +528,8 @@ def watch(home, errors):
             read = () if (given[2] or 0) & WRITES or first == "/etc/passwd" else READ
             return not os.path.realpath(first).startswith((*mine, *read))
         if event in CHANGES and first is not None:
+            if not first.startswith("/") and type(given[-1]) is int and given[-1] > 2:
+                first = f"/proc/self/fd/{given[-1]}/{first}"  # below an open folder
             parent, name = os.path.split(first)
             place = f"{os.path.realpath(parent)}/{name}"
             is_there = event == "os.mkdir" and Path(place).exists()

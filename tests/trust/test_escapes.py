@@ -145,8 +145,9 @@ def test_a_second_interrupt_tears_nothing(place):
     code = (
         "import atexit, os, signal, slimvlm.cli as c\n"
         "stop = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
-        "def run(*_):\n    try:\n        stop()\n    finally:\n        stop(); print('tidy')\n"
-        "c._run = run; atexit.register(stop); c.main(['demo'])"
+        "def run() -> None:\n    try:\n        stop()\n"
+        "    finally:\n        stop(); print('tidy')\n"
+        "c.VERBS['demo'] = run; atexit.register(stop); c.main(['demo'])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 130

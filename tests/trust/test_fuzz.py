@@ -25,14 +25,14 @@ def test_one_input_of_a_class_ends_well(name, tmp_path):
     [
         (lambda: Path("/etc/passwd").read_text(), "open ('/etc/passwd'"),
         (lambda: Path("../secret.jsonl").read_text(), "open ('../secret.jsonl'"),
-        (lambda: Path("../../victim").mkdir(), "os.mkdir"),
+        (lambda: Path("../victim").mkdir(), "os.mkdir"),
         (lambda: socket.create_connection(("127.0.0.1", 9), 0.1), "socket"),
         (lambda: subprocess.run(["true"], check=False), "subprocess.Popen"),
     ],
 )
 def test_what_leaves_its_folder_is_noticed(deed, event, tmp_path, monkeypatch):
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
     monkeypatch.setitem(cli.VERBS, "inspect", lambda: deed() and None)
     monkeypatch.setitem(fuzz.CLASSES, "own", lambda folder, draw: "inspect")
     assert event in fuzz.attempt("own", "0", tmp_path)[0]

@@ -121,8 +121,8 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
                 why = str(error)
         asked = [questions.get(key, Question(key, "", ())) for key in ours.ids]
         full = MME_FULL_SCORES.get(name, 100.0) / 100
-        scores = ([score / full for score in task.scores] for task in (ours, theirs))
-        answers = (asked, ours.replies, theirs.replies, *scores)
+        shares = ([score / full for score in each.scores] for each in (ours, theirs))
+        answers = (asked, ours.replies, theirs.replies, *shares)
         found[name] = TaskComparison(
             name=name,
             metric=ours.metric,

@@ -115,8 +115,8 @@ def _on_tasks(name: str, last: Result, first: Result, compares: bool, say: Say) 
     if compares:
         comparable(last, first, sorted(counted))
     guesses = {} if last is first else guessed(first)
-    for task, told in guesses.items():
-        say(f"{name} leaves out {task!r}: the baseline is not clearly above guessing ({told})")
+    for guess, told in guesses.items():
+        say(f"{name} leaves out {guess!r}: the baseline is not clearly above guessing ({told})")
     last, first = (
         replace(each, tasks={n: t for n, t in each.tasks.items() if n in counted - guesses.keys()})
         for each in (last, first)

@@ -472,10 +472,11 @@ def average_difference(
     models = [b] if a is None else [b, a]
     sign = np.array([1, -1])[: len(models)]
     means, centre, covariance, times = _averages(models, groups, len(models) * bounded)
-    ends = _bounds(*map(float, (sign @ means, sign @ centre, sign @ covariance @ sign)), times)
+    mean, middle, variance = map(float, (sign @ means, sign @ centre, sign @ covariance @ sign))
+    ends = _bounds(mean, middle, variance, times)
     least = -1.0 if len(models) > 1 else 0.0
     low, high = (max(ends[0], least), min(ends[1], 1.0)) if bounded else ends
-    return Difference(100 * float(sign @ means), 100 * low, 100 * high)
+    return Difference(100 * mean, 100 * low, 100 * high)
 
 
 def paired_difference(
