@@ -28,6 +28,7 @@ from slimvlm.scoring.score_model import score, score_checkpoint
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny, tiny_folder
 from tests.handmade import assert_equal, logits, random_scores, refused
+from tests.pruning.walk.test_engine import Clock
 from tests.tiers import tiered
 
 MODELS = ("llama", "phi", "llava-phi3", "qwen2_5_vl", "internvl-qwen2", "smolvlm")
@@ -132,29 +133,19 @@ def test_a_layer_runs_once_for_each_batch(case, data, folder, monkeypatch):
 def test_a_stopped_run_goes_on_after_the_last_whole_layer(
     case, data, folder, tmp_path, monkeypatch
 ):
-    layers = LayerwiseModel.layer
-    loads = []
-
-    def killed(self, index):
-        loads.append(index)
-        if len(loads) == stop_at:
-            raise KeyboardInterrupt
-        return layers(self, index)
-
-    monkeypatch.setattr(LayerwiseModel, "layer", killed)
-    stop_at = -1
+    clock = Clock(monkeypatch)
+    clock.watch(LayerwiseModel, "layer")
     asked = {**CASES[case], "scratch": tmp_path / "work"}
     expected = score_checkpoint(folder, data, **asked)
-    count = len(loads)
+    count = clock.calls
     assert count == 4
     for stop_at in range(2, count + 1):
-        loads.clear()
+        clock.calls, clock.stop_at = 0, stop_at
         with pytest.raises(KeyboardInterrupt):
             score_checkpoint(folder, data, **asked)
-        loads.clear()
-        done, stop_at = stop_at - 1, -1
+        clock.calls, clock.stop_at = 0, -1
         assert_same(score_checkpoint(folder, data, **asked), expected)
-        assert len(loads) == count - done
+        assert clock.calls == count - (stop_at - 1)
     assert not (tmp_path / "work").exists()
 
 
