@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,17 +75,8 @@ def data(tmp_path_factory):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """The working folder, with one specimen of everything that cannot be used."""
-    home = tmp_path / "home"
-    for name in ("no-config", "taken"):
-        (home / name).mkdir(parents=True)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    hf.BertConfig(**sizes, intermediate_size=16).save_pretrained(home / "bert")
-    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "Red."}]
-    files = {"broken.json": '[{"id": "x", "conv', "study.yaml": "grids: {ratio: 0.3}"}
-    files |= {"taken/mine": "mine", "taken.json": "mine", "not-a-result.json": "{}"}
-    files["lost.json"] = json.dumps([{"id": "lost", "image": "lost.png", "conversations": turns}])
-    for name, text in files.items():
-        (home / name).write_text(text)
+    home = shutil.copytree(Path(__file__).with_name("home"), tmp_path / "home")
+    (home / "no-config").mkdir()
     monkeypatch.chdir(home)
     return home
 
