@@ -188,7 +188,6 @@ def test_the_data_matters_and_embeddings_may_stand_for_tokens(case):
     second = case.flat(model, samples(model)[1:2])
     for name, values in first.items():
         assert (values - second[name]).abs().max() > 1e-3 * values.abs().max()
-    model = case.build("llama")
     batch = sample(model, 0)
     embedded = {name: value for name, value in batch.items() if name != "input_ids"}
     embedded["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"]).detach()

@@ -174,8 +174,7 @@ def test_predicted_parameters_are_counted_and_the_config_says_what_modules_are(n
     assert after.total_params == counted
     assert case.plan.ratio == (before.total_params - counted) / before.backbone_params
     assert read_anatomy(case.model) == after
-    case = pruned(name, axis)
-    after, layers = case.plan.after, Parts(case.model).layers
+    layers = Parts(case.model).layers
     text_config = text_config_of(case.model.config)
     assert len(layers) == text_config.num_hidden_layers == after.num_layers
     assert case.model.config.get_text_config().num_hidden_layers == after.num_layers

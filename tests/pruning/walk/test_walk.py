@@ -76,8 +76,7 @@ def test_repair_comes_nearer_and_walking_layer_by_layer_is_the_model(name, tmp_p
     student.save_pretrained(tmp_path)
     again = auto_class(student.config).from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert torch.equal(logits(again, data[0]), logits(student, data[0]))
-    model = build(name)
-    assert_layer_by_layer_is_the_model(model, batches(model, 2))
+    assert_layer_by_layer_is_the_model(model, data[:2])
 
 
 def blind(batch):
@@ -191,10 +190,7 @@ def test_auto_refuses_a_repair_that_hurts_or_gains_nothing():
     errors = [(final_hidden(m, judges) - goal).square().sum() for m in (student, spoilt)]
     assert errors[0] < errors[1]
     # the right answers are what the sliced model says
-    model = build("llama")
-    data, judges = batches(model, 4), batches(model, 8)[4:]
-    plan = narrow(model)
-    plain = sliced(model, plan)
+    data, plain = batches(model, 4), sliced(model, plan)
     for batch in judges:
         batch["labels"][:, 1:] = logits(plain, batch)[:, :-1].argmax(-1)
     student, found = walked(model, data, plan=plan, held_out=judges)
@@ -262,8 +258,6 @@ def test_units_are_those_of_a_plan_of_scores_or_of_the_highest_scores():
         assert found.plan == expected
         assert found.scores is None
         assert read_anatomy(student).layers == expected.after.layers
-    model = tiny.build("llava-llama")
-    data = [tiny.batch(model, 12, seed) for seed in range(5)]
     _, found = walked(model, data, 0.5, "both", allocation="uniform", kv_heads=2)
     assert found.scores.criterion == "obs"
     for unit, kept in (("kv_group", found.plan.kv_groups), ("neuron", found.plan.neurons)):
@@ -350,7 +344,6 @@ def test_no_local_steps_and_spoiling_ones_change_nothing(monkeypatch):
     student, found = walked(model, data, plan=plan, repair="none", local_steps=0)
     assert_untouched(student, snapshot(sliced(model, plan)))
     assert {layer.distilled for layer in found.report.layers} == {None}
-    model = tiny.build("llama")
     data, judges = ([tiny.batch(model, 8, seed) for seed in seeds] for seeds in ([0], [1, 2, 3]))
     plan = narrow(model)
     monkeypatch.setattr(engine, "RATE", 10.0 / plan.decoder_ratio)
