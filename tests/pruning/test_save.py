@@ -303,10 +303,6 @@ def test_a_card_has_the_hub_s_metadata_and_what_people_read(carded):
         assert needed in text
     assert str(carded.parent) not in text
     assert not re.search(r"\n{3}| \n|\|\n\n\||\{\{|None", text)
-
-
-def test_the_first_screen_says_what_went_what_stayed_how_to_load_and_how_to_serve(carded):
-    text = (carded / CARD_FILE).read_text()
     heads = ["What was removed", "What was kept", "How to load it", "How to serve it"]
     heads += ["Results", "How it was made"]
     assert re.findall("^## (.*)", text, re.MULTILINE) == heads
