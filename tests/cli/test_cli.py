@@ -423,7 +423,7 @@ def test_evaluate_compares_with_a_result_and_its_json_is_strict(run, home, llava
     assert "AVG-%" in table.out
     few = run("evaluate", llava, "--tasks", "presence", "--limit", "2", "--baseline", "r.json")
     assert few.code == 2
-    assert re.fullmatch(r"slimvlm: baseline: .*--limit.*", few.err.splitlines()[-1])
+    assert re.search(r"^slimvlm: .*baseline has other questions.*--limit", few.err, re.MULTILINE)
     # a task list without an average must not print one
     from slimvlm.evaluation.tasks import builtin_tasks
 
