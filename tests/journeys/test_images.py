@@ -27,7 +27,10 @@ from slimvlm.runs.tables import image_rows
 from slimvlm.runs.verbs import images
 from tests import tiny, tiny_folder, tiny_pictures
 from tests.handmade import Stopped, stops
+from tests.tables import tables
 from tests.tiers import tiered
+
+TABLES = tables(__file__)
 
 SIZE = (48, 32)
 
@@ -101,14 +104,7 @@ def test_the_older_file_of_a_processor_follows(data, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("how", "told"),
-    [
-        ({"keep": 0.5}, "keep 0.5: it needs --out"),
-        ({"tasks": "nothing"}, "task 'nothing' is not known"),
-        ({"keep": 0.01, "out": "out"}, "must be from"),
-    ],
-)
+@pytest.mark.parametrize(("how", "told"), TABLES["mistakes"])
 def test_mistakes_are_told_before_weights_are_read(data, how, told, monkeypatch, tmp_path):
     monkeypatch.setattr("slimvlm.runs.verbs.load_as", None)
     if "out" in how:
