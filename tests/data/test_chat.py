@@ -203,17 +203,6 @@ def test_no_label_on_pictures_and_the_model_takes_what_chat_makes(kind):
         assert torch.isfinite(model(**batch).loss)
 
 
-@pytest.mark.parametrize("kind", ["llava", "text"])
-def test_the_first_token_is_added_once(kind):
-    """LLaVA's template leaves it to the tokenizer, the text model's writes it itself."""
-    processor = folders.processor(kind)
-    bos = chat.tokenizer_of(processor).bos_token_id
-    for item in samples_of(kind).values():
-        ids = chat.encode_samples(processor, [item])["input_ids"][0]
-        assert ids[0] == bos
-        assert (ids == bos).sum() == 1
-
-
 @every_kind
 def test_questions_end_at_the_right_edge_and_samples_after_them_do_not(kind):
     """The tokenizer keeps its padding side between calls; neither call may depend on it."""
