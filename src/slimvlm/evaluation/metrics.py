@@ -34,13 +34,19 @@ THINKING = tuple(_PATTERNS["thinking"])
 
 def answer_of(reply: str) -> str:
     """Return what follows the thoughts of a reply; nothing if they were cut off."""
-    answer = re.sub(_PATTERNS["thoughts"], "", reply, count=1).strip()
+    answer = re.split(_PATTERNS["thoughts"], reply)[-1].strip()
     return "" if answer.startswith(THINKING) else answer
 
 
 def plain(reply: str) -> str:
     """Take thoughts, Markdown and LaTeX off a reply; unify forms of characters (NFKC)."""
-    text = unicodedata.normalize("NFKC", answer_of(reply))
+    text = re.sub("[⁰¹²³⁴-⁹]+", r"^\g<0>", answer_of(reply))  # 5² is not 52
+    text = unicodedata.normalize("NFKC", text)
+    begun, end, _ = text.rpartition("</answer>")
+    text = begun.rpartition("<answer>")[2] if end and "<answer>" in begun else text
+    _, mark, boxed = text.rpartition(r"\boxed{")
+    if mark and (match := re.match(r"((?:[^{}]|\{[^{}]*\})*)\}", boxed)):
+        text = match[1]
     for pattern, rest in _PATTERNS["markup"]:
         text = re.sub(pattern, rest, text)
     return text
@@ -111,7 +117,8 @@ def _items(text: str) -> set[str]:
 
 def anls(reply: str, question: Question) -> float:
     """Levenshtein similarity to the best answer, 0 below one half (arXiv:1905.13648, Eq. 1)."""
-    best = max(similarity(normalise(reply), normalise(answer)) for answer in question.answers)
+    said = normalise(reply)
+    best = max(similarity(said, normalise(answer)) for answer in question.answers)
     return best if best >= 0.5 else 0.0
 
 
