@@ -192,6 +192,8 @@ def compress(
     from slimvlm.runs.tables import held_out_json, result_json
 
     how = {name: value for name, value in vars(training).items() if name != "seed"}  # the run's
+    if config is not None and training.train == "none":  # a file's training goes, as a whole
+        how, evaluation = {"train": "none"}, replace(evaluation, training_samples=None)
     whole = runs.config_from({**vars(pruning), **vars(evaluation), "recover": how}, model)
     if config is not None:
         to_log(f"options of {config}, and those of the command line")

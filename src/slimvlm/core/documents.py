@@ -255,7 +255,7 @@ def identity_of_files(name: str, source: str) -> str:
     if not path.exists():
         return name
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in found if file.is_file() and file.suffix != ".pyc"]
+    files = [file for file in found if file.is_file() and "__pycache__" not in file.parts]
     is_much = sum(file.stat().st_size for file in files) > MANY_BYTES
     shown = progress(files, "hash files") if is_much else files
     return f"{name} {digest([str(file.relative_to(path)), _hash(file)] for file in shown)[:16]}"
@@ -265,14 +265,16 @@ def _hash(file: Path) -> str:
     """Hash the content of a file; of a large one that nobody touched since, look the hash up."""
     before = _state(file)
     size, modified, changed = before[:3]
-    noted = cache_dir() / "hashes" / digest([str(file.resolve()), before])
-    with suppress(OSError, ValueError):
-        if size > LARGE and len(known := noted.read_text()) == 64:
-            return known
+    noted = None
+    with suppress(OSError, ValueError, RuntimeError):  # the last where there is no home
+        if size > LARGE:
+            noted = cache_dir() / "hashes" / digest([str(file.resolve()), before])
+            if len(known := noted.read_text()) == 64:
+                return known
     with file.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     is_settled = time.time_ns() - max(modified, changed) > _SETTLED and _state(file) == before
-    if size > LARGE and is_settled:
+    if noted is not None and is_settled:
         with suppress(OSError, errors.SlimError):
             noted.parent.mkdir(parents=True, exist_ok=True)
             write_text(noted, found)

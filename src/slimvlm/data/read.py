@@ -242,7 +242,7 @@ def load_samples(
         context: Tokens that the model reads at most; rows with more are too long, too.
         too_long: ``refuse``: rows that are too long are broken; ``cut``: they are shortened.
         seed: Other ones draw other samples.
-        test: So many of the limit are the same for all seeds and limits.
+        test: So many of the limit are the same for all seeds and limits (but of ``demo``).
 
     Raises:
         ConfigError: If the source does not exist or is not understood.
@@ -273,7 +273,8 @@ def load_samples(
                 if word := next((each for each in marks if each in said), None):
                     raise DataError(f"sample {sample.id!r}: a text has the model's own {word!r}")
             short = sample if most is None else fitted(processor, sample, most, is_asked, cuts)
-            tokens = 0 if processor is None else estimated_length(short, 0, processor)
+            usual = _most_tokens(processor, None) if short.images and processor is not None else 0
+            tokens = estimated_length(short, usual)
             found[number] = replace(short, place=places[number], tokens=tokens)
             cut += short is not sample
         except DataError as error:
@@ -546,12 +547,10 @@ def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
     return [samples[index] for index in sorted(index for _, index in chosen)]
 
 
-def estimated_length(sample: Sample, image_tokens: int = 576, processor: Any = None) -> int:
+def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
     """Estimate a sample's tokens: 4 characters each; 576 a picture (LLaVA-1.5's number)."""
     parts = (part for message in sample.messages for part in message["content"])
     characters = sum(len(part.get("text", "")) for part in parts)
-    if processor is not None:
-        image_tokens = max((_most_tokens(processor, size_of(i)) for i in sample.images), default=0)
     return characters // 4 + image_tokens * len(sample.images)
 
 

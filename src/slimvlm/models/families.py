@@ -135,7 +135,10 @@ class Family:
     head: str = "lm_head"  # path
     vision: str | None = None  # path of the vision tower; None for a text model
     # Types that the tower's configuration may have, where the family's class allows any.
-    tower_types: tuple[str, ...] = ("clip_vision_model", "siglip_vision_model", "pixtral")
+    tower_types: tuple[str, ...] = (
+        *("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "pixtral"),
+        *("dinov2", "dinov2_with_registers", "aimv2_vision_model", "internvl_vision"),
+    )
     projector: tuple[str, ...] = ()  # paths of modules from towers' features to the text model
     other_towers: tuple[str, ...] = ()  # paths, such as that of an audio tower
     text_config: str | None = "text_config"  # attribute; None if the configuration is the text's

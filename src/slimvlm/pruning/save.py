@@ -141,7 +141,7 @@ def write_card(
 
 def copy_licenses(base: str, folder: Path) -> None:
     """Copy the license and notices of a model beside what is made of it, as most ask for."""
-    for name in LICENSES if is_hub_id(base) or Path(base).is_dir() else ():
+    for name in LICENSES if base and (is_hub_id(base) or Path(base).is_dir()) else ():
         with suppress(ConfigError, OSError):  # the hub may be out of reach
             path, target = Path(file_if_reachable(base, name) or ""), folder / name
             leads_out = Path(base).is_dir() and path.resolve().parent != Path(base).resolve()
@@ -151,10 +151,11 @@ def copy_licenses(base: str, folder: Path) -> None:
 
 def _first_plan(base: str, plan: Plan | None, folder: Path) -> Plan | None:
     """Return the plan whose ``before`` is the original; keep it where an earlier one pruned."""
-    for name in (FIRST_PLAN_FILE, PLAN_FILE):
-        if (path := Path(base) / name).is_file() and (earlier := Plan.load(path)) != plan:
-            earlier.save(folder / FIRST_PLAN_FILE)
-            return earlier
+    for name in (FIRST_PLAN_FILE, PLAN_FILE) if base else ():
+        with suppress(SlimError):  # one that cannot be read ends no finished work
+            if (path := Path(base) / name).is_file() and (earlier := Plan.load(path)) != plan:
+                earlier.save(folder / FIRST_PLAN_FILE)
+                return earlier
     return plan
 
 

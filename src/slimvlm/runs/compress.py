@@ -189,7 +189,7 @@ def compress(
             facts = replace(_card_facts(run), training=how)
             measured = (read_results(folder), read_held_out(folder), request.recover.loss)
             notes = "\n".join(f"- {note}" for note in tables.training_notes(*measured))
-            facts = replace(facts, held_out=f"{facts.held_out}\n{notes}\n")
+            facts = replace(facts, held_out=facts.held_out + f"\n{notes}\n" * bool(notes))
             save(student, processor, folder / "checkpoint", plan, facts=facts)
             write_text(folder / "checkpoint.sha256", _identity(folder / "checkpoint"))
         finish(run, plan)

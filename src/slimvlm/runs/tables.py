@@ -13,7 +13,14 @@ from slimvlm.core.errors import printable
 from slimvlm.evaluation.bench import PairedTimes
 from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, kept_text
 from slimvlm.evaluation.on_data import DataResult
-from slimvlm.evaluation.results import KINDS, TIMES, Result, kind_of, task_difference
+from slimvlm.evaluation.results import (
+    KINDS,
+    TIMES,
+    Result,
+    kind_of,
+    require_same_task,
+    task_difference,
+)
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, kv_cache_bytes, weight_bytes
 from slimvlm.models.pictures import PictureBudget
@@ -66,6 +73,7 @@ def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
             }
             theirs = first.tasks.get(task) if first is not None and found else None
             if theirs is not None:
+                require_same_task(task, each, theirs)
                 apart = task_difference(task, each, theirs)
                 if each.metric not in LIKELIHOODS:
                     row["difference"] = vars(apart)

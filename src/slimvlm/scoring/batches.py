@@ -186,7 +186,7 @@ class Watched:
             yield batch
             first += len(valid_tokens(batch))
 
-    def place(self, model: PreTrainedModel) -> str:
+    def place(self, model: Any) -> str:
         """Name the samples in flight and the first layer whose output is not finite."""
         for first, batch in self._last:
             layer = first_spoilt_layer(model, batch)

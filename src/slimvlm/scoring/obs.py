@@ -213,8 +213,8 @@ class _State:
         offsets, chosen, costs = torch.arange(width), list[Tensor](), list[Tensor]()
         us, vs = list[Tensor](), list[Tensor]()
         for _ in range(stop):
-            blocks = (_diagonal_blocks(each, width) for each in (inverse, product))
-            unit = int(_tied(_prices(*blocks, gone)).byte().argmax())
+            blocks = [_diagonal_blocks(each, width) for each in (inverse, product)]
+            unit = int(_tied(_prices(blocks[0], blocks[1], gone)).byte().argmax())
             rows = slice(unit * width, (unit + 1) * width)
             root = _inverse_root(inverse[rows, rows])
             u, v = root @ inverse[rows], root @ product[rows]

@@ -264,5 +264,6 @@ def calibration_batches(
     if not samples:
         raise DataError("no calibration sample was given")
     sees = [bool(sample.images) for sample in samples]
-    for places in progress(divided(range(len(samples)), sees, batch_size), description):
+    order = sorted(range(len(samples)), key=sees.__getitem__)  # so that batches are full
+    for places in progress(divided(order, sees, batch_size), description):
         yield encode_samples(processor, [samples[place] for place in places])

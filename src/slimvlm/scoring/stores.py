@@ -157,7 +157,7 @@ class Scratch:
     def about(self, name: str, place: int) -> Any:
         """As `Memory.about`."""
         path = self._path(name, place)
-        if not self._is_sound(path):
+        if not path.is_file() or not self._is_sound(path):
             return None
         with safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["about"])

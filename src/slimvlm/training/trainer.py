@@ -9,7 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -150,10 +150,13 @@ def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Return the plain model behind a trained one: LoRA merged, in ``dtype``, nothing frozen."""
     plain = plain_model(trained)
     if plain is not trained:
-        from torch.distributed.tensor.experimental import implicit_replication
+        sharing: AbstractContextManager[None] = nullcontext()
+        if is_sharded(plain):
+            from torch.distributed.tensor.experimental import implicit_replication
 
-        reshard(trained)
-        with implicit_replication():  # each process adds to its own shards, if there are any
+            reshard(trained)
+            sharing = implicit_replication()  # each process adds to its own shards
+        with sharing:
             plain = trained.merge_and_unload()
     hold_in_(plain, dtype, learning_only=True)
     # torch 2.13 copies a frozen head for each sample when it runs over a slice of states

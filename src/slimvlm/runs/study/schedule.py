@@ -22,7 +22,7 @@ from slimvlm.core.files import held, new_folder, write_text
 from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, RecoverConfig
 from slimvlm.core.progress import without_bars
 from slimvlm.data.general import identity_of_general_text
-from slimvlm.data.read import estimated_length, identity_of_data
+from slimvlm.data.read import drawn, estimated_length, identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.ask import identities_of_tasks
 from slimvlm.evaluation.lmms import evaluate_all
@@ -298,7 +298,10 @@ def _samples(
 @lru_cache(maxsize=64)
 def _tokens(request: Request, has_data: bool) -> tuple[int, ...] | None:
     """Choose the tokens that stay, from as many samples as `compress` reads."""
-    samples = samples_of(request)[0][: stages.rows_to_read(request)] if has_data else []
+    every = samples_of(request)[0] if has_data else []
+    places = [sample.place for sample in every]
+    ahead, behind = drawn(places, request.prune.seed, request.report_samples)
+    samples = [every[row] for row in [*behind, *ahead][: stages.rows_to_read(request)]]
     return with_tokens(request, stages.split(samples, request).counted(request)).tokens
 
 
