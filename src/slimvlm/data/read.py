@@ -203,6 +203,7 @@ def plain_rows(part: Any, outlined: bool) -> Any:
 _ROLES = {"human": "user", "gpt": "assistant"} | {n: n for n in ("system", "user", "assistant")}
 IMAGE_WORD = "<image>"  # placeholder of a picture in plain text
 MOST_PICTURES = 1024  # pictures of a sample
+NAMED = 20  # broken rows that are named one by one; the others are counted
 _USED = ("messages", "conversations", "image", "images", "system")
 _WEIGHTS = {"weight", "loss_weight", "loss", "train", "training"}  # 1 is understood
 _CONTENT = {  # fields of rows and turns that change what is said, and that no sample holds
@@ -234,7 +235,7 @@ def load_samples(
             (or ``conversations``); a folder that ``datasets`` saved; or a hub dataset id.
         images: Folder that image paths start from and lie in; by default that of the data.
         limit: Read only so many good samples, drawn from the whole source.
-        max_bad: Up to so many broken rows are skipped and named; one more is an error.
+        max_bad: Up to so many broken rows are skipped, the first ones named; one more is an error.
         warn: Receives one line for each row that was skipped, and one that names unknown columns.
         processor: A model's processor or tokenizer. Rows that it cannot read are broken, too, and
             those with its own tokens for media in a text.
@@ -281,7 +282,8 @@ def load_samples(
             bad += 1
             if bad > max_bad:
                 raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
-            warn(f"skipped: {error}")
+            if bad <= NAMED:
+                warn(f"skipped: {error}")
     _most_tokens.cache_clear()  # it holds the processor
     samples = [found[row] for row in order if row in found][:limit]
     if bad:
