@@ -282,8 +282,7 @@ def load_samples(
             bad += 1
             if bad > max_bad:
                 raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
-            if bad <= NAMED:
-                warn(f"skipped: {error}")
+            (warn if bad <= NAMED else silent)(f"skipped: {error}")
     _most_tokens.cache_clear()  # it holds the processor
     samples = [found[row] for row in order if row in found][:limit]
     if bad:
