@@ -130,7 +130,7 @@ def free_memory(device: torch.device) -> int:
         if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
             stat = used.with_name("memory.stat")  # files that were read and can be dropped
             text = stat.read_text() if stat.is_file() else ""
-            pages = dict(re.findall(r"^(\w+) (\d+)$", text, re.M))
+            pages: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", text, re.M))
             cached = int(pages.get("total_inactive_file", pages.get("inactive_file", 0)))
             free = min(free, int(most) - int(used.read_text()) + cached)
     return free
