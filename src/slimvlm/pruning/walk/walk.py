@@ -237,8 +237,8 @@ def walk(
                 needed = beside + states_bytes(size, tokens, model.dtype.itemsize, aims)
                 place = StatesPlace.of(needed, device)
                 say(f"hidden states: {place}")
-                is_files = isinstance(results, Scratch)
-                states = place.store(results.folder / "states" if is_files else None)
+                folder = results.folder / "states" if isinstance(results, Scratch) else None
+                states = place.store(folder)
         states = Memory() if states is None else states
         runner = LayerwiseModel(source, states, device)
         runner.embed(everything)
