@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,34 +37,24 @@ from tests.tiers import ARCHETYPES, tiered
 from tests.tolerances import FORWARD, assert_close
 
 FAMILIES = list(tiny.CONFIGS)
-LLAMA_INSIDE = [
-    *("llama", "llava-llama", "vipllava", "internvl-llama", "idefics3", "smolvlm"),
-    *("deepseek_vl", "perception_lm"),
-]
-NO_HEADS = ["qwen2_vl", "qwen2_5_vl", "stablelm", "llava-stablelm", "glm4v", "mllama"]
-DIVIDING_HEADS = ["gemma2", "llava-gemma2", "gemma3"]
+TABLE = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text())
 RATIOS = {"depth": 0.4, "width": 0.3, "both": 0.5}
 FEW_NEURONS_RATIOS = {"depth": 0.4, "width": 0.2, "both": 0.4}
-ONLY_DEPTH = ["kosmos2_5"]
-FIXED_NEURONS = ["idefics2"]
-PROJECTOR = re.compile(
-    r"multi_modal_projector|image_newline|connector|visual\.(deepstack_)?merger|model\.merger|aligner|"
-    r"model\.projector|visual_embeddings_table|img_projection|image_to_text_projection|segment_emb|"
-    r"embed_vision|embed_audio"
-)
+PROJECTOR = re.compile("|".join(TABLE["projector"]))
 VISION = re.compile(r"vision_tower|vision_model|visual|embed_tokens_extend|audio_tower")
 PER_LAYER = re.compile(r"embed_tokens_per_layer|per_layer_model_projection")
 CASES = [
     pytest.param(name, axis, id=f"{name}-{axis}")
     for name in FAMILIES
     for axis in RATIOS
-    if axis == "depth" or name not in ONLY_DEPTH
+    if axis == "depth" or name not in TABLE["only_depth"]
 ]
-WITH_EXPERTS = ["qwen3_vl_moe", "qwen3_moe", "qwen3_5_moe", "llama4", "gemma4-experts"]
 EXPERTS = {"experts": (0.25, 0.0), "half of the experts": (0.5, 0.0), "experts, both": (0.25, 0.4)}
 """How many of the experts go, and the ratio that is reached along both axes."""
 CASES += [
-    pytest.param(name, axis, id=f"{name}-{axis}") for name in WITH_EXPERTS for axis in EXPERTS
+    pytest.param(name, axis, id=f"{name}-{axis}")
+    for name in TABLE["with_experts"]
+    for axis in EXPERTS
 ]
 TEXT_TOKENS = 24  # longer than the sliding windows of the tiny models
 
@@ -105,7 +96,7 @@ def pruned(name, axis):
         experts, ratio = EXPERTS[axis]
         plan = make_plan(anatomy, scores, ratio, "both", experts=experts)
     else:
-        ratio = (FEW_NEURONS_RATIOS if name in FIXED_NEURONS else RATIOS)[axis]
+        ratio = (FEW_NEURONS_RATIOS if name in TABLE["fixed_neurons"] else RATIOS)[axis]
         plan = make_plan(anatomy, scores, ratio, axis)
     return with_masked_logits(name, plan)
 
@@ -174,8 +165,7 @@ def test_predicted_parameters_are_counted_and_the_config_says_what_modules_are(n
     assert after.total_params == counted
     assert case.plan.ratio == (before.total_params - counted) / before.backbone_params
     assert read_anatomy(case.model) == after
-    case = pruned(name, axis)
-    after, layers = case.plan.after, Parts(case.model).layers
+    layers = Parts(case.model).layers
     text_config = text_config_of(case.model.config)
     assert len(layers) == text_config.num_hidden_layers == after.num_layers
     assert case.model.config.get_text_config().num_hidden_layers == after.num_layers
@@ -265,8 +255,8 @@ def test_tied_heads_stay_tied_and_frozen_weights_frozen(name):
 
 # Llama's configuration refuses head counts that do not divide the hidden size. Mistral is the
 # same function without that rule.
-@pytest.mark.parametrize("name", tiered(LLAMA_INSIDE, lambda name: name[-5:] == "llama"))
-def test_retyping_changes_no_bit(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", tiered(TABLE["llama_inside"], lambda name: name[-5:] == "llama"))
+def test_retyping_changes_no_bit_and_nothing_is_retyped_without_need(name, tmp_path, monkeypatch):
     model, stays_llama = tiny.build(name), tiny.build(name)
     plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2, 3], neurons=range(7, 77))
     assert plan.needs_retype
@@ -285,10 +275,6 @@ def test_retyping_changes_no_bit(name, tmp_path, monkeypatch):
     assert type(loaded) is type(model)
     place = {"_name_or_path": None}
     assert {**loaded.config.to_dict(), **place} == {**model.config.to_dict(), **place}
-
-
-@pytest.mark.parametrize("name", tiered(LLAMA_INSIDE))
-def test_nothing_is_retyped_without_need(name):
     model = tiny.build(name)
     plan = plan_by_hand(read_anatomy(model), kv_groups=[0, 2], neurons=range(50))
     assert not plan.needs_retype
@@ -332,7 +318,7 @@ def test_scaled_rope_survives_retyping_and_biases_forbid_it(tmp_path):
 
 
 # Refusals: the message names the legal counts and no bit of the model has changed.
-@pytest.mark.parametrize("name", [*NO_HEADS, *DIVIDING_HEADS])
+@pytest.mark.parametrize("name", [*TABLE["no_heads"], *TABLE["dividing_heads"]])
 def test_impossible_head_counts_are_refused_and_legal_ones_accepted(name):
     model = tiny.build(name)
     anatomy = read_anatomy(model)
@@ -348,7 +334,7 @@ def test_impossible_head_counts_are_refused_and_legal_ones_accepted(name):
         assert ", ".join(map(str, legal)) in str(refusal.value)
     assert_untouched(model, before)
     assert torch.equal(logits(model, batch), expected)
-    for count in legal if name in DIVIDING_HEADS else ():
+    for count in legal if name in TABLE["dividing_heads"] else ():
         model, plan = tiny.build(name), plan_by_hand(anatomy, kv_groups=range(count))
         prune_(model, plan)
         assert read_anatomy(model) == plan.after

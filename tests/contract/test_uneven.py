@@ -292,32 +292,28 @@ def test_layers_have_their_own_configuration_in_transformers_form(name, read_bac
         assert found == expected
 
 
-def test_a_plain_file_with_layers_of_their_own_loads(tmp_path):
-    """As others may write it: without permission to read the whole model's widths, or our code."""
-    case = case_of("mistral")
-    save(case.model, None, tmp_path / "out")
-    (tmp_path / "out" / "modeling_pruned.py").unlink()
-    file = tmp_path / "out" / "config.json"
-    values = json.loads(file.read_text())
-    del values[READS_GLOBAL], values["auto_map"]
-    file.write_text(json.dumps(values))
-    model, _ = load(tmp_path / "out")
-    assert torch.equal(logits(model, case.inputs), logits(case.model, case.inputs))
-    with pytest.raises(RuntimeError, match="per-layer attribute"):
-        auto_class(model.config).from_pretrained(tmp_path / "out")
-
-
 # Safety: only the file of this package ever runs without the user's word.
-def test_a_changed_file_is_never_run(tmp_path, monkeypatch):
-    case = case_of("llama")
-    save(case.model, None, tmp_path / "out")
-    code = tmp_path / "out" / "modeling_pruned.py"
+@pytest.mark.parametrize("is_plain", [False, True], ids=["changed", "plain"])
+def test_a_changed_file_is_never_run_and_a_plain_folder_loads(is_plain, tmp_path):
+    """Others may write it without permission to read the whole model's widths, or our code."""
+    case, out = case_of("mistral"), tmp_path / "out"
+    save(case.model, None, out)
+    code = out / "modeling_pruned.py"
     code.write_text("raise SystemExit('foreign code ran')\n" + code.read_text())
+    if is_plain:
+        code.unlink()
+        values = json.loads((out / "config.json").read_text())
+        del values[READS_GLOBAL], values["auto_map"]
+        (out / "config.json").write_text(json.dumps(values))
     for trusts in (False, True):
-        model, _ = load(tmp_path / "out", trust_remote_code=trusts)
+        model, _ = load(out, trust_remote_code=trusts)
         assert torch.equal(logits(model, case.inputs), logits(case.model, case.inputs))
-    with pytest.raises(ReloadError, match="does not load back"):
-        check_reload(case.model, None, tmp_path / "out")
+    if is_plain:
+        with pytest.raises(RuntimeError, match="per-layer attribute"):
+            auto_class(model.config).from_pretrained(out)
+    else:
+        with pytest.raises(ReloadError, match="does not load back"):
+            check_reload(case.model, None, out)
 
 
 def test_the_file_makes_only_models_of_transformers():

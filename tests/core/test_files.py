@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -95,65 +96,43 @@ def test_a_block_that_raises_leaves_the_old_state(has_old, tmp_path, request):
     assert [path.name for path in tmp_path.iterdir()] == ["out"] * has_old
 
 
-def test_a_failing_rename_leaves_the_old_folder(old, tmp_path, monkeypatch):
-    """The new folder cannot take its place: the old one must be there again, or still."""
-    rename = Path.rename
-
-    def refuses(self, target):
-        if self.name.endswith(".partial"):
-            raise OSError("rename failed")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", refuses)
-    with pytest.raises(OSError, match="rename failed"), new_folder(old, force=True) as folder:
-        (folder / "file").write_text("new")
-    assert contents(old) == {"file": "old", "stage.json": OURS}
-
-
 KILLED = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
 from slimvlm.core.files import new_folder
+def dies(self, target):
+    if self.name.endswith(".partial"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+if sys.argv[2] == "between the renames":
+    rename, Path.rename = Path.rename, dies
 with new_folder(sys.argv[1], force=True) as folder:
     (folder / "file").write_text("half")
     (folder / "rest").write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[2] == "in the block":
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.parametrize("at", ["in the block", "between the renames"])
 @pytest.mark.parametrize("has_old", [True, False])
-def test_a_kill_leaves_the_old_state_and_the_next_run_works(has_old, tmp_path, request):
+def test_a_kill_leaves_the_old_state_and_the_next_run_works(has_old, at, tmp_path, request):
+    """Between the renames the old folder has stepped aside: the next run mends it."""
     out = request.getfixturevalue("old") if has_old else tmp_path / "out"
     before = contents(out) if has_old else {}
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out), at], check=False)
     assert killed.returncode == -signal.SIGKILL
+    assert ("old" in contents(tmp_path).values()) == has_old
+    if at == "in the block":
+        assert (contents(out) if out.exists() else {}) == before
+    with pytest.raises(KeyError), new_folder(out, force=True):
+        raise KeyError
     assert out.exists() == has_old
-    assert (contents(out) if has_old else {}) == before
+    assert (contents(out) if has_old else {}) == before, "the old folder is not back"
     with new_folder(out, force=has_old) as folder:
         assert [path.name for path in folder.iterdir()] == [".slimvlm"]
         (folder / "file").write_text("new")
     assert contents(tmp_path) == {"out/file": "new"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_kill_between_the_renames_loses_nothing(old, tmp_path):
-    """The old folder has stepped aside, the new one is not there yet: the next run mends it."""
-    script = KILLED.split("with new_folder")[0] + (
-        "rename = Path.rename\n"
-        "def dies(self, target):\n"
-        "    if self.name.endswith('.partial'):\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return rename(self, target)\n"
-        "Path.rename = dies\n"
-        "with new_folder(sys.argv[1], force=True) as folder:\n"
-        "    (folder / 'file').write_text('new')\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, str(old)], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert "old" in contents(tmp_path).values()
-    with pytest.raises(KeyError), new_folder(old, force=True):
-        raise KeyError
-    assert contents(old) == {"file": "old", "stage.json": OURS}, "the old folder is not back"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -264,17 +243,24 @@ REASONS = {
     **{errno.ENOSPC: "the disk is full", errno.EDQUOT: "quota", errno.EROFS: "read-only"},
     **{errno.EACCES: "no permission", errno.EIO: "reports an error"},
 }
+CALLS = {"mkdir": "", "rename": "", "rename, of the new folder alone": ".partial"}
+"""A method of paths, and how the names end of those that it refuses."""
 
 
 @pytest.mark.parametrize(("code", "reason"), REASONS.items())
-@pytest.mark.parametrize("call", ["mkdir", "rename"])
+@pytest.mark.parametrize("call", CALLS)
 def test_what_the_system_refuses_is_told(code, reason, call, old, monkeypatch):
-    def refuses(self, *args, **kwargs):
-        raise OSError(code, os.strerror(code), str(self))
+    name = call.partition(",")[0]
+    honest = getattr(Path, name)
 
-    monkeypatch.setattr(Path, call, refuses)
-    with pytest.raises(OutputError, match=reason), new_folder(old, force=True):
-        pass
+    def refuses(self, *args, **kwargs):
+        if self.name.endswith(CALLS[call]):
+            raise OSError(code, os.strerror(code), str(self))
+        return honest(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, name, refuses)
+    with pytest.raises(OutputError, match=reason), new_folder(old, force=True) as folder:
+        (folder / "file").write_text("new")
     monkeypatch.undo()
     assert contents(old) == {"file": "old", "stage.json": OURS}
     assert [path.name for path in old.parent.iterdir()] == ["out"]
@@ -410,18 +396,10 @@ def test_a_name_of_any_kind_gives_a_file_of_its_own(names):
         assert (file == name) == bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name))
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("answers.json", '{"max_new_tokens": 3}'),
-        ("stage.json", '{"label": "", "seconds": 1, "flops": 1, "request": {}}'),
-        ("config.json", '{"model": "m", "made_from": 1, "seed": 1}'),
-        ("config.json", '{"model_type": "llama"}'),
-        ("index.json", '{"note": "slimvlm-teacher"}'),
-        ("slimvlm_checkpoint.json", '"slimvlm-checkpoint/1"'),
-        ("slimvlm_checkpoint.json", "[" * 5000),
-    ],
-)
+MARKS = yaml.safe_load(Path(__file__).with_name("marks.yaml").read_text())
+
+
+@pytest.mark.parametrize(("name", "text"), [*MARKS, ("slimvlm_checkpoint.json", "[" * 5000)])
 def test_files_that_others_write_too_are_no_marks(name, text, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -122,7 +122,7 @@ def test_a_tokenizer_that_cannot_end_an_answer_is_refused():
     words = copy.deepcopy(folders.processor("llava"))
     words.tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="has no eos_token, so the end of an answer cannot"):
-        chat.require_readable(words, samples_of("llava")["single"])
+        chat.rendered(words, samples_of("llava")["single"])
 
 
 CASES = [(kind, name) for kind in KINDS for name in samples_of(kind)]
@@ -162,7 +162,7 @@ def test_labels_are_the_answers_and_lengths_those_of_the_encoded_sample(kind, na
     labelled = batch["labels"] != IGNORE
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
     length = batch["input_ids"].shape[1]
-    chat.require_readable(processor, item)
+    chat.rendered(processor, item)
     assert chat.length_of(processor, item) == length
     assert fitted(processor, item, length) is item
     with pytest.raises(
@@ -201,17 +201,6 @@ def test_no_label_on_pictures_and_the_model_takes_what_chat_makes(kind):
     assert not (batch["labels"] == tokenizer.pad_token_id).any()
     with torch.no_grad():
         assert torch.isfinite(model(**batch).loss)
-
-
-@pytest.mark.parametrize("kind", ["llava", "text"])
-def test_the_first_token_is_added_once(kind):
-    """LLaVA's template leaves it to the tokenizer, the text model's writes it itself."""
-    processor = folders.processor(kind)
-    bos = chat.tokenizer_of(processor).bos_token_id
-    for item in samples_of(kind).values():
-        ids = chat.encode_samples(processor, [item])["input_ids"][0]
-        assert ids[0] == bos
-        assert (ids == bos).sum() == 1
 
 
 @every_kind
@@ -356,7 +345,7 @@ def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
 def test_a_template_that_refuses_is_the_sample_s_fault(name, monkeypatch):
     words = with_template(monkeypatch, TEMPLATES[name][0])
     item = Sample("briefed", (turn("system", "Be brief."), *samples_of("text")["single"].messages))
-    for read in (chat.require_readable, lambda words, item: chat.encode_samples(words, [item])):
+    for read in (chat.rendered, lambda words, item: chat.encode_samples(words, [item])):
         with pytest.raises(DataError, match=r"sample 'briefed': .*System role not supported"):
             read(words, item)
 

@@ -24,7 +24,10 @@ from slimvlm.data.samples import Sample, find_image, identifying_bytes, open_ima
 from slimvlm.models.load import load_config
 from slimvlm.models.parts import context_of
 from tests import tiny_pictures
+from tests.tables import tables
 from tests.tiny_folder import folder, picture, processor, turn
+
+TABLES = tables(__file__)
 
 
 def silent(line):
@@ -160,36 +163,7 @@ def shown(image):
     return llava("bad", "W?", "Red.", image=image)
 
 
-TURNS, PARTS = "no messages or conversations", "content parts must be text or image"
-TWO, ONE_FOR_TWO = "2 image placeholders, 1 images", "1 image placeholders, 2 images"
-BROKEN = {
-    "missing image": (shown("c.png"), "'c.png' not found"),
-    "folder as image": (shown("deep"), "'deep' not found"),
-    "outside": (shown("../outside.png"), "lies outside"),
-    "outside through a folder": (shown("deep/../../outside.png"), "lies outside"),
-    "absolute": (shown("/etc/passwd"), "lies outside"),
-    "null byte": (shown("a\0.png"), "image"),
-    "number as image": (shown(7), "image must be"),
-    "empty answer": (llava("bad", "Which?", " \n"), "no answer, or an empty one"),
-    "one empty answer": (llava("bad", "A?", "Red.", "B?", ""), "no answer, or an empty one"),
-    "no answer": (llava("bad", "Which?"), "no answer"),
-    "no turns": (bad(conversations=[]), TURNS),
-    "turns are text": (bad(messages="Hello"), TURNS),
-    "turns are a number": (bad(messages=5), TURNS),
-    "turn is text": (bad(messages=["Hello"]), "a turn is not an object"),
-    "text is a number": (chat_row("bad", 5), "needs a known role and text"),
-    "type of a part is a list": (chat_row("bad", [{"type": ["image"]}], "Red."), PARTS),
-    "part has no text": (chat_row("bad", [{"type": "text"}], "Red."), "text"),
-    "answer has no text": (chat_row("bad", "Which?", [said(None)]), "without text"),
-    "more placeholders": (llava("bad", "<image><image>W?", "Red.", image="a.png"), TWO),
-    "fewer placeholders": (llava("bad", "<image>W?", "Red.", image=["a.png"] * 2), ONE_FOR_TWO),
-    "placeholders of both kinds": (
-        chat_row("bad", [{"type": "image"}, said("<image>\nW?")], "A.", images=["a.png"]),
-        TWO,
-    ),
-    "half an emoji": (chat_row("bad", "caf\ud83d?", "Red."), "not Unicode"),
-    "only an answer": (bad(messages=chat_row("", "", "Hi")["messages"][1:], image="a.png"), "user"),
-}
+BROKEN = TABLES["broken_rows"]
 
 
 @pytest.mark.parametrize("why", BROKEN)

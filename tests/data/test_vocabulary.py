@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerFast
 import slimvlm as sv
 from slimvlm.data.vocabulary import TokenizerFile, choose_vocabulary
 from tests import tiny_folder, tiny_words
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 KINDS = list(tiny_words.KINDS)
 SHARES = (0.0, 0.03, 0.3, 0.8)
@@ -205,17 +208,9 @@ def small_bpe(merges):
     return Tokenizer(models.BPE(vocab, merges))
 
 
-@pytest.mark.parametrize(
-    ("merges", "inner"),
-    [
-        ([("b", "c"), ("a", "bc"), ("a", "b"), ("ab", "c")], "bc"),
-        ([("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")], "bc"),
-        ([("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")], "ab"),
-        ([("a", "b"), ("ab", "c"), ("b", "c"), ("a", "bc")], "ab"),
-    ],
-)
+@pytest.mark.parametrize(("merges", "inner"), TABLES["merges"])
 def test_a_token_keeps_the_parts_that_it_is_really_made_of(merges, inner):
-    raw = small_bpe(merges)
+    raw = small_bpe([tuple(pair) for pair in merges])
     file = TokenizerFile("tiny", json.loads(raw.to_str()))
     whole, part = raw.token_to_id("abc"), raw.token_to_id(inner)
     kept = file.with_parts([*file.needed, whole])

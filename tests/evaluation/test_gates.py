@@ -19,6 +19,9 @@ from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.load import load
 from tests import tiny_folder as folders
 from tests.handmade import changed_copy, refused
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 MODEL = str(folders.folder("llava"))
@@ -30,36 +33,12 @@ TASKS = {
 KNOWN = in_percent(TASKS, has_data=True)
 
 
-@pytest.mark.parametrize(
-    ("text", "meant"),
-    [
-        ("agreement >= 0.95", ("agreement", ">=", 95, "%")),
-        ("agreement>=95%", ("agreement", ">=", 95, "%")),
-        ("retention >= 102.5%", ("retention", ">=", 102.5, "%")),
-        (" avg <= 1 ", ("avg", "<=", 100, "%")),
-        ("pets >= .9x", ("pets", ">=", 0.9, "x")),
-        ("loss <= 1.1x", ("loss", "<=", 1.1, "x")),
-        ("kl <= 0.2", ("kl", "<=", 0.2, "")),
-        ("increase <= 2", ("increase", "<=", 2, "")),
-        ("passages <= 12", ("passages", "<=", 12, "")),
-        ("mme_perception >= 1400", ("mme_perception", ">=", 1400, "")),
-    ],
-)
+@pytest.mark.parametrize(("text", "meant"), TABLES["bounds"])
 def test_bounds_are_shares_percentages_numbers_or_multiples(text, meant):
-    assert parse([text], KNOWN) == [meant]
+    assert parse([text], KNOWN) == [tuple(meant)]
 
 
-WRONG = {
-    "agreement": "must be as 'agreement >= 95%'",
-    "agreement > 95%": "must be as",
-    "loss <= much": "must be as",
-    "agrement >= 95%": "figure 'agrement' must be one of: pets, passages, mme_perception, avg, ",
-    "agreement >= 95": "bound '95' must be a share up to 1 or a percentage as 95%",
-    "agreement >= 0.9x": "bound '0.9x' must be a share up to 1",
-    "pets >= 95": "or 1.1x for a multiple of the baseline's",
-    "loss <= 110%": "bound '110%' must be a number, or 1.1x",
-    "kl <= 1.1x": "bound '1.1x' must be a number",
-}
+WRONG = TABLES["wrong"]
 
 
 @pytest.mark.parametrize("text", WRONG)

@@ -24,7 +24,10 @@ from slimvlm.evaluation.metrics import MME_FULL_SCORES
 from slimvlm.evaluation.tasks import read_task
 from slimvlm.models.load import load
 from tests import tiny_folder as folders
+from tests.tables import tables
 from tests.tiny_folder import SEEING, picture
+
+TABLES = tables(__file__)
 
 lmms_eval = pytest.importorskip("lmms_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # not ours
@@ -138,66 +141,11 @@ def test_limit_and_repeatability_and_nothing_else_changes(loaded, place):
     model.eval()
 
 
-MME_ROWS = [
-    *(("existence", f"{i // 2}.png", ("Yes", "No")[i % 2]) for i in range(4)),
-    *(("code_reasoning", f"{i // 2}.png", ("Yes", "No")[i % 2]) for i in range(4)),
-    *(("count", "0.png", word) for word in ("Yes", "No")),
-]
 # columns that the shipped scoring code reads, without the picture
-SHIPPED_ROWS = {
-    "mme": [
-        {"question_id": name, "category": kind, "answer": word, "question": f"Seen {i}?"}
-        for i, (kind, name, word) in enumerate(MME_ROWS)
-    ],
-    "pope": [
-        {"question_id": str(i), "question": "Is it red?", "answer": ("yes", "no")[i % 2]}
-        for i in range(4)
-    ],
-    "gqa": [{"question": "Colour?", "answer": word} for word in COLOURS],
-    "scienceqa_img": [
-        {"hint": "", "question": "Which?", "choices": ["up", "down"], "answer": i % 2}
-        for i in range(4)
-    ],
-    "mmmu_val": [
-        {
-            **{"id": f"validation_Art_{i}", "question": f"<image 1> Which is number {i}?"},
-            **{"options": "['up', 'down']", "question_type": "multiple-choice"},
-            "answer": "AB"[i % 2],
-        }
-        for i in range(4)
-    ],
-    "ai2d": [
-        {"question": "Which?", "options": ["up", "down", "left", "right"], "answer": str(i)}
-        for i in range(4)
-    ],
-    "mathvista_testmini_format": [
-        {
-            **dict.fromkeys(("question", "query"), "How many?"),
-            **dict.fromkeys(("unit", "choices")),
-            **dict.fromkeys(("pid", "answer"), str(i)),
-            **{"question_type": "free_form", "answer_type": "integer", "precision": 0.0},
-            "metadata": {
-                **{"split": "testmini", "language": "english", "skills": ["counting"]},
-                **dict.fromkeys(("source", "category", "task", "context", "grade"), "x"),
-            },
-        }
-        for i in range(4)
-    ],
-    "docvqa_val": [
-        {"questionId": str(i), "question": "Name?", "answers": ["alpha", "beta"]} for i in range(4)
-    ],
-}
+SHIPPED_ROWS = TABLES["shipped_rows"]
 IMAGE_COLUMNS = {"mmmu_val": "image_1", "mathvista_testmini_format": "decoded_image"}
 # benchmark: replies (every question in order), scores of each question, score
-CASES = {
-    "pope": (["yes", "Yes", "no", "no"], [1, 0, 0, 1], 50),
-    "gqa": (["Red", "blue.", "green", "black"], [1, 1, 1, 0], 75),
-    "scienceqa_img": (["A", "A", "A. up", "I think B"], [1, 0, 1, 0], 50),
-    "mmmu_val": (["A", "A", "(A)", "B"], [1, 0, 1, 1], 75),
-    "ai2d": (["A", "B. down", "D", "D"], [1, 1, 0, 1], 75),
-    "mathvista": (["0", "1", "7", "3"], [1, 1, 0, 1], 75),
-    "docvqa": (["alpha", "Beta", "bet", "no"], [1, 1, 0.75, 0], 68.75),
-}
+CASES = TABLES["benchmarks"]
 
 
 @pytest.fixture
@@ -278,17 +226,7 @@ def test_missing_data_is_one_clear_line(loaded, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "limit", "folder", "message"),
-    [
-        ("mme", 3, "", "multiple of 2"),
-        ("mine", None, "", r"'mine' is not known.*mme.*docvqa.*colours"),
-        ("colours", 0, "", "limit 0"),
-        ("colours", None, "none", "not a folder"),
-        ("mathvista", None, "", "OPENAI_API_KEY"),
-        ("pope", None, "", r"pip install 'slimvlm\[eval\]'"),
-    ],
-)
+@pytest.mark.parametrize(("name", "limit", "folder", "message"), TABLES["refused"])
 def test_requests_that_are_refused(name, limit, folder, message, place, monkeypatch):
     for variable in ("OPENAI_API_KEY", "API_TYPE"):
         monkeypatch.delenv(variable, raising=False)

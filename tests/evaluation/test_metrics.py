@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 
 from slimvlm.data.samples import Question
 from slimvlm.evaluation import metrics
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 
 def asking(*answers):
@@ -81,19 +84,7 @@ def test_retention_is_a_ratio_of_means_in_a_paired_interval():
     assert kept == metrics.retention(PRUNED, ORIGINAL, CHANCE)
 
 
-@pytest.mark.parametrize(
-    ("metric", "answers", "score"),
-    [
-        ("yes_no", [["yes"], ["no"], ["yes"], ["Yes"]], 75),
-        ("letter", [["A"], ["B"], ["B"], ["C"]], 50),
-        ("exact_match", [["red"], ["blue"], ["navy", "blue"], ["Blue."]], 75),
-        ("exact_match", [["red", "Red"], ["blue"], ["blue"]], 200 / 3),
-        ("set_f1", [["cat, dog"], ["dog, cat"], ["cat, dog"], ["bird"]], 75),
-        ("set_f1", [["cat, dog"], ["cat, bird"], ["dog, bird"]], 80),  # the best says all three
-        ("anls", [["hello"], ["hallo"], ["other"]], 60),
-        ("exact_match", [], 0),
-    ],
-)
+@pytest.mark.parametrize(("metric", "answers", "score"), TABLES["constant_answers"])
 def test_the_best_constant_answer(metric, answers, score):
     found = metrics.majority_score(metric, [asking(*given) for given in answers])
     assert found == pytest.approx(score)
@@ -112,7 +103,10 @@ def test_floors_of_questions_are_drawn_may_not_be_reached_and_mme_has_its_scale(
     kept, below = (metrics.retention(half, half, {"a": 0.0}, {"a": f}) for f in (40.0, 60.0))
     assert kept.above_floor == pytest.approx(100)
     assert np.isnan(kept.above_floor_low)
-    assert np.isnan(below.above_floor)
+    assert np.isnan([below.above_floor, below.above_floor_low]).all()
+    third = {"a": [1.0] * 3 + [0.0] * 7}  # its mean is above 0.3 by a rounding error
+    level = metrics.retention({"a": [0.0] * 10}, third, {"a": 30.0})
+    assert np.isnan([level.above_floor, level.above_chance, level.above_floor_high]).all()
     nothing = metrics.retention(half, {"a": [0.0, 0.0]}, {"a": 0.0})
     assert {*nothing.as_json().values()} == {None}
     assert str(nothing) == "-"

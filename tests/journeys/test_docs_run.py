@@ -17,6 +17,9 @@ from slimvlm import cli
 from tests import tiny_folder
 from tests.contract.test_docs import COMMANDS, PYTHON
 from tests.journeys.test_first_hour import write_rows
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 pytestmark = pytest.mark.slow
 
@@ -28,64 +31,16 @@ NAMED_IN_DOCUMENTS = {
     "siglip-so400m-patch14-384": ORIGINALS / "bunny" / "siglip-tower",
     "Mini-InternVL-Chat-4B-V1-5": ORIGINALS / "internvl" / "original",
 }
-SMALLER = {
-    "score": "--samples 4",
-    "prune": "--samples 4",
-    "compress": "--samples 8 --training-samples 2 --limit 1",
-    "evaluate": "--limit 1",
-    "compare": "--limit 1",
-    "bench": "--prompt-tokens 8 --new-tokens 3 --repeats 1 --batch-sizes 1",
-    "chat": "--max-new-tokens 4",
-}
+SMALLER = TABLES["smaller"]
 """Options that change how long a command takes and nothing else."""
 TINY_MEMORY = "0.3MB"
 """A target for the tiny model where documents have one for 7B."""
-TRIMMED = (
-    "slimvlm compress MODEL --ratio 0.3 --vocab-size 16384 --vocab-text texts/ --data mix.json "
-    "--images coco/ --out run"
-)
-MIXTURE = [
-    "slimvlm prune MODEL --experts 0.25 --data mix.json --images coco/ --out fewer",
-    "slimvlm compress MODEL --ratio 0.4 --experts 0.25 --data mix.json --images coco/ --out run",
-    "slimvlm plan MODEL --experts 0.25 --scores scores/reap --out plan.json",
-]
-GATE = (
-    "slimvlm evaluate small --data unseen.jsonl --baseline MODEL "
-    '--require "agreement >= 95%" "loss <= 1.1x"'
-)
-IMAGES = [
-    "slimvlm images MODEL --data mix.json --images coco/ --budgets 1 0.5 0.25",
-    "slimvlm images MODEL --data mix.json --images coco/ --budgets --keep 0.5 --out half",
-    "slimvlm compress MODEL --ratio 0.3 --image-tokens 0.5 --data mix.json --images coco/ "
-    "--out run",
-]
-ELSEWHERE = {
-    "slimvlm demo run --short --out runs/demo": "a minute or more; .ci/run runs it",
-    "slimvlm study studies/demo.yaml --out runs/demo-study": "an hour",
-    TRIMMED: "a tiny model has 336 tokens; see test_tokens",
-    "slimvlm plan MODEL --vocab-size 16384 --vocab-text texts/ --out plan.json": "likewise",
-    "slimvlm export fewer --original MODEL --out fewer.gguf": "llama.cpp knows no tiny tokenizer",
-    "slimvlm export MODEL --text-only --out text.gguf": "likewise; see test_gguf",
-    "slimvlm export recovered --out recovered.gguf --outtype f16": "likewise; see test_gguf",
-    "slimvlm inspect owner/name@v1.0": "needs the hub; see models/test_files.py",
-    "slimvlm compress my-adapter --ratio 0.3 --data data.json --out small": "likewise",
-    GATE: "a tiny model does not pass; see test_gates",
-    **dict.fromkeys(IMAGES, "a picture of MODEL takes the same tokens always; see test_images"),
-    "slimvlm study studies/llava-1.5-7b.yaml --out runs/llava --engine ray": "days",
-    **dict.fromkeys(MIXTURE, "MODEL is no mixture of experts; see journeys/test_experts.py"),
-}
+ELSEWHERE = TABLES["elsewhere"]
 CAN_QUANTIZE = find_spec("torchao") is not None
 """Whether the extra is installed."""
 FIRST = ("README.md", "compress.md")
 PAGES = sorted({page for page, _ in COMMANDS} - set(FIRST))
-STUDY = """
-data: mix.json
-images: coco
-tasks: presence
-limit: 4
-prune: {samples: 4}
-grids: [{model: MODEL, axis: depth, ratio: 0.3}]
-"""
+STUDY = TABLES["study"]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,10 @@ from slimvlm.runs.tables import image_rows
 from slimvlm.runs.verbs import images
 from tests import tiny, tiny_folder, tiny_pictures
 from tests.handmade import Stopped, stops
+from tests.tables import tables
 from tests.tiers import tiered
+
+TABLES = tables(__file__)
 
 SIZE = (48, 32)
 
@@ -101,14 +104,7 @@ def test_the_older_file_of_a_processor_follows(data, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("how", "told"),
-    [
-        ({"keep": 0.5}, "keep 0.5: it needs --out"),
-        ({"tasks": "nothing"}, "task 'nothing' is not known"),
-        ({"keep": 0.01, "out": "out"}, "must be from"),
-    ],
-)
+@pytest.mark.parametrize(("how", "told"), TABLES["mistakes"])
 def test_mistakes_are_told_before_weights_are_read(data, how, told, monkeypatch, tmp_path):
     monkeypatch.setattr("slimvlm.runs.verbs.load_as", None)
     if "out" in how:
@@ -252,19 +248,9 @@ def test_a_stopped_run_goes_on_with_its_budget_alone(more, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("is_dry", [False, True])
-@pytest.mark.parametrize(
-    ("changes", "error", "told"),
-    [
-        ({"model": "paligemma"}, UnsupportedModelError, "paligemma has no image-token budget: "),
-        ({"model": "llava"}, UnsupportedModelError, "llava has no image-token budget: "),
-        ({"model": "text"}, UnsupportedModelError, "llama has no .*: it takes no pictures"),
-        ({"data": None}, ConfigError, r"image_tokens 0\.5 needs --data"),
-        ({"image_tokens": 0.01}, ConfigError, r"budget 0\.01 must be from 0\.\d+ to 1: .* tokens"),
-    ],
-    ids=lambda each: str(each)[:20],
-)
+@pytest.mark.parametrize(("changes", "told"), TABLES["budgets"], ids=lambda each: str(each)[:20])
 def test_a_budget_that_cannot_be_is_refused_before_weights_are_read(
-    is_dry, changes, error, told, more, tmp_path, monkeypatch
+    is_dry, changes, told, more, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(stages, "load_original", None)
     model, config = compression("qwen2_5_vl", more)
@@ -275,7 +261,7 @@ def test_a_budget_that_cannot_be_is_refused_before_weights_are_read(
     elif "model" in changes:
         model = str(tiny_folder.folder(changes["model"]))
     where = {} if is_dry else {"out": tmp_path / "run"}
-    with pytest.raises(error, match=told):
+    with pytest.raises((ConfigError, UnsupportedModelError), match=told):
         (dry_run if is_dry else compress)(model, config, say=silent, **where)
     assert not list(tmp_path.iterdir())
 

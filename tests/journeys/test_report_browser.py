@@ -1,6 +1,7 @@
 """The report in headless Chromium: no errors, filters, phone width, dark mode, print."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -25,20 +26,7 @@ VISIBLE = (
     "return [...document.querySelectorAll('.card')].filter(card => card.offsetParent)"
     ".map(card => card.dataset.kind)"
 )
-CONTRAST = """
-const light = (c) => { const [r, g, b] = c.map(v => { v /= 255;
-  return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-const colour = (text) => text.match(/[0-9.]+/g).map(Number);
-const ground = (node) => { for (; node; node = node.parentElement) {
-  const found = colour(getComputedStyle(node).backgroundColor);
-  if (found.length === 3 || found[3] > 0) return found.slice(0, 3); } return [255, 255, 255]; };
-return [...document.querySelectorAll('p, h1, h2, h3, th, td, dt, dd, li, button, caption, b, a')]
-  .filter(node => node.offsetParent && node.textContent.trim()).map(node => {
-    const [a, b] = [light(colour(getComputedStyle(node).color).slice(0, 3)), light(ground(node))];
-    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.outerHTML.slice(0, 90)]; })
-  .sort((a, b) => a[0] - b[0])[0];
-"""
+CONTRAST = Path(__file__).with_name("contrast.js").read_text(encoding="utf-8")
 
 
 def answered(name, right):

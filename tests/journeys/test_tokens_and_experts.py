@@ -19,6 +19,9 @@ from slimvlm.runs.verbs import plan as write_plan
 from slimvlm.runs.verbs import prune
 from tests import tiny, tiny_folder, tiny_words
 from tests.handmade import assert_untouched, snapshot
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 FEW = 420
@@ -75,7 +78,8 @@ def models(tmp_path_factory):
 def pruned(model, out, heard=None, **options):
     memory = MemoryOptions(low_memory=options.pop("low_memory", False))
     say = (heard if heard is not None else []).append
-    prune(model, PruneConfig(**options), out, memory=memory, say=say)
+    given = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
+    prune(model, PruneConfig(**given), out, memory=memory, say=say)
     return sv.Plan.load(out / "slimvlm_plan.json")
 
 
@@ -117,24 +121,7 @@ def test_experts_alone_need_neither_a_ratio_nor_data(models, tmp_path):
     assert "3 of 4 experts" in (tmp_path / "out" / "README.md").read_text()
 
 
-BARE = {"samples": 6, "local_steps": 0, "repair": "none"}
-
-
-@pytest.mark.parametrize(
-    ("asked", "criteria"),
-    [
-        ({"experts": 0.5, **BARE}, {"expert": "reap"}),
-        ({"experts": 0.5, "criterion": ("frequency",), **BARE}, {"expert": "frequency"}),
-        (
-            {"ratio": 0.3, "samples": 6, "local_steps": 0},
-            {"kv_group": "activation", "neuron": "activation"},
-        ),
-        (
-            {"experts": 0.25, "ratio": 0.4, "axis": "depth", "samples": 8, "local_steps": 2},
-            {"layer": "block_influence", "expert": "reap"},
-        ),
-    ],
-)
+@pytest.mark.parametrize(("asked", "criteria"), TABLES["criteria"])
 def test_experts_and_their_neurons_have_criteria_of_their_own(
     models, tmp_path, seen, asked, criteria
 ):
@@ -177,14 +164,7 @@ def test_layer_by_layer_the_same_is_written(
         assert one == other
 
 
-@pytest.mark.parametrize(
-    ("name", "asked"),
-    [
-        ("tokens", {"vocab_size": "auto"}),
-        ("qwen3_moe", {"experts": 0.25, "axis": "width"}),
-        ("qwen3_moe", {"experts": 0.25, "axis": "depth"}),
-    ],
-)
+@pytest.mark.parametrize(("name", "asked"), TABLES["written"])
 def test_a_written_plan_has_them_and_is_applied(models, tmp_path, text, name, asked):
     if name == "tokens":
         asked = {**asked, "vocab_text": text}
@@ -352,22 +332,7 @@ def test_heads_that_guess_further_tokens_are_counted_out(tmp_path):
     assert not any("mtp" in line for line in heard)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("tokens", {"vocab_size": 3}, r"vocab_size 3 must be at least \d+"),
-        ("tokens", {"vocab_size": 0}, "vocab_size 0 must be at least 1"),
-        ("tokens", {"vocab_size": "few"}, "vocab_size 'few' must be one of: auto"),
-        ("tokens", {"vocab_size": "auto"}, "vocab_size 'auto' needs --data or --vocab-text"),
-        ("tokens", {"vocab_text": "a.txt", "ratio": 0.1}, "vocab_text 'a.txt' needs vocab_size"),
-        ("tokens", {"vocab_size": 400, "vocab_text": "nowhere.txt"}, "'nowhere.txt'.*no such file"),
-        ("tokens", {}, "either --ratio or --plan, or --vocab-size or --experts alone"),
-        ("qwen3_moe", {"experts": 0.75}, "experts 0.75 leaves 1 in a layer, but each .* 2"),
-        ("qwen3_moe", {"experts": 1.0}, "experts 1.0 must be at least 0 and below 1"),
-        ("qwen3_moe", {"experts": 0.5, "criterion": ("obs",)}, "criterion 'obs' needs --data"),
-        ("text", {"experts": 0.5}, "experts 0.5: 'llama' has none that can go"),
-    ],
-)
+@pytest.mark.parametrize(("name", "options", "message"), TABLES["refused"])
 def test_what_cannot_be_is_said_before_weights_are_read(
     models, tmp_path, name, options, message, monkeypatch
 ):

@@ -52,11 +52,14 @@ def test_units_own_all_channels_in_order_fold_adds_them_up_and_spread_is_its_tra
     per_unit = torch.rand(num_units(projection, shape), dtype=torch.float64)
     per_channel = torch.rand(num_channels(projection, shape), dtype=torch.float64)
     folded = torch.stack(fold(projection, shape, per_channel)).sum(0)
-    torch.testing.assert_close(per_unit @ folded, spread(projection, shape, per_unit) @ per_channel)
+    spread_out = spread(projection, shape, per_unit)
+    torch.testing.assert_close(per_unit @ folded, spread_out @ per_channel)
+    several = spread(projection, shape, per_unit.expand(2, 3, -1))  # leading dimensions are kept
+    assert torch.equal(several[1, 2], spread_out)
 
 
 @given(projection_rows, shapes, st.data())
-def test_units_share_no_channel_and_spread_marks_those_of_one(projection, shape, data):
+def test_units_share_no_channel(projection, shape, data):
     units = range(num_units(projection, shape))
     kept = sorted(data.draw(st.sets(st.sampled_from(units))))
     gone = [unit for unit in units if unit not in kept]
@@ -64,13 +67,6 @@ def test_units_share_no_channel_and_spread_marks_those_of_one(projection, shape,
     gone_channels = channels_of(projection, shape, gone).tolist()
     assert kept_channels == sorted(kept_channels)
     assert sorted(kept_channels + gone_channels) == list(range(num_channels(projection, shape)))
-    unit = data.draw(st.integers(0, num_units(projection, shape) - 1))
-    marks = torch.zeros(2, 3, num_units(projection, shape))  # leading dimensions are carried along
-    marks[..., unit] = 1
-    spread_out = spread(projection, shape, marks)
-    assert spread_out.shape == (2, 3, num_channels(projection, shape))
-    marked = spread_out[1, 2].nonzero().flatten()
-    assert torch.equal(marked, channels_of(projection, shape, [unit]))
 
 
 def test_query_heads_of_a_group_are_neighbours_and_fused_matrices_cut_inside_blocks():

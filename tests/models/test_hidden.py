@@ -18,11 +18,7 @@ from tests.tolerances import LOSS, assert_close, assert_scores_close
 TOPS = ("embed_tokens", "norm", "rotary_emb")
 CASES = [
     {"criterion": "taylor", "gradient": "per_sample"},
-    {"criterion": "taylor_mix"},
-    {"criterion": "gate"},
-    {"criterion": "activation"},
-    {"criterion": "wanda"},
-    {"criterion": "magnitude"},
+    *({"criterion": name} for name in ("taylor_mix", "gate", "activation", "wanda", "magnitude")),
 ]
 
 

@@ -1,11 +1,13 @@
 """Where models run: any accelerator that torch finds, or the device that a user names."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+import yaml
 
 import slimvlm as sv
 from slimvlm.core.documents import asked
@@ -81,21 +83,41 @@ def test_a_device_is_checked_before_anything_is_read(name, tmp_path):
     assert not out.exists()
 
 
-def test_the_device_is_no_part_of_what_is_asked():
-    here, there = (CompressConfig(ratio=0.3, device=name) for name in (None, "cuda:1"))
-    assert here == there
-    assert asked(here) == asked(there)
-    assert "device" not in asked(there)
+@pytest.mark.parametrize(
+    "how", [{"device": "cuda:1"}, {"attn_implementation": "eager", "device_map": "auto"}]
+)
+def test_where_and_how_a_model_is_read_is_no_part_of_what_is_asked(how, tmp_path):
+    plain = CompressConfig(ratio=0.3)
+    chosen = replace(plain, **how)
+    assert chosen == plain
+    assert asked(chosen) == asked(plain)
+    assert not how.keys() & asked(chosen).keys()
+    device = " --device cuda:1" if "device" in how else ""
+    command = compress_command("demo", chosen, "out")
+    assert device in command
+    assert device or command == "slimvlm compress --config out/run.yaml --out out"
+    (tmp_path / "run.yaml").write_text(config_text("demo", chosen))
+    again = read_config(tmp_path / "run.yaml")[1]
+    assert {name: getattr(again, name) for name in how} == how
+    for name, value in how.items():
+        study = StudyConfig(grids=(Grid(ratio=(0.3,), model=("m",)),), prune={name: value})
+        with pytest.raises(ConfigError, match=f"'{name}' changes no result"):
+            prepared(study, silent)
+    if "device_map" in how:
+        with pytest.raises(
+            ConfigError, match="device_map 'auto': a model that is trained is whole"
+        ):
+            replace(chosen, recover=RecoverConfig())
+
+
+def test_a_study_has_the_same_stages_on_every_device():
     study = StudyConfig(grids=(Grid(ratio=(0.3,), model=(str(folders.folder("text")),)),))
     names = []
     for device in (None, "cpu"):
-        _, schedule = prepared(study, silent, device)
-        stages = schedule.stages()
+        stages = prepared(study, silent, device)[1].stages()
         assert {stage.request.prune.device for stage in stages} == {device}
         names.append([stage.name for stage in stages])
     assert names[0] == names[1]
-    with pytest.raises(ConfigError, match="'device' changes no result"):
-        prepared(replace(study, prune={"device": "cpu"}), silent)
 
 
 def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
@@ -111,10 +133,6 @@ def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
     found, again, _ = read_config(out / "run.yaml")
     assert (found, again.device) == (model, "cpu")
     assert read_config(out / "config.json")[1] == config
-    config = CompressConfig(ratio=0.3, device="cuda:1")
-    assert "--device cuda:1" in compress_command("demo", config, "out")
-    (tmp_path / "run.yaml").write_text(config_text("demo", config))
-    assert read_config(tmp_path / "run.yaml")[1].device == "cuda:1"
 
 
 @pytest.mark.parametrize("kind", ["text", "llava"])
@@ -134,17 +152,10 @@ def test_attention_and_device_map_are_those_that_were_asked_for(kind, name, tmp_
     assert not hasattr(whole, "hf_device_map")  # a teacher's place is told
 
 
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({"attn_implementation": "fast"}, "attn_implementation 'fast' must be one of: eager, sdpa"),
-        ({"attn_implementation": "evil/kernel"}, "must be one of: eager"),
-        ({"attn_implementation": "flash_attention_2"}, "'flash_attention_2' needs its package"),
-        ({"attn_implementation": "flash_attention_3"}, "'flash_attention_3' needs its package"),
-        ({"device_map": "cpu"}, "device_map 'cpu' must be one of: auto, balanced"),
-        ({"device_map": "auto", "device": "cpu"}, "device_map 'auto': there is a device, 'cpu'"),
-    ],
-)
+WRONG = yaml.safe_load(Path(__file__).with_name("load.yaml").read_text())
+
+
+@pytest.mark.parametrize(("values", "told"), WRONG)
 def test_how_a_model_is_read_is_checked_before_its_weights(values, told, tmp_path, monkeypatch):
     for number in (2, 3):
         name = f"transformers.utils.import_utils.is_flash_attn_{number}_available"
@@ -166,24 +177,6 @@ def test_attention_that_a_class_lacks_is_refused_in_one_line(monkeypatch):
     with pytest.raises(ConfigError, match="attn_implementation 'flex_attention' cannot be") as told:
         sv.load(folders.folder("text"), attn_implementation="flex_attention")
     assert "\n" not in str(told.value)
-
-
-def test_how_a_model_is_read_is_no_part_of_what_is_asked(tmp_path):
-    plain = CompressConfig(ratio=0.3)
-    chosen = replace(plain, attn_implementation="eager", device_map="auto")
-    assert chosen == plain
-    assert asked(chosen) == asked(plain)
-    assert compress_command("demo", chosen, "out") == (
-        "slimvlm compress --config out/run.yaml --out out"
-    )
-    (tmp_path / "run.yaml").write_text(config_text("demo", chosen))
-    again = read_config(tmp_path / "run.yaml")[1]
-    assert (again.attn_implementation, again.device_map) == ("eager", "auto")
-    with pytest.raises(ConfigError, match="device_map 'auto': a model that is trained is whole"):
-        replace(chosen, recover=RecoverConfig())
-    study = StudyConfig(grids=(Grid(ratio=(0.3,), model=("m",)),), prune={"device_map": "auto"})
-    with pytest.raises(ConfigError, match="'device_map' changes no result"):
-        prepared(study, silent)
 
 
 def test_bfloat16_and_float64_are_used_where_they_are_native(monkeypatch):

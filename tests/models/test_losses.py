@@ -130,7 +130,6 @@ def test_token_mean_is_a_mean_over_tokens_and_padding_changes_nothing(kind):
     longer = [F.pad(x, (0, 0, 2, 5), value=3.0) for x in (student, teacher)]
     longer[0][:, 2 + T :] += torch.randn(B, 5, V)
     assert_close(KINDS[kind](*longer, mask=F.pad(mask, (2, 5))), expected, LOSS)
-    student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
     mask = torch.rand(B, T) < 0.6
     alone = [
         KINDS[kind](student[b : b + 1, t : t + 1], teacher[b : b + 1, t : t + 1])
@@ -172,7 +171,6 @@ def test_hidden_distances_are_plain_mse_and_one_minus_the_cosine():
     loss = losses.hidden_l2(student, teacher, mask, reduction="paper")
     assert_close(loss, F.mse_loss(student, teacher), LOSS)
     assert not torch.allclose(loss, losses.hidden_l2(student, teacher, mask))
-    student, teacher = torch.randn(B, T, D), torch.randn(B, T, D)
     expected = 1 - F.cosine_similarity(student.double(), teacher.double(), dim=-1).mean()
     assert_close(losses.hidden_cosine(student, teacher), expected, LOSS)
     assert_close(losses.hidden_cosine(5 * student, teacher), expected, LOSS)  # length is nothing

@@ -1,8 +1,10 @@
 """Rules of serving engines: what breaks in production is said before."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import yaml
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import read_anatomy
@@ -35,39 +37,12 @@ def test_a_plain_even_llama_is_ok_where_it_was_run_and_only_there():
         assert set(broken(shaped(hidden=256), target).values()) == {"unknown"}
 
 
-@pytest.mark.parametrize(
-    ("shape", "target", "rule", "level"),
-    [
-        (shaped(neurons=(256, 128, 128, 128)), "vllm", "even layers", "fail"),
-        (shaped(neurons=(256, 128, 128, 128)), "gguf", "even layers", "fail"),
-        (shaped("qwen2", kv_heads=2), "vllm", "head_dim", "fail"),
-        (shaped("internvl-qwen2", kv_heads=2), "vllm", "head_dim", "fail"),
-        (shaped("phi", kv_heads=4), "sglang", "head_dim", "fail"),
-        (shaped("llava-llama", kv_heads=2), "mlx", "head_dim", "fail"),
-        (shaped("llava_next", kv_heads=2), "mlx", "head_dim", "fail"),
-        (shaped("llava-llama"), "mlx", "pictures", "fail"),
-        (shaped("phi3", kv_heads=2), "gguf", "head_dim", "fail"),
-        (shaped("phi", neurons=128, kv_heads=8), "gguf", "MLP width", "fail"),
-        (shaped("phi", kv_heads=8), "vllm", "model class", "warn"),
-        (shaped("internvl-qwen2"), "sglang", "model class", "warn"),
-        (shaped("llava-llama"), "gguf", "vision tower", "warn"),
-        (shaped(kv_heads=3), "tp=2", "KV heads", "fail"),
-        (shaped(kv_heads=3), "tp=4", "query heads", "fail"),
-        (shaped(neurons=255), "tp=2", "MLP width", "fail"),
-        (shaped(neurons=192), "tp=2", "MLP share", "warn"),
-        (shaped(neurons=130), "vllm", "MLP rows", "warn"),
-        (shaped(neurons=192), "sglang", "MLP width", "warn"),
-        (shaped(neurons=200), "gguf", "block formats", "warn"),
-        (shaped(neurons=160), "gguf", "K formats", "warn"),
-        # rules that do not apply
-        (shaped("llama", kv_heads=2), "vllm", "head_dim", None),
-        (shaped("qwen2", kv_heads=2), "sglang", "head_dim", None),
-        (shaped("phi", kv_heads=4), "vllm", "head_dim", None),
-        (shaped("llama", kv_heads=2), "gguf", "head_dim", None),
-        (shaped(kv_heads=1), "tp=2", "KV heads", None),
-    ],
-)
-def test_rules_and_the_shapes_that_break_them(shape, target, rule, level):
+TABLE = yaml.safe_load(Path(__file__).with_name("serving.yaml").read_text())
+
+
+@pytest.mark.parametrize(("changes", "target", "rule", "level"), TABLE)
+def test_rules_and_the_shapes_that_break_them(changes, target, rule, level):
+    shape = shaped(**changes)
     assert broken(shape, target).get(rule) in ((level,) if level else (None, "unknown"))
     assert all(f.advice for f in check(shape, [target]) if f.level in ("warn", "fail"))
 

@@ -25,6 +25,7 @@ from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 from tests.handmade import logits, plan_by_hand, random_scores
 from tests.planning.anatomies import synthetic
+from tests.tables import tables
 from tests.tiers import ARCHETYPES, tiered
 from tests.tolerances import FORWARD, assert_close
 
@@ -169,29 +170,7 @@ def test_planning_reads_tensors_as_a_whole():
 
 # Engines
 
-POSITIONS = {  # layers that the engine computes as transformers does, and others; its source
-    # llama.cpp src/models/gemma3.cpp: load_swa_pattern(6), gemma2.cpp: 2; no array is converted
-    ("gguf", "gemma3"): ("sssssfsssssf sssssf", "ssssfsssssf sf"),
-    ("gguf", "gemma2"): ("sfsf sf", "sff fsf"),
-    # SGLang gemma2.py: layer_id % 2 == 0 slides; gemma3_causal.py, commandr.py: layer_types;
-    # llama4.py: (layer_id + 1) % 4; configs/qwen3_next.py: (l + 1) % full_attention_interval
-    ("sglang", "gemma2"): ("sfsf", "fsf"),
-    ("sglang", "gemma3"): ("sf ssfsf", ""),
-    ("sglang", "aya_vision"): ("ssf", ""),
-    ("sglang", "llama4"): ("cccf", "ccf"),
-    ("sglang", "qwen3_5"): ("lllf", "llf"),
-    # mlx-vlm gemma3/language.py: (layer_idx + 1) % sliding_window_pattern, aya_vision likewise, 4;
-    # llama4: 4; qwen3_5: full_attention_interval; lfm2: layer_types
-    ("mlx", "gemma3"): ("sssssfsssssf", "sssfsssssf"),
-    ("mlx", "aya_vision"): ("sssf", "ssf"),
-    ("mlx", "llama4"): ("cccf", "ccf"),
-    ("mlx", "qwen3_5"): ("lllf", "lf"),
-    ("mlx", "qwen3_5_moe"): ("lllf", "lf"),
-    ("mlx", "lfm2_vl"): ("vvf vf", ""),
-    # vLLM gemma2.py, gemma3.py, commandr.py, qwen3_5.py, lfm2.py: layer_types; llama4.py:
-    # no_rope_layers. ONNX Runtime GenAI base.py, optimum-intel model_patcher.py: layer_types
-    **dict.fromkeys((("vllm", "gemma2"), ("onnx", "gemma2"), ("openvino", "gemma3")), ("sff", "")),
-}
+POSITIONS = tables(__file__)
 
 
 def configured(name, kinds):
@@ -209,9 +188,9 @@ def level(shape, engine, rule):
     return {f.rule: f.level for f in check(shape, [engine])}.get(rule)
 
 
-@pytest.mark.parametrize(("engine", "name"), POSITIONS)
+@pytest.mark.parametrize(("engine", "name"), [(e, n) for e in POSITIONS for n in POSITIONS[e]])
 def test_an_engine_that_takes_kinds_from_positions_is_told_apart(engine, name):
-    right, wrong = (kinds.split() for kinds in POSITIONS[engine, name])
+    right, wrong = (kinds.split() for kinds in POSITIONS[engine][name])
     for kinds in (*right, *wrong):
         found = level(configured(name, kinds), engine, "layer kinds")
         assert (found == "fail") == (kinds in wrong)

@@ -29,48 +29,20 @@ from slimvlm.runs import stages
 from slimvlm.runs.study import run_study
 from tests import tiny_folder as folders
 from tests.handmade import Stopped, tensors_of
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 MODEL = str(folders.folder("text"))
 LORA = {"train": "lora", "loss": "sft+hidden", "max_steps": 2, "batch_size": 2, "lora_rank": 4}
 LORA |= {"learning_rate": 5e-3, "bf16": False}
 
-NO_RESULT = {
-    **{"device": "where", "attn_implementation": "how fast", "gradient_checkpointing": "memory"},
-    **{"batch_size": "questions at once", "require": "judges only", "device_map": "where"},
-    **{"trust_remote_code": "whose code may run", "max_bad": "which data are refused"},
-    **{"images": "of data with pictures", "floors": "of questions with pictures"},
-    "template_args": "of templates that read them",
-}
+NO_RESULT = TABLES["no_result"]
 """Options that change no result, and what they are for."""
-LATENCY = {"ratio": None, "target_latency": 0.9}
-OTHERWISE: dict[str, tuple[dict[str, Any], Any]] = {
-    **{"data": ({}, "other"), "max_length": ({"too_long": "cut"}, 50), "samples": ({}, 12)},
-    **{"too_long": ({"max_length": 50, "max_bad": 20}, "cut"), "seed": ({}, 1), "ratio": ({}, 0.3)},
-    **{"gradient": ({"criterion": ["taylor"]}, "batch"), "general_text": ({}, 0.5)},
-    **{"token_weights": ({"criterion": ["taylor"]}, "prompt=0.1"), "vocab_size": ({}, 300)},
-    **{"vocab_text": ({"vocab_size": "auto"}, "words"), "experts": ({}, 0.5)},
-    **{"units": ({}, ["neuron"]), "protect": ({}, [1, 0]), "round_to": ({}, 32)},
-    **{
-        "axis": ({}, "depth"),
-        "allocation": ({"ratio": 0.2}, "protect"),
-        "criterion": ({}, ["magnitude"]),
-    },
-    **{"repair": ({}, "none"), "local_steps": ({}, 2), "target_latency": (LATENCY, 0.7)},
-    **{"report_samples": ({}, 3), "training_samples": ({}, 3), "tasks": ({}, "text_sort")},
-    **{"task_folder": ({}, "mine"), "limit": ({}, 3)},
-    **{"image_tokens": ({}, 0.5), "baseline": ({}, "baseline"), "dtype": ({}, "bfloat16")},
-    "recover": ({}, "none"),
-}
+OTHERWISE: dict[str, tuple[dict[str, Any], Any]] = TABLES["otherwise"]
 """Another value of every other option, and what has to be asked beside it so that it can act."""
-LEARNT: dict[str, tuple[dict[str, Any], Any]] = {
-    **{"fraction": ({"max_steps": -1}, 0.5), "epochs": ({"max_steps": -1}, 2.0)},
-    **{"max_steps": ({}, 3), "learning_rate": ({}, 1e-3), "batch_size": ({}, 3)},
-    **{"gradient_accumulation": ({}, 2), "lora_rank": ({}, 2), "paper_exact": ({}, True)},
-    **{"seed": ({}, 5), "temperature": ({"loss": "kl"}, 5.0), "bf16": ({}, True)},
-    **{"trainer": ({}, {"weight_decay": 0.9}), "lora": ({}, {"lora_alpha": 3})},
-    **{"train": ({}, "full"), "loss": ({}, "sft"), "keep_adapter": ({}, True)},
-}
+LEARNT: dict[str, tuple[dict[str, Any], Any]] = TABLES["learnt"]
 """The same of every option of training."""
 REFUSED = {"experts", "image_tokens", "task_folder", "seed in training", "keep_adapter in training"}
 """Of these, those that a text model without experts, or a run, cannot have."""
@@ -349,18 +321,7 @@ def test_an_option_acts_or_is_refused_by_its_name(option, files, done):
     assert name in after if option in REFUSED else after != before
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        *(("--epochs 3", "epochs 3.0"), ("--loss kl", "loss 'kl'"), ("--limit 3", "limit 3")),
-        *(("--learning-rate 0.1", "learning_rate 0.1"), ("--images x", "images 'x'")),
-        *(("--task-batch-size 3", "batch_size 3"), ("--report-samples 9", "report_samples 9")),
-        ("--training-samples 9", "training_samples 9"),
-        *((f"--plan p {words}", words[2:7]) for words in ("--axis width", "--protect 1 0")),
-        *((f"--plan p {words}", words[2:7]) for words in ("--units neuron", "--gradient batch")),
-        *(("--plan p --allocation protect", "allocation"), ("--plan p --round-to 8", "round_to")),
-    ],
-)
+@pytest.mark.parametrize(("words", "told"), TABLES["read_by_nothing"])
 def test_what_nothing_reads_is_refused(words, told, tmp_path):
     """Without data or tasks, or beside a plan that decides it."""
     verb = "prune" if "--plan" in words else "compress --ratio 0.3"

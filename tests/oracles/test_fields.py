@@ -16,9 +16,12 @@ from slimvlm.core.options import PruneConfig
 from slimvlm.runs import stages
 from slimvlm.runs.request import Request
 from tests import tiny_folder as folders
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 FORMATS = ("data.json", "data.jsonl", "data.parquet")
-ASK, SAY, A, B = "Which colour?", "Red.", "a.png", "b.png"
+ASK, SAY = "Which colour?", "Red."
 
 
 def llava(ask=ASK, **more):
@@ -57,86 +60,20 @@ def write(row, home, name):
     return path
 
 
-SYSTEM, USER, ANSWER = told("system", "Be brief."), told("user", ASK), told("assistant", SAY)
-PICTURED = told("user", None, ASK)
-URL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
-IMAGE, WORDS = {"type": "image"}, {"type": "text", "text": ASK}
-SEEN, BOTH = [PICTURED, ANSWER], [told("user", None, None, ASK), ANSWER]
-TEXT, BETWEEN, NULL = (
-    [USER, ANSWER],
-    told("user", "So ", None, "what?"),
-    {"from": None, "value": None},
-)
-LATER = {"role": "user", "content": f"<image>\n{ASK}"}
-USED = {  # row, turns, pictures
-    "LLaVA": (llava(f"<image>\n{ASK}", image=A), SEEN, [A]),
-    "LLaVA, text": (llava(image=None, model=""), TEXT, []),
-    "several": (llava(f"<image>\n<image>\n{ASK}", image=[A, B]), BOTH, [A, B]),
-    "in the middle": (llava("So <image>\nwhat?", image=B), [BETWEEN, ANSWER], [B]),
-    "in a later turn": (
-        chat(messages=[USER, ANSWER, LATER, ANSWER], images=A),
-        [*TEXT, *SEEN],
-        [A],
-    ),
-    "no placeholder": (llava(image=A), SEEN, [A]),
-    "image beside empty images": (llava(image=A, images=[]), SEEN, [A]),
-    "images beside null image": (chat(images=[B], image=None), SEEN, [B]),
-    "system of the row": (chat(system="Be brief."), [SYSTEM, USER, ANSWER], []),
-    "system of LLaMA-Factory": (llava(system="Be brief.", tools=""), [SYSTEM, USER, ANSWER], []),
-    "TRL": (chat([IMAGE, WORDS], images=[A]), SEEN, [A]),
-    "placeholder in a part": (chat([{**WORDS, "text": f"<image>{ASK}"}], images=[A]), SEEN, [A]),
-    "Qwen-VL's part": (chat([{**IMAGE, "image": B}, WORDS]), SEEN, [B]),
-    "both ways": (chat([IMAGE, {**IMAGE, "path": B}, WORDS], images=[A]), BOTH, [A, B]),
-    "OpenAI": (chat([{"type": "image_url", "image_url": {"url": URL}}, WORDS]), SEEN, [None]),
-    "OpenAI, weight 1": (chat(say={"weight": 1, "tool_calls": None}), TEXT, []),
-    "ms-swift, loss": (chat(say={"loss": True}), TEXT, []),
-    "null columns": (chat(system="", weight=None, videos=[]), TEXT, []),
-    "null fields": (chat(messages=[{**NULL, **turn} for turn in chat()["messages"]]), TEXT, []),
-}
-
-
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("what", USED)
+@pytest.mark.parametrize("what", TABLES["used"])
 def test_a_field_is_used(what, name, home):
-    row, turns, pictures = USED[what]
+    row, turns, pictures = TABLES["used"][what]
     if name == "data.parquet" and "[{'type'" in str(row):
         pytest.skip("a column of a table is of one type")
     (sample,) = load_samples(write(row, home, name), warn=lambda line: None)
-    assert list(sample.messages) == turns
+    assert list(sample.messages) == [told(*turn) for turn in turns]
     assert [getattr(image, "name", None) for image in sample.images] == pictures
 
 
-CALL = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
-REFUSED = {  # row, what the message names
-    "video": (llava(f"<video>\n{ASK}", video="a.mp4"), "'video'"),
-    "videos": (chat(videos=["a.mp4"]), "'videos'"),
-    "audio": (chat(audios=["a.wav"]), "'audios'"),
-    "tools": (chat(tools=CALL), "'tools'"),
-    "calls beside content": (chat(say={"tool_calls": CALL}), "'tool_calls'"),
-    "a call of before": (chat(say={"function_call": {"name": "f"}}), "'function_call'"),
-    "refusal": (chat(say={"refusal": "I cannot."}), "'refusal'"),
-    "thoughts": (chat(say={"reasoning_content": "Hm."}), "'reasoning_content'"),
-    "weight 0 of a turn": (chat(say={"weight": 0}), "'weight'"),
-    "weight 0 of a row": (chat(weight=0), "'weight'"),
-    "loss off": (chat(say={"loss": False}), "'loss'"),
-    "both kinds of turns": ({**llava(), **chat()}, "both messages and conversations"),
-    "both kinds of pictures": (llava(image=A, images=[B]), "both images and image"),
-    "two systems": (chat(system="No.", messages=[SYSTEM, ANSWER]), "system"),
-    "both texts": (chat(say={"value": "Blue."}), "content and value"),
-    "a tool's turn": (chat(messages=[USER, {"role": "tool", "content": "1"}, ANSWER]), "tool"),
-    "a video part": (chat([{"type": "video", "video": "a.mp4"}, WORDS]), "'video'"),
-    "an audio part": (chat([{"type": "input_audio", "input_audio": {}}, WORDS]), "'input_audio'"),
-    "a text and its picture": (chat([{**WORDS, "image": A}]), "more than one"),
-    "The Cauldron": ({"texts": [{"user": ASK, "assistant": SAY}]}, "no messages or conversations"),
-    "a null picture": (chat([IMAGE, IMAGE, WORDS], images=[A, None]), "must be a path"),
-    "MiniCPM's pictures": (llava(image={"<image_00>": A}), "must be a path"),
-    "a picture on the web": (llava(image="https://a.b/c.png"), "not found"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("what", TABLES["refused"])
 def test_what_no_sample_holds_is_refused_by_name(what, home):
-    row, named = REFUSED[what]
+    row, named = TABLES["refused"][what]
     with pytest.raises(DataError, match=r"--max-bad 0") as refusal:
         load_samples(write(row, home, "data.jsonl"), warn=lambda line: None)
     assert named in str(refusal.value)

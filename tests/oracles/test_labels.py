@@ -2,6 +2,7 @@
 
 import re
 from itertools import groupby
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from slimvlm.training import trainer
 from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.oracles.layouts import LAYOUTS, Layout
+from tests.tables import tables
 from tests.tiers import tiered
 from tests.tiny_folder import picture, sample, short_samples, turn
 
+PLAIN = {"first": "", "last": ""}
+LAYOUTS = {name: SimpleNamespace(**PLAIN | row) for name, row in tables(__file__).items()}
 SPECIAL = r"<\|?[a-zA-Z_/0-9]+\|?>|\[/?[A-Za-z]+\]"
 TALK = sample(
     "talk",
@@ -29,7 +32,7 @@ TALK = sample(
 )
 
 
-def chat_template(layout: Layout) -> str:
+def chat_template(layout) -> str:
     """The layout in Jinja."""
     each = "{% for p in m['content'] if p['type'] == 'KIND' %}{{ VALUE }}{% endfor %}"
     parts = {
@@ -49,7 +52,7 @@ def chat_template(layout: Layout) -> str:
     )
 
 
-def processor_of(layout: Layout):
+def processor_of(layout):
     """A processor that makes 16 tokens of the one that stands for a picture."""
     word = next(
         w for w in re.findall(SPECIAL, layout.picture) if re.search("im(ag|g)(?!.*of)", w.lower())

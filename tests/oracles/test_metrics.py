@@ -31,3 +31,12 @@ def test_a_reply_scores_as_people_would_score_it(metric):
             if found != pytest.approx(float(Fraction(score)), abs=1e-9):
                 wrong[answers, reply] = found, score
     assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    "piece", ["<answer>", "\\boxed{", "<think>", "*a ", "answer: ", "A. ", "no, "]
+)
+def test_a_reply_that_repeats_itself_is_scored(piece):
+    """Patterns that backtrack over such replies would take minutes."""
+    for metric in METRICS.values():
+        assert 0 <= metric(1500 * piece, Question("q", "?", ("B", "yes"))) <= 1

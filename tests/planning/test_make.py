@@ -4,9 +4,11 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,8 +146,14 @@ def test_both_splits_the_budget_and_units_share_that_of_widths(depth_share):
 )
 def test_protected_layers_stay_whole(name, axis, ratio, protect, counting):
     anatomy = anatomy_named(name)
-    plan = make_plan(anatomy, scores_named(name), ratio, axis, protect=protect, counting=counting)
+    options = {"protect": protect, "counting": counting}
+    plan = make_plan(anatomy, scores_named(name), ratio, axis, **options)
     count = anatomy.num_layers
+    with suppress(SlimError):  # with a large ratio every layer between may go
+        large = make_plan(
+            anatomy, scores_named(name), 2 * ratio + 0.4, "both", depth_share=1.0, **options
+        )
+        assert {*range(protect[0]), *range(count - protect[1], count)} <= {*large.layers}
     for index in (*range(protect[0]), *range(count - protect[1], count)):
         assert index in plan.layers
         assert len(plan.kv_groups[index]) == anatomy.layers[index].num_kv_heads
@@ -155,34 +163,14 @@ def test_protected_layers_stay_whole(name, axis, ratio, protect, counting):
         assert abs(plan.ratio - ratio) <= share * step_of(anatomy, axis) + 1e-9
 
 
-@pytest.mark.parametrize("counting", ["parameters", "per_layer"])
-@pytest.mark.parametrize("ratio", [0.5, 0.7, 0.9])
-def test_protect_with_both_and_a_large_ratio_is_a_plan_or_a_clear_refusal(ratio, counting):
-    """Here every unprotected layer may go, so that no layer is left to narrow."""
-    anatomy, scores = anatomy_named("llama"), scores_named("llama")
-    options = {"protect": (1, 1), "counting": counting, "depth_share": 1.0}
-    with suppress(SlimError):
-        plan = make_plan(anatomy, scores, ratio, "both", **options)
-        assert {0, 3} <= set(plan.layers)
-
-
 # LLM-Pruner's counting (REFERENCE.md)
-@pytest.mark.parametrize(
-    ("kv_heads", "head_dim", "neurons", "ratio", "groups_left", "neurons_left"),
-    [
-        (8, 8, 96, 0.2, 7, 76),  # 13 of 64 channels: one whole head; 96 - 20
-        (8, 8, 176, 0.33, 6, 117),  # 22 of 64 channels: two heads; 176 - 59
-        (3, 64, 1536, 0.25, 3, 1152),  # 48 of 192 channels: no whole head
-        (3, 64, 1536, 0.34, 2, 1013),  # 66 of 192 channels: one head; 1536 - 523
-        (4, 8, 640, 0.9, 1, 64),
-        (2, 8, 10, 0.99, 1, 1),  # something is always left
-    ],
-)
-def test_per_layer_counts(kv_heads, head_dim, neurons, ratio, groups_left, neurons_left):
+@pytest.mark.parametrize("row", yaml.safe_load(Path(__file__).with_name("counts.yaml").read_text()))
+def test_per_layer_counts(row):
+    kv_heads, head_dim, neurons, ratio, *left = row
     anatomy = synthetic(3, kv_heads, 1, head_dim, neurons, 64, 128)
     plan = make_plan(anatomy, random_scores(anatomy), ratio, "width", counting="per_layer")
     for shape in plan.after.layers:
-        assert (shape.num_kv_heads, shape.intermediate_size) == (groups_left, neurons_left)
+        assert [shape.num_kv_heads, shape.intermediate_size] == left
 
 
 def test_per_layer_is_a_share_of_the_unprotected_layers_and_follows_the_query_groups():
@@ -257,30 +245,14 @@ ODD = synthetic(5, 3, 1, 8, 90, 64, 16)
             for other in ("phi", "7b")
             for axis in ("depth", "width", "both")
         ),
-        ({"axis": "sideways"}, "axis 'sideways' must be one of.*depth"),
-        ({"allocation": "fair"}, "allocation 'fair' must be one of.*uniform"),
-        ({"allocation": "global"}, "allocation 'global' must be one of: uniform, protect"),
-        ({"counting": "fingers"}, "counting 'fingers' must be one of.*per_layer"),
-        ({"round_to": -8}, "round_to"),
-        ({"round_to": 0}, "round_to"),
-        ({"axis": "both", "depth_share": -0.5}, "depth_share"),
-        ({"axis": "both", "depth_share": 1.5}, "depth_share"),
-        ({"axis": "depth", "protect": (4, 0)}, "protect"),
-        ({"axis": "depth", "protect": (2, 2)}, "protect"),
-        ({"axis": "depth", "protect": (0, 9)}, "protect"),
-        ({"axis": "depth", "protect": (-1, 0)}, "protect"),
-        ({"units": ("head",)}, r"units \('head',\) must be some of: kv_group, neuron"),
-        ({"units": ()}, "units"),
-        ({"kv_heads": 5}, r"kv_heads 5 must be one of: \[1, 2, 3, 4\]"),
-        ({"kv_heads": 0}, "kv_heads 0"),
-        ({"kv_heads": 2, "counting": "per_layer"}, "kv_heads 2 needs.*counting 'parameters'"),
-        ({"kv_heads": 2, "units": ("neuron",)}, "kv_heads 2 needs 'kv_group'"),
+        *yaml.safe_load(Path(__file__).with_name("refusals.yaml").read_text()),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):
-    anatomy, scores = anatomy_named("llama"), scores_named("llama")
+    usual = {"anatomy": anatomy_named("llama"), "scores": scores_named("llama"), "ratio": 0.2}
+    lists = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     with pytest.raises(ConfigError, match=message):
-        make_plan(**{"anatomy": anatomy, "scores": scores, "ratio": 0.2, **options})
+        make_plan(**{**usual, **options, **lists})
 
 
 @pytest.mark.parametrize(

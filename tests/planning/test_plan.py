@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jaxtyping
 import pytest
+import yaml
 
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.planning.make import make_plan
@@ -12,18 +14,17 @@ from slimvlm.planning.plan import Plan
 from tests.handmade import plan_by_hand
 from tests.planning.anatomies import anatomy_named, scores_named
 
-THREE = ((0,),) * 3
-WRONG = {  # with layers 0 and 1, groups of layers 2 and 3 are left over
-    "layers": [(0, 2, 1), (0, 1, 1), (0, 4), (-1, 0), (), (0, 1)],
-    "kv_groups": [*((*THREE, last) for last in ((), (4,), (1, 0))), THREE, ((0,),) * 5],
-    "neurons": [((0,), (0,), (96,), (0,)), ((0,), (0,), (0, 0), (0,))],
-}
+TABLE = yaml.safe_load(Path(__file__).with_name("edits.yaml").read_text())
 
 
-@pytest.mark.parametrize("field", WRONG)
+def as_tuples(value):
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("field", TABLE["wrong"])
 def test_plans_that_name_no_such_units_are_refused(field):
     everything = Plan.everything(anatomy_named("llama"))
-    for value in WRONG[field]:
+    for value in as_tuples(TABLE["wrong"][field]):
         with pytest.raises(ConfigError, match="plan"):
             replace(everything, **{field: value})
 
@@ -64,26 +65,14 @@ def test_a_plan_may_be_edited_by_hand(tmp_path):
     assert plan.neurons[index] == original.neurons[index][:-1]
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda values: values["layers"].append(99),
-        lambda values: values["neurons"][values["layers"][0]].reverse(),
-        lambda values: values["kv_groups"][values["layers"][0]].clear(),
-        lambda values: values["kv_groups"].pop(),
-        lambda values: values["layers"].append("two"),
-        lambda values: values["neurons"][values["layers"][0]].insert(0, 0.5),
-        lambda values: values.update(neurons=None),
-        lambda values: values.update(format="slimvlm-plan/0"),
-        lambda values: values.update(axis="diagonal"),
-        lambda values: values.pop("before"),
-        lambda values: values["before"].pop("layers"),
-        lambda values: values["before"].update(color="red"),
-        lambda values: values["before"].update(text_type="abacus"),
-    ],
-    ids=range(13),
-)
-def test_bad_edits_are_refused(edit, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("place", "method", "words"), [(*e[:2], e[2:]) for e in TABLE["edits"]])
+def test_bad_edits_are_refused(place, method, words, tmp_path, monkeypatch):
+    def edit(values):
+        part, kept = values, values["layers"][0]
+        for key in place.split():
+            part = part[kept if key == "kept" else key]
+        getattr(part, method)(*words)
+
     path = edited(tmp_path, edit)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
     with pytest.raises(SlimError, match=r"plan|abacus"):

@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -22,18 +24,9 @@ from slimvlm.pruning.save import save
 from tests import tiny, tiny_folder, tiny_words
 from tests.handmade import in_python, logits, random_scores
 
-FAMILIES = [
-    *("llava-llama", "llava-mistral", "llava-qwen2", "llava-qwen3", "llava-phi", "llava-phi3"),
-    *("llava-stablelm", "llava_next", "llava_onevision", "vipllava", "paligemma", "gemma3"),
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl-qwen2", "internvl-llama", "internvl-phi3"),
-    *("aya_vision", "glm4v", "ovis2", "perception_lm", "phi4_multimodal"),
-    *("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "stablelm", "gemma2", "cohere2", "lfm2"),
-]
-ONLY_5 = ["idefics2", "idefics3", "smolvlm", "video_llama_3"]
-VERSIONS = {
-    "4.57.6": ("tokenizers==0.22.1", "huggingface_hub==0.36.0"),
-    "5.0.0": ("tokenizers==0.22.1", "huggingface_hub==1.3.4", "httpx==0.28.1", "httpcore==1.0.9"),
-}
+TABLE = yaml.safe_load(Path(__file__).with_name("layouts.yaml").read_text())
+FAMILIES = [name for row in TABLE["families"] for name in row]
+ONLY_5, VERSIONS = TABLE["only_5"], TABLE["versions"]
 READ = """
 import sys, torch, transformers
 from safetensors.torch import load_file, save_file

@@ -144,28 +144,6 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("kind", [*SPOILT, "config"])
-def test_the_reload_check_catches_what_is_spoilt(kind, tmp_path, monkeypatch):
-    def change(folder):
-        if kind == "config":
-            values = json.loads((folder / "config.json").read_text())
-            values["text_config"]["num_hidden_layers"] += 1
-            (folder / "config.json").write_text(json.dumps(values))
-            return
-        file = folder / "model.safetensors"
-        weights = {name: value.clone() for name, value in load_file(file).items()}
-        SPOILT[kind](weights, next(n for n in weights if n.endswith(MATRIX)))
-        save_file(weights, file, {"format": "pt"})
-
-    model, processor, plan = pruned("llava")
-    spoil_(monkeypatch, hf.PreTrainedModel, change)
-    model.train()
-    with pytest.raises(ReloadError):
-        save(model, processor, tmp_path / "out", plan)
-    assert list(tmp_path.iterdir()) == []
-    assert model.training
-
-
 # Layers of different widths: the battery over all families is in tests/contract/test_uneven.py.
 def uneven(kind):
     model, processor = load(folders.folder(kind))
@@ -177,32 +155,40 @@ def uneven(kind):
 
 
 @pytest.mark.usefixtures("code_cache")
-@pytest.mark.parametrize("change", ["code", "widths", "auto_map"])
-def test_the_reload_check_catches_spoilt_uneven_folders(change, tmp_path, monkeypatch):
-    def spoils(folder):
+@pytest.mark.parametrize("kind", [*SPOILT, "config", "code", "widths", "auto_map"])
+def test_the_reload_check_catches_what_is_spoilt(kind, tmp_path, monkeypatch):
+    def change(folder):
         code, config = folder / "modeling_pruned.py", folder / "config.json"
         values = json.loads(config.read_text())
-        if change == "code":
+        if kind == "config":
+            values["text_config"]["num_hidden_layers"] += 1
+        elif kind == "code":
             code.write_text(code.read_text() + "\n")
-        elif change == "widths":
+        elif kind == "widths":
             values["text_config"]["per_layer_config"]["0"]["intermediate_size"] -= 1
-        else:
+        elif kind == "auto_map":
             values["auto_map"]["AutoModelForImageTextToText"] = "modeling_pruned.PrunedLlavaModel"
+        else:
+            file = folder / "model.safetensors"
+            weights = {name: value.clone() for name, value in load_file(file).items()}
+            SPOILT[kind](weights, next(n for n in weights if n.endswith(MATRIX)))
+            save_file(weights, file, {"format": "pt"})
         config.write_text(json.dumps(values))
 
-    model, processor, plan = uneven("llava")
-    spoil_(monkeypatch, type(model), spoils)
+    make = uneven if kind in ("code", "widths", "auto_map") else pruned
+    model, processor, plan = make("llava")
+    spoil_(monkeypatch, type(model) if make is uneven else hf.PreTrainedModel, change)
+    model.train()
     with pytest.raises(ReloadError):
         save(model, processor, tmp_path / "out", plan)
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
+    assert model.training
 
 
 # Loading: what cannot be loaded is named in one line.
 def test_a_missing_folder_and_an_unknown_dtype_are_named(tmp_path, monkeypatch):
-    for name in ("nowhere", "./nowhere/at/all", "/nowhere"):
-        for read in (load, anatomy):
-            with pytest.raises(ConfigError, match=rf"model '{name}': no such folder"):
-                read(name)
+    with pytest.raises(ConfigError, match=r"model '/nowhere': no such folder"):
+        anatomy("/nowhere")
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
@@ -220,29 +206,18 @@ def test_a_config_that_cannot_be_read_is_named(text, read, tmp_path):
         read(tmp_path)
 
 
-def without_a_tensor(file):
-    """transformers would fill it with random numbers and go on."""
-    weights = load_file(file)
-    del weights["model.layers.1.mlp.down_proj.weight"]
-    save_file(weights, file, {"format": "pt"})
-
-
 PICKLES = ("pytorch_model.bin", "consolidated.00.pth", "model.pt")
-BROKEN = {
-    "no weights": (Path.unlink, "weights cannot be read"),
-    "a tensor is missing": (without_a_tensor, r"layers\.1\.mlp\.down_proj"),
-}
 
 
-@pytest.mark.parametrize("case", [*BROKEN, *PICKLES])
+@pytest.mark.parametrize("case", ["no weights", *PICKLES])
 def test_weights_that_cannot_be_loaded_are_named(case, tmp_path):
     pickled = rf"{re.escape(case)}' is a pickle.*slimvlm convert"
-    spoil, message = BROKEN.get(case, (lambda file: file.rename(file.with_name(case)), pickled))
     out = folders.copied("text", tmp_path / "model")
     (out / case).write_bytes(b"would fail to load")  # beside safetensors it is not read
     load(out)
-    spoil(out / "model.safetensors")
-    with pytest.raises(SlimError if "tensor" in case else ConfigError, match=message):
+    weights = out / "model.safetensors"
+    weights.rename(out / case) if case in PICKLES else weights.unlink()
+    with pytest.raises(ConfigError, match=pickled if case in PICKLES else "weights cannot be read"):
         load(out)
     if case not in PICKLES:
         assert anatomy(out) == anatomy(folders.folder("text"))
@@ -251,6 +226,7 @@ def test_weights_that_cannot_be_loaded_are_named(case, tmp_path):
 # Model cards: metadata that the hub reads, and what people read first.
 
 
+TABLE = yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text())
 BASE = "---\nlicense: llama2\nbase_model: some/original\ndatasets: [its/own]\n---\n# Original\n"
 
 
@@ -327,10 +303,6 @@ def test_a_card_has_the_hub_s_metadata_and_what_people_read(carded):
         assert needed in text
     assert str(carded.parent) not in text
     assert not re.search(r"\n{3}| \n|\|\n\n\||\{\{|None", text)
-
-
-def test_the_first_screen_says_what_went_what_stayed_how_to_load_and_how_to_serve(carded):
-    text = (carded / CARD_FILE).read_text()
     heads = ["What was removed", "What was kept", "How to load it", "How to serve it"]
     heads += ["Results", "How it was made"]
     assert re.findall("^## (.*)", text, re.MULTILINE) == heads
@@ -396,31 +368,12 @@ def test_a_card_needs_neither_an_original_nor_facts_and_names_the_first_of_a_cha
     assert data["datasets"] == ["some/set"], "what slimvlm learnt from goes on, other data do not"
 
 
-LICENSE = {
-    "license": "other",
-    "license_name": "llama 3.2 community",
-    "license_link": "https://example.org/a_b/LICENSE?x=1",
-}
-
-
 def test_a_license_goes_on_with_its_name_and_link(tmp_path):
-    data, _ = written(tmp_path, base=f"---\n{yaml.safe_dump(LICENSE)}\n---\n")
-    assert {name: data[name] for name in LICENSE} == LICENSE
+    data, _ = written(tmp_path, base=f"---\n{yaml.safe_dump(TABLE['license'])}\n---\n")
+    assert TABLE["license"].items() <= data.items()
 
 
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        "[click](https://evil.example)",
-        "<script>alert(1)</script>",
-        "{{ facts.base }}",
-        "a/b\n\n# Evil",
-        "../../evil",
-        "evil/a/b",
-        "evil--x",
-        "evil\u202e",
-    ],
-)
+@pytest.mark.parametrize("hostile", TABLE["hostile"])
 def test_words_of_an_original_s_card_are_names_or_nothing(hostile, tmp_path):
     fields = ("license_link", "base_model", "datasets", "tags", "language", "thumbnail")
     values = dict.fromkeys(fields, hostile) | {"license": "mit"}
@@ -466,17 +419,9 @@ def test_criteria_of_a_plan_are_known_names(tmp_path):
     assert "evil" not in text
 
 
-@pytest.mark.parametrize(
-    ("family", "facts", "levels"),
-    [
-        ("llava-llama", {}, {"vLLM": "yes", "SGLang": "unknown", "llama.cpp": "yes"}),
-        ("gemma4", {}, {"vLLM": "unknown", "SGLang": "unknown", "llama.cpp": "no"}),
-        ("llama", {"format": ("int8", "torchao")}, {"vLLM": "unknown", "llama.cpp": "no"}),
-        ("llama", {"format": ("q8_0",), "files": ("a.gguf",)}, {"llama.cpp": "yes"}),
-    ],
-)
+@pytest.mark.parametrize(("family", "facts", "levels"), TABLE["engines"])
 def test_a_command_to_serve_is_given_only_where_such_a_model_ran(family, facts, levels, tmp_path):
-    _, text = written(tmp_path, family, **facts)
+    _, text = written(tmp_path, family, **{name: tuple(value) for name, value in facts.items()})
     part = text.split("## How to serve it")[1].split("\n## ")[0]
     found = dict(re.findall(r"^- \*\*([\w.]+): (\w+)", part, re.MULTILINE))
     assert found.items() >= levels.items()

@@ -27,6 +27,9 @@ from slimvlm.runs.tables import anatomy_rows
 from tests import tiny
 from tests import tiny_folder as folders
 from tests.handmade import refused
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 FOLDER = str(folders.folder("llava"))
@@ -119,17 +122,7 @@ def test_a_latency_is_met_by_the_least_ratio(model, share):
         assert slower.latency is None or slower.latency > share
 
 
-@pytest.mark.parametrize(
-    ("budget", "message"),
-    [
-        ({}, "exactly one"),
-        ({"ratio": 0.3, "target_params": "5B"}, "exactly one"),
-        ({"ratio": 1.5}, "ratio 1.5"),
-        ({"target_latency": 0.05}, "fastest that was measured"),
-        ({"target_latency": 2.0}, "at most 1"),
-        ({"target_memory": "much"}, "target_memory 'much'"),
-    ],
-)
+@pytest.mark.parametrize(("budget", "message"), TABLES["impossible"])
 def test_impossible_budgets_are_refused(model, budget, message):
     with pytest.raises(ConfigError, match=message):
         advise(model, gpu=True, **budget)

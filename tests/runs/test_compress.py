@@ -44,6 +44,9 @@ from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
 from tests.contract.test_docs import first_cells
 from tests.handmade import Stopped, contents, stops
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 
@@ -478,14 +481,7 @@ def test_the_command_line_comes_on_top_of_a_file(tmp_path, compressed):
     assert compressed[1].recover.train == "projector"  # the file is silent, the chart is not
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        *(("ratio: 0.3", "must name a model"), ("- 1", "must name a model")),
-        *(("model: m\nratoi: 0.3", "ratoi"), ("model: m\nratio: much", "ratio")),
-        *(("model: m\nrecover: {train: half}", "train"), ("model: [", "cannot be read")),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), TABLES["wrong_files"])
 def test_a_wrong_file_is_named(text, message, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(text)

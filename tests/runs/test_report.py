@@ -39,6 +39,9 @@ from tests import tiny
 from tests.evaluation.test_compare import TEXT, answered, graded, questions, task_of, two
 from tests.evaluation.test_compare import result as compared_result
 from tests.handmade import random_scores
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
 TASKS = ("name", "count")
@@ -187,6 +190,15 @@ def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(study):
         html = report_html(read_record(study))
         assert "0 of 9 cells" in html
         assert "Answers side by side" not in html
+
+
+def test_a_study_has_a_report_where_the_original_has_nothing_right(study):
+    table = pd.read_parquet(study / "results.parquet")
+    table.loc[table["axis"] != "original", "avg_percent"] = float("nan")
+    table.to_parquet(study / "results.parquet", index=False)
+    record = read_record(study)
+    assert "8 of 9 cells measured" in report_html(record)
+    assert ([label for label, *_ in record.cards], record.comparison) == (["Cells"], None)
 
 
 def test_a_study_shows_what_is_kept_of_each_kind_that_was_asked_for(study):
@@ -487,17 +499,9 @@ def test_notes_are_shown():
     assert "50&thinsp;%" in page(graded())
 
 
-@pytest.mark.parametrize(
-    ("size", "stored", "shown", "enlarged"),
-    [
-        ((64, 64), (64, 64), (128, 128), True),
-        ((32, 16), (32, 16), (128, 64), True),
-        ((200, 100), (200, 100), (200, 100), False),
-        ((1024, 512), (256, 128), (256, 128), False),
-        ((2000, 2), (256, 1), (256, 1), False),
-    ],
-)
+@pytest.mark.parametrize(("size", "stored", "shown", "enlarged"), TABLES["pictures"])
 def test_pictures_fit_and_small_ones_are_exact(size, stored, shown, enlarged):
+    size, stored, shown = map(tuple, (size, stored, shown))
     compared, asked = two("1", "0", size=size)
     html = page(compared)
     pattern = r'<img src="data:image/png;base64,([^"]+)" width="(\d+)" height="(\d+)"'

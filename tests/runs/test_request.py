@@ -16,6 +16,9 @@ from slimvlm.runs.request import Request, check_questions, resolved
 from slimvlm.runs.stages import not_among, read_split, rows_to_read, split
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from tests import tiny_folder as folders
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 
 def asked(**changes):
@@ -85,18 +88,7 @@ def test_a_decided_request_stays_as_it_is_and_the_axis_depends_on_training():
         assert decided(asked(ratio=0.15, axis=None, recover=recover))[0].prune.axis == axis
 
 
-@pytest.mark.parametrize(
-    ("changes", "hold_out"),
-    [
-        ({"allocation": "uniform", "repair": "none"}, False),
-        ({"allocation": "uniform", "repair": "width"}, False),
-        ({"allocation": "uniform"}, True),
-        ({"repair": "none"}, False),
-        ({"repair": "none", "local_steps": 2}, True),
-        ({"allocation": "balanced", "repair": "none"}, False),
-        ({"axis": "depth", "repair": "none"}, False),
-    ],
-)
+@pytest.mark.parametrize(("changes", "hold_out"), TABLES["held_out"])
 def test_samples_are_held_out_where_something_is_judged(changes, hold_out):
     assert decided(asked(**{"local_steps": 0, **changes}))[0].hold_out == hold_out
 

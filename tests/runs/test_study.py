@@ -211,7 +211,7 @@ def test_mended_code_is_other_work(data, tmp_path, monkeypatch):
     assert found[0] == found[1] != found[2]
     names = []
     for version in ("slimvlm 1", "slimvlm 2"):
-        monkeypatch.setattr(schedule, "identity_of_code", lambda version=version: version)
+        monkeypatch.setattr(documents, "identity_of_code", lambda version=version: version)
         names.append({stage.name for stage in prepared(study(data), print)[1].stages()})
     assert not names[0] & names[1]
 

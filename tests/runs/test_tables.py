@@ -21,6 +21,9 @@ from slimvlm.runs.tables import (
 )
 from tests import tiny
 from tests.evaluation.test_compare import TEXT, answered, questions, result
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 
 def test_notes_say_what_training_learnt_and_whether_it_did_harm():
@@ -61,52 +64,9 @@ def shape_of(name):
     return anatomy(tiny.CONFIGS[name]())
 
 
-EXPECTED = {
-    "llava-llama": lambda shape: {
-        "one layer": [f"{shape.layers[0].params:,}"],
-        "KV groups in a layer": [
-            f"{shape.layers[0].num_kv_heads} ({shape.layers[0].queries_per_group} query heads "
-            f"each, head_dim {shape.layers[0].head_dim})"
-        ],
-        "neurons in a layer": [f"{shape.layers[0].intermediate_size}"],
-        "legal neurons": [f"1 to {shape.layers[0].intermediate_size}"],
-    },
-    "lfm2_vl": lambda shape: {
-        "one layer": [
-            f"layers 0, 2: {shape.layers[0].params:,}",
-            f"layers 1, 3: {shape.layers[1].params:,}",
-        ],
-        "one KV group": ["layers 0, 2: none", f"layers 1, 3: {shape.layers[1].kv_group_params:,}"],
-        "KV groups in a layer": [
-            "layers 0, 2: none",
-            "layers 1, 3: 4 (2 query heads each, head_dim 8)",
-        ],
-        "one neuron": [f"{shape.layers[0].neuron_params:,}"],
-        "legal KV groups": ["1, 2, 3, 4"],
-    },
-    "qwen3_vl_moe": lambda _: {
-        "neurons in a layer": ["32 in every expert"],
-        "legal neurons": ["8 to 32 in steps of 8"],
-    },
-    "llama4": lambda shape: {
-        "neurons in a layer": ["layers 0, 2: none that can go", "layers 1, 3: 32 in every expert"],
-        "one expert": ["layers 0, 2: none", f"layers 1, 3: {EXPERT:,}"],
-        "all experts": [
-            f"{8 * EXPERT / shape.backbone_params:.0%} of the backbone (compress --experts)"
-        ],
-        "experts in a layer": ["layers 0, 2: none", "layers 1, 3: 4"],
-        "legal experts": ["1 to 4: each token takes 1"],
-    },
-    "idefics2": lambda shape: {"legal neurons": [str(w) for w in shape.legal_neurons()]},
-}
-EXPERT = 3 * 64 * 32 + 64
-"""Parameters of Llama 4's expert: its matrices and its row of the router."""
-
-
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", TABLES["rows"])
 def test_layers_that_differ_have_rows_of_their_own(name):
-    shape = shape_of(name)
-    rows, expected = printed(shape), EXPECTED[name](shape)
+    rows, expected = printed(shape_of(name)), TABLES["rows"][name]
     assert {key: rows[key] for key in expected} == expected
     if name == "llava-llama":
         assert all(len(values) == 1 for values in rows.values())

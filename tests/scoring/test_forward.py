@@ -1,4 +1,7 @@
-"""Scores from inputs: of experts and their neurons, against what a token at a time gives."""
+"""Scores from inputs: of experts and their neurons, against what a token at a time gives.
+
+Also of layers that not every batch runs.
+"""
 
 import pytest
 import torch
@@ -177,3 +180,18 @@ def test_layers_that_pictures_alone_reach_are_skipped_without_one(name):
     assert scores.layer.isfinite().all()
     assert (scores.layer == 0).any()
     assert sv.score(model, [blind, batch], "angular").layer.isfinite().any()
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "taylor_mix"])
+def test_a_last_batch_without_a_picture_drops_no_layer_from_sums_of_gradients(criterion):
+    """Mllama's layers that read pictures run only in batches with some."""
+    model = tiny.build("mllama")
+    seeing, blind = tiny.batch(model, 12, 0), tiny.batch(model, 12, 1)
+    blind = {name: blind[name] for name in ("input_ids", "attention_mask", "labels")}
+    blind["input_ids"] = blind["input_ids"].clamp(max=90)
+    expected, found = (
+        scored(model, data, criterion, "neuron") for data in ([blind, seeing], [seeing, blind])
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours) == len(theirs) > 0
+        assert_scores_close(ours, theirs, SCORE_SHARE_OF_MAXIMUM)

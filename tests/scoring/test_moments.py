@@ -11,6 +11,7 @@ from slimvlm.scoring.forward import capture_grams
 from slimvlm.scoring.moments import Moments, add_product_, invert_, mirror_
 from tests import tiny
 from tests.handmade import plan_by_hand
+from tests.scoring.test_forward import inputs_of
 from tests.tolerances import SOLVE, Tolerance, assert_close
 
 
@@ -50,25 +51,16 @@ def assert_same(ours, theirs, tolerance=SOLVE):
 def test_grams_are_the_products_of_inputs_in_any_parts(name):
     model = tiny.build(name).double()
     data = double(samples(name))
-    seen = {}
-    matrices = {}
-    hooks = []
-    for index, projection, linear in Parts(model).projections():
-        if projection.path.rpartition(".")[2] in ("o_proj", "dense", "down_proj", "fc2"):
-            key = (index, projection.path)
-            matrices[key] = linear.weight
-            hooks.append(
-                linear.register_forward_pre_hook(
-                    lambda module, args, key=key: seen.setdefault(key, []).append(args[0])
-                )
-            )
     statistics = capture_grams(model, data)
-    for hook in hooks:
-        hook.remove()
+    matrices = {
+        (index, projection.path): linear.weight
+        for index, projection, linear in Parts(model).projections()
+        if projection.path.rpartition(".")[2] in ("o_proj", "dense", "down_proj", "fc2")
+    }
     assert len(matrices) == 2 * read_anatomy(model).num_layers
     assert statistics.parts.keys() == statistics.matrices.keys() == matrices.keys()
     for key, matrix in matrices.items():
-        x = torch.cat([one.detach().flatten(0, 1) for one in seen[key]])
+        x = torch.cat([inputs_of(model, key[1], batch)[key[0]] for batch in data])
         part = statistics.parts[key]
         assert_close(part.gram, x.T @ x, SOLVE)
         assert_close(part.total, x.sum(0), SOLVE)

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
 IMAGE = -200
+NAMES = yaml.safe_load(Path(__file__).with_name("originals.yaml").read_text())["names"]
 Values = Mapping[str, Any]
 
 
@@ -332,30 +334,21 @@ def _published_names(original: Original, inside: bool) -> Iterator[tuple[str, Te
 
 def _clip(name: str) -> str:
     """The name that CLIP and SigLIP give a part of the tower."""
-    outer = {
-        "position": "embeddings.position_embedding.weight",
-        **{"patch": "embeddings.patch_embedding", "class": "embeddings.class_embedding"},
-        **{"before": "pre_layrnorm", "after": "post_layernorm"},
-    }
     first, _, rest = name.partition(".")
-    if first in outer:
-        return outer[first] + ("." + rest if rest else "")
+    if not first.isdigit():
+        return NAMES["clip"][first] + ("." + rest if rest else "")
     part, _, kind = rest.partition(".")
-    inner = {"norm1": "layer_norm1", "norm2": "layer_norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-    inner |= {"out": "self_attn.out_proj", **{p: f"self_attn.{p}_proj" for p in "qkv"}}
-    return f"encoder.layers.{first}.{inner[part]}.{kind}"
+    return f"encoder.layers.{first}.{NAMES['clip'][part]}.{kind}"
 
 
 def _internvit(name: str, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The name that InternViT gives a part of the tower; queries, keys and values are one."""
     tensor = weights[f"tower.{name}"]
-    outer = {
-        **{f"patch.{kind}": f"patch_embedding.{kind}" for kind in ("weight", "bias")},
-        **{"position": "position_embedding", "class": "class_embedding"},
-    }
-    if name in outer:
-        shape = (1, -1, tensor.shape[-1]) if name in ("position", "class") else tensor.shape
-        yield f"vision_model.embeddings.{outer[name]}", tensor.view(shape)
+    first, _, rest = name.partition(".")
+    if not first.isdigit():
+        shape = tensor.shape if rest else (1, -1, tensor.shape[-1])
+        new = NAMES["internvit"][first] + ("." + rest if rest else "")
+        yield f"vision_model.embeddings.{new}", tensor.view(shape)
         return
     index, part, *kind = name.split(".")
     start = f"vision_model.encoder.layers.{index}."
@@ -365,6 +358,4 @@ def _internvit(name: str, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, 
         parts = [weights[f"tower.{index}.{p}.{kind[0]}"] for p in "qkv"]
         yield f"{start}attn.qkv.{kind[0]}", torch.cat(parts)
     elif part not in ("k", "v"):
-        inner = {"out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-        inner |= {"q_norm": "attn.q_norm", "k_norm": "attn.k_norm"}
-        yield f"{start}{inner.get(part, part)}.{kind[0]}", tensor
+        yield f"{start}{NAMES['internvit'][part]}.{kind[0]}", tensor

@@ -1,12 +1,16 @@
 """What a table says on the claims: on tables made by hand, from the paper and against it."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
+import yaml
 
 from slimvlm.runs.study.config import expand, read_study
 from slimvlm_tools.claims import CLAIMS, Claim, claims_of, claims_text
 from tests.runs.study.test_config import SHIPPED
 
+TABLES = yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text())
 RATIOS = (0.15, 0.30, 0.45, 0.60)
 ORIGINAL = {
     **{"model": "m", "axis": "original", "recovery": "original", "ratio": 0.0, "status": "done"},
@@ -37,15 +41,8 @@ def verdicts(rows):
 
 
 def test_llava_in_the_paper():
-    rows = [
-        *series("width", "none", (90.87, 79.88, 32.43, 6.75)),
-        *series("depth", "none", (72.22, 69.18, 34.40, 5.34)),
-        *series("width", "sft", (95, 90, 84, 76)),
-        *series("depth", "sft", (97, 97, 85, 77)),
-        *series("width", "sft", (94, 88, 79, 47), train="projector", recovery="p"),
-        *series("width", "sft+hidden", (96.7, 92.4, 84, 80)),
-    ]
-    found = verdicts(rows)
+    made = (series(*values, **changes) for *values, changes in TABLES["paper"])
+    found = verdicts([row for rows in made for row in rows])
     agree = [name for name in CLAIMS if found[name].verdict == "agrees"]
     assert agree == ["T1", "T3", "T4", "T5", "T9"]
     assert found["T6"].numbers == (
@@ -58,59 +55,18 @@ def test_llava_in_the_paper():
     assert found["T1"].numbers == said
 
 
-AGREES = {
-    "T1": [row("width", 0.3, 60), row("depth", 0.3, 50)],
-    "T2": [
-        row(axis, 0.3, kept, avg_free=free, avg_choice=choice)
-        for axis, kept, free, choice in (("width", 60, 40, 50), ("depth", 50, 20, 45))
-    ],
-    "T3": [row("width", 0.45, 49), row("depth", 0.6, 5)],
-    "T4": [row("width", 0.3, 80, "sft"), row("depth", 0.3, 79.5, "sft")],
-    "T5": [row("width", 0.45, 80, "sft"), row("depth", 0.45, 80.9, "sft")],
-    "T6": [
-        *(row("width", 0.15, 95, "sft", train="projector"), row("width", 0.15, 99, "sft")),
-        *(row("width", 0.6, 40, "sft", train="projector"), row("width", 0.6, 70, "sft")),
-    ],
-    "T7": [
-        row("width", 0.15, 80, avg_pictures=40, avg_text=50),
-        row("width", 0.6, 10, avg_pictures=6, avg_text=8),
-    ],
-    "T8": [
-        *(row("width", 0.15, 95, "sft"), row("width", 0.15, 96, "kl")),
-        *(row("width", 0.6, 76, "sft"), row("width", 0.6, 62, "rkl")),
-        *(row("width", 0.6, 60, "kl"), row("width", 0.6, 58, "hidden")),
-    ],
-    "T9": [
-        *(row("width", 0.3, 90, "sft"), row("width", 0.3, 92, "sft+hidden")),
-        *(row("width", 0.3, 91, "sft+kl"), row("width", 0.3, 91, "sft+hidden+rkl")),
-    ],
-    "T10": [
-        *(row("width", 0.3, 90, "sft"), row("width", 0.3, 85, "sft", fraction=0.05)),
-        *(row("width", 0.6, 80, "sft"), row("width", 0.6, 60, "sft", fraction=0.05)),
-        row("width", 0.6, 70, "sft", fraction=0.2),
-    ],
-}
-SPOILT = {
-    "T1": (1, {"avg_percent": 61}),
-    "T2": (1, {"avg_free": 39}),
-    "T3": (0, {"avg_percent": 51}),
-    "T4": (1, {"avg_percent": 78.5}),
-    "T5": (1, {"avg_percent": 81.5}),
-    "T6": (2, {"avg_percent": 66}),
-    "T7": (1, {"avg_text": 20}),
-    "T8": (4, {"avg_percent": 63}),
-    "T9": (1, {"avg_percent": 88}),
-    "T10": (4, {"avg_percent": 85}),
-}
-"""For each claim a row and what it must say for the claim to fail."""
+def agreeing(name):
+    """Rows that agree with a claim."""
+    parted = [(r, r.pop() if isinstance(r[-1], dict) else {}) for r in map(list, TABLES[name][0])]
+    return [row(*values, **changes) for values, changes in parted]
 
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_claim_agrees_fails_and_is_not_measured(name):
-    assert set(AGREES) == set(SPOILT) == set(CLAIMS)
-    rows = AGREES[name]
+    assert set(TABLES) - {"paper"} == set(CLAIMS)
+    rows = agreeing(name)
     assert verdicts(rows)[name].verdict == "agrees", verdicts(rows)[name].numbers
-    index, change = SPOILT[name]
+    index, change = TABLES[name][1]
     spoilt = [{**r, **(change if i == index else {})} for i, r in enumerate(rows)]
     claim = verdicts(spoilt)[name]
     assert claim.verdict == "does not", claim.numbers
@@ -139,14 +95,14 @@ def test_numbers_are_means_over_seeds_and_repaired_cells_stand_beside_bare_ones(
 
 def test_blind_models_have_no_picture_claim_and_nothing_is_measured_before_a_cell():
     blind = {"avg_pictures": None}
-    rows = [{**r, **blind} for r in AGREES["T1"] + AGREES["T7"]]
+    rows = [{**r, **blind} for r in agreeing("T1") + agreeing("T7")]
     claims = {c.name: c for c in claims_of(pd.DataFrame([{**ORIGINAL, **blind}, *rows]))}
     assert claims["T7"].verdict == "not measured"
     assert claims["T1"].verdict == "agrees"
     original = {name: ORIGINAL[name] for name in ("model", "axis", "recovery", "status")}
     for rows in ([original], [{**original, "status": "open"}]):
         assert {claim.verdict for claim in claims_of(pd.DataFrame(rows))} == {"not measured"}
-    text = claims_text(claims_of(pd.DataFrame([ORIGINAL, *AGREES["T1"]])))
+    text = claims_text(claims_of(pd.DataFrame([ORIGINAL, *agreeing("T1")])))
     assert "| T1 | without recovery" in text
     assert "- m 30%: width 60.0, depth 50.0" in text
 

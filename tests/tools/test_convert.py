@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers as hf
+import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -66,21 +67,8 @@ CASES = {
     "bunny-no-tower": Case("bunny", "original_no_tower", "siglip-tower", "no_tower."),
     "internvl": Case("internvl", "original", None),
 }
-QUESTIONS = {
-    "llava": {
-        **{"one": [(1, "What is in the picture?")], "short": [(1, "Is it a cat?")]},
-        **{"two": [(2, "How many shapes are there?")], "text": [(0, "Describe the dog.")]},
-        "multi": [(1, "What is in the picture?"), (0, "A red square."), (0, "Is it a cat?")],
-    },
-    "internvl": {
-        **{"one": [(1, "What is it?")], "tiled": [(1, "What is in the picture?")]},
-        **{"two": [(2, "How many shapes?")], "text": [(0, "Is it a cat?")]},
-        "multi": [(1, "What is in the picture?"), (0, "A red square."), (0, "Is it a cat?")],
-    },
-}
-QUESTIONS["bunny"] = QUESTIONS["llava"]
-TILES = {"one": [1], "tiled": [7], "two": [1, 3], "text": [], "multi": [1]}
-PICTURES = {"one": [0], "two": [0, 1], "text": [], "batch": [0, 1]}
+TABLES = yaml.safe_load(Path(__file__).with_name("convert.yaml").read_text())
+QUESTIONS, TILES, PICTURES = (TABLES[name] for name in ("questions", "tiles", "pictures"))
 
 
 class Converted(NamedTuple):
@@ -279,17 +267,7 @@ def test_any_text_is_split_as_sentencepiece_splits_it(splitters, text):
     assert native(text, add_special_tokens=False).input_ids == own.encode(text)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"model_type": "unigram"}, "only SentencePiece BPE"),
-        ({"model_type": "word", "vocab_size": 500, "byte_fallback": False}, "only SentencePiece"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text"),
-        ({"normalization_rule_name": "nfkc_cf"}, "normalizes text"),
-        ({"remove_extra_whitespaces": True}, "removes whitespace"),
-        (None, "is not a SentencePiece model"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), TABLES["sentencepiece"])
 def test_other_kinds_of_sentencepiece_are_refused(tmp_path, options, message):
     source = sentencepiece_model(tmp_path / "source", **options or {})
     if options is None:
@@ -380,7 +358,7 @@ def test_a_lost_tensor_is_noticed_after_writing(tmp_path, monkeypatch, limit):
 
     def lossy(model, read, folder, shard_bytes):
         real(model, read, folder, shard_bytes)
-        edit_weights(folder, _drop("language_model.model.norm.weight"))
+        edit_weights(folder, lambda weights: weights.pop("language_model.model.norm.weight"))
 
     monkeypatch.setattr(write, "write_weights", lossy)
     with pytest.raises(ReloadError, match=r"norm\.weight"):
@@ -439,29 +417,9 @@ def test_sampling_settings_that_are_off_do_not_stop_saving(tmp_path):
     assert settings.suppress_tokens == [384, 385]  # rows that the original does not have
 
 
-OF_BOTH = [
-    *(("mm_projector_type", "linear"), ("mm_projector_type", "mlp3x_gelu"), ("use_s2", True)),
-    *(("image_aspect_ratio", "anyres"), ("rope_scaling", {"type": "dynamic", "factor": 2.0})),
-    ("architectures", ["LlavaMistralForCausalLM"]),
-]
-YARN = {"type": "yarn", "short_factor": [], "long_factor": []}
-REFUSALS = {
-    "llava": [
-        *(*OF_BOTH, ("mm_use_im_start_end", True), ("mm_use_im_patch_token", True)),
-        *(("mm_patch_merge_type", "spatial_unpad"), ("mm_vision_select_feature", "slicefour")),
-    ],
-    "bunny": [*OF_BOTH, ("mm_vision_select_layer", -1)],
-    "internvl": [
-        *(("ps_version", "v1"), ("pad2square", True), ("template", "Hermes-2")),
-        *(("use_llm_lora", 16), ("use_backbone_lora", 16), ("use_thumbnail", False)),
-        ("llm_config.architectures", ["InternLM2ForCausalLM"]),
-        ("llm_config.rope_scaling", YARN),
-    ],
-}
-
-
 @pytest.mark.parametrize(
-    ("name", "field", "value"), [(name, *row) for name, rows in REFUSALS.items() for row in rows]
+    ("name", "field", "value"),
+    [(name, *row) for names, *row in TABLES["fields"] for name in names.split()],
 )
 def test_what_has_no_counterpart_is_refused_before_weights_are_opened(tmp_path, name, field, value):
     source = CASES[name].copied(tmp_path / "source")
@@ -495,47 +453,23 @@ def test_native_checkpoints_are_not_originals(tmp_path):
         convert(tmp_path / "other", tmp_path / "again")
 
 
-def _drop(name):
-    return lambda weights: weights.pop(name)
-
-
-def _put(name, *shape):
-    return lambda weights: weights.update({name: torch.ones(shape, dtype=torch.float16)})
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("bunny", _put("model.spare", 3), "'model.spare' has no place"),
-        ("bunny", _put("lm_head.bias", 403), "'lm_head.bias' is not zero"),
-        ("bunny", _drop("model.mm_projector.2.bias"), "linear_2.bias"),
-        ("bunny", _drop("lm_head.weight"), "lm_head.weight"),
-        ("bunny", _put("model.final_layernorm.weight", 81), "has shape [81]"),
-        ("bunny", _put("model.layers.3.mlp.fc1.bias", 160), "no counterpart"),
-        ("internvl", _put("vision_model.head.weight", 3), "'vision_model.head.weight' has no"),
-        ("internvl", _drop("vision_model.encoder.layers.1.ls2"), "layer.1.lambda_2"),
-        ("internvl", _drop("vision_model.encoder.layers.0.attn.qkv.bias"), "attention.q_proj.bias"),
-    ],
-)
-def test_every_tensor_has_a_place_and_every_place_a_tensor(tmp_path, name, change, message):
+@pytest.mark.parametrize(("name", "tensor", "shape", "message"), TABLES["tensors"])
+def test_every_tensor_has_a_place_and_every_place_a_tensor(tmp_path, name, tensor, shape, message):
     source = CASES[name].copied(tmp_path / "source")
+
+    def change(weights):
+        weights.pop(tensor, None)
+        if shape is not None:
+            weights[tensor] = torch.ones(shape, dtype=torch.float16)
+
     edit_weights(source, change)
     with pytest.raises(SlimError, match=re.escape(message)):
         CASES[name].convert(tmp_path / "out", source)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "tower", "error", "message"),
-    [
-        *((name, None, ConfigError, "vision_tower") for name in CASES if name != "internvl"),
-        ("llava", "bunny/siglip-tower", UnsupportedModelError, "model_type 'siglip'"),
-        ("internvl", "llava/vision_tower", UnsupportedModelError, "vision_tower"),
-    ],
-)
-def test_a_tower_that_is_missing_or_of_another_kind_is_refused(
-    name, tower, error, message, tmp_path
-):
+@pytest.mark.parametrize(("name", "tower", "message"), TABLES["towers"])
+def test_a_tower_that_is_missing_or_of_another_kind_is_refused(name, tower, message, tmp_path):
     case = CASES[name]
-    with pytest.raises(error, match=message):
+    with pytest.raises(UnsupportedModelError if tower else ConfigError, match=message):
         convert(case.folder / case.source, tmp_path / "out", tower and FIXTURES / tower)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+import yaml
 
 from slimvlm_tools.convert import convert
 from tests.tolerances import FORWARD, assert_close
@@ -17,122 +18,28 @@ IMAGE_ID = {"llava": 384, "bunny": 403, "internvl": 397}
 """Behind the tokens of the fixtures' tokenizers, or one of them."""
 OUTER = ("select_layer", "downsample_ratio", "force_image_size")
 """Fields of InternVL that stand outside the language model's configuration."""
-FEATURES = "mm_vision_select_feature"
-LAYER = "mm_vision_select_layer"
-
-HEADS = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
-SIZES = {
-    "llava": {
-        **{"hidden_size": 64, "intermediate_size": 96, **HEADS, "hidden_act": "silu"},
-        **{"vocab_size": 384, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
-        **{"rope_theta": 10000.0, "tie_word_embeddings": False},
-    },
-    "bunny": {
-        **{"hidden_size": 80, "intermediate_size": 160, **HEADS},
-        **{"vocab_size": 403, "tie_word_embeddings": False},
-    },
-    "internvl": {
-        **{"hidden_size": 64, "intermediate_size": 96, **HEADS},
-        **{"vocab_size": 404, "tie_word_embeddings": False},
-    },
-}
-TOWER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}
-TOWERS = {
-    "llava": {
-        **{**TOWER, "intermediate_size": 64, "image_size": 56},
-        **{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    },
-    "bunny": {
-        **{**TOWER, "intermediate_size": 56, "image_size": 60},
-        **{"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
-    },
-    "internvl": {
-        **{**TOWER, "intermediate_size": 64, "image_size": 84},
-        **{"hidden_act": "gelu", "layer_norm_eps": 1e-6},
-    },
-}
-SU = {
-    "type": "su",
-    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.2, 2.9],
-    "long_factor": [1.1, 2.0, 4.5, 9.0, 21.0, 40.0],
-}
-VARIANTS = {
-    # name: family, changes of the language model, of the tower, of the files
-    "llava-as-published": ("llava", {}, {}, {"kind": "bin", "shards": 2, "outside": True}),
-    "llava-grouped": (
-        "llava",
-        {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96, LAYER: -1,
-         "num_hidden_layers": 5, "vocab_size": 777, "rms_norm_eps": 1e-6, "rope_theta": 5e5},
-        {"num_hidden_layers": 5, "patch_size": 16, "image_size": 60, "num_attention_heads": 4},
-        {"dtype": "bfloat16", "shards": 3},
-    ),
-    "llava-tied": (
-        "llava",
-        {"tie_word_embeddings": True, "num_key_value_heads": 1, LAYER: 1, FEATURES: "cls_patch",
-         "rope_scaling": {"type": "linear", "factor": 2.5}, "hidden_act": "gelu"},
-        {"hidden_act": "gelu", "layer_norm_eps": 1e-4, "image_size": 42},
-        {"dtype": "float16", "kind": "bin"},
-    ),
-    "llava-whole-tower-model": (
-        "llava",
-        {"num_hidden_layers": 1, "model_type": "llava", LAYER: -4, "intermediate_size": 56},
-        {"num_hidden_layers": 4, "hidden_size": 48, "intermediate_size": 80},
-        {"outside": True, "wrapped": True, "kind": "bin"},
-    ),
-    "bunny-inside": ("bunny", {}, {}, {"cut": True, "shards": 2}),
-    "bunny-outside": (
-        "bunny",
-        {"num_attention_heads": 5, "num_key_value_heads": 5, "partial_rotary_factor": 0.5,
-         "num_hidden_layers": 4, "intermediate_size": 100, "vocab_size": 512},
-        {"num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 45, "patch_size": 9},
-        {"outside": True, "dtype": "bfloat16"},
-    ),
-    "bunny-grouped": (
-        "bunny",
-        {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 2e4,
-         "layer_norm_eps": 1e-4, "hidden_act": "gelu", "partial_rotary_factor": 0.8},
-        {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_hidden_layers": 2},
-        {"outside": True, "wrapped": True, "kind": "bin", "shards": 2, "dtype": "float16"},
-    ),
-    "internvl-short": (
-        "internvl",
-        {"rope_scaling": None, "num_key_value_heads": 2, "num_hidden_layers": 4, "select_layer": -2,
-         "sliding_window": 24, "rms_norm_eps": 1e-6},
-        {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False, "patch_size": 21},
-        {"dtype": "bfloat16", "shards": 3},
-    ),
-    "internvl-long": (
-        "internvl",
-        {"rope_scaling": SU, "hidden_size": 48, "original_max_position_embeddings": 50,
-         "max_position_embeddings": 640, "vocab_size": 410, "force_image_size": 112},
-        {"num_attention_heads": 4},
-        {},
-    ),
-    "internvl-tied": (
-        "internvl",
-        {"rope_scaling": SU, "hidden_size": 48, "original_max_position_embeddings": 400,
-         "max_position_embeddings": 400, "tie_word_embeddings": True, "downsample_ratio": 0.25,
-         "select_layer": 2, "rope_theta": 5e4},
-        {"image_size": 112, "hidden_size": 24, "hidden_act": "gelu_pytorch_tanh"},
-        {"dtype": "float16", "kind": "bin", "shards": 2},
-    ),
-}  # fmt: skip
+TABLES = yaml.safe_load(Path(__file__).with_name("originals.yaml").read_text())
+VARIANTS = TABLES["variants"]
 
 
 def original_of(name, seed):
     family, text_changes, tower_changes, files = VARIANTS[name]
     source = FIXTURES / family / "original"
     config = json.loads((source / "config.json").read_text())
-    tower = {**TOWERS[family], **tower_changes}
+    tower = {**TABLES["towers"][family], **tower_changes}
     if family == "internvl":
         outer = {n: v for n, v in text_changes.items() if n in OUTER}
         inner = {n: v for n, v in text_changes.items() if n not in OUTER}
-        config["llm_config"] |= {**SIZES[family], **inner}
+        config["llm_config"] |= {**TABLES["sizes"][family], **inner}
         config["vision_config"] |= tower
         config |= {"force_image_size": tower["image_size"], **outer}
         tower = config["vision_config"]
     else:
-        config |= {**SIZES[family], "mm_hidden_size": tower["hidden_size"], **text_changes}
+        config |= {
+            **TABLES["sizes"][family],
+            "mm_hidden_size": tower["hidden_size"],
+            **text_changes,
+        }
     dtype = getattr(torch, files.get("dtype", "float32"))
     return random_original(family, config, tower, seed, dtype)
 

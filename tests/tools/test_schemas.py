@@ -39,19 +39,10 @@ def test_every_study_fits(study):
     assert not accepts("study", {**values, "colour": "red"})
 
 
-@pytest.mark.parametrize(
-    ("values", "is_allowed"),
-    [
-        ({"ratio": 0.3}, True),
-        ({"units": "neuron"}, True),
-        ({"recover": "none"}, True),
-        ({"recover": {"train": "lora", "loss": "sft"}}, True),
-        ({"ratio": "much"}, False),
-        ({"ratoi": 0.3}, False),
-        ({"recover": {"train": "half"}}, False),
-        ({"units": ["head"]}, False),
-    ],
-)
+ROWS = yaml.safe_load(Path(__file__).with_name("schemas.yaml").read_text())
+
+
+@pytest.mark.parametrize(("values", "is_allowed"), ROWS)
 def test_the_schema_of_a_run_agrees_with_the_reader(values, is_allowed, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({"model": "m", **values}))

@@ -33,9 +33,12 @@ from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
 from tests.handmade import Stopped, assert_equal, logits, plan_by_hand
+from tests.tables import tables
 from tests.tiers import tiered
 from tests.tiny_folder import KINDS, SEEING, short_samples
 from tests.tolerances import AFTER_ADAM, FORWARD, LOSS, assert_close
+
+TABLES = tables(__file__)
 
 TRAINED = {
     "projector": r"multi_modal_projector\.",
@@ -299,16 +302,7 @@ def test_defaults_train_a_pruned_model_with_the_processor_it_was_read_with(trimm
 
 
 # Refusals.
-@pytest.mark.parametrize(
-    ("kind", "asked", "told"),
-    [
-        ("llava", {"loss": "hidden"}, "loss 'hidden' needs a teacher"),
-        ("llava", {"loss": "rkl"}, "loss 'rkl' needs a teacher"),
-        ("llava", {"loss": "sft+kl"}, "loss 'sft+kl' needs a teacher"),
-        ("text", {"train": "projector", "loss": "sft"}, "'llama' has no projector"),
-        ("llava", {"loss": "sft", "keep_adapter": True}, "keep_adapter True needs a work folder"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "asked", "told"), TABLES["refused"])
 def test_what_is_not_possible_is_refused_and_changes_nothing(kind, asked, told):
     student, _, processor = models(kind)
     before = weights(student)

@@ -37,14 +37,17 @@ from pyarrow import parquet
 
 from slimvlm import cli
 from slimvlm.core.errors import OutputError
-from slimvlm.core.options import OF_LORA, OF_TRAINER
+from slimvlm.core.options import PASSED_ON
 from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.load import anatomy
 from slimvlm.planning.plan import Plan
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
 from tests.runs.test_report import write_run, write_study
-from tests.trust.spoiled import INDEX, NASTY, WEIGHTS, divide, mutated, spoil, torn, write_pickle
+from tests.tables import tables
+from tests.trust.spoiled import NASTY, divide, mutated, spoil, torn, write_pickle
+
+TABLES = tables(__file__)
 
 MAX_SECONDS, MAX_BYTES = 60, 2 * 2**30
 
@@ -76,17 +79,8 @@ def make_plan(folder):
 
 def make_study(folder):
     folders.write_llava_data(folder, count=16, pictures=False)
-    grid = {"model": str(folders.folder("text")), "ratio": [0.2, 0.4], "axis": "depth"}
-    grid |= {"prune": {"samples": 8}}
-    values = {
-        "grids": [grid | {"seed": [0, 1]}],
-        "recoveries": {"short": {"train": "lora", "loss": "sft", "max_steps": 3}},
-        "data": str(folder / "data.json"),
-        "tasks": "demo",
-        "limit": 4,
-        "resources": {"cpus": 1, "gpus": 0.5},
-        "reference": {"source": "a paper", "rows": [{"retention": 90.0, "ratio": 0.2}]},
-    }
+    grids = [row | {"model": str(folders.folder("text"))} for row in TABLES["study"]["grids"]]
+    values = TABLES["study"] | {"grids": grids, "data": str(folder / "data.json")}
     (folder / "study.yaml").write_text(yaml.safe_dump(values))
 
 
@@ -118,17 +112,10 @@ def hostile_template(draw):
     number = draw.choice((3, 99, 99_999, 60_000_000, 10**10))
     atoms = ("'a'", "[1]", "messages", "7", "n.x", f"('ab' * {number})", "{'a': n.x}")
     a, b = (draw.choice(atoms) for _ in range(2))
-    uses = (
-        *("{{ A OP B }}", "{{ A|tojson }}", "{{ A|string|length }}", "{{ [A, B]|sort }}"),
-        *("{{ A.replace('a', 'bb' * 999) }}", "{{ '%9999s' * N % A }}", "{{ A|pprint }}"),
-        *("{% for i in range(N) %}{{ A }}{% endfor %}", "{{ (A ~ B)|center(N) }}"),
-        *("{% set n.x = [n.x, n.x] %}" * 9, "{{ (7 ** N) // (3 ** N) }}", "{{ A.__class__ }}"),
-        *("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 'a'.translate({97: A}) }}"),
-        *("{{ raise_exception(A) }}", "{% generation %}{{ B }}{% endgeneration %}", "{% break %}"),
-        "{% for i in range(60) %}{% set n.x = [n.x, A] %}{% endfor %}{{ n.x == n.x }}",
+    text = "{% set n = namespace(x='ab') %}" + "".join(
+        draw.choices(TABLES["templates"], k=draw.randrange(1, 4))
     )
-    text = "{% set n = namespace(x='ab') %}" + "".join(draw.choices(uses, k=draw.randrange(1, 4)))
-    operator = draw.choice(("+", "*", "==", "in", "<", "//", "**", "%", "~"))
+    operator = draw.choice(TABLES["operators"])
     return text.replace("A", a).replace("B", b).replace("OP", operator).replace("N", str(number))
 
 
@@ -256,24 +243,6 @@ DATA = folders.write_llava_data(folders.root() / "rows", 8, pictures=False)
 LOW = f"prune {MODEL} --ratio 0.3 --data {DATA} --samples 4 --low-memory --out {{folder}}/o"
 TRAIN = f"recover {MODEL} --data {DATA} --loss sft --max-steps 1 --out {{folder}}/o"
 ORIGINALS = Path(__file__).parents[1] / "fixtures" / "convert" / "llava"
-NAMES = """[LlamaForCausalLM, AutoModel, FOLDER/sub, ., ../secret.jsonl, /etc/passwd,
-  "hf-hub:evil/x", evil/kernel, flash_attention_2, [evil.C, null], {"": evil/k},
-  {image_processor_type: AutoModel},
-  {AutoProcessor: evil.C, AutoTokenizer: [evil.C, null]}, {checkpoint_path: FOLDER/marked.bin},
-  {audio_tokenizer_class: AutoModel, audio_tokenizer_name_or_path: FOLDER/sub}]"""
-KEYS = """[audio_tokenizer, audio_tokenizer_class, audio_tokenizer_name_or_path, auto_map,
-  processor_class, tokenizer_class, image_processor_type, image_processor, config,
-  video_processor, feature_extractor_type, tokenizer_file, vocab_file, spm_file, merges_file,
-  name_or_path, init_inputs, chat_template, backend, extra_special_tokens, custom_pipelines,
-  fast_tokenizer_files, added_tokens_file, gguf_file, attn_implementation,
-  _attn_implementation, experts_implementation, _attn_implementation_internal,
-  transformers_weights, configuration_files, _name_or_path, backbone, backbone_config,
-  model_args, quantization_config, custom_generate, architecture, model_type,
-  use_pretrained_backbone]"""
-FILES = ("config", "generation_config", "processor_config", "tokenizer_config", "tokenizer")
-FILES += ("preprocessor_config", "audio_tokenizer_config", "special_tokens_map")
-TOWERS = ("timm_wrapper", "timm_backbone", "detr", "dpt", "llava", "clip", "maskformer", "evil")
-WORK = (".o.scratch", ".o.training", ".o.partial", ".o.old", ".o.lock", "o", "slimvlm-scratch")
 DRAWN = (*(0.5, 1, 3, True, "linear", "sgd", "none", ["q_proj"]) * 4, *("[", "(a+)+$"), *NASTY)
 DRAWN += ({"q_proj": 10**7}, 10**400, 2.0)
 
@@ -286,14 +255,14 @@ def named(folder, draw):
     (folder / "sub" / "config.json").write_text(json.dumps(evil))
     (folder / "sub" / "evil.py").write_text("open('marked', 'w')")
     write_pickle(folder / "marked.bin", folder.parent / "marked")
-    file = folder / f"{draw.choice(FILES)}.json"
+    file = folder / f"{draw.choice(TABLES['files'])}.json"
     values = json.loads(file.read_text()) if file.exists() else {}
     inside = [values, *(value for value in values.values() if isinstance(value, dict))]
-    value = draw.choice(yaml.safe_load(NAMES.replace("FOLDER", str(folder))))
-    keys = yaml.safe_load(KEYS)
+    names = json.loads(json.dumps(TABLES["names"]).replace("FOLDER", str(folder)))
+    value, keys = draw.choice(names), TABLES["keys"]
     draw.choice(inside)[draw.choice(keys)] = value
     if draw.random() < 0.3:
-        tower = {"model_type": draw.choice(TOWERS), draw.choice(keys): value}
+        tower = {"model_type": draw.choice(TABLES["towers"]), draw.choice(keys): value}
         values[draw.choice(("vision_config", "text_config"))] = tower
     file.write_text(json.dumps(values))
     return draw.choice((CHAT, "inspect {folder}", "export {folder} --check", QUANTIZE, GGUF))
@@ -301,7 +270,8 @@ def named(folder, draw):
 
 def links(folder, draw):
     """Links, and folders of a user's own, where work in progress lies."""
-    victim, place = folder.parent.parent / "victim" / "checkpoint-9", folder / draw.choice(WORK)
+    victim = folder.parent.parent / "victim" / "checkpoint-9"
+    place = folder / draw.choice(TABLES["work"])
     victim.mkdir(parents=True, exist_ok=True)
     (victim / "precious").write_text("x")
     if draw.random() < 0.7:
@@ -363,7 +333,7 @@ def passed_on(folder, draw):
     """Arguments of other libraries, with which a tiny model is trained."""
     kind = draw.choice(("lora", "trainer"))
     every = peft.LoraConfig if kind == "lora" else transformers.TrainingArguments
-    ours = OF_LORA if kind == "lora" else OF_TRAINER
+    ours = PASSED_ON[kind]
     key = draw.choice([*ours] * 3 + [row.name for row in dataclasses.fields(every)])
     settings = {"loss": "sft", kind: {key: draw.choice(DRAWN)}}
     values = {"model": "x", "ratio": 0.3, "recover": settings}
@@ -430,13 +400,9 @@ def tokenizer(folder, draw):
 
 
 def words(folder, draw):
-    own = ("x" * 300, "\udcff", "\x1b[2J", "-1", "--force", "--", "1e999", "nan", "", "{a}")
-    own += ("../..", "\u202e")
+    own = ("x" * 300, "\udcff", str(folders.folder("text")), *TABLES["words"])
     verb = draw.choice(list(cli.VERBS))
-    flags = ("--out", "--data", "--ratio", "--images", "--samples", "--seed", "--tasks", "--plan")
-    chosen = [
-        draw.choice((*own, *flags, str(folders.folder("text")))) for _ in range(draw.randrange(5))
-    ]
+    chosen = [draw.choice(own) for _ in range(draw.randrange(5))]
     return "\0".join((verb, *chosen))
 
 
@@ -455,38 +421,19 @@ def then(make, command):
     return made
 
 
+MAKERS = {
+    **{"model": make_model, "divided": make_divided, "seeing": make_seeing, "plan": make_plan},
+    **{"template": make_template, "study": make_study, "task": make_task, "result": make_result},
+    "scores": make_scores,
+}
+COMMANDS = {"CHAT": CHAT, "PRUNE": PRUNE}
 CLASSES = {
-    "config": spoiled(make_model, "config.json", CHAT),
-    "index": spoiled(make_divided, INDEX, CHAT),
-    "weights": spoiled(make_model, WEIGHTS, PRUNE),
-    "generation": spoiled(make_model, "generation_config.json", CHAT),
-    "tokenizer file": spoiled(make_model, "tokenizer.json", CHAT),
-    "tokenizer settings": spoiled(make_model, "tokenizer_config.json", CHAT),
-    "seeing": spoiled(make_seeing, "config.json", "inspect {folder}"),
-    "processor": spoiled(make_seeing, "processor_config.json", CHAT),
-    "template file": spoiled(make_template, "chat_template.jinja", CHAT),
-    "template": template,
-    "tokenizer": tokenizer,
-    "plan": spoiled(
-        make_plan, "plan.json", f"prune {MODEL} --plan {{folder}}/plan.json --out {{folder}}/out"
-    ),
-    "study": spoiled(
-        make_study, "study.yaml", "study {folder}/study.yaml --out {folder}/out --dry-run"
-    ),
-    "task": spoiled(make_task, "task.yaml", f"evaluate {MODEL} --tasks {{folder}}/task.yaml"),
-    "result": spoiled(
-        make_result,
-        "result.json",
-        f"evaluate {MODEL} --tasks {{folder}}/task.yaml --baseline {{folder}}/result.json",
-    ),
-    "scores": spoiled(
-        make_scores,
-        "scores.json",
-        f"plan {MODEL} --scores {{folder}}/scores --ratio 0.3 --out {{folder}}/p.json",
-    ),
-    "run folder": run_folder,
-    "data": of_data(make_data, "text"),
-    "pictures": of_data(make_picture, "llava"),
+    **{
+        name: spoiled(MAKERS[make], file, COMMANDS.get(command, command.replace("MODEL", MODEL)))
+        for name, (make, file, command) in TABLES["spoiled"].items()
+    },
+    **{"template": template, "tokenizer": tokenizer, "run folder": run_folder, "words": words},
+    **{"data": of_data(make_data, "text"), "pictures": of_data(make_picture, "llava")},
     "run.yaml": lambda folder, draw: (
         f"compress --config {run_yaml(folder, draw)} --dry-run --out {{folder}}/o"
     ),
@@ -494,11 +441,8 @@ CLASSES = {
     "own folder": then(
         own_folder, f"prune {MODEL} --ratio 0.3 --criterion magnitude --out {{folder}}/out --force"
     ),
-    "words": words,
     **{"names": named, "links": links, "scratch": scratch, "report": report},
     **{"passed on": passed_on, "gate": gate, "convert": original, "racing": racing},
-    "closed streams": spoiled(make_model, "config.json", CHAT),
-    "full disk": spoiled(make_model, "generation_config.json", PRUNE),
     "many rows": many_rows,
 }
 CODES = {"gate": (0, 2, 3)}

@@ -13,6 +13,9 @@ from slimvlm.core.errors import SlimError
 from slimvlm.models.load import load
 from tests import tiny_folder as folders
 from tests.handmade import refused
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 SOURCES = sorted(Path(inspect.getfile(slimvlm)).parent.rglob("*.py"))
 EVIL = """
@@ -115,16 +118,7 @@ def test_names_in_weights_are_said_in_one_line_without_control_characters(what, 
     assert "\x1b" not in said
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"cache_implementation": "offloaded"},
-        {"return_dict_in_generate": True},
-        {"prefill_chunk_size": 0},
-        {"prefill_chunk_size": -1},
-        {"cache_implementation": "quantized"},
-    ],
-)
+@pytest.mark.parametrize("values", TABLES["generation"])
 def test_settings_of_generation_change_no_code(values, tmp_path, capsys):
     model = folders.copied("text", tmp_path / "m")
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **values}))

@@ -12,10 +12,10 @@ from slimvlm.models.load import anatomy, load
 from tests import tiny_folder as folders
 from tests.handmade import contents, refused
 from tests.runs.test_report import write_run
+from tests.tables import tables
 from tests.trust.test_configurations import EVIL
 
-OTHER = {"audio_tokenizer_class": "AutoConfig", "audio_tokenizer_name_or_path": "m/sub"}
-TIMM = {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224"}
+TABLES = tables(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +27,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("file", "values"),
-    [
-        ("processor_config.json", {"audio_tokenizer": OTHER}),
-        ("audio_tokenizer_config.json", OTHER),
-        ("processor_config.json", {"processor_class": "LlamaForCausalLM"}),
-        ("processor_config.json", {"image_processor": {"image_processor_type": "AutoModel"}}),
-        ("tokenizer_config.json", {"tokenizer_class": "AutoModelForCausalLM"}),
-        ("config.json", {"configuration_files": ["config.4.0.0.json"]}),
-    ],
-)
+@pytest.mark.parametrize(("file", "values"), TABLES["processors"])
 def test_a_processor_names_no_other_model_and_no_other_class(file, values, place):
     model = folders.copied("llava", place / "m")
     evil = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}
@@ -61,15 +51,7 @@ def test_no_configuration_chooses_a_kernel(part, kernel, place):
     assert load("m")[0].config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(
-    ("tower", "why"),
-    [
-        ({**TIMM, "model_args": {"checkpoint_path": "marked.pth"}}, "'checkpoint_path' names"),
-        ({**TIMM, "architecture": "hf-hub:evil/x"}, "architecture 'hf-hub:evil/x' names"),
-        (TIMM, "model_type 'timm_wrapper' is not known"),
-        ({"model_type": "detr", "backbone": "evil/x"}, "model_type 'detr' is not known"),
-    ],
-)
+@pytest.mark.parametrize(("tower", "why"), TABLES["towers"])
 def test_a_tower_is_of_a_known_type_and_reads_no_file(tower, why, place):
     model = folders.copied("llava", place / "m")
     folders.edit_json(model / "config.json", lambda values: values.update(vision_config=tower))

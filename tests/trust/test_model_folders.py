@@ -14,7 +14,10 @@ from slimvlm.models.files import check_folder
 from slimvlm.models.load import anatomy, load
 from slimvlm.scoring.layerwise import open_checkpoint
 from tests import tiny_folder as folders
+from tests.tables import tables
 from tests.trust.spoiled import INDEX, WEIGHTS, divide, renamed_part, write_pickle
+
+TABLES = tables(__file__)
 
 
 def _set(**fields):
@@ -67,33 +70,11 @@ SPOILED = {
     "weights are linked out": (_linked_out(WEIGHTS), WEIGHTS),
     "the configuration is linked out": (_linked_out("config.json"), "config.json"),
     "it is an adapter": (_adapter, "adapter_config.json"),
-    "the index is no JSON": (_index("{"), INDEX),
-    "the index is a list": (_index("[]"), INDEX),
-    "the index names no file": (_index('{"weight_map": {"a": 3}}'), INDEX),
-    "the index lacks its map": (_index("{}"), INDEX),
     "the index is deep": (_index("[" * 5000), INDEX),
-    "config.json is no JSON": (_text("config.json", '{"model_type":'), "config.json"),
-    "config.json is a list": (_text("config.json", "[]"), "config.json"),
     "config.json is deep": (_text("config.json", '{"a":' * 3000 + "1" + "}" * 3000), "config.json"),
-    "config.json is a number": (_text("config.json", "3"), "config.json"),
-    "no bytes at all": (_text("config.json", ""), "config.json"),
-    "absurd width": (_set(hidden_size=10**12), "hidden_size"),
-    "absurd depth": (_set(num_hidden_layers=10**9), "num_hidden_layers"),
-    "absurd vocabulary": (_set(vocab_size=10**15), "vocab_size"),
-    "a negative width": (_set(intermediate_size=-4), "intermediate_size"),
-    "a width of zero": (_set(hidden_size=0), "hidden_size"),
-    "a width in words": (_set(hidden_size="wide"), "hidden_size"),
-    "a width that is a list": (_set(hidden_size=[1]), "hidden_size"),
-    "no heads": (_set(num_attention_heads=0), "num_attention_heads"),
-    "no KV heads": (_set(num_key_value_heads=0), "num_key_value_heads"),
-    "an unknown activation": (_set(hidden_act="evil"), "evil"),
-    "rope is a word": (_set(rope_parameters="fast"), "config|rope"),
-    "larger than its files": (_set(intermediate_size=2**18), "intermediate_size|weights"),
-    "generation is no JSON": (_text("generation_config.json", "{"), "generation_config.json"),
-    "generation is a list": (_text("generation_config.json", "[]"), "generation_config.json"),
-    "the tokenizer is no JSON": (_text("tokenizer.json", "{"), "tokenizer"),
-    "the tokenizer is empty": (_text("tokenizer.json", "{}"), "tokenizer"),
-    "its settings are a list": (_text("tokenizer_config.json", "[]"), "tokenizer_config.json"),
+    **{why: (_set(**fields), named) for why, (fields, named) in TABLES["fields"].items()},
+    **{why: (_text(name, text), named) for why, (name, text, named) in TABLES["texts"].items()},
+    **{why: (_index(text), INDEX) for why, text in TABLES["indices"].items()},
 }
 
 

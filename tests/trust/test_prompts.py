@@ -13,7 +13,10 @@ from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import AnswerLog, answer, choose
 from slimvlm.evaluation.tasks import TaskRow, read_task
 from slimvlm.models.load import load
+from tests.tables import tables
 from tests.tiny_folder import edit_json, folder
+
+TABLES = tables(__file__)
 
 TASK = {"name": "own", "data": "rows.jsonl", "prompt": "{q}?", "answer": "a"}
 
@@ -53,36 +56,14 @@ def task_file(folder, **changes):
     return path
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"name": ""}, "name"),
-        ({"name": 3}, "name: 3|name 3"),
-        ({"name": "x" * 101}, "name"),
-        ({"prompt": ["{q}"]}, "prompt"),
-        ({"chance": float("nan")}, "chance"),
-        ({"chance": 101}, "chance"),
-        ({"chance": "25"}, "chance"),
-        ({"max_new_tokens": 10**12}, "max_new_tokens"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"max_new_tokens": True}, "max_new_tokens"),
-        ({"evil": 1}, "evil"),
-        ({"image": {}}, "image"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "named"), TABLES["wrong_values"])
 def test_a_wrong_value_is_named_with_its_file(changes, named, tmp_path):
     with pytest.raises(ConfigError, match=f"task '.*task.yaml': .*({named})") as caught:
         read_task(task_file(tmp_path, **changes))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("a: &a [1]\nb: *a", "[" * 500, "!!python/object/apply:os.system [exit 3]", "", "3"),
-        *("? [a]\n: b", "!!int ''", "!!timestamp x", "a: 2020-99-99", "\x00", "\xff"),
-    ],
-)
+@pytest.mark.parametrize("text", [*TABLES["no_task"], "[" * 500])
 def test_yaml_that_is_no_task_ends_in_one_line(text, tmp_path):
     path = tmp_path / "task.yaml"
     path.write_text(text, encoding="latin-1")

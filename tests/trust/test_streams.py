@@ -9,33 +9,12 @@ import pytest
 from slimvlm.cli import VERBS, main
 from slimvlm.core.errors import PrintableStream
 from tests import tiny_folder as folders
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 LONG = "x" * 300
-WORDS = [
-    "inspect PATH",
-    "compress MODEL --data PATH --ratio 0.3 --out o",
-    "compress MODEL --data DATA --images PATH --ratio 0.3 --out o",
-    "compress MODEL --ratio 0.3 --vocab-size auto --vocab-text PATH --out o",
-    "compress MODEL --ratio 0.3 --out PATH",
-    "compress --config PATH --out o",
-    "prune MODEL --plan PATH --out o",
-    "prune MODEL --ratio 0.3 --out PATH",
-    "score MODEL --criterion magnitude --out PATH",
-    "plan MODEL --ratio 0.3 --scores PATH --out o",
-    "recover MODEL --data PATH --out o",
-    "recover MODEL --teacher PATH --data DATA --out o",
-    "evaluate MODEL --data PATH",
-    "evaluate MODEL --tasks PATH",
-    "evaluate MODEL --data DATA --baseline PATH",
-    "compare PATH PATH",
-    "report PATH",
-    "study PATH --out o",
-    "chat MODEL hi --image PATH",
-    "export PATH --out o",
-    "quantize PATH --out o",
-    "convert PATH --out o",
-    "bench PATH",
-]
+WORDS = TABLES["words"]
 
 
 def run(words, capsys):

@@ -13,63 +13,13 @@ from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.data import templates
 from slimvlm.data.chat import render
 from tests import tiny_folder as folders
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
-GROWING = (
-    "{% set n = namespace(x=START) %}{% for i in range(60) %}{% set n.x = n.x OP n.x %}{% endfor %}"
-)
-HOSTILE = {
-    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "filtered loops": (
-        "{% for a in range(9999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}"
-    ),
-    "repeated": "{{ 'a' * 10000000000 }}",
-    "repeated list": "{{ [1] * 10000000000 }}",
-    "power": "{{ 9 ** (9 ** 9) }}",
-    "doubling": GROWING.replace("START", "'ab'").replace("OP", "+"),
-    "joining": GROWING.replace("START", "'ab'").replace("OP", "~"),
-    "multiplying": GROWING.replace("START", "3").replace("OP", "*"),
-    "centred": "{{ 'a'|center(9999999999) }}",
-    "justified": "{{ 'a'.ljust(9999999999) }}",
-    "format": "{{ '{:9999999999}'.format(1) }}",
-    "percent": "{{ '%9999999999d' % 1 }}",
-    "format filter": "{{ '%9999999999d'|format(1) }}",
-    "width from outside": "{{ '%*d' % (9999999999, 1) }}",
-    "replaced": "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
-    "replace filter": "{{ ('a' * 100000)|replace('a', 'b' * 100000) }}",
-    "joined": "{{ (['a' * 1000000] * 1000)|join }}",
-    "joined lazily": "{{ (['a' * 1000000] * 1000)|map('upper')|join }}",
-    "written": "{% for i in range(99999) %}{{ 'a' * 60000 }}{% endfor %}",
-    "caught": "{% set x %}{% for i in range(99999) %}{{ 'a' * 60000 }}{% endfor %}{% endset %}",
-    "compared": (
-        "{% set n = namespace(x=[1,1], y=[1,1]) %}{% for i in range(40) %}"
-        "{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x OP n.y }}"
-    ).replace("OP", "=="),
-    "written out": (
-        "{% set n = namespace(x=[1,1]) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}"
-        "{% endfor %}{{ n.x|tojson }}"
-    ),
-    "divided": "{{ ((7 ** 20000000) // (3 ** 10000000)) > 1 }}",
-    "sorted": "{{ [('a' * 60000000), ('a' * 60000000)[::-1], ('a' * 60000000)[::-1]]|sort }}",
-    "wider": "{{ ('a' * 32768).replace('a', '\U0001f600' * 32768)|length }}",
-    "translated": "{{ ('a' * 400000).translate({97: '\U0001f600' * 20000})|length }}",
-    "four digits": "{{ ('%(a)9999s' * 400000) % {'a': 1} }}",
-    "held": "{% set n = namespace(x=[]) %}{% for i in range(40) %}"
-    "{% set n.x = n.x + ['ab' * (30000000 + i)] %}{% endfor %}",
-    "printed": "{{ ([[['a' * 600] * 600] * 600])|pprint }}",
-}
-ESCAPES = {
-    "stored class": "{% set n = namespace(__class__=1) %}{{ n }}",
-    "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "globals": "{{ raise_exception.__globals__['os'] }}",
-    "environment": "{{ namespace.__init__.__globals__ }}",
-    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "division": "{{ 1 / 0 }}",
-    "types": "{{ 1 + 'a' }}",
-    "unclosed": "{% for",
-    "unknown tag": "{% evil %}",
-    "unknown filter": "{{ 'a'|evil }}",
-}
+HOSTILE = TABLES["hostile"]
+ESCAPES = TABLES["escapes"]
 
 
 def rendered(template, kind="text"):

@@ -23,28 +23,15 @@ from slimvlm.core.files import held
 from slimvlm.core.options import CompressConfig, RecoverConfig, file_only
 from slimvlm.core.progress import current_stage, num_ranks, stage
 
-GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
+GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # every verb, by what it is for
     "Start to end": (verbs.advise, verbs.compress, verbs.report, verbs.study, verbs.demo),
     "Look and measure": (verbs.inspect, verbs.chat, verbs.evaluate, verbs.compare, verbs.bench),
     "In single steps": (verbs.score, verbs.plan, verbs.prune, verbs.recover),
     "Take away": (verbs.images, verbs.quantize, verbs.export, verbs.convert),
 }
-"""Every verb of the command line, by what it is for."""
 VERBS = {verb.__name__: verb for group in GROUPS.values() for verb in group}
-"""Every verb by its name."""
 ABOUT = "Make multimodal LLMs smaller: prune, recover, measure, save."
 GOING_ON = ("recover", "compress", "study", "evaluate")  # verbs that resume a stopped run
-_LAYER_BY_LAYER = "--low-memory keeps one layer on the device at a time"
-_CURES = {
-    "train": errors.LESS_TO_TRAIN,
-    "recover": errors.LESS_TO_TRAIN,
-    "score": _LAYER_BY_LAYER,
-    "prune": _LAYER_BY_LAYER,
-    "compress": "fewer --samples, a smaller --task-batch-size, or prune --low-memory and recover",
-    "evaluate": "a smaller --batch-size",
-    "bench": "smaller --batch-sizes or --prompt-tokens",
-}
-"""Options that lower the memory of a stage, or else of a verb."""
 LONGEST_LINE = 2000  # characters of an error that are printed
 _BYTES = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -221,8 +208,9 @@ def memory_explained(words: Sequence[str]) -> Iterator[None]:
             if room is not None:
                 free, whole = in_bytes(room[3], room[4]), in_bytes(room[1], room[2])
                 facts.append(f"{free} of {whole} was free")
-            cure = _CURES.get(during) or _CURES.get(words[0])
-            if cure == _LAYER_BY_LAYER and "--low-memory" in words:
+            cures = errors.WORDS["cures"]
+            cure = cures.get(during) or cures.get(words[0])
+            if cure == cures["score"] and "--low-memory" in words:
                 cure = "fewer --samples"
             if cure is None:
                 on_host = "--device cpu uses the memory of the host"

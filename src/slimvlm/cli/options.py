@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import cache, partial
 from inspect import Parameter, signature
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,21 +11,21 @@ import docstring_parser
 import tyro
 
 from slimvlm.core import options as core
-from slimvlm.core.options import Options, part_of
+from slimvlm.core.options import Options
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-USUAL = {
+USUAL = {  # help of parameters that mean the same for every verb that does not explain them
     "model": "Folder, hub id, or demo.",
+    "out": "The new checkpoint folder.",
+    "limit": "Only the first so many questions of each task.",
     "force": "Replace what is there already.",
     "json": "Print JSON.",
 }
-"""Help of parameters that mean the same for every verb."""
 REGISTRY = tyro.constructors.ConstructorRegistry()
-FIRST = (
+FIRST = (  # options that help shows first in their group
     *("ratio", "data", "images", "axis", "train", "loss", "tasks", "samples", "vocab_size"),
     *("epochs", "learning_rate", "limit", "report_samples", "criterion", "low_memory"),
 )
-"""Options that help shows first in their group."""
 
 
 def parse(
@@ -63,7 +62,7 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
     hints, texts = get_type_hints(kind, include_extras=True), _texts(info.type)
     rows, from_file, without_flag = [], {}, core.file_only(kind)
     rank = {name: number for number, name in enumerate(FIRST)}
-    for row in sorted(fields(kind), key=lambda row: rank.get(row.name, len(FIRST))):  # type: ignore[arg-type]
+    for row in sorted(fields(kind), key=lambda row: rank.get(row.name, len(FIRST))):
         default = getattr(info.default, row.name, row.default)
         if row.name in without_flag:
             if info.default is not tyro.MISSING and hasattr(info.default, row.name):
@@ -103,20 +102,6 @@ def _described(hint: Any, text: str, default: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionFlags(core.Questions):
-    """What models are asked, and how."""
-
-    tasks: str | None = None  # type: ignore[assignment]
-    """Comma-separated names: built-in tasks (demo for all, the default without --data), YAML files
-    of your own, or the study's benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista,
-    docvqa (needs slimvlm[eval])."""
-    blind: bool = False
-    """Show the pictures of other questions: the floor of a model that cannot see."""
-    log: Path | None = None
-    """Folder that keeps replies as they come; a stopped evaluation goes on there."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunFlags(core.RunOptions):
     """What models are asked and shown, and how much is trained on."""
 
@@ -153,11 +138,11 @@ def defaults_from(file: str, verb: str) -> dict[str, Any]:
     model, config, learning = read_config(file)
     if verb == "recover":
         untrained = core.RecoverConfig(seed=config.seed)
-        data = {} if config.data is None else {"source": part_of(config, SourceFlags)}
+        data = {} if config.data is None else {"source": config.part(SourceFlags)}
         return {"teacher": model, "training": config.recover or untrained, **data}
     given: dict[str, Any] = {"train": "none"} if learning is None else {}
     if config.recover is not None:
         names = {row.name for row in fields(TrainingFlags)} & set(learning or {}) - {"seed"}
         given = {name: getattr(config.recover, name) for name in names}
-    parts = {"pruning": part_of(config, core.RunPruning), "evaluation": part_of(config, RunFlags)}
+    parts = {"pruning": config.part(core.RunPruning), "evaluation": config.part(RunFlags)}
     return {"model": model, "training": TrainingFlags(**given), **parts}

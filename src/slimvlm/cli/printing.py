@@ -1,18 +1,12 @@
 """Print results on stdout, as a table or as JSON, and remarks on stderr."""
 
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 from slimvlm.core.errors import printable
-from slimvlm.core.progress import is_first_rank
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from slimvlm.evaluation.on_data import DataResult
-    from slimvlm.evaluation.results import Result
+from slimvlm.core.progress import to_log
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # header and rows
 _OF_KINDS = ("chosen_percent", "free_percent")  # where such answers were asked for
@@ -20,12 +14,6 @@ _OF_A_CELL = (
     *("model", "axis", "ratio", "recovery", "fraction"),
     *("seed", "avg", "avg_percent", *_OF_KINDS, "status"),
 )
-
-
-def note(line: str) -> None:
-    """Print a remark on stderr; of several processes the first one does."""
-    if is_first_rank():
-        print(printable(line), file=sys.stderr)
 
 
 def print_json(values: Any) -> None:
@@ -58,11 +46,11 @@ def show(
         return
     print_table(*rows(), title=title)
     for line in notes:
-        note(line)
+        to_log(line)
 
 
-def print_results(results: "Mapping[str, Result]", as_json: bool, title: str = "") -> None:
-    """Print the scores of models; no table if no task was asked."""
+def print_results(results: Mapping[str, Any], as_json: bool, title: str = "") -> None:
+    """Print results on tasks by model; no table if no task was asked."""
     from slimvlm.evaluation.results import guessed
     from slimvlm.runs.tables import result_json, result_rows
 
@@ -73,8 +61,8 @@ def print_results(results: "Mapping[str, Result]", as_json: bool, title: str = "
         show(as_json, lambda: result_json(results), lambda: result_rows(results), title, notes)
 
 
-def print_held_out(results: "Mapping[str, DataResult]") -> None:
-    """Print the figures of held-out samples as a table; nothing if nothing was measured."""
+def print_held_out(results: Mapping[str, Any]) -> None:
+    """Print results on held-out samples by model; nothing if nothing was measured."""
     from slimvlm.runs.tables import held_out_notes, held_out_rows
 
     if results:
@@ -83,9 +71,8 @@ def print_held_out(results: "Mapping[str, DataResult]") -> None:
             print(printable(line))
 
 
-def print_study(table: "pd.DataFrame", as_json: bool) -> None:
+def print_study(table: Any, as_json: bool) -> None:
     """Print the cells of a study and the verdicts on the claims."""
-    from slimvlm.runs.study import as_json as study_json
     from slimvlm_tools.claims import claims_of
 
     def cell(value: object) -> str:
@@ -93,10 +80,12 @@ def print_study(table: "pd.DataFrame", as_json: bool) -> None:
             return "" if value != value else f"{value:.4g}"
         return "" if value is None else str(value)
 
+    claims = claims_of(table)
     if as_json:
-        print_json(study_json(table))
+        rows = json.loads(table.to_json(orient="records"))
+        print_json({"rows": rows, "claims": [asdict(claim) for claim in claims]})
         return
     names = [n for n in _OF_A_CELL if n not in _OF_KINDS or table[n].notna().any()]
     print_table(names, [[cell(row[n]) for n in names] for _, row in table.iterrows()])
-    claims = [[claim.name, claim.statement, claim.verdict] for claim in claims_of(table)]
-    print_table(["claim", "says", "here"], claims)
+    verdicts = [[claim.name, claim.statement, claim.verdict] for claim in claims]
+    print_table(["claim", "says", "here"], verdicts)

@@ -11,11 +11,11 @@ import tyro
 
 from slimvlm.cli import options as flags
 from slimvlm.cli.options import Model
-from slimvlm.cli.printing import note, print_held_out, print_json, print_results, print_table, show
+from slimvlm.cli.printing import print_held_out, print_json, print_results, print_table, show
 from slimvlm.core import options
 from slimvlm.core.errors import ConfigError, printable
 from slimvlm.core.files import path_of
-from slimvlm.core.options import part_of
+from slimvlm.core.progress import duration, to_log
 
 
 def score(
@@ -34,7 +34,7 @@ def score(
     """
     from slimvlm.runs.verbs import score as run
 
-    run(model, calibration, criterion, out, memory, force, note)
+    run(model, calibration, criterion, out, memory, force, to_log)
 
 
 def plan(
@@ -54,7 +54,7 @@ def plan(
     """
     from slimvlm.runs.verbs import plan as run
 
-    made = run(model, config, out, scores, force=force, say=note)
+    made = run(model, config, out, scores, force=force, say=to_log)
     if not json:
         print(made.summary())
         return
@@ -78,12 +78,11 @@ def prune(
     criteria score on the demo's conversations.
 
     Args:
-        out: The new checkpoint folder.
         plan: A plan file instead of ratio, axis, criterion and allocation.
     """
     from slimvlm.runs.verbs import prune as run
 
-    walked, held_out = run(model, pruning, out, plan, memory, report, force, note)
+    walked, held_out = run(model, pruning, out, plan, memory, report, force, to_log)
     print(f"{walked.summary()}\ncheckpoint: {out}")
     print_held_out(held_out)
 
@@ -115,15 +114,15 @@ def recover(
     from slimvlm.runs.verbs import recover as run
 
     if config is not None:
-        note(f"options of {config}, and those of the command line")
-    history = run(model, source, training, out, teacher, shard, force, note)
-    note(f"teacher: {history.teacher}")
-    note(f"trained on {history.num_samples} samples; checkpoint in {out}")
+        to_log(f"options of {config}, and those of the command line")
+    history = run(model, source, training, out, teacher, shard, force, to_log)
+    to_log(f"teacher: {history.teacher}")
+    to_log(f"trained on {history.num_samples} samples; checkpoint in {out}")
 
 
 def evaluate(
     model: Model,
-    questions: flags.QuestionFlags = flags.QuestionFlags(),
+    questions: options.QuestionFlags = options.QuestionFlags(),
     baseline: str | None = None,
     out: Path | None = None,
     source: options.DataConfig = options.DataConfig(),
@@ -150,16 +149,15 @@ def evaluate(
         if source.data is not None and (value := getattr(questions, name)):
             flag = name.replace("_", "-")
             raise ConfigError(f"{name} {str(value)!r}: --{flag} is for tasks, not for --data")
-    given = replace(questions, tasks=questions.tasks or options.Questions.tasks)
-    asked, how = part_of(given, options.Questions), (questions.blind, questions.log)
-    found = run(model, asked, source, baseline, out, force, *how, note, require)
+    asked = replace(questions, tasks=questions.tasks or options.Questions.tasks)
+    found = run(model, asked, source, baseline, out, force, to_log, require)
     if source.data is None:
         print_results(found, json)
-        judge(require, found, {}, note)
+        judge(require, found, {}, to_log)
         return
     rows, notes = partial(held_out_rows, found), held_out_notes(found)
     show(json, partial(held_out_json, found), rows, notes=notes)
-    judge(require, {}, found, note)
+    judge(require, {}, found, to_log)
 
 
 def compress(
@@ -189,26 +187,24 @@ def compress(
             data, no weights, and writes nothing.
     """
     from slimvlm.evaluation.gates import judge
-    from slimvlm.runs.advise import dry_run as look
-    from slimvlm.runs.advise import dry_run_rows
-    from slimvlm.runs.compress import compress as run
-    from slimvlm.runs.compress import config_from
+    from slimvlm.runs import advise as advising
+    from slimvlm.runs import compress as runs
     from slimvlm.runs.tables import held_out_json, result_json
 
     how = {name: value for name, value in vars(training).items() if name != "seed"}  # the run's
-    whole = config_from({**vars(pruning), **vars(evaluation), "recover": how}, model)
+    whole = runs.config_from({**vars(pruning), **vars(evaluation), "recover": how}, model)
     if config is not None:
-        note(f"options of {config}, and those of the command line")
+        to_log(f"options of {config}, and those of the command line")
     if dry_run:
-        needs = look(model, whole, note)
+        needs = advising.dry_run(model, whole, to_log)
         if not json:
-            print_table((), dry_run_rows(needs))
+            print_table((), advising.dry_run_rows(needs))
             return
         values = {name: value for name, value in asdict(needs).items() if name != "plan"}
         plan = {"ratio": needs.plan.ratio, "total_params": needs.plan.after.total_params}
         print_json({**values, **plan})
         return
-    done = run(model, whole, out, force, note)
+    done = runs.compress(model, whole, out, force, to_log)
     held_out, times = done.held_out, done.times
     if json:
         figures = {"held_out": held_out_json(held_out), "times": times and asdict(times)}
@@ -218,10 +214,10 @@ def compress(
         print_held_out(held_out)
         if times is not None:
             print(f"the smaller model {times}")
-    note(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
+    to_log(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
     talk = ["slimvlm", "chat", str(out), "your question", "--other", model]
-    note(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
-    judge(whole.require, done.results, held_out, note)
+    to_log(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
+    judge(whole.require, done.results, held_out, to_log)
 
 
 def study(
@@ -249,13 +245,12 @@ def study(
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # one table shows the progress; before imports
     from slimvlm.cli.printing import print_study
-    from slimvlm.core.progress import duration
     from slimvlm.runs.study import forecast, run_study
 
     if not dry_run:
         print_study(run_study(file, out, engine, workers, address, device=place.device), json)
         if not json:
-            note(f"results: {out}/results.csv, claims: {out}/claims.md")
+            to_log(f"results: {out}/results.csv, claims: {out}/claims.md")
         return
     found = forecast(file, out)
     if json:
@@ -295,7 +290,7 @@ def report(
     page = report_html(read_record(folder, tasks))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, page)
-    note(f"report: {target} ({len(page.encode()) / 1e6:.1f} MB)")
+    to_log(f"report: {target} ({len(page.encode()) / 1e6:.1f} MB)")
 
 
 def advise(
@@ -322,8 +317,7 @@ def advise(
         samples: How many conversations there are; by default as many as the study had.
         dtype: Data type of the weights (bfloat16 for auto).
     """
-    from slimvlm.runs.advise import advice_rows
-    from slimvlm.runs.advise import advise as find
+    from slimvlm.runs import advise as advising
 
     if data:
         raise ConfigError(
@@ -333,7 +327,7 @@ def advise(
     for name, yes, no in (("data", data is not None, no_data), ("gpu", gpu, no_gpu)):
         if yes and no:
             raise ConfigError(f"--{name} and --no-{name} contradict each other")
-    advice = find(
+    advice = advising.advise(
         model,
         **vars(target),
         data=not no_data,
@@ -344,7 +338,7 @@ def advise(
     if json:
         print_json(asdict(advice))
         return
-    print_table((), advice_rows(advice))
+    print_table((), advising.advice_rows(advice))
     print(f"\n{advice.command}")
 
 
@@ -379,7 +373,7 @@ def demo(
     if what == "build":
         print(build_demo() if delta is None else build_from_delta(delta, out, force))
         return
-    header, rows, lines = run_demo(out, short, force, note, model, place.device, axis, limit)
+    header, rows, lines = run_demo(out, short, force, to_log, model, place.device, axis, limit)
     print_table(header, rows, title="the demo model, 30 % smaller")
     for line in lines:
         print(printable(line))
@@ -442,7 +436,7 @@ def compare(
     notes += [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
     title = f"A: {found.name_a}   B: {found.name_b}"
     show(json, partial(comparison_json, found), partial(comparison_rows, found), title, notes)
-    judge(require, results, {}, note)
+    judge(require, results, {}, to_log)
 
 
 def chat(
@@ -494,18 +488,17 @@ def bench(
     Args:
         baseline: The model before pruning.
     """
-    from slimvlm.evaluation.bench import bench as run
-    from slimvlm.evaluation.bench import bench_rows
+    from slimvlm.evaluation import bench as timing
     from slimvlm.models.load import check_models, load_as
 
     names = (model,) if baseline is None else (model, baseline)
     check_models(loading, *names)
     small, *large = (load_as(loading, name)[0] for name in names)
-    found = run(small, large[0] if large else None, workload, names)
+    found = timing.bench(small, large[0] if large else None, workload, names)
     title = f"{found.dtype} on {found.device}, {found.threads} CPU threads"
     sides = filter(None, (found.baseline, found.model))
     notes = [f"{side.model}: {line}" for side in sides for line in side.warnings]
-    show(json, partial(asdict, found), partial(bench_rows, found), title, notes)
+    show(json, partial(asdict, found), partial(timing.bench_rows, found), title, notes)
 
 
 def images(
@@ -527,14 +520,13 @@ def images(
         source: Conversations with pictures, and how the model is read.
         budgets: Shares of the tokens that the data's pictures take now; none measures nothing.
         tasks: Tasks on whose answers it is measured, too.
-        limit: Only the first so many questions of each task.
         keep: Write a model whose pictures take this share: the same weights, another processor.
         out: The new checkpoint folder, for --keep.
     """
     from slimvlm.runs.tables import held_out_json, image_rows
     from slimvlm.runs.verbs import images as run
 
-    found = run(model, source, budgets, tasks, limit, keep, out, force, note)
+    found = run(model, source, budgets, tasks, limit, keep, out, force, to_log)
     if json:
         rows = [{**asdict(each), "held_out": held_out_json(each.held_out)} for each in found]
         print_json({"model": model, "budgets": rows})
@@ -584,7 +576,7 @@ def export(
 
         exported = export_gguf(model, out, outtype, force, original, text_only)
         for line in exported.losses:
-            note(line)
+            to_log(line)
         print(f"language backbone: {exported.text}")
         if exported.pictures is not None:
             print(f"vision tower: {exported.pictures}")
@@ -622,7 +614,6 @@ def quantize(
     pruned or trained.
 
     Args:
-        out: The new checkpoint folder.
         to: Type of the weights.
         backend: Library; auto is torchao, but bitsandbytes for int4 on a CPU and compressed-tensors
             for fp8. What compressed-tensors writes is what vLLM reads best.
@@ -652,7 +643,6 @@ def convert(
 
     Args:
         source: Folder or hub id of the original.
-        out: The new checkpoint folder.
         vision_tower: Folder or hub id of the vision tower, for LLaVA and Bunny. Its weights are
             read where the original does not hold them, its description always.
         dtype: Data type of the new files; by default every tensor stays as it is stored.

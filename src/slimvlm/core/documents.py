@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +19,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from slimvlm import __version__
-from slimvlm.core.errors import LONGEST, ConfigError, SlimError, one_line, raised_as, shortened
+from slimvlm.core import errors
+from slimvlm.core.errors import LONGEST, WORDS, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import cache_dir, path_of, write_text
 from slimvlm.core.options import NO_RESULT
 from slimvlm.core.progress import progress
@@ -58,26 +58,21 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 def read_text(path: str | Path, what: str, most: int = MAX_BYTES) -> str:
     """Read a text file of at most ``most`` bytes; messages begin with ``what``: ``plan``."""
     file = Path(path)
-    try:
+    with _readable(what, path):
         if not file.is_file():
             raise ValueError("no such file")
         if (size := file.stat().st_size) > most:
             raise ValueError(f"it has {size:,} bytes; at most {most:,} are read")
         return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise _unreadable(what, path, error) from error
 
 
 def read_object(path: str | Path, what: str, most: int = MAX_BYTES) -> dict[str, Any]:
     """Read a JSON file that must hold an object; see `read_text`."""
     text = read_text(path, what, most)
-    try:
-        values = parse_json(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"it must map names to values, not {shortened(values)}")
-    except ValueError as error:
-        raise _unreadable(what, path, error) from error
-    return values
+    with _readable(what, path):
+        if isinstance(values := parse_json(text), dict):
+            return values
+        raise ValueError(f"it must map names to values, not {shortened(values)}")
 
 
 def parse_json(text: str) -> Any:
@@ -93,10 +88,8 @@ def parse_json(text: str) -> Any:
 def read_yaml(path: str | Path, what: str) -> Any:
     """Read a YAML file without aliases; see `read_text`. Raise ConfigError if it is no YAML."""
     text = read_text(path, what, MAX_YAML_BYTES)
-    try:
+    with _readable(what, path):
         return parse_yaml(text)
-    except ValueError as error:
-        raise _unreadable(what, path, error) from error
 
 
 def parse_yaml(text: str) -> Any:
@@ -109,9 +102,14 @@ def parse_yaml(text: str) -> Any:
     return values
 
 
-def _unreadable(what: str, path: str | Path, reason: object) -> ConfigError:
-    told = str(getattr(reason, "strerror", None) or reason)
-    return ConfigError(f"{what} {str(path)!r}: cannot be read ({told[:LONGEST]})")
+@contextmanager
+def _readable(what: str, path: str | Path) -> Iterator[None]:
+    """Raise what a file's reading or content raises as a ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        told = str(getattr(error, "strerror", None) or error)[:LONGEST]
+        raise ConfigError(f"{what} {str(path)!r}: cannot be read ({told})") from error
 
 
 def _require_shallow(values: Any) -> None:
@@ -152,22 +150,6 @@ def built(kind: type[T], values: Any, where: str = "") -> T:
         raise ConfigError(_first_mistake(kind, error, where)) from error
 
 
-_MISTAKES = {
-    "unexpected_keyword_argument": "{within}key {key!r} is unknown. Allowed: {allowed}",
-    "missing": "{within}key {key!r} is missing",
-    "dataclass_type": "{place} must map keys to values, not {value}",
-    "dict_type": "{place} must map names to values, not {value}",
-    "too_short": "{place}: give at least one value",
-    "too_long": "{place} {value} must be {count} values",
-    "literal_error": "{place} {value} must be one of: {choices}",
-    "int_type": "{place} {value} must be a whole number",
-    "float_type": "{place} {value} must be a number",
-    "string_type": "{place} {value} must be text",
-    "bool_type": "{place} {value} must be true or false",
-}
-"""Messages for pydantic's types of errors."""
-
-
 def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
     """Describe one mistake in a line; an unknown key first, as others often follow from it."""
     found = error.errors(include_url=False)
@@ -185,15 +167,19 @@ def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
         if hint is not None:
             owner = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
     default = getattr(owner, keys[-1], None) if keys else None
-    return _MISTAKES.get(sort, "{place} {value}: {words}").format(
-        words=mistake["msg"],
-        place=place or "the file",
-        within=f"{around}: " if around else "",
-        key=keys[-1] if keys else "",
-        value=shortened(mistake["input"]),
-        allowed=", ".join(f.name for f in fields(owner)) if owner else "",
-        choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),
-        count=len(default) if isinstance(default, tuple) else 0,
+    return (
+        WORDS["mistakes"]
+        .get(sort, "{place} {value}: {words}")
+        .format(
+            words=mistake["msg"],
+            place=place or "the file",
+            within=f"{around}: " if around else "",
+            key=keys[-1] if keys else "",
+            value=shortened(mistake["input"]),
+            allowed=", ".join(f.name for f in fields(owner)) if owner else "",
+            choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),
+            count=len(default) if isinstance(default, tuple) else 0,
+        )
     )
 
 
@@ -287,7 +273,7 @@ def _hash(file: Path) -> str:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     is_settled = time.time_ns() - max(modified, changed) > _SETTLED and _state(file) == before
     if size > LARGE and is_settled:
-        with suppress(OSError, SlimError):
+        with suppress(OSError, errors.SlimError):
             noted.parent.mkdir(parents=True, exist_ok=True)
             write_text(noted, found)
     return found
@@ -301,5 +287,5 @@ def _state(file: Path) -> list[int]:
 
 @cache
 def identity_of_code() -> str:
-    """Name the version of slimvlm and hash its source: a mended bug makes other results."""
-    return identity_of_files(f"slimvlm {__version__}", str(Path(__file__).parent.parent))
+    """Hash the source of slimvlm: a mended bug makes other results."""
+    return identity_of_files("slimvlm", str(Path(__file__).parent.parent))

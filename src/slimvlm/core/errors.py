@@ -1,9 +1,12 @@
 """Errors that a user can cause and mend; each message names the field, value and choices."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 class SlimError(Exception):
@@ -46,11 +49,10 @@ class InUseError(OutputError):
     """An output that another run is writing."""
 
 
-LESS_TO_TRAIN = (
-    "a smaller --batch-size (with more gradient_accumulation in a file of --config), "
-    "--gradient-checkpointing, or --train lora"
+WORDS: Mapping[str, Mapping[str, str]] = yaml.safe_load(
+    Path(__file__).with_name("words.yaml").read_text(encoding="utf-8")
 )
-"""Options that lower the memory of a training."""
+"""Parts of messages; ``words.yaml`` says what each is for."""
 _NO_MEMORY = ("out of memory", "alloc_failed", "allocate memory", "not enough memory")
 
 

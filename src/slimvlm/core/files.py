@@ -18,23 +18,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from slimvlm.core.errors import ConfigError, InUseError, OutputError, one_line, raised_as, shortened
+from slimvlm.core import errors
+from slimvlm.core.errors import WORDS, ConfigError, OutputError, one_line, raised_as, shortened
 from slimvlm.core.progress import is_first_rank
 
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would be larger than this system allows",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "there is no permission to write",
-    errno.EPERM: "there is no permission to write",
-    errno.EIO: "the disk reports an error",
-    errno.EISDIR: "a folder is in the way",
-    errno.EEXIST: "something is in the way",
-    errno.ENOTDIR: "a file is where a folder should be",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.ELOOP: "links lead in a circle",
-}
+_REASONS = {getattr(errno, name): told for name, told in WORDS["reasons"].items()}
 
 LONGEST_NAME = 200  # bytes of a name that leave room for ``.NAME.partial``
 _MARK, _UNFINISHED = ".slimvlm", {"written_by": "slimvlm", "is": "unfinished"}
@@ -80,10 +68,8 @@ def require_free(path: str | Path, force: bool = False) -> Path:
     if path.exists() and not force:
         raise ConfigError(f"output {str(path)!r} exists. Use --force to replace it")
     if path.is_dir() and not _is_ours(path):
-        raise ConfigError(
-            f"output {str(path)!r} is a folder that slimvlm did not write: --force replaces "
-            "only its own. Remove it, or choose another place"
-        )
+        told = "is a folder that slimvlm did not write: --force replaces only its own"
+        raise ConfigError(f"output {str(path)!r} {told}. Remove it, or choose another place")
     is_link = path.is_symlink() and path.is_dir()  # whose target is replaced
     return path.resolve() if is_link else path
 
@@ -132,7 +118,7 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
                 holder = "just ended"
                 with suppress(OSError, UnicodeDecodeError):
                     holder = file.read_text(encoding="utf-8") or "not yet known which"
-                raise InUseError(
+                raise errors.InUseError(
                     f"output {str(path)!r} is in use by another run ({holder}). Wait for its "
                     "end, or choose another place"
                 ) from error
@@ -197,12 +183,6 @@ def replacement(path: str | Path) -> Iterator[Path]:
         _replace(partial, path)
 
 
-def discard_replacement(path: str | Path) -> None:
-    """Remove the folder that an unfinished `replacement` left."""
-    if (partial := beside(Path(path), "partial")).exists():
-        shutil.rmtree(partial)
-
-
 @contextmanager
 def new_file(path: str | Path, outlives_power_cut: bool = True) -> Iterator[Path]:
     """Yield a file to write, which takes its name when the block ends without an error."""
@@ -239,9 +219,8 @@ def explained(path: str | Path) -> Iterator[None]:
             reason = "the disk is probably full"
         if reason is None:
             raise
-        raise OutputError(
-            f"output {str(path)!r} cannot be written: {reason}. What was there before is unchanged"
-        ) from error
+        why = f"cannot be written: {reason}. What was there before is unchanged"
+        raise OutputError(f"output {str(path)!r} {why}") from error
 
 
 def require_place(path: Path) -> None:
@@ -273,9 +252,8 @@ def beside(path: Path, what: str) -> Path:
     if beside.is_symlink():
         raise ConfigError(f"output {str(path)!r}: {beside.name!r} is a link; remove it")
     if what == "partial" and beside.is_dir() and not _is_ours(beside):
-        raise ConfigError(
-            f"output {str(path)!r}: {beside.name!r} is in the way, which slimvlm did not write"
-        )
+        told = "is in the way, which slimvlm did not write"
+        raise ConfigError(f"output {str(path)!r}: {beside.name!r} {told}")
     return beside
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.core.files import beside
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Options")
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 MIN_NEW_TOKENS = 3
 ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
 FILE_ONLY = "file only"  # in an option's type: it has no flag on the command line
-WITHOUT_FLAG = "without_flag"  # names of inherited options that have none in a class
 MOST = 2**53  # numbers below it are exact in every file and every library
 
 _hints = cache(partial(get_type_hints, include_extras=True))
 
 
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """A group of options whose values are checked against their types."""
 
@@ -68,36 +70,32 @@ class Options:
                 if not isinstance(value, str | None) and not row.holds(value):
                     raise ConfigError(f"{name} {value} must be {row.meaning}")
 
+    def given(self, names: Container[str] | None = None) -> dict[str, Any]:
+        """Take those of some options, or of all, that differ from their defaults."""
+        found = {}
+        for row in fields(self):
+            default = row.default if row.default_factory is MISSING else row.default_factory()
+            if (names is None or row.name in names) and getattr(self, row.name) != default:
+                found[row.name] = getattr(self, row.name)
+        return found
+
+    def refuse(self, names: Container[str], why: str) -> None:
+        """Refuse options that differ from their defaults, but for nothing at all: say ``why``."""
+        for name, value in self.given(names).items():
+            if value not in (0, "none"):
+                raise ConfigError(f"{name} {value!r} {why}")
+
+    def part(self, kind: type[T]) -> T:
+        """Take the options of a smaller group out of this one."""
+        return kind(**{row.name: getattr(self, row.name) for row in fields(kind)})
+
 
 def file_only(kind: Any) -> set[str]:
     """List the options of a class that have no flag on the command line."""
     hints = _hints(kind).items()
-    inherited = (vars(each).get(WITHOUT_FLAG, ()) for each in kind.__mro__)
+    inherited = (vars(each).get("without_flag", ()) for each in kind.__mro__)
     own = {name for name, hint in hints if FILE_ONLY in getattr(hint, "__metadata__", ())}
     return own.union(*inherited)
-
-
-def given_of(config: Any, names: Container[str] | None = None) -> dict[str, Any]:
-    """Take those of some options, or of all, that differ from their defaults."""
-    found = {}
-    for row in fields(config):
-        default = row.default if row.default_factory is MISSING else row.default_factory()
-        if (names is None or row.name in names) and getattr(config, row.name) != default:
-            found[row.name] = getattr(config, row.name)
-    return found
-
-
-def refuse_given(config: Any, names: Container[str], why: str) -> None:
-    """Refuse options that differ from their defaults, but for nothing at all; ``why`` ends it."""
-    for name, value in given_of(config, names).items():
-        if value not in (0, "none"):
-            raise ConfigError(f"{name} {value!r} {why}")
-
-
-def part_of(config: Any, kind: type[T]) -> T:
-    """Take the options of a smaller configuration out of one that has more."""
-    names = [row.name for row in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: getattr(config, name) for name in names})
 
 
 Axis = Literal["depth", "width", "both"]
@@ -105,8 +103,7 @@ AxisChoice = Literal["depth", "width", "both", "auto", "chart"]
 Unit = Literal["kv_group", "neuron"]
 Allocation = Literal["uniform", "balanced", "protect"]
 Gradient = Literal["batch", "per_sample"]
-OutType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
-"""How GGUF files store weights."""
+OutType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]  # of GGUF files
 Repair = Literal["none", "width", "depth", "both", "auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
@@ -132,19 +129,16 @@ def parse_loss(expression: str) -> dict[str, float]:
         match = re.fullmatch(r"(?:(\d+\.?\d*(?:e-?\d+)?)\*)?([a-z]+)", term)
         name = match[2] if match else term
         if match is None or name not in LOSS_NAMES or name in weights:
-            raise ConfigError(
-                f"loss {expression!r}: term {term!r} must be one of {', '.join(LOSS_NAMES)}, once, "
-                "with an optional weight such as 0.5*sft"
-            )
+            told = f"loss {expression!r}: term {term!r} must be one of {', '.join(LOSS_NAMES)}"
+            raise ConfigError(f"{told}, once, with an optional weight such as 0.5*sft")
         weights[name] = float(match[1]) if match[1] else None
     free = [name for name, weight in weights.items() if weight is None]
     rest = 1.0 - sum(weight for weight in weights.values() if weight is not None)
     if any(weight == 0 for weight in weights.values()):
         raise ConfigError(f"loss {expression!r}: every term needs a weight above 0")
     if free and rest <= 0:
-        raise ConfigError(
-            f"loss {expression!r}: {free[0]!r} needs a weight; the others leave nothing of 1 for it"
-        )
+        told = f"loss {expression!r}: {free[0]!r} needs a weight"
+        raise ConfigError(f"{told}; the others leave nothing of 1 for it")
     return {n: rest / len(free) if w is None else w for n, w in weights.items()}
 
 
@@ -186,41 +180,28 @@ class TrainingConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_passable("trainer", self.trainer, OF_TRAINER)
-        _require_passable("lora", self.lora, OF_LORA)
+        _require_passable("trainer", self.trainer)
+        _require_passable("lora", self.lora)
 
 
-OF_LORA: Mapping[str, Range | tuple[Any, ...] | None] = {
-    **{"lora_alpha": ABOVE_0, "lora_dropout": SHARE, "use_rslora": (True, False)},
-    **{"target_modules": None, "exclude_modules": None},
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-}
-_SCHEDULES = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
-    *("constant", "constant_with_warmup"),
+PASSED_ON: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("passed_on.yaml").read_text(encoding="utf-8")
 )
-OF_TRAINER: Mapping[str, Range | tuple[Any, ...] | None] = {
-    **{"weight_decay": AT_LEAST_0, "max_grad_norm": AT_LEAST_0, "warmup_steps": AT_LEAST_0},
-    **{"adam_beta1": SHARE, "adam_beta2": SHARE, "adam_epsilon": ABOVE_0},
-    **{"optim": ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd")},
-    **{"lr_scheduler_type": _SCHEDULES, "report_to": None, "run_name": None},
-    **{"logging_steps": ABOVE_0, "logging_first_step": (True, False), "save_steps": ABOVE_0},
-}
-"""Arguments of LoraConfig and TrainingArguments that are passed on: their numbers, their choices,
-or None for names and regular expressions."""
+"""Arguments of other libraries, and the values that each may have, by the option with them."""
 
 
-def _require_passable(option: str, values: Any, known: Mapping[str, Any]) -> None:
+def _require_passable(option: str, values: Any) -> None:
     """Refuse keys and values that another library would refuse after weights are read, or obey."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{option} {values!r} must map names to values")
+    known, ranges = PASSED_ON[option], {each.meaning: each for each in (ABOVE_0, AT_LEAST_0, SHARE)}
     for key, value in values.items():
         told, allowed = f"{option}: {shortened(str(key))[1:-1]} {shortened(value)}", known.get(key)
         if key not in known:
             raise ConfigError(f"{told} cannot be given. Known: {', '.join(known)}")
-        if isinstance(allowed, Range):
-            fits = type(value) in (int, float) and value < 10**9 and allowed.holds(value)
-            meaning = f"a number {allowed.meaning}, in YAML like 1.0e-2"
+        if isinstance(allowed, str):
+            fits = type(value) in (int, float) and value < 10**9 and ranges[allowed].holds(value)
+            meaning = f"a number {allowed}, in YAML like 1.0e-2"
         elif allowed is not None:
             fits = value in allowed and type(value) in map(type, allowed)
             meaning = f"one of: {', '.join(map(str, allowed))}"
@@ -302,8 +283,8 @@ class LoadConfig(DeviceOptions):
             raise ConfigError(f"device_map {self.device_map!r}: there is a device, {self.device!r}")
 
 
+# options that decide no result, but for rounding
 NO_RESULT = tuple(row.name for row in fields(LoadConfig) if not row.compare)
-"""Options of `LoadConfig` that decide no result, but for rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,8 +483,21 @@ class Questions(Options):
     show each task's blind floor and retention above the floors."""
 
 
-TASK_BATCH_SIZE = "task_batch_size"
-"""Flag of `Questions.batch_size` where training has a batch size, too."""
+@dataclass(frozen=True, kw_only=True)
+class QuestionFlags(Questions):
+    """What models are asked, and how."""
+
+    tasks: str | None = None  # type: ignore[assignment]
+    """Comma-separated names: built-in tasks (demo for all, the default without --data), YAML files
+    of your own, or the study's benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista,
+    docvqa (needs slimvlm[eval])."""
+    blind: bool = False
+    """Show the pictures of other questions: the floor of a model that cannot see."""
+    log: Path | None = None
+    """Folder that keeps replies as they come; a stopped evaluation goes on there."""
+
+
+TASK_BATCH_SIZE = "task_batch_size"  # flag of `Questions.batch_size` beside that of a training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -560,20 +554,18 @@ class CompressConfig(RunOptions, RunPruning):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_latency is not None:
-            for name in ("ratio", "image_tokens"):
-                if (value := getattr(self, name)) is not None:
-                    told = f"target_latency {self.target_latency}: it does not go with"
-                    raise ConfigError(f"{told} {name} {value}")
-        if self.recover is not None and self.device_map is not None:
+            for name, value in self.given(("ratio", "image_tokens")).items():
+                told = f"target_latency {self.target_latency}: it does not go with"
+                raise ConfigError(f"{told} {name} {value}")
+        if self.recover is None:
+            return
+        if self.device_map is not None:
             raise ConfigError(f"device_map {self.device_map!r}: a model that is trained is whole")
-        if self.recover is not None and self.recover.keep_adapter:
-            raise ConfigError(
-                "keep_adapter True: compress writes merged weights alone; use recover"
-            )
-        if self.recover is not None and self.recover.seed not in (0, self.seed):
-            raise ConfigError(
-                f"seed {self.seed}: a run has one, and recover has {self.recover.seed}"
-            )
+        if self.recover.keep_adapter:
+            told = "compress writes merged weights alone; use recover"
+            raise ConfigError(f"keep_adapter True: {told}")
+        if (seed := self.recover.seed) not in (0, self.seed):
+            raise ConfigError(f"seed {self.seed}: a run has one, and recover has {seed}")
 
 
 @dataclass(frozen=True, kw_only=True)

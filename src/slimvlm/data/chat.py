@@ -155,11 +155,6 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
     return {**inputs, "labels": labels}
 
 
-def require_readable(processor: Any, sample: Sample) -> None:
-    """Raise a `DataError` if `encode_samples` would refuse a sample's text; skip its pictures."""
-    _located(processor, sample)
-
-
 def length_of(processor: Any, sample: Sample) -> int:
     """Count the tokens of a sample, those of its pictures included."""
     text, images = rendered(processor, sample), [open_image(image) for image in sample.images]
@@ -168,7 +163,7 @@ def length_of(processor: Any, sample: Sample) -> int:
 
 
 def rendered(processor: Any, sample: Sample) -> str:
-    """Render a sample, with the token that ends an answer behind each; name it in errors."""
+    """Render a sample, with the token that ends an answer behind each; refuse an unfit text."""
     return _located(processor, sample)[0]
 
 

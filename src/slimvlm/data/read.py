@@ -29,11 +29,11 @@ BATCH, BATCH_BYTES = 64, 2**28
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 ENDINGS = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".zip")
 TRAIN = ("train",)
-_OTHER_SPLITS = {
+SPLITS = {
+    "train": {"train", "training"},
     "test": {"test", "testing"},
     "validation": {"valid", "validation", "val", "dev", "eval", "evaluation"},
 }
-SPLITS = {"train": {"train", "training"}, **_OTHER_SPLITS}
 """Splits of a source, and the words in names of files that tell them apart."""
 
 
@@ -159,7 +159,7 @@ def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = sile
         if wanted := [path for path in files if split[path] & SPLITS[each]]:
             say(each)
             return wanted
-    return [path for path in files if not split[path] & set[str]().union(*_OTHER_SPLITS.values())]
+    return [path for path in files if split[path].isdisjoint(SPLITS["test"] | SPLITS["validation"])]
 
 
 def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
@@ -268,7 +268,7 @@ def load_samples(
             if isinstance(sample, DataError):
                 raise sample
             if processor is not None:
-                chat.require_readable(processor, sample)
+                chat.rendered(processor, sample)  # refuses what cannot be learnt from
                 said = "".join(p.get("text", "") for m in sample.messages for p in m["content"])
                 if word := next((each for each in marks if each in said), None):
                     raise DataError(f"sample {sample.id!r}: a text has the model's own {word!r}")

@@ -80,12 +80,10 @@ def divided(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded. Others are refused: some of Pillow's decoders start programs."""
 
+# larger pictures are refused unread: decoded, they take more than 256 MiB (Pillow's own limit)
 MAX_PIXELS = 89_478_485
-"""Larger pictures are refused unread: decoded, they take more than 256 MiB (Pillow's own limit)."""
-
+# pictures with more pixels are reduced to this size: their copies in float32 take gigabytes
 LARGE_PIXELS, LARGE_SIZE = 2**25, (4096, 4096)
-"""Pictures with more pixels are reduced to this size: their copies in float32 take gigabytes."""
-
 MAX_ASPECT = 200  # longer side over shorter one; processors that keep the shape fail beyond it
 _GLANCE = (64, 64)
 

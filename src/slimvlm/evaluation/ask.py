@@ -122,10 +122,8 @@ def _score_replies(
     for batch in batches_by_length(prompts, batch_size, task.name, reached, sees):
         picked = [questions[i] for i in batch]
         if any(question.id not in log.replies for question in picked):
-            log.add(
-                picked, *zip(*reply(model, processor, picked, task.max_new_tokens), strict=True)
-            )
-    replies = [log.replies[question.id] for question in questions]
+            log.add(picked, reply(model, processor, picked, task.max_new_tokens))
+    replies, cut = zip(*(log.replies[question.id] for question in questions), strict=True)
     score = metrics.metric_named(task.metric)
     scores = list(map(score, replies, questions))
     is_yes_no = task.metric == "yes_no"
@@ -135,13 +133,13 @@ def _score_replies(
         chance=task.chance,
         in_average=task.in_average,
         **asked_of(questions),
-        replies=tuple(replies),
+        replies=replies,
         scores=tuple(scores),
         details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
         majority=metrics.majority_score(task.metric, questions),
         offered=task.by_likelihood
         or all(q.choices and all(c in q.prompt for c in q.choices) for q in questions),
-        cut=sum(question.id in log.cut for question in questions),
+        cut=sum(cut),
     )
 
 
@@ -157,7 +155,7 @@ def _score_likelihoods(
 
     def logged(question: Question) -> tuple[float, int] | None:  # mean loss, number of tokens
         try:
-            loss, count = parse_json(log.replies[question.id])
+            loss, count = parse_json(log.replies[question.id][0])
         except (KeyError, TypeError, ValueError):
             return None
         is_pair = type(loss) is float and type(count) is int
@@ -177,7 +175,7 @@ def _score_likelihoods(
         found, counted = answer_losses(model, encoded, where)
         count = int(counted.sum())
         mean = float(found[..., 0].contiguous().sum()) / max(count, 1)
-        log.add([question], [json.dumps([mean, count])])
+        log.add([question], [(json.dumps([mean, count]), False)])
     means, counts = zip(*(logged(question) or (0.0, 0) for question in questions), strict=True)
     total = sum(mean * count for mean, count in zip(means, counts, strict=True))
     loss = total / max(sum(counts), 1)
@@ -207,10 +205,10 @@ def with_arguments(processor: Any, given: Sequence[str]) -> Any:
             values[name] = parse_json(value)
         except ValueError:
             values[name] = value
-    changed = copy(processor) if values else processor
     if values:
-        changed.template_args = values
-    return changed
+        processor = copy(processor)
+        processor.template_args = values
+    return processor
 
 
 def with_costs(
@@ -369,8 +367,8 @@ class AnswerLog:
     def __init__(self, folder: Path | None, task: str, key: str) -> None:
         self._path = None if folder is None else folder / f"{file_name(task)}-{key}.jsonl"
         self._cut_short = False
-        self.replies: dict[str, str] = {}
-        self.cut: set[str] = set()  # questions whose replies reached the token limit
+        # by question, and whether they reached the token limit
+        self.replies: dict[str, tuple[str, bool]] = {}
         if self._path is None or not self._path.is_file():
             return
         text = read_text(self._path, "log")
@@ -381,19 +379,11 @@ class AnswerLog:
             except ValueError:  # cut short by a kill
                 continue
             if isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("id", "reply")):
-                self._keep(row["id"], row["reply"], row.get("cut") is True)
+                self.replies[row["id"]] = row["reply"], row.get("cut") is True
 
-    def _keep(self, name: str, reply: str, is_cut: bool) -> None:
-        self.replies[name] = reply
-        (self.cut.add if is_cut else self.cut.discard)(name)
-
-    def add(
-        self, questions: Sequence[Question], replies: Sequence[str], cut: Sequence[bool] = (False,)
-    ) -> None:
+    def add(self, questions: Sequence[Question], replies: Sequence[tuple[str, bool]]) -> None:
         """Append a batch."""
-        new = list(zip(questions, replies, cut, strict=True))
-        for q, reply, is_cut in new:
-            self._keep(q.id, reply, is_cut)
+        self.replies |= zip((q.id for q in questions), replies, strict=True)
         if self._path is None:
             return
         with explained(self._path):
@@ -402,7 +392,7 @@ class AnswerLog:
             if self._cut_short:
                 log.write("\n")
                 self._cut_short = False
-            for q, reply, is_cut in new:
+            for q, (reply, is_cut) in zip(questions, replies, strict=True):
                 row: dict[str, Any] = {"id": q.id, "prompt": q.prompt, "answers": q.answers}
                 row |= {"reply": reply, **({"cut": True} if is_cut else {})}
                 log.write(json.dumps(row) + "\n")

@@ -121,15 +121,14 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
                 why = str(error)
         asked = [questions.get(key, Question(key, "", ())) for key in ours.ids]
         full = MME_FULL_SCORES.get(name, 100.0) / 100
-        shares = ([score / full for score in each.scores] for each in (ours, theirs))
-        answers = (asked, ours.replies, theirs.replies, *shares)
+        right_a, right_b = ([s / full for s in each.scores] for each in (ours, theirs))
         found[name] = TaskComparison(
             name=name,
             metric=ours.metric,
             score_a=ours.score,
             score_b=theirs.score,
             difference=task_difference(name, theirs, ours),
-            pairs=tuple(map(Pair, *answers)),
+            pairs=tuple(map(Pair, asked, ours.replies, theirs.replies, right_a, right_b)),
             note=why and f"questions and pictures are not shown: {why}",
         )
     if not found:

@@ -16,9 +16,8 @@ from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Estimate
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result, average_of, comparable, guessed, task_difference
 
-OF_DATA = {"loss": "loss", "perplexity": "perplexity", "increase": "increase"}
-OF_DATA |= {"agreement": "agreement", "kl": "divergence"}
-"""Fields of `slimvlm.evaluation.on_data.Figures` by their names in requirements."""
+OF_DATA = ("loss", "perplexity", "increase", "agreement", "kl")
+"""Fields of `slimvlm.evaluation.on_data.Figures`; kl is its divergence."""
 COMPARED = ("increase", "agreement", "kl", "retention")  # compare with a baseline by themselves
 
 
@@ -99,8 +98,9 @@ def _on_data(name: str, after: DataResult, before: DataResult) -> Found:
     if name in ("agreement", "kl") and 2 * alike < len(after.samples):
         told = f"{alike} of {len(after.samples)} samples have the baseline's tokens"
         raise ConfigError(f"require {name!r}: only {told}; loss and increase compare all")
-    theirs = getattr(before.figures, OF_DATA[name])
-    return getattr(after.figures, OF_DATA[name]), theirs and theirs.value
+    field = "divergence" if name == "kl" else name
+    theirs = getattr(before.figures, field)
+    return getattr(after.figures, field), theirs and theirs.value
 
 
 def _on_tasks(name: str, last: Result, first: Result, compares: bool, say: Say) -> Found:
@@ -109,8 +109,10 @@ def _on_tasks(name: str, last: Result, first: Result, compares: bool, say: Say) 
             comparable(last, first, [name])
         other = first.tasks.get(name)
         task, spread = last.tasks[name], task_difference(name, last.tasks[name])
-        bounds = () if task.metric in LIKELIHOODS else (spread.low, spread.high)
-        return Estimate(task.score, *bounds), None if other is None else other.score
+        theirs = None if other is None else other.score
+        if task.metric in LIKELIHOODS:
+            return Estimate(task.score), theirs
+        return Estimate(task.score, spread.low, spread.high), theirs
     counted = {n for result in (last, first) for n, t in result.tasks.items() if t.in_average}
     if compares:
         comparable(last, first, sorted(counted))
@@ -127,5 +129,6 @@ def _on_tasks(name: str, last: Result, first: Result, compares: bool, say: Say) 
         spread = average_of(last.tasks)
         return Estimate(last.average, spread.low, spread.high), first.average
     kept = last.retention(first)
-    bounds = () if math.isnan(kept.low) else (kept.low, kept.high)
-    return Estimate(kept.percent, *bounds), None
+    if math.isnan(kept.low):
+        return Estimate(kept.percent), None
+    return Estimate(kept.percent, kept.low, kept.high), None

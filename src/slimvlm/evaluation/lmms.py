@@ -4,9 +4,9 @@ import contextlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image, ImageFile
 from transformers import PreTrainedModel
 
+from slimvlm.core.documents import read_yaml
 from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.core.options import Questions
 from slimvlm.data.chat import plain_question
@@ -67,6 +68,9 @@ def _mme(values: Values) -> list[float]:
     ]
 
 
+_READERS = {"numbers": _numbers, "mmmu": _mmmu, "mme": _mme}  # give one score for each question
+
+
 @dataclass(frozen=True)
 class LmmsRow:
     """One benchmark of lmms-eval."""
@@ -75,31 +79,17 @@ class LmmsRow:
     metric: str = ""  # key of the score in its results; the task's first metric if empty
     full: float = 1.0  # score of a perfect model
     chance: float = 0.0  # score of guessing, in percent of the full score
-    read: Callable[[Values], list[float]] = _numbers  # one score for each question
+    read: str = "numbers"  # of `_READERS`
     details: Mapping[str, str] = field(default_factory=dict)  # further metrics on the same scale
     together: int = 1  # questions that are scored as one; a limit must be a multiple
     needs_judge: bool = False  # whether another language model reads the replies
 
 
-_MME = partial(LmmsRow, "mme", chance=37.5, read=_mme, together=2)
-LMMS_TASKS: dict[str, LmmsRow] = {
-    "mme_cognition": _MME("mme_cognition_score", full=800),
-    "mme_perception": _MME("mme_perception_score", full=2000),
-    "pope": LmmsRow("pope", "pope_accuracy", chance=50, details={"f1": "pope_f1_score"}),
-    "gqa": LmmsRow("gqa", "exact_match"),
-    "scienceqa_img": LmmsRow("scienceqa_img", "exact_match", chance=40.1),
-    "mmmu_val": LmmsRow("mmmu_val", "mmmu_acc", chance=22.1, read=_mmmu),
-    "ai2d": LmmsRow("ai2d", "exact_match", chance=25),
-    "mathvista": LmmsRow(
-        *("mathvista_testmini_format", "llm_as_judge_eval"), full=100, chance=17.9, needs_judge=True
-    ),
-    "docvqa": LmmsRow("docvqa_val", "anls"),
+LMMS_TASKS = {
+    key: LmmsRow(**row)
+    for key, row in read_yaml(Path(__file__).with_name("lmms.yaml"), "benchmarks").items()
 }
-"""The study's benchmarks; ``mme`` names both of its halves.
-
-Chance: MME counts half the answers and a quarter of the pairs. ScienceQA, MMMU and MathVista are
-the "random chance" rows of their papers (arXiv:2209.09513, 2311.16502, 2310.02255).
-"""
+"""The study's benchmarks; ``mme`` names both of its halves."""
 
 
 def split_names(names: str) -> tuple[str, list[str]]:
@@ -216,7 +206,7 @@ def evaluate_with_lmms(
                     ids=tuple(map(str, scored)),
                     replies=tuple(replies[index][0] for index in scored),
                     cut=sum(replies[index][1] for index in scored),
-                    scores=tuple(row.read([samples[index][metric] for index in scored])),
+                    scores=tuple(_READERS[row.read]([samples[index][metric] for index in scored])),
                     details={k: scale * float(totals[other]) for k, other in row.details.items()},
                     offered=task.OUTPUT_TYPE == "multiple_choice",
                 )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slimvlm.core.documents import read_yaml
 from slimvlm.core.errors import ConfigError, raised_as, shortened
 from slimvlm.data.samples import Question
 
@@ -25,30 +26,28 @@ MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
 """Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
 
 
-_THOUGHTS = r"(?s).*(?:</think(?:ing)?>|◁/think▷|\[/THINK\])"
-THINKING = ("<think>", "<thinking>", "◁think▷", "[THINK]")
+_PATTERNS = read_yaml(Path(__file__).with_name("replies.yaml"), "patterns")
+_LETTERS = {k: v.replace("LETTER", _PATTERNS["letter"]) for k, v in _PATTERNS["letters"].items()}
+THINKING = tuple(_PATTERNS["thinking"])
 """What a thought begins with."""
-_MARKUP = (  # what lays a reply out, and what stays of it
-    (r"(?s).*<answer>(.*?)</answer>.*", r"\1"),
-    (r"(?s).*\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}.*", r"\1"),
-    (r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1"),
-    (r"\\([%$&#_])|\\[()\[\]]", r"\1"),
-    (r"(?<!\w)(\*\*|__|\*|_|`)(?=\S)(.+?)(?<=\S)\1(?!\w)", r"\2"),
-    (r"(?m)^\s*(?:#+|[-*•]|\d+[.)])\s+(?=\S)", ""),
-)
-_ENCLOSED = r"""["'“‘«„「『] ?([^"“”«»„「」『』]*?) ?["'”’»“」』]|\(([^()]*)\)|\$+([^$]+)\$+"""
 
 
 def answer_of(reply: str) -> str:
     """Return what follows the thoughts of a reply; nothing if they were cut off."""
-    answer = re.sub(_THOUGHTS, "", reply, count=1).strip()
+    answer = re.split(_PATTERNS["thoughts"], reply)[-1].strip()
     return "" if answer.startswith(THINKING) else answer
 
 
 def plain(reply: str) -> str:
     """Take thoughts, Markdown and LaTeX off a reply; unify forms of characters (NFKC)."""
-    text = unicodedata.normalize("NFKC", answer_of(reply))
-    for pattern, rest in _MARKUP:
+    text = re.sub("[⁰¹²³⁴-⁹]+", r"^\g<0>", answer_of(reply))  # 5² is not 52
+    text = unicodedata.normalize("NFKC", text)
+    begun, end, _ = text.rpartition("</answer>")
+    text = begun.rpartition("<answer>")[2] if end and "<answer>" in begun else text
+    _, mark, boxed = text.rpartition(r"\boxed{")
+    if mark and (match := re.match(r"((?:[^{}]|\{[^{}]*\})*)\}", boxed)):
+        text = match[1]
+    for pattern, rest in _PATTERNS["markup"]:
         text = re.sub(pattern, rest, text)
     return text
 
@@ -62,7 +61,7 @@ def normalise(text: str) -> str:
     """Reduce a reply to its `plain` conclusion without case, quotes and stops at the end."""
     text = re.sub(r"\s+", " ", concluded(plain(text)).casefold())
     shorter = re.sub(r"(?<=[^\W\d])!+$", "", text.strip().rstrip(".。 "))
-    while (match := re.fullmatch(_ENCLOSED, shorter)) is not None:
+    while (match := re.fullmatch(_PATTERNS["enclosed"], shorter)) is not None:
         shorter = (match[match.lastindex or 0]).strip().rstrip(".。 ")
     return shorter
 
@@ -72,19 +71,6 @@ def exact_match(reply: str, question: Question) -> float:
     return float(normalise(reply) in {normalise(answer) for answer in question.answers})
 
 
-_LATIN = r"A-Za-z0-9À-ɏ"
-# a capital letter alone, which is no article and no pronoun
-_ONE = rf"(?<![{_LATIN}])(?<![{_LATIN}]['’])([A-Z])(?![{_LATIN}]|['’]\w|\.\w)"
-_ONE += r"(?!(?<=[AI]) (?!(?:is|because|since|as|and|n?or|but)\b)[a-zà-ÿ])"
-_RULED_OUT = (
-    rf"(?i:\bnot|n't|\bneither|\bnor|\bthan|\binstead of)(?: be)?(?: option)? \(?{_ONE}\)?",
-    rf"(?:{_ONE}(?:,? and|,? or|,) )*{_ONE} (?:is|are) (?:wrong|incorrect|false|not)\b",
-)
-_FIRST = rf"\W*(?:(?:option|choice) )?\W*{_ONE}(?!\s*(?:or|and|/|,|&)\s*\(?[A-Z]\b)"
-_FIRST += r"|\W*([a-z])(?:[)\]]|[.:]?(?:\s*$|(?<=[.:])\s))"
-_CHOSEN = rf"(?i:\bchoose|\bpick|\bselect|\bgo with|\bsay|\bso|\bit is|\bit's|choice is) \(?{_ONE}"
-
-
 def letter(reply: str, question: Question) -> float:
     """1 if the reply chooses the answer's letter: at its beginning, at its end, or alone.
 
@@ -92,18 +78,14 @@ def letter(reply: str, question: Question) -> float:
     "A" and the pronoun "I" do not count, and several letters are no answer.
     """
     text = plain(reply)
-    for pattern in _RULED_OUT:
-        text = re.sub(pattern, " ", text)
+    for ruled_out in ("negated", "wrong"):
+        text = re.sub(_LETTERS[ruled_out], " ", text)
     text = concluded(text)
-    listed = set(re.findall(rf"{_ONE}[).:]\s", text))
-    first = re.match(_FIRST, text) if len(listed) < 2 else None
-    found = re.findall(_CHOSEN, text)[-1:] or list(dict.fromkeys(re.findall(_ONE, text)))
+    alone, listed = (dict.fromkeys(re.findall(_LETTERS[k], text)) for k in ("alone", "listed"))
+    first = re.match(_LETTERS["first"], text) if len(listed) < 2 else None
+    found = re.findall(_LETTERS["chosen"], text)[-1:] or list(alone)
     said = (first[1] or first[2]) if first else found[0] if len(found) == 1 else ""
     return float(said.lower() == normalise(question.answers[0]))
-
-
-_NO_REPLY = r"\bno (?:idea|way|doubt|problem|information|matter|evidence)\b|\bnot (?:yes|no)\b"
-_NO_REPLY += r"|\b(?:yes|no)\s*(?:and|or|/)\s*(?:yes|no)\b"
 
 
 def yes_no(reply: str, question: Question) -> float:
@@ -114,7 +96,7 @@ def yes_no(reply: str, question: Question) -> float:
 
 def _said(reply: str, answer: str) -> str:
     """Return the one of yes, no and ``answer`` that a reply says; empty if none or both."""
-    text = concluded(re.sub(_NO_REPLY, " ", plain(reply).casefold()))
+    text = concluded(re.sub(_PATTERNS["no_reply"], " ", plain(reply).casefold()))
     words, known = re.findall(r"\w+", text), {"yes", "no", answer}
     found = words[:1] if {*words[:1]} & known else {*words} & known
     return found.pop() if len(found) == 1 else ""
@@ -124,9 +106,7 @@ def set_f1(reply: str, question: Question) -> float:
     """F1 between the items of the reply and of the answer: lines, or between commas and "and"."""
     answer = question.answers[0]
     text = plain(reply) if ":" in answer else re.sub(r"^[^,:\n]*:\s+", "", plain(reply))
-    found, wanted = _items(text), _items(answer)
-    hits = len(found & wanted)
-    return 2 * hits / (len(found) + len(wanted)) if hits else 0.0
+    return _f1(Counter(_items(text)), Counter(_items(answer)))
 
 
 def _items(text: str) -> set[str]:
@@ -137,7 +117,8 @@ def _items(text: str) -> set[str]:
 
 def anls(reply: str, question: Question) -> float:
     """Levenshtein similarity to the best answer, 0 below one half (arXiv:1905.13648, Eq. 1)."""
-    best = max(similarity(normalise(reply), normalise(answer)) for answer in question.answers)
+    said = normalise(reply)
+    best = max(similarity(said, normalise(answer)) for answer in question.answers)
     return best if best >= 0.5 else 0.0
 
 
@@ -155,12 +136,13 @@ def similarity(a: str, b: str) -> float:
 
 def f1(reply: str, question: Question) -> float:
     """F1 between the words, without articles, of reply and best answer (arXiv:1606.05250, 6.1)."""
-    best, found = 0.0, _counted(reply)
-    for answer in question.answers:
-        wanted = _counted(answer)
-        hits = (found & wanted).total()
-        best = max(best, 2 * hits / (found.total() + wanted.total()) if hits else 0.0)
-    return best
+    found = _counted(reply)
+    return max((_f1(found, _counted(answer)) for answer in question.answers), default=0.0)
+
+
+def _f1(found: Counter[str], wanted: Counter[str]) -> float:
+    hits = (found & wanted).total()
+    return 2 * hits / (found.total() + wanted.total()) if hits else 0.0
 
 
 def _counted(text: str) -> Counter[str]:
@@ -168,12 +150,9 @@ def _counted(text: str) -> Counter[str]:
     return Counter([word for word in words if word not in ("a", "an", "the")] or words)
 
 
-_NO_SPACES = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
-
-
 def _words(text: str, gap: str) -> list[str]:
     """Split into words, or characters of scripts without spaces; ``gap`` replaces other signs."""
-    text = re.sub(_NO_SPACES, r" \g<0> ", plain(text).casefold())
+    text = re.sub(_PATTERNS["no_spaces"], r" \g<0> ", plain(text).casefold())
     signs = ((c if c.isspace() or unicodedata.category(c)[0] in "LMN" else gap) for c in text)
     return "".join(signs).split()
 
@@ -444,12 +423,15 @@ def retention(
     ours, base, floor = means.tolist()
 
     def share(level: float) -> float:
-        return 100 * (ours - level) / (base - level) if base > level else math.nan
+        is_above = base > level and not math.isclose(base, level)  # up to rounding
+        return 100 * (ours - level) / (base - level) if is_above else math.nan
 
     low, high = _quotient(centre[:2], covariance[:2, :2], times)
     apart = np.array([[1, 0, -1], [0, 1, -1]])
-    above = _quotient(apart @ centre, apart @ covariance @ apart.T, times)
     percent, above_floor = share(0.0), share(floor)
+    above = _quotient(apart @ centre, apart @ covariance @ apart.T, times)
+    if math.isnan(above_floor):
+        above = math.nan, math.nan
     return Retention(
         percent=percent,
         low=min(max(low, 0.0), percent),
@@ -508,10 +490,8 @@ def ratio_interval(
     numbers: Values, counts: Values, groups: Sequence[str], positive: bool = False
 ) -> Estimate:
     """Divide sums; the interval over groups is one of the logarithm for what is ``positive``."""
-    table, value = (
-        _by_group(np.stack([numbers, counts]), groups),
-        float(numbers.sum() / counts.sum()),
-    )
+    table = _by_group(np.stack([numbers, counts]), groups)
+    value = float(numbers.sum() / counts.sum())
     sums, sizes = table[:1], table[1]
     if len(sizes) < 3:
         return Estimate(value)

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import Field
 
 from slimvlm.core.documents import built, digest, read_object
-from slimvlm.core.errors import ConfigError, NumericalError, SlimError, shortened
+from slimvlm.core.errors import ConfigError, NumericalError, SlimError, raised_as, shortened
 from slimvlm.core.files import write_text
 from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.evaluation import metrics
@@ -138,8 +138,8 @@ class Result:
             floor_of[name] = level = max(ours[name].chance, ours[name].majority or 0, other.floor)
             if other.blind is not None and metrics.average({name: other.blind}) > level:
                 floor_of[name] = other.blind_scores  # one for each question
-        chance = {name: task.chance for name, task in ours.items()}
-        scores, base, pictures = _scores(ours), _scores(theirs), _pictures(ours)
+        chance, pictures = _each(ours, "chance"), _each(ours, "pictures")
+        scores, base = _each(ours, "scores"), _each(theirs, "scores")
         return metrics.retention(scores, base, chance, floor_of, pictures)
 
     def by_kind(self) -> "dict[Kind, Result]":
@@ -187,10 +187,8 @@ class Result:
         where, values = f"result {str(path)!r}", read_object(path, "result")
         for derived in ("average", "average_by_kind"):
             values.pop(derived, None)
-        try:
+        with raised_as(ConfigError, SlimError, f"{where}: cannot be read"):
             result = built(cls, values)
-        except SlimError as error:
-            raise ConfigError(f"{where}: cannot be read ({error})") from error
         for name, task in result.tasks.items():
             if why := _mistake(name, task):
                 raise ConfigError(f"{where}: task {shortened(name)} {why}")
@@ -269,8 +267,8 @@ def average_of(
     ours: Mapping[str, TaskResult], theirs: Mapping[str, TaskResult] | None = None
 ) -> metrics.Difference:
     """Compute AVG over tasks, minus the baseline's if given."""
-    base = None if theirs is None else _scores(theirs)
-    return metrics.average_difference(base, _scores(ours), _pictures(ours))
+    base = None if theirs is None else _each(theirs, "scores")
+    return metrics.average_difference(base, _each(ours, "scores"), _each(ours, "pictures"))
 
 
 def guessed(result: Result) -> dict[str, str]:
@@ -283,12 +281,8 @@ def guessed(result: Result) -> dict[str, str]:
     return found
 
 
-def _scores(tasks: Mapping[str, TaskResult]) -> dict[str, Sequence[float]]:
-    return {name: task.scores for name, task in tasks.items()}
-
-
-def _pictures(tasks: Mapping[str, TaskResult]) -> dict[str, Sequence[str]]:
-    return {name: task.pictures for name, task in tasks.items()}
+def _each(tasks: Mapping[str, TaskResult], field: str) -> dict[str, Any]:
+    return {name: getattr(task, field) for name, task in tasks.items()}
 
 
 def read_baseline(

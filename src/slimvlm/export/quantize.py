@@ -26,19 +26,9 @@ from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, plan_of, wr
 Bits = Literal["int8", "int4", "fp8"]
 Backend = Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"]
 GROUP = 64  # weights of a row that share a scale in int4
-METHODS: dict[tuple[str, str], tuple[bool, int]] = {
-    ("int8", "torchao"): (False, 1),
-    ("int8", "bitsandbytes"): (False, 1),
-    ("int4", "torchao"): (True, GROUP),
-    ("int4", "bitsandbytes"): (False, GROUP),
-    ("int8", "compressed-tensors"): (False, 1),
-    ("int4", "compressed-tensors"): (False, GROUP),
-    ("fp8", "compressed-tensors"): (False, 1),
-}
-"""By type and library: whether it needs a GPU, and of which number rows must be a multiple.
-
-torchao packs int4 for a GPU only; bitsandbytes' nf4 also runs on a CPU.
-"""
+_SMALL = ("torchao", "bitsandbytes", "compressed-tensors")
+METHODS = {"int8": _SMALL, "int4": _SMALL, "fp8": ("compressed-tensors",)}
+"""Libraries by type. torchao packs int4 for a GPU only; bitsandbytes does it for a CPU, too."""
 SCHEMES = {"int8": "W8A8", "int4": "W4A16", "fp8": "FP8_DYNAMIC"}
 """compressed-tensors' names of its schemes: bits of weights, bits of activations."""
 
@@ -68,13 +58,8 @@ def quantize(
 ) -> Quantized:
     """Write a checkpoint whose decoder layers have fewer bits, and read it back.
 
-    int8 has one scale for each row (torchao; compressed-tensors, which also rounds activations to 8
-    bit), or LLM.int8 with outliers in 16 bit (bitsandbytes). int4 has one scale for each 64 weights
-    of a row: affine (torchao), symmetric (compressed-tensors) or nf4 (bitsandbytes). fp8 has one
-    scale for each row, and rounds activations, too.
-
-    vLLM reads compressed-tensors. ``auto`` takes torchao, but bitsandbytes for int4 on a CPU and
-    compressed-tensors for fp8.
+    ``docs/serving.md`` says what each library does. ``auto`` takes torchao, but bitsandbytes for
+    int4 on a CPU and compressed-tensors for fp8.
 
     Raises:
         ConfigError: If the model or the machine does not allow it.
@@ -92,13 +77,12 @@ def quantize(
     if models.is_quantized(config):
         raise ConfigError("model: its weights are quantised already; quantise the original")
     plan = plan_of(model)
-    multiple = METHODS[to, chosen][1]
     empty = models.empty_model(config)
     for _, projection, linear in Parts(empty).projections():
-        if linear.in_features % multiple:
+        if to == "int4" and linear.in_features % GROUP:
             raise ConfigError(
                 f"to {to!r}: rows of {projection.path} have {linear.in_features} weights, which is "
-                f"no multiple of {multiple}. Plan with --round-to {multiple}, or use --to int8"
+                f"no multiple of {GROUP}. Plan with --round-to {GROUP}, or use --to int8"
             )
     # tower, projector, head and other matrices outside units stay as they are
     parts, owned = Parts(empty), {id(linear) for _, _, linear in Parts(empty).projections()}
@@ -171,12 +155,14 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
     if backend == "auto":
         others = {"fp8": "compressed-tensors"} | ({} if on_gpu else {"int4": "bitsandbytes"})
         backend = others.get(to, "torchao")
-    if (to, backend) not in METHODS:
-        known = ", ".join(sorted(f"{bits} with {library}" for bits, library in METHODS))
+    if backend not in METHODS.get(to, ()):
+        known = ", ".join(
+            sorted(f"{bits} with {each}" for bits in METHODS for each in METHODS[bits])
+        )
         raise ConfigError(f"to {to!r} with backend {backend!r} must be one of: {known}")
     if find_spec(backend.replace("-", "_")) is None:
         raise ConfigError(f"backend {backend!r} is not installed: pip install 'slimvlm[quant]'")
-    if METHODS[to, backend][0] and not on_gpu:
+    if (to, backend) == ("int4", "torchao") and not on_gpu:
         raise ConfigError(
             f"to {to!r}: {backend} packs {to} for a GPU only, and the device is {device}. Use "
             "--backend bitsandbytes, or --to int8"

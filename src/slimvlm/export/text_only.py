@@ -9,6 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from slimvlm.core.documents import read_yaml
 from slimvlm.core.errors import ConfigError, DataError, ReloadError, UnsupportedModelError
 from slimvlm.core.files import require_free
 from slimvlm.data import chat
@@ -17,27 +18,13 @@ from slimvlm.models.families import FAMILIES
 from slimvlm.models.parts import Parts, family_of, text_config_of
 from slimvlm.pruning import save
 
-STAND_INS: dict[str, tuple[str, Mapping[str, object]]] = {
-    "paddleocr_vl_text": ("mistral", {"sliding_window": None}),
-    "phi4_multimodal": ("phi3", {}),
-    "qwen2_vl_text": ("qwen2", {}),
-    "qwen2_5_vl_text": ("qwen2", {}),
-    "qwen3_vl_text": ("qwen3", {}),
-    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
-}
-"""Language models that transformers has inside other models only; the text model that computes the
-same without pictures, and fields that it must state. Tried with transformers 5.24."""
+_TABLES = read_yaml(Path(__file__).with_name("text_only.yaml"), "tables")
+STAND_INS: dict[str, tuple[str, Mapping[str, object]]] = _TABLES["stand_ins"]
+"""Text models for language models that transformers has inside other models only."""
 # rotary settings that place pictures; engines take a model that has them for one that sees
 _OF_PICTURES = ("mrope_section", "mrope_interleaved")
 _PLAIN_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0}
 """Fields that some models that see leave aside, as values that change no logit."""
-_TURNS_AS_PARTS = (
-    "{% set slim = namespace(turns=[]) %}{% for turn in messages %}{% if turn.content is string %}"
-    "{% set slim.turns = slim.turns + [{'role': turn.role, 'content': [{'type': 'text', "
-    "'text': turn.content}]}] %}{% else %}{% set slim.turns = slim.turns + [turn] %}{% endif %}"
-    "{% endfor %}{% set messages = slim.turns %}"
-)
-"""Beginning of a chat template that lets its rest read the text of a turn as a list of parts."""
 
 
 def has_own_class(text_type: str) -> bool:
@@ -94,7 +81,7 @@ def text_tokenizer(processor: Any) -> Any:
     texts = (("user", "What is new?"), ("assistant", "Nothing."))
     turns = [{"role": r, "content": [{"type": "text", "text": text}]} for r, text in texts]
     expected, found = chat.render(processor, turns), None
-    for beginning in ("", _TURNS_AS_PARTS):
+    for beginning in ("", _TABLES["turns_as_parts"]):
         tokenizer.chat_template = beginning + template
         with suppress(DataError):
             found = chat.render(tokenizer, turns)

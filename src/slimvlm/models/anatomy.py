@@ -34,36 +34,29 @@ FULL_ATTENTION = "full_attention"
 class LayerShape:
     """Geometry of one decoder layer and parameter counts of its units."""
 
+    # KV groups (heads, for multi-head attention); 0 if its token mixer has none
     num_kv_heads: Width
-    """KV groups (heads, for multi-head attention); 0 if its token mixer has none."""
-    queries_per_group: Width
-    """Query heads that share one KV head."""
-    head_dim: Width
-    """Channels of a head."""
+    queries_per_group: Width  # query heads that share one KV head
+    head_dim: Width  # channels of a head
+    # MLP neurons, with experts those of one; 0 if none of its neurons can go
     intermediate_size: Width
-    """MLP neurons, with experts those of one; 0 if none of its neurons can go."""
-    kv_group_params: Count
-    """Parameters of one KV group (its q, k, v rows and biases, o columns)."""
-    neuron_params: Count
-    """Parameters of one neuron (gate and up rows and biases, down column)."""
-    fixed_params: Count
-    """Parameters that no unit owns, such as norms and output biases."""
-    num_experts: Width = 0
-    """Experts of which each token takes a few; 0 if none of them can go."""
+    kv_group_params: Count  # parameters of one KV group (its q, k, v rows and biases, o columns)
+    neuron_params: Count  # parameters of one neuron (gate and up rows and biases, down column)
+    fixed_params: Count  # parameters that no unit owns, such as norms and output biases
+    num_experts: Width = 0  # experts of which each token takes a few; 0 if none of them can go
+    # the part of ``neuron_params`` in one expert; 0 without experts
     expert_neuron_params: Count = 0
-    """The part of ``neuron_params`` in one expert; 0 without experts."""
+    # parameters of one expert that no neuron owns, such as the router's row
     expert_fixed_params: Count = 0
-    """Parameters of one expert that no neuron owns, such as the router's row."""
+    # the part of ``fixed_params`` that one token has in the layer's own embedding
     token_params: Count = 0
-    """The part of ``fixed_params`` that one token has in the layer's own embedding."""
+    # how it mixes tokens: ``full_attention``, ``sliding_attention``, ``cross_attention``, ...
     kind: str = FULL_ATTENTION
-    """How it mixes tokens: ``full_attention``, ``sliding_attention``, ``cross_attention``, ..."""
-    window: Count = 0
-    """Positions that a token attends to at most; 0 without a limit."""
+    window: Count = 0  # positions that a token attends to at most; 0 without a limit
+    # the part of ``fixed_params`` that multiplies every token: matrices without units
     fixed_weights: Count = 0
-    """The part of ``fixed_params`` that multiplies every token: matrices without units."""
+    # channels of keys and values that attention without units adds to the cache for a token
     fixed_cache: Count = 0
-    """Channels of keys and values that attention without units adds to the cache for a token."""
 
     @property
     def num_heads(self) -> int:

@@ -24,15 +24,13 @@ from slimvlm.models.anatomy import Anatomy
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 _SIZES = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
 
+_CGROUP = Path("/sys/fs/cgroup")
 CONTAINER_LIMITS = [
-    (Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used))
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    )
+    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
 ]
 """Files of a container's memory limit and use, on Linux."""
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+CPU_LIMIT = _CGROUP / "cpu.max"
 """File of the processor time that a container may take in a period, in microseconds."""
 
 ROW_MULTIPLE = 8  # weights of a 16-byte row in bfloat16; kernels without it fall back or fail
@@ -131,9 +129,8 @@ def free_memory(device: torch.device) -> int:
     for limit, used in CONTAINER_LIMITS:
         if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
             stat = used.with_name("memory.stat")  # files that were read and can be dropped
-            pages = dict(
-                re.findall(r"^(\w+) (\d+)$", stat.read_text() if stat.is_file() else "", re.M)
-            )
+            text = stat.read_text() if stat.is_file() else ""
+            pages = dict(re.findall(r"^(\w+) (\d+)$", text, re.M))
             cached = int(pages.get("total_inactive_file", pages.get("inactive_file", 0)))
             free = min(free, int(most) - int(used.read_text()) + cached)
     return free

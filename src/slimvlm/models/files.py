@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
+import yaml
 from huggingface_hub import errors as hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,6 @@ from transformers import PreTrainedConfig, dynamic_module_utils
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import (
-    AUDIO_TOKENIZER_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -42,56 +42,16 @@ from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.models.hidden import require_finite_values
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-ADAPTER, TEMPLATE = "adapter_config.json", "chat_template.jinja"
-SETTINGS = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
-    *("chat_template.json", AUDIO_TOKENIZER_NAME),
+ADAPTER, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TEMPLATE = "chat_template.jinja"
+TABLES: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("files.yaml").read_text(encoding="utf-8")
 )
-"""Files that must hold names and values if they are there."""
-_TIMM = {
-    *("depth", "embed_dim", "embed_dims", "layers", "num_heads", "img_size", "patch_size"),
-    *("init_values", "global_pool", "ref_feat_shape", "use_post_transformer_norm"),
-    "inference_mode",
-}
-"""Arguments of timm's models that a configuration may give; others name files to read."""
-_NEVER = {"audio_tokenizer", "audio_tokenizer_class", "configuration_files"}
-"""Keys that name models and files to read which nobody has looked at."""
-_UNREAD = r"\w*(attn|experts)_implementation\w*|transformers_weights"
-"""Keys of configurations that name kernels to download, or other files of weights."""
-_READERS = r"\w*(Processor|Extractor|Tokenizers?|Backend)(Fast|Pil)?"  # others read weights
-_TEXTS = {
-    r"(processor|tokenizer)_class|(image|video)_processor_type|\w+_extractor_type": _READERS,
-    r"architecture": r"[\w.-]*",  # timm asks the hub for a name with a colon
-}
+"""What files may say, which of them are read, and what errors of the hub mean."""
+SETTINGS: list[str] = TABLES["settings"]
 _HUB_ID = r"\w[\w.-]*/[\w.-]+"
 _ONLY = ["tokenizer.json"]  # the tokenizer that is checked before it is read, and thus no other
 _MOST_SETTINGS, _MOST_TEMPLATE = 64 * 2**20, 2**20  # bytes of settings, and of a chat template
-_LIMITS: tuple[tuple[str, int, int], ...] = (
-    (r"(num|n|max|encoder|decoder)(_\w+)?_layers?|n_layers?|layers|depth", 0, 2**10),
-    (r"hidden_size|head_dim|num_(attention|key_value)_heads|patch_size|n_heads?", 1, 2**20),
-    (r"intermediate_size|\w+_intermediate_size|num_\w*experts\w*|\w+_dim|\w+_heads", 0, 2**20),
-    (r"image_size|height|width|crop_size|(shortest|longest)_edge|\w+_channels|depths", 0, 2**12),
-    (r"shortest_edge area|min_pixels", 1, 2**22),  # smaller pictures are enlarged to these
-    (r"min_(patches|\w*tiles)", 0, 2**4),
-    (r"(shortest|longest)_edge area|\w+_pixels", 1, 2**27),
-    (r"image_seq_len\w*|num_\w*_tokens|(min|max)_(patches|\w*tiles)", 0, 2**14),
-    (r"\w*_token_(id|ids|index)", -1, 2**31),
-    (r"\w+_(size|rank|positions|embeddings|tokens|beams|sequences)", -1, 2**27),
-)
-"""Names of numbers and their limits: far above every known model, low enough to build it. The first
-row that a name fits counts."""
-
-_TOKEN = "your token (hf auth login, or HF_TOKEN)"
-_AWAY = "no such folder, not in the hub's cache, and the hub cannot be reached"
-_OF_HUB: dict[type[BaseException], str] = {
-    hub.GatedRepoError: f"gated: accept its licence on its page on the hub, then give {_TOKEN}",
-    hub.RepositoryNotFoundError: f"no such folder, and not on the hub; if private, give {_TOKEN}",
-    hub.RevisionNotFoundError: "the hub has no such branch, tag or commit of it",
-    hub.LocalEntryNotFoundError: _AWAY,
-    hub.OfflineModeIsEnabled: _AWAY,
-}
-"""Errors of the hub's library, and what a user is told."""
 
 
 @contextmanager
@@ -108,7 +68,10 @@ def unreadable(model: str | Path, what: str) -> Iterator[None]:
         told = f"{what} cannot be read ({errors.one_line(error)[: errors.LONGEST]})"
         cause: BaseException | None = None if Path(model).is_dir() else error
         while cause is not None:  # transformers wraps what the hub's library raises
-            told = next((cure for kind, cure in _OF_HUB.items() if isinstance(cause, kind)), told)
+            cures = TABLES["hub_errors"].items()
+            told = next(
+                (cure for kind, cure in cures if isinstance(cause, getattr(hub, kind))), told
+            )
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(f"model {str(model)!r}: {told}") from error
 
@@ -143,7 +106,7 @@ def alone(model: str | Path, trust_remote_code: bool = False) -> Iterator[None]:
 
 def _without_kernels(values: Any) -> Any:
     if isinstance(values, dict):
-        kept = {k: v for k, v in values.items() if not re.fullmatch(_UNREAD, k)}
+        kept = {k: v for k, v in values.items() if not re.fullmatch(TABLES["unread"], k)}
         return {key: _without_kernels(value) for key, value in kept.items()}
     return [*map(_without_kernels, values)] if isinstance(values, list) else values
 
@@ -201,18 +164,6 @@ def _require_no_links(folder: Path, where: str) -> None:
             raise ConfigError(f"{where}: {path.name!r} is neither a file nor a folder")
 
 
-_LORA = {
-    *("peft_type", "base_model_name_or_path", "revision", "lora_alpha", "use_rslora", "bias", "r"),
-    *("init_lora_weights", "rank_pattern", "target_modules", "exclude_modules", "modules_to_save"),
-    *("layers_pattern", "layers_to_transform", "auto_mapping", "peft_version", "task_type"),
-    *("inference_mode", "lora_dropout", "megatron_core", "qalora_group_size"),
-}
-"""Fields of an adapter that are read, or that the names and shapes of its tensors say, too."""
-_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
-LORA_WEIGHTS = "adapter_model.safetensors"
-_BESIDE = {LORA_WEIGHTS, "training_args.bin", "optimizer.bin", "scheduler.bin"}
-
-
 def read_adapter(folder: Path) -> tuple[str, dict[str, Any]]:
     """Check a folder that PEFT wrote; return the id or folder of its base, and its settings.
 
@@ -223,14 +174,14 @@ def read_adapter(folder: Path) -> tuple[str, dict[str, Any]]:
     values = read_object(folder / ADAPTER, "model", 2**20)
     names = ("init_lora_weights", "base_model_name_or_path", "revision")
     start, base, revision = map(values.get, names)
-    odd = [name for name, value in values.items() if value and name not in _LORA]
+    odd = [name for name, value in values.items() if value and name not in TABLES["lora"]]
     odd += [] if values.get("peft_type") == "LORA" else ["peft_type"]
-    odd += [] if start in _KEEPS_BASE else ["init_lora_weights"]
+    odd += [] if start in TABLES["keeps_base"] else ["init_lora_weights"]
     if odd:
         told = shortened(values.get(odd[0]))
         raise ConfigError(f"{where}: {ADAPTER}: {odd[0]} {told} is not merged here; use PEFT")
     weights = {f.name for f in folder.iterdir() if f.suffix in (".bin", ".safetensors")}
-    if others := weights - _BESIDE:
+    if others := weights - {*TABLES["beside_adapter"]}:
         raise ConfigError(f"{where}: beside {ADAPTER} lies {min(others)!r}, which is not merged")
     if isinstance(base, str) and Path(base).is_dir() and not (Path(base) / ADAPTER).exists():
         return base, values
@@ -307,7 +258,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
 def _require_plausible(values: Any, where: str, name: str = "") -> None:
     """Check every number and every name of code, at any depth."""
     if isinstance(values, dict):
-        odd = values.keys() - _TIMM if name == "model_args" else values.keys() & _NEVER
+        is_timm = name == "model_args"
+        odd = values.keys() - TABLES["timm"] if is_timm else values.keys() & TABLES["never"]
         if odd:
             raise ConfigError(f"{where} {shortened(min(odd))} names what is not read; remove it")
         longest = values.get("longest_edge")
@@ -318,12 +270,12 @@ def _require_plausible(values: Any, where: str, name: str = "") -> None:
         for value in values:
             _require_plausible(value, where, name)
     elif isinstance(values, int | float) and not isinstance(values, bool):
-        row = next((row for row in _LIMITS if re.fullmatch(row[0], name)), None)
+        row = next((row for row in TABLES["limits"] if re.fullmatch(row[0], name)), None)
         if row is not None and not row[1] <= values <= row[2]:
             limits = f"{row[1]} to {row[2]:,}"
             raise ConfigError(f"{where} {name} {shortened(values)} must be {limits}")
     elif isinstance(values, str):
-        for names, pattern in _TEXTS.items():
+        for names, pattern in TABLES["texts"].items():
             if re.fullmatch(names, name) and not re.fullmatch(pattern, values):
                 raise ConfigError(f"{where} {name} {shortened(values)} names what is not run here")
 

@@ -23,7 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, import_utils
 from slimvlm.core.documents import digest, identity_of_files, read_object
 from slimvlm.core.errors import ConfigError, UnsupportedModelError, shortened
 from slimvlm.core.files import cache_dir, file_name, held, new_folder, path_of
-from slimvlm.core.options import LoadConfig, part_of
+from slimvlm.core.options import LoadConfig
 from slimvlm.core.progress import local_rank, num_ranks, to_log
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.templates import check_tokenizer
@@ -34,6 +34,7 @@ from slimvlm.models.files import (
     ADAPTER,
     LORA_WEIGHTS,
     SETTINGS,
+    TABLES,
     TEMPLATE,
     alone,
     check_folder,
@@ -175,21 +176,10 @@ def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrain
             module.__class__ = getattr(target, new_prefix + name.removeprefix(old_prefix))
 
 
-_GENERATION = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
-    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("max_length", "max_new_tokens", "_from_model_config", "transformers_version"),
-}
-"""Settings of a generation configuration that are kept; others could change what is computed."""
 _SAMPLED = 64
 _PACKED, _SPARE = 16, 2**20
 """Weights that one stored number can hold, quantised, and weights that files may lack."""
-_PROCESSOR_FILES = {
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
-    *("preprocessor_config.json", "processor_config.json"),
-}
-"""Files of which every processor and tokenizer has one."""
+_OF_PROCESSORS = {*TABLES["of_processors"]}  # every processor and tokenizer has one of them
 
 
 def resolve(model: str | Path) -> str:
@@ -223,7 +213,7 @@ def _merged(adapter: Path, stamp: tuple[int, ...]) -> str:
     base, values = read_adapter(adapter)
     config = load_config(base)
     require_full_precision(config, "merged with an adapter")
-    source, known = folder_of(base), {*SETTINGS, *_PROCESSOR_FILES, TEMPLATE, "merges.txt"}
+    source, known = folder_of(base), {*SETTINGS, *_OF_PROCESSORS, TEMPLATE, "merges.txt"}
     words = [file for file in sorted(adapter.iterdir()) if file.name in known]
     files = [source, adapter / ADAPTER, adapter / LORA_WEIGHTS, *words]
     made_from = [identity_of_files(path.name, str(path)) for path in files]
@@ -379,7 +369,7 @@ class _Published(GenerationConfig):
 def plain_generation(config: GenerationConfig | None) -> GenerationConfig:
     """Keep the known settings of a generation configuration, which may come with a model."""
     values = {} if config is None else config.to_dict()
-    return _Published.from_dict({k: v for k, v in values.items() if k in _GENERATION})
+    return _Published.from_dict({k: v for k, v in values.items() if k in TABLES["generation"]})
 
 
 def generation_of(folder: str | Path) -> GenerationConfig | None:
@@ -426,7 +416,7 @@ def load_as(
     options: LoadConfig, model: str | Path, device: str | None = None, shard: bool = False
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model with options, on their device unless another one is given."""
-    how = vars(part_of(options, LoadConfig))
+    how = vars(options.part(LoadConfig))
     if device is not None:
         how |= {"device": device, "device_map": None}
     return load(model, **how, shard=shard)
@@ -494,8 +484,8 @@ def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
     """Read the processor of a model that sees, else its tokenizer; None if absent."""
     sees = family_of(config.model_type).vision is not None
     auto = transformers.AutoProcessor if sees else transformers.AutoTokenizer
-    here = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else _PROCESSOR_FILES
-    if not name or not here & _PROCESSOR_FILES:
+    here = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else _OF_PROCESSORS
+    if not name or not here & _OF_PROCESSORS:
         return None
     with unreadable(name, "tokenizer"):
         if (file := file_if_reachable(name, "tokenizer.json")) is not None:

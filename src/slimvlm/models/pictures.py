@@ -162,11 +162,10 @@ def budgets_for(
 
     def choose(share: float) -> PictureBudget:
         if not least <= share * full <= full:
-            told = (
-                f"image-token budget {share} must be from {ceil(1000 * least / full) / 1000} to 1"
-            )
+            lowest = ceil(1000 * least / full) / 1000
             of = f"{full / len(sizes):.0f} tokens of this data's pictures"
-            raise ConfigError(f"{told}: {names} leave that of the {of}")
+            told = f"must be from {lowest} to 1: {names} leave that of the {of}"
+            raise ConfigError(f"image-token budget {share} {told}")
         step = bisect_left(range(len(steps)), -share * full, key=lambda i: -sum(counts(i)))
         means = sum(counts(step)) / len(sizes), full / len(sizes)
         return PictureBudget(share, steps[step], *means, sorted(sizes)[len(sizes) // 2])

@@ -1,4 +1,4 @@
-"""Check a model's shape against the requirements of serving engines, a table of rules.
+"""Check a model's shape against the requirements of serving engines: `RULES`, ``serving.yaml``.
 
 Most rules come from an engine's source (vLLM 0.33, SGLang 0.5.23, llama.cpp's converter). A model
 is ``ok`` only if a model of the same kind ran in the engine with transformers' answers (`RAN`);
@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Literal, NamedTuple
+
+import yaml
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import FULL_ATTENTION, Anatomy
@@ -23,63 +26,19 @@ TENSOR_PARALLEL = "tp"
 GGUF_ROW = 32  # block of the formats Q4_0 and Q8_0 along a row
 GGUF_K_ROW = 256  # block of the K formats (Q4_K_M and its like) along a row
 MAX_HEAD_DIM = 256
-MLX = "mlx-vlm 0.7.10"
-_FOURTH = dict.fromkeys(("llama4_text", "qwen3_5_text", "qwen3_5_moe_text"), 4)
-BY_POSITION = {
-    "gguf": {"gemma2": 2, "gemma3_text": 6},
-    "sglang": {"gemma2": 2, **_FOURTH},
-    "mlx": {"gemma3_text": 6, "cohere2": 4, **_FOURTH},
-}
-"""By engine and language model: layers from one with full attention to the next. These engines take
-a layer's kind from its position; all others read ``layer_types``."""
-GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2",
-              "gemma3_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")  # fmt: skip
-"""Language models that llama.cpp's converter knows."""
-GGUF_PICTURES = {
-    "gemma3": "<start_of_image>",
-    "idefics3": "<image>",
-    "qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-    "smolvlm": "<image>",
-}
-"""Models whose vision tower llama.cpp's converter writes (``--mmproj``), and the image tokens of
-their chat templates, which llama.cpp adds by itself."""
-
-OWN_HEAD_DIM = (
-    ("vllm", ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"), "vLLM 0.32.0"),
-    ("sglang", ("phi",), ""),
-    ("gguf", ("phi", "phi3"), ""),
-    ("mlx", ("llava", "llava_next", "idefics3", "qwen2_5_vl"), ""),
-)
-"""Engines that take hidden size / heads for ``head_dim``, models, and the version that was run."""
-OPENVINO_REFUSES = {"gemma2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "internvl"}
-"""Models that its converter refused, with transformers 5.5."""
 
 
 class Ran(NamedTuple):
     """Engine version, and kinds (`Case.kind`) whose greedy replies equalled transformers'."""
 
     version: str
-    kinds: tuple[str, ...]  # compared were originals and models pruned in depth and in width
+    kinds: list[str]  # compared were originals and models pruned in depth and in width
 
 
-RAN = {
-    "vllm": Ran("vLLM 0.32.0", (
-        "llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "llava/llama", "llava/mistral",
-        "llava/qwen2", "qwen2_5_vl/qwen2_5_vl_text", "idefics3/llama", "internvl/qwen2",
-    )),
-    "gguf": Ran("llama.cpp, xllamacpp 2026.10.11549", (
-        "llama", "mistral", "llava/llama", "llava/mistral", "idefics3/llama", "smolvlm/llama",
-        "qwen2_vl/qwen2_vl_text", "qwen2_5_vl/qwen2_5_vl_text",
-    )),
-    "onnx": Ran("ONNX Runtime GenAI 0.18.0", (
-        "llama", "mistral", "qwen2", "qwen3", "phi", "llava/llama", "llava/mistral", "llava/qwen2",
-    )),
-    "openvino": Ran("OpenVINO 2026.4.1", (
-        "llama", "mistral", "qwen2", "qwen3", "phi3", "llava/llama", "llava/mistral",
-    )),
-}  # fmt: skip
-"""By target, with layers of the kinds that real models have; compared by ``make test-engines``."""
+_TABLES = yaml.safe_load(Path(__file__).with_name("serving.yaml").read_text(encoding="utf-8"))
+RAN = {target: Ran(**row) for target, row in _TABLES["ran"].items()}
+GGUF_PICTURES: dict[str, str] = _TABLES["gguf_pictures"]
+OPENVINO_REFUSES: list[str] = _TABLES["openvino_refuses"]
 
 
 @dataclass(frozen=True)
@@ -168,17 +127,33 @@ def _gguf_scalar(case: Case) -> int:
     return shape.hidden_size // heads if is_27b else case.head_dim
 
 
-def _head_dim(case: Case) -> str:
-    return f"head_dim {case.head_dim}, {case.heads}, hidden size {case.shape.hidden_size}"
+def _is_blind_in_gguf(case: Case) -> bool:
+    return case.shape.vision_params > 0 and case.shape.model_type not in GGUF_PICTURES
 
 
 def _kind(target: str, case: Case) -> str:
-    blind = case.shape.vision_params > 0 and case.shape.model_type not in GGUF_PICTURES
-    return f"a {case.kind!r} model{', without pictures' * (blind and target == 'gguf')}"
+    is_blind = target == "gguf" and _is_blind_in_gguf(case)
+    return f"a {case.kind!r} model{', without pictures' * is_blind}"
 
 
-def _tower(case: Case) -> str:
-    return f"{case.shape.vision_params / 1e6:.1f} M vision parameters in {case.shape.model_type!r}"
+def _stored(case: Case) -> str:
+    return "weights are quantised" if case.is_quantized else "weights are not quantised"
+
+
+def _is_of(types: Sequence[str], case: Case) -> bool:
+    """Whether the model, or its language model, is of one of these types."""
+    return not {case.shape.model_type, case.shape.text_type}.isdisjoint(types)
+
+
+_SHOWN: dict[str, Callable[[Case], str]] = {
+    "tower": lambda c: (
+        f"{c.shape.vision_params / 1e6:.1f} M vision parameters in {c.shape.model_type!r}"
+    ),
+    "model": lambda c: f"model {c.shape.model_type!r}",
+    "language model": lambda c: f"language model {c.shape.text_type!r}",
+    "neurons": lambda c: f"{c.neurons} neurons",
+}
+"""What `Rule.what` of ``serving.yaml`` says, by its name there."""
 
 
 def _off_rows(case: Case, multiple: int) -> bool:
@@ -195,10 +170,8 @@ def _rows(case: Case) -> str:
 
 RULES: tuple[Rule, ...] = (
     *(Rule("answers", (target,), "unknown",
-           partial(lambda kinds, c: c.kind not in kinds, ran.kinds),
-           partial(_kind, target),
-           "no model of this kind was run there: try it before you rely on it",
-           ran.version)
+           partial(lambda kinds, c: c.kind not in kinds, ran.kinds), partial(_kind, target),
+           "no model of this kind was run there: try it before you rely on it", ran.version)
       for target, ran in RAN.items()),
     Rule("even layers", ENGINES, "fail",
          lambda c: not c.shape.is_uniform,
@@ -208,7 +181,7 @@ RULES: tuple[Rule, ...] = (
            "the engine takes a layer's kind from its position, full attention once in "
            + ", ".join(f"{step} layers of {name}" for name, step in every.items())
            + ": remove whole runs of so many, or plan with --axis width")
-      for target, every in BY_POSITION.items()),
+      for target, every in _TABLES["by_position"].items()),
     Rule("attention scale", ("gguf",), "fail",
          lambda c: c.shape.query_scalar not in (0, _gguf_scalar(c)),
          lambda c: f"{c.shape.num_layers} layers, query_pre_attn_scalar {c.shape.query_scalar:g}",
@@ -217,57 +190,35 @@ RULES: tuple[Rule, ...] = (
     Rule("MLP width", ("vllm",), "fail",
          lambda c: c.shape.text_type == "glm_ocr_text" and c.shape.vision_params > 0
          and any(s.intermediate_size != 3 * c.shape.hidden_size for s in c.shape.layers),
-         lambda c: f"{c.neurons} neurons",
+         _SHOWN["neurons"],
          "vLLM gives the vision merger as many, which has 3 x hidden size: leave the neurons"),
     Rule("unquantised", ("gguf",), "fail",
-         lambda c: c.is_quantized,
-         lambda c: "weights are quantised" if c.is_quantized else "weights are not quantised",
+         lambda c: c.is_quantized, _stored,
          "export the checkpoint from before quantize; llama.cpp quantises GGUF files itself"),
     Rule("quantised weights", ("vllm", "sglang"), "warn",
-         lambda c: c.is_quantized,
-         lambda c: "weights are quantised" if c.is_quantized else "weights are not quantised",
+         lambda c: c.is_quantized, _stored,
          "not tried there: load it once before you rely on it"),
     *(Rule("head_dim", (target,), "fail",
-           partial(lambda types, c: c.has_own_head_dim
-                   and bool({*types} & {c.shape.model_type, c.shape.text_type}), types), _head_dim,
+           partial(lambda types, c: c.has_own_head_dim and _is_of(types, c), row["types"]),
+           lambda c: f"head_dim {c.head_dim}, {c.heads}, hidden size {c.shape.hidden_size}",
            "the engine takes hidden size / heads here: prune neurons or layers and leave the heads",
-           seen=seen)
-      for target, types, seen in OWN_HEAD_DIM),
-    Rule("pictures", ("mlx",), "fail",
-         lambda c: c.shape.model_type == "llava", _tower,
-         "text only: mlx-vlm hands 'padding' to the image processor, which transformers 5.24 "
-         "refuses", seen=MLX),
+           row.get("seen", ""))
+      for target, row in _TABLES["own_head_dim"].items()),
     Rule("MLP width", ("gguf",), "fail",
          lambda c: c.shape.text_type == "phi"
          and any(s.intermediate_size != 4 * c.shape.hidden_size for s in c.shape.layers),
-         lambda c: f"{c.neurons} neurons",
+         _SHOWN["neurons"],
          "the converter takes 4 x hidden size for Phi: prune layers only"),
     Rule("language model", ("gguf",), "fail",
-         lambda c: c.shape.text_type not in GGUF_TYPES,
-         lambda c: f"language model {c.shape.text_type!r}",
-         f"the converter knows {', '.join(GGUF_TYPES)}"),
+         lambda c: c.shape.text_type not in _TABLES["gguf_types"], _SHOWN["language model"],
+         f"the converter knows {', '.join(_TABLES['gguf_types'])}"),
     Rule("vision tower", ("gguf",), "warn",
-         lambda c: c.shape.vision_params > 0 and c.shape.model_type not in GGUF_PICTURES, _tower,
+         _is_blind_in_gguf, _SHOWN["tower"],
          "the file holds the language model only: llama.cpp's converter writes the towers of "
          f"{', '.join(GGUF_PICTURES)}"),
-    Rule("vision tower", ("onnx",), "warn",
-         lambda c: c.shape.model_type == "llava", _tower,
-         "its model builder knows no LLaVA; the language model alone was run",
-         seen=RAN["onnx"].version),
-    Rule("converter", ("openvino",), "fail",
-         lambda c: bool(OPENVINO_REFUSES & {c.shape.model_type, c.shape.text_type}),
-         lambda c: f"model {c.shape.model_type!r}",
-         "optimum-intel 2.2.0 converts it with older versions of transformers only, or never",
-         seen=RAN["openvino"].version),
-    Rule("converter", ("onnx",), "fail",
-         lambda c: c.shape.text_type == "phi3", lambda c: f"language model {c.shape.text_type!r}",
-         "its model builder stops with KeyError 'multi_cache'", seen=RAN["onnx"].version),
-    Rule("model class", ("vllm",), "warn",
-         lambda c: c.shape.text_type == "phi", lambda c: f"language model {c.shape.text_type!r}",
-         "runs on vLLM's Transformers backend, not on a class of its own"),
-    Rule("model class", ("sglang",), "warn",
-         lambda c: c.shape.model_type == "internvl", lambda c: f"model {c.shape.model_type!r}",
-         "SGLang has no class of its own for the transformers InternVL"),
+    *(Rule(row["name"], (target,), row["level"], partial(_is_of, row["types"]),
+           _SHOWN[row["shows"]], row["advice"], row.get("seen", ""))
+      for target, rows in _TABLES["of_types"].items() for row in rows),
     Rule("attention kernels", ("vllm", "sglang"), "fail",
          lambda c: any(s.head_dim % 8 or s.head_dim > MAX_HEAD_DIM for s in c.shape.layers),
          lambda c: f"head_dim {c.head_dim}",
@@ -280,18 +231,15 @@ RULES: tuple[Rule, ...] = (
          lambda c: c.heads,
          "must divide by the number of GPUs, or divide it: plan with --kv-heads"),
     Rule("MLP width", (TENSOR_PARALLEL,), "fail",
-         lambda c: c.off(c.tp), lambda c: f"{c.neurons} neurons",
+         lambda c: c.off(c.tp), _SHOWN["neurons"],
          "must divide by the number of GPUs: plan with --round-to"),
     Rule("MLP share", (TENSOR_PARALLEL,), "warn",
-         lambda c: not c.off(c.tp) and c.off(WIDTH_MULTIPLE * c.tp),
-         lambda c: f"{c.neurons} neurons",
+         lambda c: not c.off(c.tp) and c.off(WIDTH_MULTIPLE * c.tp), _SHOWN["neurons"],
          f"each GPU's share should be a multiple of {WIDTH_MULTIPLE}: plan with --round-to"),
     Rule("MLP rows", ("vllm", "sglang"), "warn",
-         lambda c: c.off(ROW_MULTIPLE), lambda c: f"{c.neurons} neurons",
-         OFF_ROWS_ADVICE),
+         lambda c: c.off(ROW_MULTIPLE), _SHOWN["neurons"], OFF_ROWS_ADVICE),
     Rule("MLP width", ("vllm", "sglang"), "warn",
-         lambda c: not c.off(ROW_MULTIPLE) and c.off(WIDTH_MULTIPLE),
-         lambda c: f"{c.neurons} neurons",
+         lambda c: not c.off(ROW_MULTIPLE) and c.off(WIDTH_MULTIPLE), _SHOWN["neurons"],
          f"no multiple of {WIDTH_MULTIPLE}, the group of 4-bit formats and the block of fp8 ones: "
          f"plan with --round-to {WIDTH_MULTIPLE}"),
     Rule("block formats", ("gguf",), "warn",

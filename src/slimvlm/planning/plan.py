@@ -18,6 +18,7 @@ from slimvlm.models.families import BACKBONES, FAMILIES
 AXES = ("depth", "width", "both")
 FORMAT = "slimvlm-plan/1"
 
+_UNIT_ROWS = tuple(f"{unit}s" for unit in LAYER_UNITS)  # fields of `Plan`
 Kept = tuple[int, ...]
 FileFormat = Literal["native", "uneven"]
 
@@ -215,19 +216,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "format": FORMAT,
-            "axis": self.axis,
-            "asked_ratio": self.asked_ratio,
-            "ratio": self.ratio,
-            "criteria": dict(self.criteria),
-            "layers": self.layers,
-            "kv_groups": self.kv_groups,
-            "neurons": self.neurons,
-            "experts": self.experts,
-            "tokens": self.tokens,
-            "before": asdict(self.before),
-        }
+        names = ("axis", "asked_ratio", "ratio", "criteria", "layers", *_UNIT_ROWS, "tokens")
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        values["criteria"] = dict(self.criteria)
+        return {"format": FORMAT, **values, "before": asdict(self.before)}
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

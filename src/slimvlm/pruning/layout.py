@@ -12,21 +12,17 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from slimvlm.core.documents import read_yaml
 from slimvlm.core.files import new_file, write_text
 from slimvlm.data.chat import tokenizer_of
 
-OLDEST, FIRST_5 = "4.57", "5.0"
-"""Versions of transformers that the files were read with, besides the one that wrote them."""
-
-Names = tuple[tuple[str, str], ...]
-_TOWER: Names = ((r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),)
 _TOWERS_WITH_A_LEVEL = ("clip_vision_model", "siglip_vision_model")
 _GENERIC, _GENERIC_BEFORE = "TokenizersBackend", "PreTrainedTokenizerFast"
 """Two names of the class that does what ``tokenizer.json`` says; the newest knows both."""
@@ -36,34 +32,18 @@ _GENERIC, _GENERIC_BEFORE = "TokenizersBackend", "PreTrainedTokenizerFast"
 class Layout:
     """How the files of one model type are written."""
 
-    since: str = OLDEST  # the oldest transformers that was seen to compute the same from them
-    names: Names = ()  # patterns of tensor names and their replacements in the files
-    fields: tuple[tuple[str, str], ...] = ()  # names of fields in older versions, and today's
+    since: str = "4.57"  # the oldest transformers that was seen to compute the same from them
+    tower_level: bool = False  # whether names of the tower get the level of older versions
+    fields: Mapping[str, str] = field(default_factory=dict)  # names in older versions, and today's
+    # language models inside with which older versions compute something else
+    except_around: Sequence[str] = ()
 
 
 LAYOUTS = {
-    **dict.fromkeys(
-        (
-            *("cohere2", "gemma2", "glm4v", "internvl", "lfm2", "llama", "mistral", "ovis2", "phi"),
-            *("perception_lm", "phi3", "phi4_multimodal", "qwen2", "qwen2_5_vl", "qwen2_vl"),
-            *("qwen3", "qwen3_vl", "stablelm"),
-        ),
-        Layout(),
-    ),
-    **dict.fromkeys(
-        ("aya_vision", "gemma3", "llava", "llava_next", "llava_onevision", "paligemma"),
-        Layout(names=_TOWER),
-    ),
-    **dict.fromkeys(("idefics2", "idefics3", "smolvlm", "video_llama_3"), Layout(since=FIRST_5)),
-    "vipllava": Layout(names=_TOWER, fields=(("vision_feature_layers", "vision_feature_layer"),)),
+    kind: Layout(**row)
+    for kind, row in read_yaml(Path(__file__).with_name("layouts.yaml"), "layouts").items()
 }
-"""Model types whose files older versions read; each row is tested in all the versions it names.
-
-Idefics2, Idefics3 and SmolVLM compute other logits in 4.57, which numbers a picture's patches
-otherwise.
-"""
-_OTHER_BACKBONES = {"llava": ("gemma2",)}
-"""Language models inside a model type with which older versions compute something else."""
+"""Model types whose files older versions read."""
 
 
 def layout_of(config: Any) -> Layout | None:
@@ -72,10 +52,10 @@ def layout_of(config: Any) -> Layout | None:
     if row is None or getattr(config, "auto_map", None):
         return None
     tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-    if row.names and tower not in _TOWERS_WITH_A_LEVEL:
+    if row.tower_level and tower not in _TOWERS_WITH_A_LEVEL:
         return None
     text = getattr(getattr(config, "text_config", None), "model_type", None)
-    return None if text in _OTHER_BACKBONES.get(config.model_type, ()) else row
+    return None if text in row.except_around else row
 
 
 def lay_out(folder: Path, config: Any) -> None:
@@ -101,15 +81,13 @@ def lay_out(folder: Path, config: Any) -> None:
             part["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
         is_plain = scaling == {"rope_type": "default"}
         part["rope_scaling"] = None if is_plain else {**scaling, "type": scaling["rope_type"]}
-    values |= {old: values[new] for old, new in layout.fields if new in values}
+    values |= {old: values[new] for old, new in layout.fields.items() if new in values}
     write_text(path, json.dumps(values, indent=2) + "\n")
-    if not layout.names:
+    if not layout.tower_level:
         return
 
     def rename(name: str) -> str:
-        for pattern, replacement in layout.names:
-            name = re.sub(pattern, replacement, name)
-        return name
+        return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
 
     # bytes of tensors are copied and never held in memory
     for path in sorted(folder.glob("*.safetensors")):

@@ -215,19 +215,14 @@ def save(
     Where a layout is known that older transformers and engines read, too, the files have it
     (`slimvlm.pruning.layout`).
 
-    The folder is written beside its place and read back; logits on a probe (with a picture, if
-    the model sees) must agree before it is renamed.
+    The folder ``out`` is written beside its place and read back; logits on a probe (with a picture,
+    if the model sees) must agree before it is renamed. ``force`` lets it replace an existing one.
 
-    Args:
-        model: The model.
-        processor: Its processor or tokenizer; None writes none.
-        out: The new folder, which ``force`` may replace.
-        plan: The plan that made the model; stored as ``slimvlm_plan.json``. If it removed tokens,
-            the processor is written without them; one that still has them stays as it is.
-        force: See ``out``.
-        also: Writes what else belongs into the folder.
-        facts: What the model card, ``README.md``, says beside what was removed; by default the
-            original is what the model was loaded from.
+    Without a ``processor`` none is written. The ``plan`` that made the model is stored as
+    ``slimvlm_plan.json``; if it removed tokens, the processor is written without them, and the one
+    that is given stays as it is. ``also`` writes what else belongs into the folder. ``facts`` are
+    what the model card says beside what was removed; by default the original is what the model was
+    loaded from.
 
     Raises:
         ConfigError: If the folder exists.

@@ -1,6 +1,5 @@
 """Tell before a run, without weights, what it would do and cost: `advise`, and a dry run."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -9,7 +8,7 @@ from typing import Any, get_args
 import torch
 
 from slimvlm.core import options
-from slimvlm.core.errors import LESS_TO_TRAIN, ConfigError, SlimError
+from slimvlm.core.errors import WORDS, ConfigError, SlimError
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import Say, duration
 from slimvlm.data.chat import encode_samples
@@ -80,13 +79,10 @@ def advise(
     samples: int | None = None,
     dtype: str = "bfloat16",
 ) -> Advice:
-    """Choose a recipe for a model and a budget.
+    """Choose a recipe for a model and exactly one budget, which must be possible to meet.
 
     Arguments are the options of ``slimvlm advise``; ``gpu`` is by default whether this machine has
     one, and ``samples`` as many as the study had.
-
-    Raises:
-        ConfigError: If not exactly one budget is given, or it cannot be met.
     """
     shape, known = anatomy_of(model), rules()
     if samples is not None and samples < 1:
@@ -237,8 +233,8 @@ def _tokens_first(
 ) -> tuple[int | None, list[str]]:
     """Choose how many tokens stay where some go first, None for all; with notes."""
     # is_open: there is data to count, and a budget that fewer tokens help to meet
-    rule, third = rules().tokens_first, requests.tokens_to_try(shape)
-    if third is None:
+    rule, fewest = rules().tokens_first, requests.tokens_to_try(shape, ratio)
+    if fewest is None:
         return None, []
     share = shape.token_params * shape.vocab_size / shape.backbone_params
     many = f"{share:.0%} of the backbone are embeddings and head"
@@ -254,8 +250,7 @@ def _tokens_first(
         return None, [f"{alone}; no token can go: {error}"]
     if not is_open:
         return None, [f"{alone}; fewer tokens make it smaller: compress --vocab-size auto"]
-    most = math.ceil(ratio * shape.backbone_params / shape.token_params)  # that the ratio takes
-    kept = max(third, shape.vocab_size - most, len(file.with_parts(file.needed)))
+    kept = max(fewest, len(file.with_parts(file.needed)))
     choice = "compress --vocab-size auto keeps as many as the data needs, all keeps every one"
     return kept, [f"{many}, and {rule.why} ({rule.source}): {kept:,} stay; {choice}"]
 
@@ -417,7 +412,7 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
             tried += f"; the best is tried again after trimming to {found.fewer_tokens:,} tokens"
         rows.insert(1, ["axes", tried])
     if found.training:
-        needed = memory(spent.training_bytes, LESS_TO_TRAIN)
+        needed = memory(spent.training_bytes, WORDS["cures"]["train"])
         rows += _needs("training", needed, spent.training_hours)
     if spent.questions_hours:
         rows.append(["time of questions", f"about {duration(3600 * spent.questions_hours)}"])

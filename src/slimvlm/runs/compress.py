@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from slimvlm.core import documents, options
 from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, one_line
-from slimvlm.core.files import discard_replacement, held, replacement, require_free, write_text
-from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig, part_of
+from slimvlm.core.files import beside, held, replacement, require_free, write_text
+from slimvlm.core.options import CompressConfig, PruneConfig, RecoverConfig
 from slimvlm.core.progress import Say
 from slimvlm.data.chat import USUAL_SIZE
 from slimvlm.data.general import identity_of_general_text
@@ -28,7 +28,6 @@ from slimvlm.evaluation import on_data
 from slimvlm.evaluation.ask import identities_of_tasks
 from slimvlm.evaluation.bench import PairedTimes, paired_times
 from slimvlm.evaluation.lmms import evaluate_all
-from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
@@ -37,16 +36,10 @@ from slimvlm.models.load import anatomy, load_as, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import CardFacts, save
 from slimvlm.pruning.tokens import trimmed_processor
+from slimvlm.runs import request as requests
 from slimvlm.runs import stages, tables
 from slimvlm.runs.recipes import recipe_for
-from slimvlm.runs.request import (
-    Request,
-    check_questions,
-    ratio_of,
-    resolved,
-    scored_by,
-    tokens_alone,
-)
+from slimvlm.runs.request import Request, ratio_of, resolved, scored_by
 from slimvlm.runs.stages import ORIGINAL, PRUNED, RECOVERED, Calibration, SampleSplit
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import TRACKER_FOLDER
@@ -61,14 +54,14 @@ def request_of(model: str, config: CompressConfig) -> Request:
     """Make the request of a run. Before training, an axis that is not named is ``auto``."""
     if config.tasks is None:
         of_tasks = ("limit", "batch_size", "baseline", "task_folder", "template_args", "floors")
-        options.refuse_given(config, of_tasks, "needs --tasks")
+        config.refuse(of_tasks, "needs --tasks")
     if config.data is None:
-        options.refuse_given(config, ("training_samples", "report_samples"), "needs --data")
+        config.refuse(("training_samples", "report_samples"), "needs --data")
         if config.recover is not None:
             raise ConfigError(f"train {config.recover.train!r} needs --data")
     if config.recover is None:
-        options.refuse_given(config, ("training_samples",), _UNTRAINED)
-    prune = part_of(config, PruneConfig)
+        config.refuse(("training_samples",), _UNTRAINED)
+    prune = config.part(PruneConfig)
     if prune.axis is None and prune.data is not None and config.recover is not None:
         prune = replace(prune, axis="auto")
     return Request(
@@ -77,7 +70,7 @@ def request_of(model: str, config: CompressConfig) -> Request:
         recover=config.recover,
         training_samples=config.training_samples,
         report_samples=config.unseen(config.samples),
-        questions=part_of(config, options.Questions) if config.tasks else None,
+        questions=config.part(options.Questions) if config.tasks else None,
         require=config.require,
         latency=config.target_latency,
         image_tokens=config.image_tokens,
@@ -105,7 +98,7 @@ class Compressed:
     config: CompressConfig
     plan: Plan
     results: dict[str, Result]  # by stage (original, pruned, recovered), if tasks were given
-    held_out: dict[str, DataResult]  # by stage, if there was data
+    held_out: dict[str, on_data.DataResult]  # by stage, if there was data
     times: PairedTimes | None  # beside the original's, if they were measured
 
     def load(self) -> tuple[PreTrainedModel, Any]:
@@ -154,7 +147,7 @@ def compress(
         # every mistake that can be found without weights
         request = request_of(model, config)
         if config.baseline:
-            known = {} if request.questions is None else check_questions(request.questions)
+            known = {} if request.questions is None else requests.check_questions(request.questions)
             limit = config.limit
             read_baseline(config.baseline, floors=config.floors, tasks=known, limit=limit)
         request, given, samples = stages.settled(request, None, say)
@@ -167,7 +160,7 @@ def compress(
             say(f"axis {chart.axis}: {chart.why} ({chart.source})")
         # begin the folder, or resume in it
         if not force:
-            discard_replacement(folder)
+            shutil.rmtree(beside(folder, "partial"), ignore_errors=True)  # of a stopped `--force`
         elif not is_same:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +219,7 @@ def config_from(given: Mapping[str, Any], model: str) -> CompressConfig:
     if how["train"] == _NOT_TRAINED:
         asked = {n: v for n, v in how.items() if n not in ("train", "seed") and v is not None}
         why = _UNTRAINED if has_data else "needs --data"
-        options.refuse_given(documents.built(RecoverConfig, asked, "recover"), asked, why)
+        documents.built(RecoverConfig, asked, "recover").refuse(asked, why)
         return config
     how["loss"] = how.get("loss") or chart.loss
     return replace(config, recover=documents.built(RecoverConfig, how, "recover"))
@@ -236,8 +229,8 @@ def _about(model: str, config: CompressConfig) -> dict[str, Any]:
     """Describe a run by its options and by hashes of the files that they name, which are read."""
     made_from = [documents.identity_of_files(model, resolve(model))]
     made_from += [] if config.data is None else [identity_of_data(config.data)]
-    for file in (config.vocab_text, config.baseline):
-        made_from += [] if file is None else [documents.identity_of_files(file, file)]
+    files = filter(None, (config.vocab_text, config.baseline))
+    made_from += [documents.identity_of_files(file, file) for file in files]
     request = request_of(model, config)
     if request.questions is not None:
         made_from += identities_of_tasks(request.questions)
@@ -257,7 +250,7 @@ def _prune(run: Run, model: PreTrainedModel, processor: Any) -> Plan:
     if target.exists() or (folder / "checkpoint").exists():
         return Plan.load(folder / "plan.json")
     calibration = Calibration(processor, run.samples.calibration, request.hold_out)
-    given = tokens_alone(request, read_anatomy(model))
+    given = requests.tokens_alone(request, read_anatomy(model))
     stored = [folder / "scores" / name for name in (() if given else scored_by(request.prune))]
     if not all(path.with_suffix(".json").exists() for path in stored):
         for name, found in stages.calibrate(request, model, calibration).items():
@@ -410,10 +403,10 @@ def read_results(folder: Path) -> dict[str, Result]:
     return {stage: Result.load(path) for stage, path in paths.items() if path.exists()}
 
 
-def read_held_out(folder: Path) -> dict[str, DataResult]:
+def read_held_out(folder: Path) -> dict[str, on_data.DataResult]:
     """Read the results on held-out samples of a run so far, by stage, the original first."""
     paths = {stage: folder / "results" / f"data-{stage}.json" for stage in STAGES}
-    return {stage: DataResult.load(path) for stage, path in paths.items() if path.exists()}
+    return {stage: on_data.DataResult.load(path) for stage, path in paths.items() if path.exists()}
 
 
 def read_times(folder: Path) -> PairedTimes | None:
@@ -464,9 +457,8 @@ def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any
     given, config = chosen.get("recover", {}), documents.built(CompressConfig, chosen, where)
     if config.recover is not None:
         if read is documents.read_yaml and given.get("seed", config.seed) != config.seed:
-            raise ConfigError(
-                f"{where}: recover: seed {given['seed']}: a run has one, {config.seed}"
-            )
+            told = f"seed {given['seed']}: a run has one, {config.seed}"
+            raise ConfigError(f"{where}: recover: {told}")
         config = replace(config, recover=replace(config.recover, seed=config.seed))
     return values["model"], config, given
 
@@ -474,7 +466,7 @@ def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any
 def _unusual(config: Any) -> dict[str, Any]:
     """Collect the options that differ from their defaults or that a recipe chooses."""
     chosen = {name: getattr(config, name, None) for name in ("axis", "train", "loss")}
-    found = (chosen | options.given_of(config)).items()
+    found = (chosen | config.given()).items()
     plain = {n: v for n, v in found if v is not None and not isinstance(v, RecoverConfig)}
     return {n: list(v) if isinstance(v, tuple) else v for n, v in plain.items()}
 

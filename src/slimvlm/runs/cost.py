@@ -18,16 +18,9 @@ from transformers import PreTrainedConfig
 from slimvlm.core.errors import SlimError
 from slimvlm.core.options import HIDDEN_LOSSES, CalibrationConfig, RecoverConfig, Train
 from slimvlm.evaluation.tasks import builtin_tasks
+from slimvlm.models import load as loading
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.cost import BYTES, free_memory, load_of_others, usable_cores, weight_bytes
-from slimvlm.models.load import (
-    computes_bfloat16,
-    default_device,
-    empty_model,
-    load_config,
-    load_processor,
-    resolve,
-)
 from slimvlm.models.losses import rows_at_once
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.pruning.walk.engine import PASSES, aims_at_original
@@ -173,7 +166,7 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
     # training: weights, learning parameters, activations, logits
     is_bfloat16 = config.bf16
     if is_bfloat16 is None:
-        is_bfloat16 = not is_here or computes_bfloat16(device)
+        is_bfloat16 = not is_here or loading.computes_bfloat16(device)
     held_in = dtype if is_bfloat16 else "float32"
     # on a CPU, attention that keeps its scores makes up for activations in bfloat16
     kept_in = "bfloat16" if is_bfloat16 and not is_cpu else held_in
@@ -269,7 +262,7 @@ def optimizer_steps(config: RecoverConfig, samples: int, gone: float) -> int:
 
 def _is_here(device: torch.device) -> bool:
     """Whether this machine has a device; advice can be for another machine."""
-    return device.type in ("cpu", default_device().type)
+    return device.type in ("cpu", loading.default_device().type)
 
 
 def _is_walked(request: Request) -> bool:
@@ -294,7 +287,7 @@ def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> in
 def kept_bytes(config: PreTrainedConfig, dtype: str) -> float:
     """Count the bytes that a backward pass keeps of a token, but for attention, on meta tensors."""
     kind, count = getattr(torch, dtype), 2
-    model = empty_model(config, kind)
+    model = loading.empty_model(config, kind)
     weights = {parameter.untyped_storage() for parameter in model.parameters()}
     kept: dict[torch.UntypedStorage, int] = {}
 
@@ -321,7 +314,7 @@ def bytes_of_picture(config: PreTrainedConfig, tokens: float, dtype: str) -> flo
     vision, text = getattr(config, "vision_config", None), text_config_of(config)
     channels = text.hidden_size * BYTES[dtype]
     added = len(getattr(vision, "deepstack_visual_indexes", None) or ())  # and the tokens' places
-    found = added * tokens * (channels + torch.int64.itemsize)
+    found: float = added * tokens * (channels + torch.int64.itemsize)
     if getattr(text, "cross_attention_layers", None) and vision is not None:
         patches = (vision.image_size // vision.patch_size) ** 2 + 1
         found += vision.max_num_tiles * patches * channels
@@ -330,11 +323,11 @@ def bytes_of_picture(config: PreTrainedConfig, tokens: float, dtype: str) -> flo
 
 def image_tokens(model: str, trust_remote_code: bool = False) -> int:
     """Count the tokens of a picture of usual size by the processor, else by the configuration."""
-    config = load_config(model, trust_remote_code)
+    config = loading.load_config(model, trust_remote_code)
     if getattr(text_config_of(config), "cross_attention_layers", None):
         return 1  # other tokens attend to the picture, which has no place among them
     with suppress(SlimError, AttributeError, KeyError, TypeError, ValueError):  # some cannot say
-        processor = load_processor(resolve(model), config, trust_remote_code)
+        processor = loading.load_processor(loading.resolve(model), config, trust_remote_code)
         counted = processor._get_num_multimodal_tokens(image_sizes=[USUAL_PICTURE])
         return int(sum(counted["num_image_tokens"]))
     vision = getattr(config, "vision_config", None)
@@ -363,7 +356,7 @@ def device_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of a matrix product: the best of 12, as other work slows some."""
     # On a CPU it is that of one core in seconds of its own work, times the cores. So a busy machine
     # counts as an idle one, and no thread counts that waits for another one.
-    if dtype != torch.float32 and not computes_bfloat16(device):
+    if dtype != torch.float32 and not loading.computes_bfloat16(device):
         dtype = torch.float32
     is_cpu, threads = device.type == "cpu", torch.get_num_threads()
     clock, cores = (time.thread_time, usable_cores()) if is_cpu else (time.perf_counter, 1.0)

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from pydantic import TypeAdapter
 
+from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Axis, Train
 
 RULES = Path(__file__).with_name("recipes.yaml")
@@ -85,6 +86,8 @@ def rules() -> Rules:
 
 def recipe_for(ratio: float, has_data: bool, has_projector: bool = True) -> Recipe:
     """Choose the study's recipe: one that trains if there are data, a projector if there is one."""
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"ratio {ratio} must be at least 0 and below 1")
     rows = rules().with_training if has_data else rules().without_training
     fits = (row for row in rows if has_projector or row.train != "projector")
     return next(row for row in fits if ratio <= row.up_to)

@@ -1,8 +1,4 @@
-"""The `Request` to the stages, resolved and checked once, before any work.
-
-`compress`, studies and the verbs of the command line all make one, so that the same options mean
-the same everywhere.
-"""
+"""The `Request` to the stages, which all who ask make, resolve and check before any work."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, SlimError
-from slimvlm.core.options import (
-    Axis,
-    PruneConfig,
-    Questions,
-    RecoverConfig,
-    SizeOptions,
-    refuse_given,
-)
+from slimvlm.core.options import Axis, PruneConfig, Questions, RecoverConfig, SizeOptions
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.general import SHARE as GENERAL_TEXT
 from slimvlm.data.roles import parse_token_weights
@@ -96,7 +85,7 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
         needs_tokens = config.vocab_size == "auto" and config.vocab_text is None
         chosen = (config.ratio or config.experts) and reads and not reads & set(config.criterion)
         if chosen and config.data is None and not needs_tokens:  # default criteria choose
-            refuse_given(config, ("images",), "needs --data")
+            config.refuse(("images",), "needs --data")
             say("no --data: calibrating on the demo's conversations")
             config = replace(config, data="demo", images=None, too_long="cut")
             request = replace(request, recover=None, report_samples=0)
@@ -217,7 +206,7 @@ def check_options(config: PruneConfig) -> None:
     if config.vocab_size == "auto" and config.data is None and config.vocab_text is None:
         raise ConfigError("vocab_size 'auto' needs --data or --vocab-text")
     if config.data is None:
-        refuse_given(config, _OF_DATA, "needs --data")
+        config.refuse(_OF_DATA, "needs --data")
 
 
 def require_possible(request: Request, anatomy: Anatomy, say: Say) -> None:
@@ -324,11 +313,9 @@ def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) 
         say(chosen.line())
         return replace(request, tokens=chosen.tokens)
     shape, none = models.anatomy(model), replace(request, fewer_tokens=())
-    third = tokens_to_try(shape)
-    if third is None or shape.why_tokens_stay is not None:
+    fewest = tokens_to_try(shape, ratio_of(config))
+    if fewest is None or shape.why_tokens_stay is not None:
         return none
-    most = math.ceil(ratio_of(config) * shape.backbone_params / shape.token_params)
-    fewest = max(third, shape.vocab_size - most)
     try:
         chosen = vocabulary_for(model, config, samples, config.trust_remote_code, fewest)
     except SlimError as error:
@@ -340,11 +327,13 @@ def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) 
     return replace(request, fewer_tokens=chosen.tokens)
 
 
-def tokens_to_try(shape: Anatomy) -> int | None:
+def tokens_to_try(shape: Anatomy, ratio: float) -> int | None:
     """Return how many tokens a try keeps at least; None where they weigh too little."""
     rule, weigh = rules().tokens_first, shape.token_params * shape.vocab_size
-    is_much = weigh >= rule.from_share * shape.backbone_params
-    return shape.vocab_size // rule.one_of if is_much else None
+    if weigh < rule.from_share * shape.backbone_params:
+        return None
+    most = math.ceil(ratio * shape.backbone_params / shape.token_params)  # that the ratio takes
+    return max(int(shape.vocab_size // rule.one_of), shape.vocab_size - most)
 
 
 def tokens_alone(request: Request, anatomy: Anatomy) -> Plan | None:

@@ -14,11 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.documents import digest
 from slimvlm.core.errors import ConfigError, SlimError, raised_as
-from slimvlm.core.options import Axis, CalibrationConfig, DataConfig, RecoverConfig, part_of
+from slimvlm.core.options import Axis, CalibrationConfig, DataConfig, RecoverConfig
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data import read
 from slimvlm.data.general import general_samples
-from slimvlm.data.read import estimated_length, load_samples
 from slimvlm.data.samples import VALIDATION_EVERY, Sample, divided, identifying_bytes
 from slimvlm.evaluation import gates
 from slimvlm.models import load as models
@@ -51,8 +50,7 @@ HELD_OUT_BATCH = 4  # held-out samples that run at once
 ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"  # the models that are compared
 _AXIS, _TRIAL_BATCHES = "axis", 12
 EVEN = 0.02  # held-out losses of two axes count as even if they differ by a smaller share
-BEHIND = " behind fewer tokens"
-"""Suffix of a try in which fewer tokens go first, and the axis gives the rest of the ratio."""
+BEHIND = " behind fewer tokens"  # suffix of a try in which these go first, then the axis
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def read_split(request: Request, say: Say) -> SampleSplit:
     """Read the samples of a request, as many as it needs, and divide them."""
     config = request.prune
     how = (rows_to_read(request), say, config.seed, request.report_samples)
-    samples = samples_for(request.model, part_of(config, DataConfig), *how)
+    samples = samples_for(request.model, config.part(DataConfig), *how)
     found = split(samples, request)
     if count := sum(sample.is_general for sample in found.calibration):
         say(f"{count} passages of general text calibrate, too (general_text)")
@@ -200,7 +198,7 @@ def samples_for(
     config = models.load_config(model, source.trust_remote_code)
     processor = models.load_processor(models.resolve(model), config, source.trust_remote_code)
     how = (processor, source.max_length, context_of(config), source.too_long, seed, test)
-    return load_samples(source.data, source.images, limit, source.max_bad, say, *how)
+    return read.load_samples(source.data, source.images, limit, source.max_bad, say, *how)
 
 
 @dataclass
@@ -232,7 +230,7 @@ class Calibration:
 
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
         """Encode batches of like length."""
-        alike = sorted(samples, key=lambda s: (len(s.images), estimated_length(s, 0)))
+        alike = sorted(samples, key=lambda s: (len(s.images), read.estimated_length(s, 0)))
         return list(calibration_batches(self.processor, alike, CALIBRATION_BATCH, description))
 
 

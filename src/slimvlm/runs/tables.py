@@ -21,10 +21,8 @@ from slimvlm.models.pictures import PictureBudget
 GIB = 1024**3
 MIB = 1024**2
 MARK = " *"
-LEGEND = "* The 95 % interval of the paired difference excludes 0."
-"""Caption of a table with a marked cell."""
-FLOORS = ("chance", "majority", "blind")
-"""Scores without doing a task: guessing, the best constant answer, other pictures."""
+LEGEND = "* The 95 % interval of the paired difference excludes 0."  # below a marked cell
+FLOORS = ("chance", "majority", "blind")  # guessing, the best constant answer, other pictures
 INTERVALS = "In brackets: 95 % intervals over samples; those of one image count as one."
 UNSEEN = "On samples of the data that neither calibrated nor trained."
 _OF_A_MODEL = (

@@ -1,7 +1,4 @@
-"""The verbs that do one stage, from folder to files: score, plan, prune, recover, evaluate, images.
-
-Each checks its options before weights are read.
-"""
+"""The verbs that do one stage, from folder to files; each checks options before reading weights."""
 
 import json
 import shlex
@@ -16,18 +13,9 @@ from torch import distributed
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from slimvlm.core import options
+from slimvlm.core import files, options
 from slimvlm.core.documents import asked, read_object
 from slimvlm.core.errors import ConfigError, ReloadError
-from slimvlm.core.files import (
-    beside,
-    mark_checkpoint,
-    new_folder,
-    path_of,
-    require_free,
-    working_folder,
-    write_text,
-)
 from slimvlm.core.progress import Say, is_first_rank, num_ranks
 from slimvlm.data.chat import answered_sample
 from slimvlm.data.general import identity_of_general_text
@@ -46,7 +34,6 @@ from slimvlm.models.cost import kv_cache_bytes, params_of_target
 from slimvlm.models.hidden import evaluating, gathered_weights, head_weights_of
 from slimvlm.models.load import check_models, device_named, load_as
 from slimvlm.models.parts import Parts, text_config_of
-from slimvlm.models.pictures import in_config
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.layout import write_processor
@@ -77,7 +64,7 @@ def score(
     memory: options.MemoryOptions,
     force: bool,
     say: Say,
-) -> Scores:
+) -> None:
     """Score a model by one criterion; save the scores."""
     wanted = options.PruneConfig(criterion=(criterion,), **vars(config))
     request = Request(model=model, prune=wanted)
@@ -86,7 +73,7 @@ def score(
         require_low_memory(criterion)
     stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
     for suffix in ("json", "safetensors"):
-        require_free(Path(f"{stem}.{suffix}"), force)
+        files.require_free(Path(f"{stem}.{suffix}"), force)
     check_models(config, model)
     samples = stages.read_split(request, say).calibration
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -96,12 +83,16 @@ def score(
         folder = memory.scratch_beside(stem)
         (scores,) = _scores_from_files(request, opened, calibration, folder, say)
     else:
-        loaded, processor = stages.load_original(request)
-        calibration = Calibration(processor, samples, hold_out=False)
-        (scores,) = stages.calibrate(request, loaded, calibration).values()
+        (scores,) = _scores(request, samples)
     scores.save(stem)
     say(f"{criterion} scores of {', '.join(CRITERIA[criterion].units)} written to {stem}.json")
-    return scores
+
+
+def _scores(request: Request, samples: Sequence[Sample]) -> list[Scores]:
+    """Load the original and score it."""
+    loaded, processor = stages.load_original(request)
+    calibration = Calibration(processor, samples, hold_out=False)
+    return list(stages.calibrate(request, loaded, calibration).values())
 
 
 def _opened(request: Request) -> tuple[LazyCheckpoint, Any]:
@@ -141,7 +132,7 @@ def plan(
     say: Say = print,
 ) -> Plan:
     """Make and write a plan; without scores, score on the demo's data."""
-    require_free(out, force)
+    files.require_free(out, force)
     device_named(config.device)
     shape, targets = models.anatomy(model), (config.target_params, config.target_memory)
     named = sum(value is not None for value in (config.ratio, *targets))
@@ -167,10 +158,7 @@ def plan(
         if make(shape, dry, size, **how).cuts_layers or not config.loses_tokens:
             say(f"no --scores: using {' and '.join(criteria)} on the demo's conversations")
             request = Request(model=model, prune=replace(shown, criterion=criteria))
-            samples = stages.read_split(request, say).calibration
-            loaded, processor = stages.load_original(request)
-            calibration = Calibration(processor, samples, hold_out=False)
-            given = list(stages.calibrate(request, loaded, calibration).values())
+            given = _scores(request, stages.read_split(request, say).calibration)
     made = make(shape, given, size, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
@@ -188,16 +176,15 @@ def prune(
     say: Say = print,
 ) -> tuple[Walked, dict[str, DataResult]]:
     """Write a smaller checkpoint, from a plan or a request; return results on held-out samples."""
-    require_free(out, force)
+    files.require_free(out, force)
     if (plan_file is None) != (config.ratio is not None or config.tokens_first):
-        raise ConfigError(
-            "prune needs either --ratio or --plan, or --vocab-size or --experts alone"
-        )
+        told = "either --ratio or --plan, or --vocab-size or --experts alone"
+        raise ConfigError(f"prune needs {told}")
     if plan_file is not None:
         planned = ("axis", "allocation", "criterion", "gradient", "units", "protect", "round_to")
-        options.refuse_given(config, planned, "is decided by --plan; leave out one of them")
+        config.refuse(planned, "is decided by --plan; leave out one of them")
     if config.data is None:
-        options.refuse_given(report, ("report_samples",), "needs --data")
+        report.refuse(("report_samples",), "needs --data")
     plan = None if plan_file is None else Plan.load(plan_file)
     request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
     if memory.low_memory:
@@ -254,7 +241,7 @@ def _prune_from_files(
         stored = scratch / "scored"
         if not stored.exists():
             found = _scores_from_files(request, opened, calibration, scratch / "scoring", say)
-            with new_folder(stored) as folder:
+            with files.new_folder(stored) as folder:
                 for each in found:
                     each.save(folder / each.criterion)
         scores = [Scores.load(stored / name) for name in scored_by(config)]
@@ -347,7 +334,7 @@ def recover(
             if (work / name).exists():
                 shutil.copytree(work / name, folder / name)
 
-    require_free(out, force)
+    files.require_free(out, force)
     if not config.needs_teacher:
         teacher = None
     elif teacher is None:
@@ -362,7 +349,7 @@ def recover(
     student, processor = loaded(model)
     original = None if teacher is None else loaded(teacher, "cpu")[0]
     plan = plan_of(model)
-    work = working_folder(beside(out, "training"))
+    work = files.working_folder(files.beside(out, "training"))
     history = train(student, original, samples, config, processor, work, plan)
     if shard:
         weights = gathered_weights(student)
@@ -384,26 +371,24 @@ def recover(
 
 def evaluate(
     model: str,
-    questions: options.Questions,
+    questions: options.QuestionFlags,
     source: options.DataConfig,
     baseline: str | None,
     out: Path | None,
     force: bool,
-    blind: bool,
-    log_folder: Path | None,
     say: Say,
     require: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate ``model``, after ``baseline`` if given, on data or else on tasks; judge nothing."""
-    has_data, tasks = source.data is not None, {}
-    is_file = baseline is not None and path_of(baseline, "baseline").is_file()
+    has_data, blind, tasks = source.data is not None, questions.blind, {}
+    is_file = baseline is not None and files.path_of(baseline, "baseline").is_file()
     if not has_data:
-        tasks = check_questions(questions, blind, log_folder is not None)
+        tasks = check_questions(questions, blind, questions.log is not None)
     elif is_file:
         raise ConfigError(f"baseline {baseline!r}: with --data it must be a model, not a file")
     gates.parse(require, gates.in_percent(tasks, has_data), baseline is not None)
     if out is not None:
-        require_free(out, force)
+        files.require_free(out, force)
     named = {"baseline": baseline} if baseline is not None and not is_file else {}
     named["model"] = model
     check_models(source, *named.values())
@@ -420,7 +405,7 @@ def evaluate(
             is_original = role == "baseline" or baseline is None
             given = replace(questions, floors=floors and is_original)
             title = f"{name} (blind)" if blind else name
-            results[role] = evaluate_all(*loaded, given, title, log_folder, blind)
+            results[role] = evaluate_all(*loaded, given, title, questions.log, blind)
         elif role == "baseline":
             head = head_weights_of(loaded[0])
             predicted = on_data.predictions_of(*loaded, samples, size, name, head)
@@ -483,20 +468,20 @@ def images(
         words = ["slimvlm", "images", model, "--data", source.data, "--budgets", "--keep"]
         command = shlex.join([*words, str(keep), "--out", out.name])
         facts = CardFacts(base=base, name=out.name, command=command, pictures=budget, copied=True)
-        with new_folder(out, force) as folder:
+        with files.new_folder(out, force) as folder:
             others = shutil.ignore_patterns(CARD_FILE, HELD_OUT_FILE)  # measured with all tokens
             shutil.copytree(models.folder_of(model), folder, ignore=others, dirs_exist_ok=True)
             write_processor(changed, folder)
             if (folder / IMAGE_PROCESSOR_NAME).is_file():  # which older readers read
                 changed.image_processor.save_pretrained(folder)
             values = read_object(folder / CONFIG_NAME, "model")
-            values |= in_config(config, budget.settings)
-            write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
+            values |= pictures.in_config(config, budget.settings)
+            files.write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
             again = models.load_processor(str(folder), models.load_config(folder, trusted), trusted)
             if again.image_processor.to_dict() != changed.image_processor.to_dict():
                 raise ReloadError(f"{str(out)!r}: the processor reads back with other settings")
             write_card(folder, small, plan_of(folder), facts, changed)
-            mark_checkpoint(folder)
+            files.mark_checkpoint(folder)
         say(f"{out}: pictures take {budget}")
         if option := pictures.llama_cpp_option(changed, config):
             say(f"llama.cpp resizes pictures by itself: give it {option}")

@@ -226,7 +226,7 @@ class LayerwiseModel:
         """Read the place, tokens, labels and padding of each batch."""
         for place in range(len(self._digests)):
             stored = self.store.read("batches", place, self.device, "batch.")
-            yield {"place": place, **_below("batch.", stored)}
+            yield {"place": place, **{n.removeprefix("batch."): v for n, v in stored.items()}}
 
     @torch.no_grad()
     def embed(self, batches: Iterable[Batch]) -> str:
@@ -378,8 +378,3 @@ class LayerwiseModel:
             if only in (None, i - 1)
         }
         return LayerCalls({i: ((*args,), named) for i, (args, named) in arguments.items()}, added)
-
-
-def _below(prefix: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Select the tensors whose names begin with a prefix, and cut it off."""
-    return {n.removeprefix(prefix): value for n, value in stored.items() if n.startswith(prefix)}

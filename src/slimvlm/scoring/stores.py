@@ -98,13 +98,18 @@ class Scratch:
         """As `Memory.has`; a set with a damaged entry, which a kill can leave, is dropped."""
         whole = self.folder / name
         if whole not in self._sound and whole.is_dir():
-            if not (entries := [*whole.iterdir()]) or not all(map(self._is_sound, entries)):
+            entries = [*whole.glob("*.safetensors")]
+            if not (whole / f"{len(entries)}.whole").exists() or not all(
+                map(self._is_sound, entries)
+            ):
                 self.drop(name)
             self._sound.add(whole)
         return whole.is_dir()
 
     def finish(self, name: str) -> None:
         """As `Memory.finish`: the folder takes its name."""
+        entries = [*self._folder(name).glob("*.safetensors")]
+        (self._folder(name) / f"{len(entries)}.whole").touch()  # says later if one is missing
         whole = self._folder(name).rename(self.folder / name)
         self._sound |= {whole, *whole.iterdir()}
 
@@ -118,8 +123,9 @@ class Scratch:
         self._folder(name).mkdir(exist_ok=True)
         stored = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
         noted = {"about": json.dumps(about)}
-        noted["digest"] = digest([digest_of_tensors(stored), noted["about"]])
-        with new_file(path := self._path(name, place), outlives_power_cut=False) as partial:
+        path = self._path(name, place)
+        noted["digest"] = digest([name, path.name, digest_of_tensors(stored), noted["about"]])
+        with new_file(path, outlives_power_cut=False) as partial:
             save_file(stored, partial, noted)
         self._sound.add(path)
 
@@ -130,7 +136,9 @@ class Scratch:
                 with safe_open(path, framework="pt") as file:
                     noted = file.metadata()
                     tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                if noted["digest"] != digest([digest_of_tensors(tensors), noted["about"]]):
+                name = path.parent.name.removeprefix(".").removesuffix(".partial")
+                its = [name, path.name, digest_of_tensors(tensors), noted["about"]]
+                if noted["digest"] != digest(its):
                     return False
             except (OSError, SafetensorError, KeyError, TypeError):  # metadata may be None
                 return False

@@ -16,7 +16,7 @@ from transformers.integrations import integration_utils
 from transformers.trainer import TRAINER_STATE_NAME
 
 from slimvlm.core import documents
-from slimvlm.core.documents import Count, asked, built, digest, read_object
+from slimvlm.core.documents import Count, asked, built, digest, read_object, read_yaml
 from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, raised_as
 from slimvlm.core.files import explained, write_text
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
@@ -40,11 +40,7 @@ from slimvlm.training.trainer import TRAINED_FILE, DistillationTrainer, merge, n
 RATE, RATE_OF_ALL = 2e-4, 4e-4
 """Peak learning rates: of LoRA and projector; of all weights, if the whole decoder was removed."""
 UNKNOWN_SHARE, MEASURED_CHANNELS = 0.25, 576
-TRAINER: Mapping[str, Any] = {
-    **{"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0},
-    **{"max_grad_norm": 1.0, "save_steps": 200, "logging_steps": 10, "report_to": "none"},
-}
-"""TrainingArguments that `RecoverConfig.trainer` may change."""
+_ARGUMENTS = read_yaml(Path(__file__).with_name("arguments.yaml"), "arguments")
 REQUEST_FILE = "request.json"
 ADAPTER_FOLDER = "adapter"
 TRACKER_FOLDER = "runs"  # where the Trainer lets TensorBoard write
@@ -350,18 +346,14 @@ def _training_arguments(
             bf16=models.computes_bfloat16(device) if config.bf16 is None else config.bf16,
             use_cpu=device.type == "cpu",
             save_strategy="steps" if is_resumable else "no",
-            save_total_limit=1,
-            logging_nan_inf_filter=False,
-            remove_unused_columns=False,
-            label_names=["labels"],
             dataloader_pin_memory=is_pinned,
             dataloader_num_workers=num_workers(device),
             accelerator_config={"non_blocking": is_pinned},
             seed=config.seed,
             data_seed=config.seed,
-            disable_tqdm=False,
             gradient_checkpointing=config.gradient_checkpointing or None,
-            **{**TRAINER, **config.trainer},
+            **_ARGUMENTS["fixed"],
+            **{**_ARGUMENTS["defaults"], **config.trainer},
         )
     known = integration_utils.get_available_reporting_integrations()
     for name in cast(list[str], arguments.report_to):

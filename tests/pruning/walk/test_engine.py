@@ -4,9 +4,11 @@ import copy
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -235,13 +237,10 @@ def damaged(file, how):
     save_file(tensors, file, about)
 
 
-@pytest.mark.parametrize(
-    ("which", "how"),
-    [
-        *[("batches", "torn"), ("original-*", "scaled"), ("sliced-*", "key gone")],
-        *[("prefix-*", "narrow"), ("walked-*", "scaled"), ("walked-*", "torn")],
-    ],
-)
+TABLE = yaml.safe_load(Path(__file__).with_name("walks.yaml").read_text())
+
+
+@pytest.mark.parametrize(("which", "how"), TABLE["damage"])
 def test_damaged_entries_are_made_anew(which, how, folder, tmp_path, monkeypatch):
     steps = replace(EVERYTHING, repair="auto")
     expected = walk_of(folder, tmp_path / "whole", steps)
@@ -278,18 +277,7 @@ def test_walk_checkpoint_goes_on_and_leaves_what_save_writes(folder, tmp_path, m
     assert_equal(tmp_path / "ours", tmp_path / "theirs")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"local_steps": 2},
-        {"ratio": 0.5},
-        {"repair": "width"},
-        {"token_weights": {"answer": 2.0}},
-        {"scores": 1},
-        {"data": 1},
-    ],
-    ids=lambda change: "".join(change),
-)
+@pytest.mark.parametrize("change", TABLE["changes"], ids="".join)
 def test_another_request_does_not_reuse_old_work(change, folder, tmp_path, monkeypatch):
     model, _ = load(folder)
     asked = {"ratio": 0.4, "axis": "both", "scores": 0, "data": 0}

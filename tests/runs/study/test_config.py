@@ -1,7 +1,6 @@
 """Study files: every shipped one is sound, every mistake is named in one line."""
 
 from copy import deepcopy
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,9 @@ from slimvlm.runs.study import prepared
 from slimvlm.runs.study.config import StudyConfig, expand, read_study
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import study
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 SHIPPED = sorted((Path(__file__).parents[3] / "studies").glob("*.yaml"))
 PAPER = ("llava-1.5-7b", "bunny-3b", "mini-internvl-4b")
@@ -85,60 +87,12 @@ def test_cells_are_every_combination_once_told_apart_by_their_options(tmp_path):
     assert cells[0].values()["options"] == "gradient batch"
 
 
-def grid(**keys):
-    return {"grids": [{"ratio": 0.2, **keys}]}
-
-
-def recovery(**options):
-    return {**grid(recovery="x"), "recoveries": {"x": options}}
-
-
-KEYS = ", ".join(f.name for f in fields(StudyConfig))
-REFERENCE = {"source": "p", "rows": [{"ratio": 0.9, "retention": 1}]}
-MISTAKES = [
-    ({"taks": "presence"}, f"key 'taks' is unknown. Allowed: {KEYS}"),
-    (grid(axes="width"), "grids: key 'axes' is unknown"),
-    ({"grids": None}, "grids must map keys to values"),
-    ({"grids": []}, "grids: give at least one value"),
-    ({"grids": [{"axis": "width"}]}, "grids: key 'ratio' is missing"),
-    (grid(ratio="much"), "ratio 'much' must be a number"),
-    (grid(ratio=1.2), "1.2"),
-    (grid(seed=0.5), "seed 0.5 must be a whole number"),
-    (grid(axis="deep"), "axis 'deep' must be one of"),
-    (grid(criterion="tailor"), "tailor"),
-    (grid(axis="depth", criterion="activation"), "depth"),
-    (grid(recovery="sgd"), "recovery 'sgd' must be one of"),
-    (recovery(loss="mse"), "loss 'mse'"),
-    (recovery(lr=1), "recovery 'x': key 'lr' is unknown"),
-    (recovery(lora_rank=0), "recovery 'x': lora_rank 0 must be above 0"),
-    (recovery(fraction=0.5), "'fraction' is a key of the grid"),
-    ({"prune": {"sample": 4}}, "key 'sample' is unknown"),
-    ({"prune": {"axis": "width"}}, "'axis' is a key of the grid"),
-    ({"prune": {"samples": "many"}}, "samples 'many' must be a whole number"),
-    (grid(axis="auto"), "axis 'auto' must be one of: depth, width, both"),
-    ({"data": None}, "needs the study's key 'data'"),
-    ({"limit": 0}, "limit 0 must be at least 1"),
-    ({"tasks": "presense"}, "presense"),
-    ({"tasks": "text_ppl"}, "tasks 'text_ppl': none counts in AVG"),
-    ({"prune": {"device": "cpu"}}, "'device' changes no result"),
-    ({"resources": {"gpus": -1}}, "gpus -1"),
-    ({"floors": "yes"}, "floors 'yes' must be true or false"),
-    ({"reference": REFERENCE}, "matches no cell"),
-    (
-        {"reference": {**REFERENCE, "rows": [{"ratios": 1, "retention": 1}]}},
-        "key 'ratios' is unknown",
-    ),
-    (grid(model="/nowhere"), "no such folder"),
-    ({"data": "/nowhere.json"}, "/nowhere.json"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+@pytest.mark.parametrize(("changes", "message"), TABLES["mistakes"])
 def test_a_mistake_is_named_in_one_line(changes, message, tmp_path):
     data = folders.write_llava_data(tmp_path / "data", 6, pictures=False)
     values = {
         **{"recoveries": {"sft": {"loss": "sft"}}, "data": str(data), "tasks": "text_odd"},
-        **deepcopy({**grid(recovery=["none", "sft"]), **changes}),
+        **deepcopy({"grids": [{"ratio": 0.2, "recovery": ["none", "sft"]}], **changes}),
     }
     for each in values["grids"] or ():
         each.setdefault("model", str(folders.folder("text")))

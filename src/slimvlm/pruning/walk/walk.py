@@ -140,12 +140,8 @@ def walk_checkpoint(
         request = {
             **opened.identity,
             "batches": [[*map(models.digest_of_tensors, part)] for part in (fitted, judges)],
-            "asked": repr((ratio, axis, plan, allocation, token_weights, options)),
+            "asked": repr((ratio, axis, plan, allocation, token_weights, steps, options)),
             "scores": [models.digest_of_tensors(each.tensors()) for each in given],
-            "steps": {
-                **{"repair": repair, "ridge": ridge},
-                "local": {"count": local_steps, "learning_rate": None},  # as stored before
-            },
         }
         Scratch(folder).keep_if_same("request.json", request)
         by: dict[str, Any] = {DEFAULT_CRITERIA["depth"][0]: {}}

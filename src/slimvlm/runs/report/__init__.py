@@ -34,23 +34,15 @@ from slimvlm.evaluation.results import KINDS, Result
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as runs
+from slimvlm.runs import tables
 from slimvlm.runs.recipes import published
 from slimvlm.runs.study import DONE, FAILED, OF_A_KIND, ORIGINAL, STUDY, TABLE
-from slimvlm.runs.tables import (
-    LEGEND,
-    MARK,
-    held_out_notes,
-    held_out_rows,
-    result_rows,
-    training_notes,
-)
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
 
 _WHOLE, MAX_BYTES = 4_900_000, 4_700_000
 """Bytes at most of a whole report, and of its cards, beyond which pictures are left out."""
-MAX_CARDS: Mapping[Change, int] = {"both wrong": 40, "both right": 12}
-"""Cards of one task at most. Answers that were lost or gained are always shown."""
+MAX_CARDS: Mapping[Change, int] = {"both wrong": 40, "both right": 12}  # of a task; others: all
 CARD_BYTES = 850  # markup of a card without its words and pictures, rounded up
 SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
 """Pictures up to the first size are enlarged to the second; those above the third are reduced."""
@@ -108,11 +100,9 @@ def _render(template: str, **values: Any) -> str:
 
 
 def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Lay out a comparison as cards: the values of ``gallery.html.jinja``.
-
-    Unchanged answers whose replies differ most come first. Pictures are shown until the cards fill
-    ``max_bytes``: those of lost answers first, and tasks take turns.
-    """
+    """Lay out a comparison as cards: the values of ``gallery.html.jinja``."""
+    # Unchanged answers whose replies differ most come first. Pictures are shown until the cards
+    # fill `max_bytes`: those of lost answers first, and tasks take turns.
     queue: list[tuple[int, int, str, Pair]] = []
     hidden: dict[str, Counter[Change]] = {}
     for task in comparison.tasks.values():
@@ -245,13 +235,10 @@ def read_record(folder: str | Path, tasks: str | None = None) -> Record:
         if isinstance(error, ConfigError):
             raise
         told = f"{type(error).__name__}: {one_line(error)[:LONGEST]}"
-        raise ConfigError(
-            f"report {str(folder)!r}: a file in it is not as slimvlm wrote it ({told})"
-        ) from error
-    raise ConfigError(
-        f"report {str(folder)!r}: neither a run folder (config.json and plan.json) nor a study "
-        f"({TABLE} and study.json)"
-    )
+        told = f"a file in it is not as slimvlm wrote it ({told})"
+        raise ConfigError(f"report {str(folder)!r}: {told}") from error
+    told = f"neither a run folder (config.json and plan.json) nor a study ({TABLE} and study.json)"
+    raise ConfigError(f"report {str(folder)!r}: {told}")
 
 
 def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
@@ -275,11 +262,12 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
             row["avg_percent"] = kept.percent
             row |= {"avg_percent_low": kept.low, "avg_percent_high": kept.high}
         entries.append(_entry(row, stage))
-    tables = [Table("Scores in percent", *result_rows(results), LEGEND)] if results else []
+    title = "Scores in percent"
+    listed = [Table(title, *tables.result_rows(results), tables.LEGEND)] if results else []
     if on_data:
-        title, note = "What was kept on unseen samples", "\n".join(held_out_notes(on_data))
-        tables.append(Table(title, *held_out_rows(on_data), note))
-    tables += _walk_tables(folder)
+        title, note = "What was kept on unseen samples", "\n".join(tables.held_out_notes(on_data))
+        listed.append(Table(title, *tables.held_out_rows(on_data), note))
+    listed += _walk_tables(folder)
     there = [
         [entry.name, entry.interval, row.model, f"{value:.1f}", row.source]
         for entry in entries
@@ -292,7 +280,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
             "Other models and tasks: read the trend, not the digits. Values between two published"
             " ratios lie on a straight line; full training is compared with the study's LoRA."
         )
-        tables.append(Table("Published numbers", header, there, note))
+        listed.append(Table("Published numbers", header, there, note))
     # figures to read first
     cards, times = [], runs.read_times(folder)
     compared = len(entries) > 1 and entries[0].is_original
@@ -315,8 +303,8 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
             cards.append((title, f"{share.value:.0%}", bounds))
     elif first is not None and last is not None:
         cards.append(("Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"))
-        words = f"a token, of {first.decode_ms:.1f} ms"
-        cards.append(("Decode", f"{last.decode_ms:.1f} ms", words))
+        of = f"a token, of {first.decode_ms:.1f} ms"
+        cards.append(("Decode", f"{last.decode_ms:.1f} ms", of))
     same = list(on_data.values())[-1].figures.agreement if on_data else None
     if same is not None and same.low is not None and same.high is not None:
         interval = f"on unseen samples, 95 % interval {same.low:.1f} to {same.high:.1f}"
@@ -341,9 +329,9 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
         entries=entries,
         prunings=[("", plan, scores)],
         trainings=_training(folder / "history.json", learns),
-        tables=tables,
+        tables=listed,
         comparison=comparison,
-        notes=training_notes(results, on_data, str(recover.get("loss"))),
+        notes=tables.training_notes(results, on_data, str(recover.get("loss"))),
     )
 
 
@@ -394,14 +382,15 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
     failed = int((wanted["status"] == FAILED).sum())
     words = f"{failed} failed, {len(wanted) - len(cells) - failed} open"
     cards = [("Cells", str(len(cells)), words)]
-    for ratio in sorted(cells["ratio"].unique())[:5]:
-        entry = entries[cells[cells["ratio"] == ratio]["avg_percent"].idxmax()]
+    rated = cells.dropna(subset=["avg_percent"])  # none where the original has nothing right
+    for ratio in sorted(rated["ratio"].unique())[:5]:
+        entry = entries[rated[rated["ratio"] == ratio]["avg_percent"].idxmax()]
         how = f"{entry.axis}, {entry.recovery if entry.train else 'untrained'}"
         cards.append((f"Best at {ratio:.0%} (AVG-%)", f"{entry.percent:.1f}", how))
     comparison, notes = None, []
-    if not cells.empty:
-        nearest = min(cells["ratio"].unique(), key=lambda each: abs(each - SHOWN_RATIO))
-        best = cells[cells["ratio"] == nearest]["avg_percent"].idxmax()
+    if not rated.empty:
+        nearest = min(rated["ratio"].unique(), key=lambda each: abs(each - SHOWN_RATIO))
+        best = rated[rated["ratio"] == nearest]["avg_percent"].idxmax()
         shown, notes = cells.loc[best], [f"Answers are those of: {entries[best].name}."]
         originals = table[(table["axis"] == ORIGINAL) & (table["model"] == shown["model"])]
         original = Result.load(_inside(folder, originals.iloc[0]["result"]))
@@ -415,9 +404,9 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
         if not entry.is_original and entry.fraction == 1:
             there = published(entry.axis, entry.train, entry.loss, entry.ratio)
         low, high = entry.low, entry.high
-        differs = low is not None and high is not None and not low <= 100 <= high
+        mark = tables.MARK * (low is not None and high is not None and not low <= 100 <= high)
         rows.append([entry.name, f"{entry.ratio:.1%}", f"{entry.average:.1f}"])
-        rows[-1] += [entry.interval + MARK * differs, *(entry.columns.get(n, "") for n in extra)]
+        rows[-1] += [entry.interval + mark, *(entry.columns.get(name, "") for name in extra)]
         rows[-1] += [" / ".join(f"{value:.1f}" for _, value in there)]
         rows[-1] += [f"{entry.total_params / 1e6:.1f} M"]
         rows[-1] += [f"{entry.prefill_ms:.1f}", f"{entry.decode_ms:.1f}"]
@@ -427,14 +416,14 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
         "(arXiv:2604.24380), with all of its data, LoRA next to full training; other models and "
         "tasks, so read the trend."
     )
-    tables = [Table("All cells", header, rows, note, ids=[entry.link for entry in measured])]
+    listed = [Table("All cells", header, rows, note, ids=[entry.link for entry in measured])]
     claims = [claim for claim in claims_of(table) if claim.verdict != "not measured"]
     if claims:
         title, header = "What this says on the study's claims", ["claim", "says", "here"]
         rows = [[claim.name, claim.statement, claim.verdict] for claim in claims]
         numbers = [[claim.name, line] for claim in claims for line in claim.numbers]
         behind = Table("The numbers behind", ["claim", "comparison"], numbers, "", True, True)
-        tables += [Table(title, header, rows, wraps=True), behind]
+        listed += [Table(title, header, rows, wraps=True), behind]
     names = [name for name in done.columns if name.startswith("score:")]
     rows = [
         [entry.name, *("" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in names)]
@@ -442,11 +431,11 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
     ]
     header = ["model", *(name.removeprefix("score:") for name in names)]
     note = "In percent; perplexity as it is."
-    tables.append(Table("Scores by task", header, rows, note, folded=True))
+    listed.append(Table("Scores by task", header, rows, note, folded=True))
     broken = table[table["status"] == FAILED]
     if len(broken):
         rows = [[_name(row), str(row["failed"])] for _, row in broken.iterrows()]
-        tables.append(Table("Failed cells", ["cell", "error"], rows, wraps=True))
+        listed.append(Table("Failed cells", ["cell", "error"], rows, wraps=True))
     models = ", ".join(Path(model).name for model in table["model"].unique())
     axes = " and ".join(wanted["axis"].unique())
     return Record(
@@ -458,7 +447,7 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
         entries=measured,
         prunings=prunings,
         trainings=trainings,
-        tables=tables,
+        tables=listed,
         comparison=comparison,
         notes=notes,
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 from xml.etree.ElementTree import SubElement, fromstring, tostring
@@ -31,34 +32,24 @@ from slimvlm.runs.recipes import published
 from slimvlm.runs.report import Entry
 from slimvlm.scoring.unit_scores import Scores
 
-COLOURS: Mapping[str, str] = {
+COLOURS: Mapping[str, str] = {  # by the CSS variable that replaces each in the page
     **{"depth": "#0072b2", "width": "#b54a00", "both": "#8a3d84", "ink": "#1d1d1b"},
     **{"soft": "#5b5b56", "line": "#d9d9d2", "paper": "#fffffe", "heat": "#0b5d8f"},
     "lost": "#b02a1c",
 }
-"""Colours to draw with, by the CSS variable that replaces each in the page."""
-STYLE: Any = {
-    **{"figure.dpi": 72, "font.size": 12, "text.parse_math": False, "text.color": COLOURS["ink"]},
-    **{"axes.labelcolor": COLOURS["soft"], "axes.edgecolor": COLOURS["soft"]},
-    **{"xtick.color": COLOURS["soft"], "ytick.color": COLOURS["soft"], "ytick.major.size": 0},
-    **{"axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False},
-    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": COLOURS["line"]},
-    **{"axes.axisbelow": True, "axes.formatter.useoffset": False, "lines.linewidth": 1.8},
-    **{"svg.fonttype": "none", "svg.hashsalt": "slimvlm"},
-}
-"""How all drawings look. Labels are data from outside: they hold no formulas, and stay text."""
+_LOOK = Path(__file__).with_name("charts.mplstyle")
+STYLE: Any = matplotlib.rc_params_from_file(_LOOK, use_default_template=False)
 WIDTH, HEIGHT = 400, 270  # size of a chart with axes, in CSS pixels, before the page scales it
 _CELL, _GRID_WIDTH, _BELOW, _BAR = 28, 1100, 24, 150
 """Width of a layer's column, of all of them at most, height of their numbers and of bars."""
 _LABEL_WIDTH, _LABEL_HEIGHT = 110, 15
 _VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
-TRAINED = {
+TRAINED = {  # how a mark shows what was trained: in a chart, in its legend, and in words
     None: ("o", "○", "not trained"),
     "projector": ("^", "▲", "projector trained"),
     "lora": ("s", "■", "LoRA trained"),
     "full": ("D", "◆", "all trained"),
 }
-"""How a mark shows what was trained: in a chart, in its legend, and in words."""
 NEURON_ROWS = 24  # rows of the neurons' heatmap: shares of a layer's neurons, best first
 _LABELLED = 5  # marks have their names next to them up to so many
 _REMOVED = "removed share of the backbone (%)"

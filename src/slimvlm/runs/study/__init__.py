@@ -16,11 +16,10 @@ import pandas as pd
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from slimvlm.core.errors import ConfigError, SlimError, printable, raised_as
 from slimvlm.core.files import explained, held, new_file, require_place, write_text
-from slimvlm.core.options import PruneConfig, Questions, part_of
+from slimvlm.core.options import PruneConfig, Questions
 from slimvlm.core.progress import Say, duration
 from slimvlm.evaluation.lmms import LMMS_TASKS, split_names
 from slimvlm.evaluation.metrics import average
@@ -34,12 +33,13 @@ from slimvlm.runs.request import Request, check_options, check_questions, dry_pl
 from slimvlm.runs.study import schedule as scheduling
 from slimvlm.runs.study.config import Cell, StudyConfig, expand, read_study
 from slimvlm.runs.study.schedule import STAGE_KINDS, Cache, Outcome, Schedule, Stage
+from slimvlm.runs.tables import as_table
 from slimvlm.training.recover import History
 
 _PATIENCE = 600.0  # seconds to wait for another worker that writes the table
 OF_A_KIND = ("percent", "low", "high", "floor")  # columns of AVG-% of one kind of answers
 TABLE, STUDY = "results.parquet", "study.yaml"  # a study's measurements and its questions
-_MEASURED = (
+_MEASURED = (  # columns that a table has even where no cell is done
     *("avg", "avg_free", "avg_choice", "avg_pictures", "avg_text", "perplexity"),
     *("avg_percent", "avg_percent_low", "avg_percent_high"),
     *("above_floor", "above_floor_low", "above_floor_high"),
@@ -47,7 +47,6 @@ _MEASURED = (
     *("backbone_params", "total_params", "prefill_ms", "decode_ms"),
     *("result", "plan", "scores", "history"),
 )
-"""Columns that a table has even where no cell is done."""
 OPEN, DONE, FAILED = "open", "done", "failed"
 ORIGINAL = "original"
 
@@ -76,10 +75,8 @@ def run_study(
     if address is not None and engine != "ray":
         raise ConfigError(f"address {address!r} needs engine 'ray'")
     if engine == "ray" and device not in (None, "cpu"):  # which card a stage gets is ray's choice
-        raise ConfigError(
-            f"device {device!r}: with engine 'ray' it must be cpu or left out; resources in the "
-            "study's file say how many gpus a stage takes"
-        )
+        told = "with engine 'ray' it must be cpu or left out; resources in the study's file say"
+        raise ConfigError(f"device {device!r}: {told} how many gpus a stage takes")
     require_place(Path(out))
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"output {str(out)!r} is a file, and a study needs a folder")
@@ -133,7 +130,7 @@ def prepared(
     """Read a study and plan its stages, after every check that needs no weights."""
     config = study if isinstance(study, StudyConfig) else read_study(study)
     cells = [replace(c, prune=replace(c.prune, device=device)) for c in expand(config)]
-    check_questions(replace(part_of(config, Questions), floors=False))  # floors where possible
+    check_questions(replace(config.part(Questions), floors=False))  # floors where possible
     own, theirs = split_names(config.tasks)
     if not theirs and not any(task.in_average for task in find_tasks(own)):
         raise ConfigError(f"tasks {config.tasks!r}: none counts in AVG, which a study compares")
@@ -167,14 +164,6 @@ def prepared(
             found = f"data {config.data!r} has {len(samples)} samples"
             say(f"{found}: training sees those of calibration")
     return config, schedule
-
-
-def as_json(table: pd.DataFrame) -> dict[str, Any]:
-    """Return the table and its verdicts on the claims as plain values."""
-    from slimvlm_tools.claims import claims_of
-
-    rows = json.loads(table.to_json(orient="records"))
-    return {"rows": rows, "claims": [asdict(claim) for claim in claims_of(table)]}
 
 
 class Clock:
@@ -259,17 +248,16 @@ class Progress:
     def __rich__(self) -> Table:
         left = duration(self.seconds_left())
         elapsed = duration(time.monotonic() - self.start)
-        table = Table(title=f"{elapsed} gone, about {left} left", title_justify="left")
-        for name in ("stage", "to do", "done", "failed", "now"):
-            table.add_column(name, justify="left" if name in ("stage", "now") else "right")
+        rows = []
         for kind in STAGE_KINDS:
             mine = [stage for stage in self.missing if stage.kind == kind]
             ends = [self.ended[s.name] for s in mine if s.name in self.ended]
             bad = sum(bool(outcome.error) for outcome in ends)
             counts = (len(mine) - len(ends), len(ends) - bad, bad)
             now = self.now.label if self.now is not None and self.now.kind == kind else ""
-            table.add_row(kind, *map(str, counts), Text(printable(now)))
-        return table
+            rows.append([kind, *map(str, counts), now])
+        header = ("stage", "to do", "done", "failed", "now")
+        return as_table(header, rows, f"{elapsed} gone, about {left} left")
 
     def _print(self, stage: Stage, number: int, end: str = "") -> None:
         line = f"[{number}/{len(self.missing)}] {stage.kind} {stage.label}{end}"
@@ -293,11 +281,9 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     """Collect all measurements of a study so far.
 
     A row for the original of each model (``axis`` and ``recovery`` say original), then one for each
-    cell: its options, AVG-% and floor-corrected retention with intervals, AVG-% of chosen and of
-    free answers with interval and floor, a column ``score:TASK`` for each task, averages over
-    groups of tasks, costs, paths of the files behind it, seconds by stage, status (done, failed,
-    open) and the error. Models of one shape and data type take
-    equally long: each gets the median of their times.
+    cell: options, retention with intervals and floors, also by kind of answer, ``score:TASK`` for
+    each task, averages over groups of tasks, costs, paths of the files behind it, seconds by stage,
+    status and error. Models of one shape and data type get the median of their times.
     """
 
     def place(stage: Stage, name: str) -> str:

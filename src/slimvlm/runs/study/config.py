@@ -114,9 +114,9 @@ def read_study(path: str | Path) -> StudyConfig:
 
 
 _SWEPT = tuple(f.name for f in fields(Grid) if f.name != "prune")  # keys that are multiplied
+# options that are keys of the grid or of the study
 _PRUNE_KEYS = {f.name for f in fields(PruneConfig)} & {*_SWEPT, "data", "images"}
 _RECOVER_KEYS = {f.name for f in fields(RecoverConfig)} & {*_SWEPT}
-"""Options that are keys of the grid or of the study."""
 
 
 @dataclass(frozen=True, kw_only=True)

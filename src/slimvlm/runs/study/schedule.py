@@ -16,24 +16,10 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from slimvlm.core.documents import (
-    asked,
-    built,
-    digest,
-    identity_of_code,
-    identity_of_files,
-    read_object,
-)
+from slimvlm.core import documents
 from slimvlm.core.errors import ConfigError, InUseError, one_line, raised_as
 from slimvlm.core.files import held, new_folder, write_text
-from slimvlm.core.options import (
-    DataConfig,
-    LoadConfig,
-    PruneConfig,
-    Questions,
-    RecoverConfig,
-    part_of,
-)
+from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, RecoverConfig
 from slimvlm.core.progress import without_bars
 from slimvlm.data.general import identity_of_general_text
 from slimvlm.data.read import estimated_length, identity_of_data
@@ -59,9 +45,6 @@ ENGINES = ("local", "ray")
 PAUSE_S = 0.5  # seconds between looks at stages that other workers are doing
 RECORD = "stage.json"  # written last into an outcome: request, seconds, estimated work
 CHECKPOINT = "checkpoint"  # output of stages that make a model; no other may be removed later
-_OUTPUTS = {"prune": CHECKPOINT, "recover": CHECKPOINT}
-_OUTPUTS |= {"calibrate": f"{SCORES}.json", "evaluate": RESULT}
-"""What a stage leaves for later ones."""
 _LONGEST_ERROR = 300
 
 
@@ -75,16 +58,16 @@ class Stage:
     label: str = field(compare=False)
 
     @property
-    def output(self) -> str:
-        """The file or folder that later stages read."""
-        return _OUTPUTS[self.kind]
+    def makes_model(self) -> bool:
+        """Whether it leaves a checkpoint for later stages."""
+        return self.kind in ("prune", "recover")
 
     @cached_property
     def name(self) -> str:
         """The hash; cells that need the same work get the same name."""
         inputs = [stage.name for stage in self.inputs]
-        request = {"kind": self.kind, "request": asked(self.request)}
-        return digest([identity_of_code(), request, inputs])[:20]
+        request = {"kind": self.kind, "request": documents.asked(self.request)}
+        return documents.digest([documents.identity_of_code(), request, inputs])[:20]
 
 
 @dataclass(frozen=True)
@@ -137,18 +120,19 @@ class Cache:
 
     def is_ready(self, stage: Stage) -> bool:
         """Whether another stage could read the outcome."""
-        is_whole = stage.output != CHECKPOINT or self.path(stage, CHECKPOINT).is_dir()
+        is_whole = not stage.makes_model or self.path(stage, CHECKPOINT).is_dir()
         return self.is_done(stage) and is_whole
 
     def records(self, kind: str, name: str = "[!.]*") -> list[Record]:
         """Read the records of all outcomes of a kind, or of the one of this name."""
         paths = sorted((self.root / "cache" / kind).glob(f"{name}/{RECORD}"))
-        return [built(Record, read_object(p, "stage"), f"stage {str(p)!r}") for p in paths]
+        read = [(documents.read_object(path, "stage"), f"stage {str(path)!r}") for path in paths]
+        return [documents.built(Record, *each) for each in read]
 
     def error_of(self, stage: Stage) -> str:
         """Read the error that a stage's last attempt ended with; empty if there is none."""
         path = self._failure(stage)
-        return str(read_object(path, "stage").get("error")) if path.is_file() else ""
+        return str(documents.read_object(path, "stage").get("error")) if path.is_file() else ""
 
     def run(
         self, stage: Stage, flops: float, wait: bool, is_needed: Callable[[Stage], bool]
@@ -200,7 +184,7 @@ class Cache:
         return self.root / "failed" / f"{stage.kind}-{stage.name}.json"
 
 
-_identity = lru_cache(maxsize=64)(identity_of_files)
+_identity = lru_cache(maxsize=64)(documents.identity_of_files)
 _identity_of_data = lru_cache(maxsize=64)(identity_of_data)
 _identities_of_tasks = lru_cache(maxsize=64)(identities_of_tasks)
 _shape_of = lru_cache(maxsize=64)(anatomy)
@@ -263,7 +247,7 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
             request = replace(base, prune=wanted, tokens=None)
             label += f" seed {config.seed}"
         else:
-            loading = vars(part_of(base.prune, LoadConfig))
+            loading = vars(base.prune.part(LoadConfig))
             wanted = PruneConfig(criterion=(criterion,), **known, **loading)
             made_from = base.made_from[:1]
             request = replace(base, prune=wanted, hold_out=False, made_from=made_from, tokens=None)
@@ -280,16 +264,16 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
 
 def _reading(config: PruneConfig) -> PruneConfig:
     """Keep only the options that say what is read, and in which order."""
-    source = vars(part_of(config, DataConfig))
+    source = vars(config.part(DataConfig))
     return PruneConfig(samples=config.samples, seed=config.seed, **source)
 
 
 def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) -> Stage:
-    questions = part_of(study, Questions)
+    questions = study.part(Questions)
     made_from = _identity(cell.model, resolve(cell.model)), *_identities_of_tasks(questions)
     request = Request(
         model=cell.model,
-        prune=PruneConfig(**vars(part_of(cell.prune, LoadConfig))),
+        prune=PruneConfig(**vars(cell.prune.part(LoadConfig))),
         questions=replace(questions, floors=questions.floors and of is None),
         made_from=made_from,
     )
@@ -300,7 +284,7 @@ def samples_of(request: Request) -> tuple[list[Sample], list[str]]:
     """Read all samples of a request's data, and remarks on them, such as skipped rows."""
     if request.prune.data is None:
         return [], []
-    return _samples(request.model, part_of(request.prune, DataConfig), request.made_from)
+    return _samples(request.model, request.prune.part(DataConfig), request.made_from)
 
 
 @lru_cache(maxsize=1)
@@ -438,7 +422,7 @@ class Schedule:
     def clear_checkpoints(self, stage: Stage, cache: Cache) -> None:
         """Remove the models that a finished stage has read, where no open stage needs them."""
         for source in () if self.keeps_checkpoints else stage.inputs:
-            if source.output == CHECKPOINT and not self.is_needed(source, cache):
+            if source.makes_model and not self.is_needed(source, cache):
                 path = cache.path(source, CHECKPOINT)
                 with suppress(FileNotFoundError):  # unless another worker was faster
                     path.rename(path.with_name(f".{CHECKPOINT}.gone.{uuid4().hex}"))
