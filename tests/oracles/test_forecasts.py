@@ -1,8 +1,8 @@
 """What is said of memory and work before a walk, against bytes and operations that are counted.
 
 One model of each trait: plain text, a picture, cross-attention, deepstack features, experts, and
-layers without attention. Said is enough if it is within a third of what is counted. Bytes are those
-of the pretended card: ``python -m pytest -p tests.pretended_gpu`` runs these.
+layers without attention. Bytes are said to within a third, operations of weights to a twentieth.
+Bytes are those of the pretended card: ``python -m pytest -p tests.pretended_gpu`` runs these.
 """
 
 import pytest
@@ -23,7 +23,6 @@ TRAITS = {
     **{"text": "llama", "picture": "llava-llama", "cross-attention": "mllama"},
     **{"deepstack": "qwen3_vl", "experts": "qwen3_moe", "hybrid": "lfm2"},
 }
-NEAR = {"rel": 1 / 3}
 EACH, BATCHES, TOKENS, IN_PICTURE = 4, 4, 48, 4  # a run reads samples in batches of 4
 
 
@@ -56,7 +55,7 @@ def test_a_walk_takes_the_memory_that_is_said(trait, monkeypatch):
     torch.cuda.reset_peak_memory_stats()
     sv.walk_(model.to(card), data, 0.3, axis, round_to=1)
     taken = torch.cuda.max_memory_allocated() - before
-    assert said.calibration_bytes == pytest.approx(taken, **NEAR)
+    assert said.calibration_bytes == pytest.approx(taken, rel=1 / 3)
 
 
 @pytest.mark.parametrize("trait", TRAITS)
@@ -72,9 +71,14 @@ def test_a_pass_takes_the_operations_that_are_said(trait):
     has_tower = tiny.is_multimodal(model.config)
     parts = ("model.language_model" if has_tower else "model", "lm_head")
     by_part = counting.get_flop_counts()
-    counted = sum(sum(by_part[f"{type(model).__name__}.{part}"].values()) for part in parts)
+    counted = sum(
+        count
+        for part in parts
+        for operator, count in by_part[f"{type(model).__name__}.{part}"].items()
+        if operator != torch.ops.aten.bmm  # attention scores, which the estimate leaves out
+    )
     said = sizes_of(model, batch["input_ids"].shape[1]).pass_flops
-    assert said == pytest.approx(counted, **NEAR)
+    assert said == pytest.approx(counted, rel=0.05)
 
 
 def test_a_picture_that_is_cross_attended_takes_no_place_in_the_sequence(tmp_path):
