@@ -344,9 +344,3 @@ def _places(
         places[number] = (position, position + len(form))
         position += len(form) + len(after)
     return places if position == len(text) else None
-
-
-def num_images(message: Message) -> int:
-    """Count the pictures of a turn."""
-    content = message["content"]
-    return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)

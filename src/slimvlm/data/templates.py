@@ -127,16 +127,15 @@ def rendered(template: str, **values: Any) -> str:
     """Render a template, or without ``values`` list the variables that it reads."""
     if not _children or not _children[-1].is_ours():
         _children[:] = [Child(TEMPLATE_BYTES)]
+    mistakes = {
+        TimeoutError: f"takes more than {MAX_SECONDS:g} seconds of computing",
+        MemoryError: f"needs more than {TEMPLATE_BYTES // 2**20} MiB of memory",
+    }
     try:
         return _children[0].ask(MAX_SECONDS, template=template, **values)
-    except TimeoutError as error:
-        told = f"takes more than {MAX_SECONDS:g} seconds of computing"
+    except (TimeoutError, MemoryError, SyntaxError) as error:
+        told = mistakes.get(type(error), f"is malformed ({error})")
         raise ConfigError(f"model: its chat template {told}") from error
-    except MemoryError as error:
-        told = f"needs more than {TEMPLATE_BYTES // 2**20} MiB of memory"
-        raise ConfigError(f"model: its chat template {told}") from error
-    except SyntaxError as error:
-        raise ConfigError(f"model: its chat template is malformed ({error.msg})") from error
     except ValueError as error:
         raise DataError(f"the chat template refuses the conversation ({error})") from error
 

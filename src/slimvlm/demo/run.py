@@ -58,19 +58,18 @@ def run_demo(
     found = None if force else compress.results_of(model, config, folder)
     if found is None:
         found = compress.compress(model, config, folder, force, say).results
-    original, small = found["original"], found["recovered"]
+    original, small = both = found["original"], found["recovered"]
     header = ["", "original", "small"]
-    rows = [[name, *(f"{each.tasks[name].score:.1f}" for each in (original, small))] for name in
-            small.tasks]  # fmt: skip
+    rows = [[name, *(f"{each.tasks[name].score:.1f}" for each in both)] for name in small.tasks]
     rows.append(["kept of all scores, %", "100", str(small.retention(original))])
     for kind, kept in small.retention_by_kind(original).items():
         rows.append([f"kept of {kind} answers (floor {kept.floor:.1f})", "100", str(kept)])
     rows += [
-        ["parameters", *(tables.millions(each.total_params) for each in (original, small))],
-        ["weights", *(tables.size(each.weight_bytes or 0) for each in (original, small))],
+        ["parameters", *(tables.millions(each.total_params) for each in both)],
+        ["weights", *(tables.size(each.weight_bytes or 0) for each in both)],
+        ["read a question, ms", *(f"{each.prefill_ms:.1f}" for each in both)],
+        ["write a token, ms", *(f"{each.decode_ms:.1f}" for each in both)],
     ]
-    for label, name in (("read a question, ms", "prefill_ms"), ("write a token, ms", "decode_ms")):
-        rows.append([label, *(f"{getattr(each, name):.1f}" for each in (original, small))])
     same = compress.read_held_out(folder)["recovered"].figures.agreement
     if same is not None:
         rows.append(["same next token, unseen samples, %", "100", f"{same.value:.1f}"])

@@ -7,10 +7,9 @@ so the splits never share one. Digits also come from disjoint parts of the handw
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import yaml
@@ -46,8 +45,7 @@ def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     return items[int(rng.integers(len(items)))]
 
 
-@dataclass(frozen=True)
-class Art:
+class Art(NamedTuple):
     """The emoji pictures: one word and one category a concept, RGBA pictures by art style."""
 
     names: tuple[str, ...]
@@ -63,8 +61,7 @@ class Art:
         return [n for n, c in zip(self.names, self.categories, strict=True) if c == category]
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """One object of a scene."""
 
     name: str  # concept, digit ("0" to "9") or "colour shape" ("red circle")
@@ -73,8 +70,7 @@ class Placed:
     style: str = ""  # art style of an emoji
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """A picture's contents in reading order."""
 
     kind: SceneKind
