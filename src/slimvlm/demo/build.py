@@ -32,10 +32,8 @@ DELTA = ASSETS / "delta.safetensors"
 MARKER = "slimvlm_demo.json"
 FORMAT_VERSION = "2"
 SCALE = 2.0  # factor of the delta's low-rank products
-IMAGE_TOKEN = "<image>"
-IMAGE_TOKEN_ID = 16
-"""SmolLM2's vocabulary has reserved entries; `<empty_output>` (16) becomes the image token."""
-RESERVED_TOKEN = "<empty_output>"
+RESERVED_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN_ID = "<empty_output>", "<image>", 16
+"""SmolLM2's vocabulary has reserved entries, of which this one becomes the image token."""
 NUM_IMAGE_TOKENS = GRID * GRID
 CHAT_TEMPLATE: str = DATA["chat_template"]
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.random import Generator
 
+from slimvlm.data.chat import answered_sample
 from slimvlm.data.samples import Message, Question, Sample, Task
 from slimvlm.demo import scenes
 from slimvlm.demo.scenes import CELLS, COLORS, Scene, SceneKind, Split, load_art, make_scene, pick
@@ -358,14 +359,10 @@ def demo_samples(count: int, seed: int = 0, pictures: bool = True) -> list[Sampl
     numbered = ((index, make_conversation(seed, index)) for index in itertools.count())
     chosen = ((i, each) for i, each in numbered if pictures or each.scene is None)
     for index, conversation in itertools.islice(chosen, count):
-        scene = conversation.scene
-        messages: list[Message] = []
-        for prompt, answer in conversation.turns:
-            shown = [{"type": "image"}] if scene is not None and not messages else []
-            messages += [
-                {"role": "user", "content": [*shown, {"type": "text", "text": prompt}]},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-            ]
-        images = () if scene is None else (scenes.render(scene),)
+        images = () if conversation.scene is None else (scenes.render(conversation.scene),)
+        messages = list[Message]()
+        for prompt, answer in conversation.turns:  # the first one shows the picture
+            asked = Question("", prompt, (answer,), () if messages else images)
+            messages += answered_sample(asked, answer).messages
         samples.append(Sample(f"demo-{seed}-{index}", tuple(messages), images))
     return samples

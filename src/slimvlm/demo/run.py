@@ -9,6 +9,7 @@ from slimvlm.core.files import write_text
 from slimvlm.core.options import Axis, CompressConfig, Dtype, RecoverConfig
 from slimvlm.core.progress import Say
 from slimvlm.demo.questions import TASKS
+from slimvlm.demo.scenes import DATA
 from slimvlm.models.load import computes_bfloat16, device_named
 from slimvlm.runs import compress, tables
 
@@ -87,12 +88,7 @@ def run_demo(
             reply = each.tasks[name].replies[each.tasks[name].ids.index(question.id)]
             lines.append(f"  {label}: {reply}")
         lines.append("")
-    lines += [
-        "Next: ask both models, open a report, and compress a model of yours.",
-        f"  slimvlm chat {folder} --image {out}/pictures/name.png 'What is this?' --other {model}",
-        f"  slimvlm report {folder}",
-        "  slimvlm compress MODEL --ratio 0.3 --data CONVERSATIONS.jsonl --out small",
-    ]
+    lines += [line.format(folder=folder, out=out, model=model) for line in DATA["next"]]
     text = "\n".join([tables.as_markdown(header, rows), "```text", *lines, "```", ""])
     write_text(out / "summary.md", text)
     return header, rows, lines
