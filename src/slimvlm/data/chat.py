@@ -273,8 +273,13 @@ def _located(processor: Any, sample: Sample) -> tuple[str, list[_Answer]]:
                 stop += len(end)
             elif following != picture:  # GLM's answers end where the next turn begins
                 stop += len(after) - len(rest) + len(str(following))
+            elif tokenizer.eos_token is None:
+                raise ConfigError(
+                    "model: its chat template writes no token behind an answer and its tokenizer "
+                    "has no eos_token, so the end of an answer cannot be taught"
+                )
             else:
-                made, done = made + text[done:stop] + _end_token(tokenizer), stop
+                made, done = made + text[done:stop] + str(tokenizer.eos_token), stop
         answers.append(_Answer(start + added, stop + len(made) - done, shown, since[shown]))
     return made + text[done:], answers
 
@@ -309,15 +314,6 @@ def _ending(text: str, special: Sequence[str]) -> str:
     while at and (word := next((word for word in special if text.startswith(word, at)), "")):
         at += len(word)
     return text[:at]
-
-
-def _end_token(tokenizer: Any) -> str:
-    if tokenizer.eos_token is None:
-        raise ConfigError(
-            "model: its chat template writes no token behind an answer and its tokenizer has no "
-            "eos_token, so the end of an answer cannot be taught"
-        )
-    return str(tokenizer.eos_token)
 
 
 @lru_cache(4)  # of Gemma's tokenizer it takes 27 ms

@@ -70,8 +70,7 @@ class Child:
             finally:
                 clock.cancel()
         if not answer:
-            ended = -process.wait()
-            in_time = ended not in (signal.SIGPROF, signal.SIGKILL, signal.SIGXCPU)
+            in_time = -process.wait() not in (signal.SIGPROF, signal.SIGKILL, signal.SIGXCPU)
             raise MemoryError if in_time else TimeoutError
         reply: dict[str, str] = json.loads(answer)
         if reply.get("error") == "memory":

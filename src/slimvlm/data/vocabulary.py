@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slimvlm.core.documents import read_text
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, raised_as, shortened
@@ -212,8 +212,7 @@ def _with_ids(processor: Any, new: Callable[[int], int], name: str) -> Any:
     return processor
 
 
-@dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(NamedTuple):
     """The tokens to keep, and their coverage of unseen texts."""
 
     tokens: tuple[int, ...]  # sorted ids

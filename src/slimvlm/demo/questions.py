@@ -177,8 +177,7 @@ def _ask_text(task: str, rng: Generator, split: Split) -> _Asked:
         else:
             a, b = (int(v) for v in rng.integers(1, _MAX_SUMMAND + 1, size=2))
             asked = _Asked(f"what is {a} + {b}?", str(a + b))
-        is_test = zlib.crc32(asked.prompt.encode()) % scenes.TEST_SHARE == 0
-        if is_test == (split == "test"):
+        if (zlib.crc32(asked.prompt.encode()) % scenes.TEST_SHARE == 0) == (split == "test"):
             return asked
 
 
