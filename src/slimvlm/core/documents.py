@@ -139,8 +139,7 @@ def built(kind: type[T], values: Any, where: str = "") -> T:
         # a field whose default is a tuple also takes a single value
         tuples = {row.name for row in rows if isinstance(row.default, tuple)}
         values = {k: listed(v) if k in tuples else v for k, v in values.items()}
-    kinds = (TypeError, ValueError, RecursionError)
-    with raised_as(ConfigError, kinds, f"{where or 'the file'}:"):
+    with raised_as(ConfigError, (TypeError, ValueError, RecursionError), f"{where or 'the file'}:"):
         text = json.dumps(values, default=str)
     try:
         return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")

@@ -404,8 +404,7 @@ class SizeOptions(RatioOptions):
     @property
     def of_units(self) -> dict[str, Any]:
         """The options of units, by the names that `make_plan` gives them."""
-        names = ("units", "protect", "round_to", "experts")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("units", "protect", "round_to", "experts")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,8 +117,7 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
         inputs = process(processor, texts, images, padding_side="right")
     labels, tokenizer = torch.full_like(inputs["input_ids"], IGNORE), tokenizer_of(processor)
     for row, (sample, (text, answers)) in enumerate(zip(samples, located, strict=True)):
-        length = int(inputs["attention_mask"][row].sum())
-        ids = inputs["input_ids"][row, :length].tolist()
+        ids = inputs["input_ids"][row, : int(inputs["attention_mask"][row].sum())].tolist()
         adds = adds_special_tokens(tokenizer, text)
         plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adds)
         tokens = plain["input_ids"]

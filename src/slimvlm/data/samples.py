@@ -87,8 +87,7 @@ def open_image(image: Image.Image | Path) -> Image.Image:
     with raised_as(DataError, Exception, f"image {str(image)!r}: cannot be read"):
         if isinstance(image, Path):
             return _decoded(image)
-        content = _file_of(image)
-        if content is not None:
+        if (content := _file_of(image)) is not None:
             return _decoded(io.BytesIO(content))
         return ImageOps.exif_transpose(image).convert("RGB")
 

@@ -60,10 +60,8 @@ class Child:
         with self._lock:
             clock.start()
             try:
-                assert process.stdin is not None
                 assert process.stdout is not None
-                process.stdin.write(line + "\n")
-                process.stdin.flush()
+                print(line, file=process.stdin, flush=True)
                 answer = process.stdout.readline()
             except BrokenPipeError:
                 answer = ""

@@ -116,10 +116,8 @@ class TokenizerFile:
     @cached_property
     def _ranks(self) -> dict[Pair, int]:
         """The joins of a BPE model and their rank."""
-        return {
-            (left, right): n
-            for n, (left, right) in enumerate(self.values["model"].get("merges", ()))
-        }
+        merges = self.values["model"].get("merges", ())
+        return {(left, right): n for n, (left, right) in enumerate(merges)}
 
     @cached_property
     def _makers(self) -> dict[str, list[Pair]]:
@@ -199,10 +197,8 @@ def _with_ids(processor: Any, new: Callable[[int], int], name: str) -> Any:
         inner = [_with_ids(each, new, name) for each in processor["processors"]]
         return {**processor, "processors": inner}
     if kind == "TemplateProcessing":
-        tokens = {
-            text: {**token, "ids": [new(index) for index in token["ids"]]}
-            for text, token in processor["special_tokens"].items()
-        }
+        old = processor["special_tokens"].items()
+        tokens = {text: {**token, "ids": list(map(new, token["ids"]))} for text, token in old}
         return {**processor, "special_tokens": tokens}
     if kind in _PAIRS:
         pairs = {part: processor[part] for part in ("sep", "cls")}

@@ -71,8 +71,7 @@ def run_demo(
         ["read a question, ms", *(f"{each.prefill_ms:.1f}" for each in both)],
         ["write a token, ms", *(f"{each.decode_ms:.1f}" for each in both)],
     ]
-    same = compress.read_held_out(folder)["recovered"].figures.agreement
-    if same is not None:
+    if (same := compress.read_held_out(folder)["recovered"].figures.agreement) is not None:
         rows.append(["same next token, unseen samples, %", "100", f"{same.value:.1f}"])
 
     lines = ["The first question of three tasks:", ""]

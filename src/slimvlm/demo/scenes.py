@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+from slimvlm.core.documents import read_yaml
 
 Split = Literal["train", "test"]
 SceneKind = Literal["single", "multi", "count", "digits", "shapes"]
@@ -33,9 +34,7 @@ SEEN_STYLES = ("noto", "twemoji")
 UNSEEN_STYLE = "fluent"
 TEST_SHARE = 8  # one composition, and one digit picture, in this many is of the test split
 SHAPES = ("circle", "square", "triangle", "cross")
-DATA: dict[str, Any] = yaml.safe_load(
-    Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8")
-)
+DATA: dict[str, Any] = read_yaml(Path(__file__).with_name("demo.yaml"), "demo")
 COLORS: dict[str, list[int]] = DATA["colors"]
 BACKGROUNDS: list[list[int]] = DATA["backgrounds"]
 
@@ -178,8 +177,7 @@ def _sprite(style: str, source: int, size: int) -> NDArray[np.float32]:
 @lru_cache(maxsize=256)
 def _shape_sprite(name: str, size: int) -> NDArray[np.float32]:
     color, shape = name.split()
-    scale = 4
-    n = size * scale
+    n = size * 4  # drawn larger, then reduced
     mask = Image.new("L", (n, n), 0)
     draw = ImageDraw.Draw(mask)
     if shape == "circle":
