@@ -438,9 +438,10 @@ def _parts(
             raise DataError(f"{where}: a part has more than one of text, {', '.join(_IN_PART)}")
         if kind != "text":
             source = next((part[k] for k in _IN_PART if k in part), None)
-            is_url = kind == "image_url" and isinstance(source, dict)
+            if kind == "image_url" and isinstance(source, dict):
+                source = source.get("url")
             parts.append({"type": "image"})
-            sources.append(source.get("url") if is_url else source)
+            sources.append(source)
             continue
         if not isinstance(text, str):
             raise DataError(f"{where}: a text part without text")
