@@ -115,10 +115,8 @@ def _readable(what: str, path: str | Path) -> Iterator[None]:
 def _require_shallow(values: Any) -> None:
     level = [values]
     for _ in range(MAX_DEPTH + 1):
-        held = [
-            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
-        ]
-        level = [inner for several in held for inner in several]
+        several = [v for v in level if isinstance(v, dict | list)]
+        level = [held for v in several for held in (v.values() if isinstance(v, dict) else v)]
         if not level:
             return
     raise ValueError(f"more than {MAX_DEPTH} levels inside one another")
@@ -141,8 +139,7 @@ def built(kind: type[T], values: Any, where: str = "") -> T:
         # a field whose default is a tuple also takes a single value
         tuples = {row.name for row in rows if isinstance(row.default, tuple)}
         values = {k: listed(v) if k in tuples else v for k, v in values.items()}
-    kinds = (TypeError, ValueError, RecursionError)
-    with raised_as(ConfigError, kinds, f"{where or 'the file'}:"):
+    with raised_as(ConfigError, (TypeError, ValueError, RecursionError), f"{where or 'the file'}:"):
         text = json.dumps(values, default=str)
     try:
         return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
@@ -198,10 +195,9 @@ def note_request(file: Path, request: Mapping[str, Any]) -> None:
 
 def noted_request(file: Path) -> dict[str, Any] | None:
     """Read the stored request; None if there is none or if it is incomplete."""
-    try:
+    with suppress(ConfigError):
         return read_object(file, "request")
-    except ConfigError:
-        return None
+    return None
 
 
 def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:
@@ -213,9 +209,7 @@ def require_same_request(
     noted: Mapping[str, Any] | None, request: Mapping[str, Any], what: str, cure: str
 ) -> None:
     """Refuse another request than the noted one, name the options that differ, and the cure."""
-    if noted is None:
-        return
-    if differing := list(_differing(noted, _comparable(request))):
+    if noted is not None and (differing := list(_differing(noted, _comparable(request)))):
         raise ConfigError(f"{what} with another {' and another '.join(differing)}. {cure}")
 
 

@@ -52,9 +52,8 @@ def path_of(word: str | Path, what: str) -> Path:
     """Make a path of a user's word; raise ConfigError for one that the system cannot look up."""
     path = Path(word)
     try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
     except (OSError, ValueError) as error:
         told = f"cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
         raise ConfigError(f"{what} {shortened(str(word))}: {told}") from error
@@ -237,10 +236,8 @@ def require_place(path: Path) -> None:
     except (RuntimeError, UnicodeEncodeError) as error:  # a circle of links; libraries need UTF-8
         told = one_line(error)
         raise ConfigError(f"output {shortened(str(path))} is no usable path ({told})") from error
-    parent = place.parent
     with explained(path):
-        while not parent.exists():
-            parent = parent.parent
+        parent = next(filter(Path.exists, place.parents))
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise ConfigError(f"output {str(path)!r}: {str(parent)!r} cannot be written")
 

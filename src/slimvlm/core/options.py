@@ -404,8 +404,7 @@ class SizeOptions(RatioOptions):
     @property
     def of_units(self) -> dict[str, Any]:
         """The options of units, by the names that `make_plan` gives them."""
-        names = ("units", "protect", "round_to", "experts")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("units", "protect", "round_to", "experts")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -562,8 +561,9 @@ class CompressConfig(RunOptions, RunPruning):
         if self.device_map is not None:
             raise ConfigError(f"device_map {self.device_map!r}: a model that is trained is whole")
         if self.recover.keep_adapter:
-            told = "compress writes merged weights alone; use recover"
-            raise ConfigError(f"keep_adapter True: {told}")
+            raise ConfigError(
+                "keep_adapter True: compress writes merged weights alone; use recover"
+            )
         if (seed := self.recover.seed) not in (0, self.seed):
             raise ConfigError(f"seed {self.seed}: a run has one, and recover has {seed}")
 

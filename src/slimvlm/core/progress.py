@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -127,16 +127,11 @@ def progress(
     """Yield items and show progress; a part of a larger stage reports its share to ``reached``."""
     if not items:
         return
-    if reached is not None:
-        with stage(description):
-            for done, item in enumerate(items, 1):
-                yield item
-                reached(done / len(items))
-        return
-    with steps(description, len(items)) as show:
+    shown: Any = steps(description, len(items)) if reached is None else stage(description)
+    with shown as show:
         for done, item in enumerate(items, 1):
             yield item
-            show(done)
+            show(done) if reached is None else reached(done / len(items))
 
 
 @contextmanager

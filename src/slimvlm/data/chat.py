@@ -117,8 +117,7 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
         inputs = process(processor, texts, images, padding_side="right")
     labels, tokenizer = torch.full_like(inputs["input_ids"], IGNORE), tokenizer_of(processor)
     for row, (sample, (text, answers)) in enumerate(zip(samples, located, strict=True)):
-        length = int(inputs["attention_mask"][row].sum())
-        ids = inputs["input_ids"][row, :length].tolist()
+        ids = inputs["input_ids"][row, : int(inputs["attention_mask"][row].sum())].tolist()
         adds = adds_special_tokens(tokenizer, text)
         plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adds)
         tokens = plain["input_ids"]
@@ -273,8 +272,13 @@ def _located(processor: Any, sample: Sample) -> tuple[str, list[_Answer]]:
                 stop += len(end)
             elif following != picture:  # GLM's answers end where the next turn begins
                 stop += len(after) - len(rest) + len(str(following))
+            elif tokenizer.eos_token is None:
+                raise ConfigError(
+                    "model: its chat template writes no token behind an answer and its tokenizer "
+                    "has no eos_token, so the end of an answer cannot be taught"
+                )
             else:
-                made, done = made + text[done:stop] + _end_token(tokenizer), stop
+                made, done = made + text[done:stop] + str(tokenizer.eos_token), stop
         answers.append(_Answer(start + added, stop + len(made) - done, shown, since[shown]))
     return made + text[done:], answers
 
@@ -311,15 +315,6 @@ def _ending(text: str, special: Sequence[str]) -> str:
     return text[:at]
 
 
-def _end_token(tokenizer: Any) -> str:
-    if tokenizer.eos_token is None:
-        raise ConfigError(
-            "model: its chat template writes no token behind an answer and its tokenizer has no "
-            "eos_token, so the end of an answer cannot be taught"
-        )
-    return str(tokenizer.eos_token)
-
-
 @lru_cache(4)  # of Gemma's tokenizer it takes 27 ms
 def _special_tokens(tokenizer: Any, size: int) -> list[str]:
     """List the tokens that are no plain text, longest first; ``size`` tells changes."""
@@ -344,9 +339,3 @@ def _places(
         places[number] = (position, position + len(form))
         position += len(form) + len(after)
     return places if position == len(text) else None
-
-
-def num_images(message: Message) -> int:
-    """Count the pictures of a turn."""
-    content = message["content"]
-    return 0 if isinstance(content, str) else sum(part["type"] == "image" for part in content)

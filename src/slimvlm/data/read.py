@@ -438,10 +438,10 @@ def _parts(
             raise DataError(f"{where}: a part has more than one of text, {', '.join(_IN_PART)}")
         if kind != "text":
             source = next((part[k] for k in _IN_PART if k in part), None)
+            if kind == "image_url" and isinstance(source, dict):
+                source = source.get("url")
             parts.append({"type": "image"})
-            sources.append(
-                source.get("url") if kind == "image_url" and isinstance(source, dict) else source
-            )
+            sources.append(source)
             continue
         if not isinstance(text, str):
             raise DataError(f"{where}: a text part without text")
@@ -507,7 +507,7 @@ def fitted(
     answered = [n for n, message in enumerate(sample.messages, 1) if message["role"] == "assistant"]
     for kept in reversed(answered):
         turns = sample.messages[:kept]
-        pictures = sample.images[: sum(map(chat.num_images, turns))]
+        pictures = sample.images[: sum(p["type"] == "image" for m in turns for p in m["content"])]
         shorter = replace(sample, messages=turns, images=pictures)
         if chat.length_of(processor, shorter) <= most:
             return shorter

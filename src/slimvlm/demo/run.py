@@ -9,6 +9,7 @@ from slimvlm.core.files import write_text
 from slimvlm.core.options import Axis, CompressConfig, Dtype, RecoverConfig
 from slimvlm.core.progress import Say
 from slimvlm.demo.questions import TASKS
+from slimvlm.demo.scenes import DATA
 from slimvlm.models.load import computes_bfloat16, device_named
 from slimvlm.runs import compress, tables
 
@@ -58,21 +59,19 @@ def run_demo(
     found = None if force else compress.results_of(model, config, folder)
     if found is None:
         found = compress.compress(model, config, folder, force, say).results
-    original, small = found["original"], found["recovered"]
+    original, small = both = found["original"], found["recovered"]
     header = ["", "original", "small"]
-    rows = [[name, *(f"{each.tasks[name].score:.1f}" for each in (original, small))] for name in
-            small.tasks]  # fmt: skip
+    rows = [[name, *(f"{each.tasks[name].score:.1f}" for each in both)] for name in small.tasks]
     rows.append(["kept of all scores, %", "100", str(small.retention(original))])
     for kind, kept in small.retention_by_kind(original).items():
         rows.append([f"kept of {kind} answers (floor {kept.floor:.1f})", "100", str(kept)])
     rows += [
-        ["parameters", *(tables.millions(each.total_params) for each in (original, small))],
-        ["weights", *(tables.size(each.weight_bytes or 0) for each in (original, small))],
+        ["parameters", *(tables.millions(each.total_params) for each in both)],
+        ["weights", *(tables.size(each.weight_bytes or 0) for each in both)],
+        ["read a question, ms", *(f"{each.prefill_ms:.1f}" for each in both)],
+        ["write a token, ms", *(f"{each.decode_ms:.1f}" for each in both)],
     ]
-    for label, name in (("read a question, ms", "prefill_ms"), ("write a token, ms", "decode_ms")):
-        rows.append([label, *(f"{getattr(each, name):.1f}" for each in (original, small))])
-    same = compress.read_held_out(folder)["recovered"].figures.agreement
-    if same is not None:
+    if (same := compress.read_held_out(folder)["recovered"].figures.agreement) is not None:
         rows.append(["same next token, unseen samples, %", "100", f"{same.value:.1f}"])
 
     lines = ["The first question of three tasks:", ""]
@@ -88,12 +87,7 @@ def run_demo(
             reply = each.tasks[name].replies[each.tasks[name].ids.index(question.id)]
             lines.append(f"  {label}: {reply}")
         lines.append("")
-    lines += [
-        "Next: ask both models, open a report, and compress a model of yours.",
-        f"  slimvlm chat {folder} --image {out}/pictures/name.png 'What is this?' --other {model}",
-        f"  slimvlm report {folder}",
-        "  slimvlm compress MODEL --ratio 0.3 --data CONVERSATIONS.jsonl --out small",
-    ]
+    lines += [line.format(folder=folder, out=out, model=model) for line in DATA["next"]]
     text = "\n".join([tables.as_markdown(header, rows), "```text", *lines, "```", ""])
     write_text(out / "summary.md", text)
     return header, rows, lines

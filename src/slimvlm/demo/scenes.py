@@ -7,15 +7,15 @@ so the splits never share one. Digits also come from disjoint parts of the handw
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+from slimvlm.core.documents import read_yaml
 
 Split = Literal["train", "test"]
 SceneKind = Literal["single", "multi", "count", "digits", "shapes"]
@@ -34,9 +34,7 @@ SEEN_STYLES = ("noto", "twemoji")
 UNSEEN_STYLE = "fluent"
 TEST_SHARE = 8  # one composition, and one digit picture, in this many is of the test split
 SHAPES = ("circle", "square", "triangle", "cross")
-DATA: dict[str, Any] = yaml.safe_load(
-    Path(__file__).with_name("demo.yaml").read_text(encoding="utf-8")
-)
+DATA: dict[str, Any] = read_yaml(Path(__file__).with_name("demo.yaml"), "demo")
 COLORS: dict[str, list[int]] = DATA["colors"]
 BACKGROUNDS: list[list[int]] = DATA["backgrounds"]
 
@@ -46,8 +44,7 @@ def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     return items[int(rng.integers(len(items)))]
 
 
-@dataclass(frozen=True)
-class Art:
+class Art(NamedTuple):
     """The emoji pictures: one word and one category a concept, RGBA pictures by art style."""
 
     names: tuple[str, ...]
@@ -63,8 +60,7 @@ class Art:
         return [n for n, c in zip(self.names, self.categories, strict=True) if c == category]
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """One object of a scene."""
 
     name: str  # concept, digit ("0" to "9") or "colour shape" ("red circle")
@@ -73,8 +69,7 @@ class Placed:
     style: str = ""  # art style of an emoji
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """A picture's contents in reading order."""
 
     kind: SceneKind
@@ -182,8 +177,7 @@ def _sprite(style: str, source: int, size: int) -> NDArray[np.float32]:
 @lru_cache(maxsize=256)
 def _shape_sprite(name: str, size: int) -> NDArray[np.float32]:
     color, shape = name.split()
-    scale = 4
-    n = size * scale
+    n = size * 4  # drawn larger, then reduced
     mask = Image.new("L", (n, n), 0)
     draw = ImageDraw.Draw(mask)
     if shape == "circle":
