@@ -162,12 +162,9 @@ def compress(
         to_log(f"options of {config}, and those of the command line")
     if dry_run:
         needs = advising.dry_run(model, whole, to_log)
-        if not json:
-            print_table((), advising.dry_run_rows(needs))
-            return
         values = {name: value for name, value in asdict(needs).items() if name != "plan"}
-        plan = {"ratio": needs.plan.ratio, "total_params": needs.plan.after.total_params}
-        print_json({**values, **plan})
+        values |= {"ratio": needs.plan.ratio, "total_params": needs.plan.after.total_params}
+        show(json, lambda: values, lambda: ((), advising.dry_run_rows(needs)))
         return
     done = runs.compress(model, whole, out, force, to_log)
     held_out, times = done.held_out, done.times
@@ -322,12 +319,9 @@ def inspect(model: Model, json: bool = False) -> None:
     from slimvlm.runs.tables import anatomy_rows
 
     found = anatomy(model)
-    if json:
-        extra = ("backbone_params", "total_params")
-        values = {**asdict(found), **{name: getattr(found, name) for name in extra}}
-        print_json({**values, "legal_kv_heads": found.legal_kv_heads()})
-    else:
-        print_table(["", model], anatomy_rows(found))
+    extra = {name: getattr(found, name) for name in ("backbone_params", "total_params")}
+    values = {**asdict(found), **extra, "legal_kv_heads": found.legal_kv_heads()}
+    show(json, lambda: values, lambda: (["", model], anatomy_rows(found)))
 
 
 def compare(
@@ -487,11 +481,9 @@ def export(
     described = text_config_alone(config) if text_only else config
     found = serving.check(read_anatomy(empty_model(described)), check, is_quantized(config))
     found.sort(key=lambda each: ("fail", "warn", "unknown", "ok").index(each.level))
-    if json:
-        print_json([asdict(finding) for finding in found])
-        return
+    header = ["target", "", "about", "found", "known from", "what to do"]
     rows = [[f.target, f.level, f.rule, f.what, f.seen or "source", f.advice] for f in found]
-    print_table(["target", "", "about", "found", "known from", "what to do"], rows)
+    show(json, lambda: [asdict(finding) for finding in found], lambda: (header, rows))
 
 
 def quantize(
