@@ -7,10 +7,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 from rich.text import Text
 
+from slimvlm.core.documents import read_yaml
 from slimvlm.core.errors import printable
 from slimvlm.evaluation.bench import PairedTimes
 from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, kept_text
@@ -38,7 +38,7 @@ _OF_A_MODEL = (
     *("total_params", "backbone_params", "weight_bytes", *TIMES),
     *("blind", "limit", "batch_size", "dtype"),
 )
-_WORDS: Any = yaml.safe_load(Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8"))
+_WORDS = read_yaml(Path(__file__).with_name("tables.yaml"), "words")
 
 
 def size(num_bytes: float) -> str:

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 
-from slimvlm.core.documents import read_object
+from slimvlm.core.documents import read_object, read_yaml
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
@@ -50,9 +49,7 @@ SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
 SHOWN_RATIO = 0.3  # answers are of the best model at the measured ratio nearest to this one
 _OPTIONS = ("criterion", "allocation", "repair", "options", "fraction", "seed")
 """Columns that a cell's name and the table have only where they differ between cells of an axis."""
-_TABLES: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("tables.yaml").read_text(encoding="utf-8")
-)
+_TABLES = read_yaml(Path(__file__).with_name("tables.yaml"), "tables")
 
 
 def report_html(record: "Record") -> str:
