@@ -4,11 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from slimvlm.core.documents import read_yaml
 from slimvlm.core.errors import printable
 from slimvlm.evaluation.bench import PairedTimes
 from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, kept_text
@@ -36,13 +38,7 @@ _OF_A_MODEL = (
     *("total_params", "backbone_params", "weight_bytes", *TIMES),
     *("blind", "limit", "batch_size", "dtype"),
 )
-_HELD_OUT = {
-    "loss": ("loss of an answer token (nats)", 3),
-    "perplexity": ("perplexity", 2),
-    "increase": ("loss above the original's", 3),
-    "agreement": ("same next token as the original (%)", 1),
-    "divergence": ("KL divergence from the original (nats)", 3),
-}
+_WORDS = read_yaml(Path(__file__).with_name("tables.yaml"), "words")
 
 
 def size(num_bytes: float) -> str:
@@ -168,7 +164,7 @@ def held_out_json(results: Mapping[str, DataResult]) -> dict[str, dict[str, Any]
 def held_out_rows(results: Mapping[str, DataResult]) -> tuple[list[str], list[list[str]]]:
     """Make a row for each figure of held-out samples, a column for each stage."""
     rows, first = [], next(iter(results.values()))
-    for name, (label, digits) in _HELD_OUT.items():
+    for name, (label, digits) in _WORDS["held_out"].items():
         figures = [getattr(result.figures, name) for result in results.values()]
         cells = ["" if figure is None else f"{figure:.{digits}f}" for figure in figures]
         if any(cells):
@@ -191,22 +187,13 @@ def training_notes(
     """Say what training did beside bringing the original back, and whether it did harm."""
     found = []
     if len(results or on_data) == 3 and "sft" in loss:
-        found.append(
-            f"Training also learnt the data's answers (loss {loss}): scores may exceed the "
-            "original's, and what is above them was learnt, not kept."
-        )
+        found.append(_WORDS["learnt"].format(loss))
     moved = [each.figures.divergence for each in on_data.values()][1:]
     if len(moved) == 2 and moved[0] and moved[1] and moved[1].value > moved[0].value:
-        found.append(
-            "Training moved the model away from the original: a KL divergence of "
-            f"{moved[0].value:.3f} nats became {moved[1].value:.3f}."
-        )
+        found.append(_WORDS["moved"].format(moved[0].value, moved[1].value))
     averages = [each.average for each in results.values()][1:]
     if len(averages) == 2 and averages[0] > averages[1]:
-        found.append(
-            f"The pruned model scores higher than the trained one (AVG {averages[0]:.1f} and "
-            f"{averages[1]:.1f}): ship the pruned one, which --train none writes."
-        )
+        found.append(_WORDS["harmed"].format(*averages))
     return found
 
 

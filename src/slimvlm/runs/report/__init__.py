@@ -22,7 +22,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 
-from slimvlm.core.documents import read_object
+from slimvlm.core.documents import read_object, read_yaml
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
@@ -49,6 +49,7 @@ SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
 SHOWN_RATIO = 0.3  # answers are of the best model at the measured ratio nearest to this one
 _OPTIONS = ("criterion", "allocation", "repair", "options", "fraction", "seed")
 """Columns that a cell's name and the table have only where they differ between cells of an axis."""
+_TABLES = read_yaml(Path(__file__).with_name("tables.yaml"), "tables")
 
 
 def report_html(record: "Record") -> str:
@@ -275,12 +276,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
         for row, value in published(entry.axis, entry.train, entry.loss, entry.ratio)
     ]
     if there:
-        header = ["model", "AVG-% here", "the study's model", "AVG-% there", "source"]
-        note = (
-            "Other models and tasks: read the trend, not the digits. Values between two published"
-            " ratios lie on a straight line; full training is compared with the study's LoRA."
-        )
-        listed.append(Table("Published numbers", header, there, note))
+        listed.append(Table(rows=there, **_TABLES["published"]))
     # figures to read first
     cards, times = [], runs.read_times(folder)
     compared = len(entries) > 1 and entries[0].is_original
@@ -348,12 +344,10 @@ def _walk_tables(folder: Path) -> Iterator[Table]:
             errors = [f"{error:.2%}" for error in layer["distilled"]]
             distilled.append([str(layer["index"]), *errors])
     if refits:
-        header = ["matrix", "error when sliced", "error when repaired"]
         note = "; ".join(report.get("notes", ()))
-        yield Table("Closed-form repair, squared output error", header, refits, note, folded=True)
+        yield Table(rows=refits, note=note, **_TABLES["refits"])
     if distilled:
-        title = "Local distillation, error of the layer's output on held-out tokens"
-        yield Table(title, ["layer", "before", "after"], distilled, folded=True)
+        yield Table(rows=distilled, **_TABLES["distilled"])
 
 
 def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
@@ -410,32 +404,25 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
         rows[-1] += [" / ".join(f"{value:.1f}" for _, value in there)]
         rows[-1] += [f"{entry.total_params / 1e6:.1f} M"]
         rows[-1] += [f"{entry.prefill_ms:.1f}", f"{entry.decode_ms:.1f}"]
-    note = (
-        "* The 95 % interval excludes 100. The study: AVG-% of "
-        "LLaVA-1.5-7B, Mini-InternVL-4B and Bunny-3B for the same axis, recovery and ratio "
-        "(arXiv:2604.24380), with all of its data, LoRA next to full training; other models and "
-        "tasks, so read the trend."
-    )
-    listed = [Table("All cells", header, rows, note, ids=[entry.link for entry in measured])]
+    links = [entry.link for entry in measured]
+    listed = [Table(header=header, rows=rows, ids=links, **_TABLES["cells"])]
     claims = [claim for claim in claims_of(table) if claim.verdict != "not measured"]
     if claims:
-        title, header = "What this says on the study's claims", ["claim", "says", "here"]
         rows = [[claim.name, claim.statement, claim.verdict] for claim in claims]
         numbers = [[claim.name, line] for claim in claims for line in claim.numbers]
-        behind = Table("The numbers behind", ["claim", "comparison"], numbers, "", True, True)
-        listed += [Table(title, header, rows, wraps=True), behind]
+        listed.append(Table(rows=rows, **_TABLES["claims"]))
+        listed.append(Table(rows=numbers, **_TABLES["numbers"]))
     names = [name for name in done.columns if name.startswith("score:")]
     rows = [
         [entry.name, *("" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in names)]
         for entry, (_, row) in zip(measured, done.iterrows(), strict=True)
     ]
     header = ["model", *(name.removeprefix("score:") for name in names)]
-    note = "In percent; perplexity as it is."
-    listed.append(Table("Scores by task", header, rows, note, folded=True))
+    listed.append(Table(header=header, rows=rows, **_TABLES["scores"]))
     broken = table[table["status"] == FAILED]
     if len(broken):
         rows = [[_name(row), str(row["failed"])] for _, row in broken.iterrows()]
-        listed.append(Table("Failed cells", ["cell", "error"], rows, wraps=True))
+        listed.append(Table(rows=rows, **_TABLES["failed"]))
     models = ", ".join(Path(model).name for model in table["model"].unique())
     axes = " and ".join(wanted["axis"].unique())
     return Record(

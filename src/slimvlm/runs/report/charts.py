@@ -18,6 +18,7 @@ from xml.etree.ElementTree import SubElement, fromstring, tostring
 
 import matplotlib
 import torch
+import yaml
 from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -32,11 +33,10 @@ from slimvlm.runs.recipes import published
 from slimvlm.runs.report import Entry
 from slimvlm.scoring.unit_scores import Scores
 
-COLOURS: Mapping[str, str] = {  # by the CSS variable that replaces each in the page
-    **{"depth": "#0072b2", "width": "#b54a00", "both": "#8a3d84", "ink": "#1d1d1b"},
-    **{"soft": "#5b5b56", "line": "#d9d9d2", "paper": "#fffffe", "heat": "#0b5d8f"},
-    "lost": "#b02a1c",
-}
+_TABLES = yaml.safe_load(Path(__file__).with_name("charts.yaml").read_text(encoding="utf-8"))
+COLOURS: Mapping[str, str] = _TABLES["colours"]
+STYLES: Mapping[str, Mapping[str, Any]] = _TABLES["styles"]
+TRAINED: Mapping[str | None, tuple[str, str, str]] = _TABLES["trained"]
 _LOOK = Path(__file__).with_name("charts.mplstyle")
 STYLE: Any = matplotlib.rc_params_from_file(_LOOK, use_default_template=False)
 WIDTH, HEIGHT = 400, 270  # size of a chart with axes, in CSS pixels, before the page scales it
@@ -44,12 +44,6 @@ _CELL, _GRID_WIDTH, _BELOW, _BAR = 28, 1100, 24, 150
 """Width of a layer's column, of all of them at most, height of their numbers and of bars."""
 _LABEL_WIDTH, _LABEL_HEIGHT = 110, 15
 _VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
-TRAINED = {  # how a mark shows what was trained: in a chart, in its legend, and in words
-    None: ("o", "○", "not trained"),
-    "projector": ("^", "▲", "projector trained"),
-    "lora": ("s", "■", "LoRA trained"),
-    "full": ("D", "◆", "all trained"),
-}
 NEURON_ROWS = 24  # rows of the neurons' heatmap: shares of a layer's neurons, best first
 _LABELLED = 5  # marks have their names next to them up to so many
 _REMOVED = "removed share of the backbone (%)"
@@ -307,8 +301,7 @@ def loss_curves(steps: Sequence[Mapping[str, float]]) -> list[Chart]:
         marks = [_line(rows, "training", "training samples", "depth")]
         if len(rows) <= _MANY:
             texts = [f"step {step:g}: {value:.4g}" for step, value in rows]
-            dots = {"s": 12, "color": COLOURS["ink"]}
-            marks.append(Marks("points", rows, "tiny", texts, style=dots))
+            marks.append(Marks("points", rows, "tiny", texts, style=STYLES["tiny"]))
         title = "Sum of the losses" if name == "loss" else name.removeprefix("loss_")
         charts.append(draw(title, marks, ("step", "loss"), y_limits=(0, None)))
     return charts
@@ -335,12 +328,7 @@ def allocation(plan: Plan) -> Chart:
         if shape.num_experts:
             units += f", {kept.num_experts} of {shape.num_experts} experts"
         texts.append(f"layer {index}: {units if index in plan.layers else 'removed'}")
-    styles: dict[str, dict[str, Any]] = {
-        "mlp": {"facecolors": COLOURS["depth"]},
-        "attention": {"facecolors": COLOURS["width"]},
-        "whole": {"facecolors": "none", "edgecolors": COLOURS["soft"]},
-    }
-    marks = [Marks("bars", bars[look], look, texts, style=styles[look]) for look in bars]
+    marks = [Marks("bars", bars[look], look, texts, style=STYLES[look]) for look in bars]
     gone = [i for i in range(len(shapes)) if i not in plan.layers]
     marks += _crosses([(i + 0.5, shapes[i].params / largest / 2) for i in gone])
     caption = "Height: parameters. Outline: before pruning. Layers that are gone are crossed."
@@ -380,8 +368,7 @@ def score_maps(plan: Plan, found: Sequence[Scores]) -> list[Chart]:
                 cut = {i: share for i, share in enumerate(shares) if len(values[i])}
                 rows = [(i, n * share, i + 1, n * share) for i, share in cut.items()]
                 texts = [f"layer {layer}: {share:.0%} kept" for layer, share in cut.items()]
-                style = {"colors": COLOURS["lost"], "linewidths": 2.5}
-                cuts = Marks("spans", rows, "cut", texts, style=style)
+                cuts = Marks("spans", rows, "cut", texts, style=STYLES["cut"])
                 caption = "Each layer's neurons, best on top. Line: so many were kept."
                 maps.append(_heatmap(title, cells, bins, [cuts], _CELL / 2, caption))
                 continue
@@ -459,6 +446,5 @@ def _dots(entries: Sequence[Entry], xs: Sequence[float], are_named: bool = False
 
 
 def _crosses(places: Sequence[tuple[float, float]]) -> list[Marks]:
-    style = {"s": 60, "color": COLOURS["lost"], "marker": "x", "zorder": 3}
     removed = ["removed"] * len(places)
-    return [Marks("points", places, "gone", removed, style=style)] if places else []
+    return [Marks("points", places, "gone", removed, style=STYLES["gone"])] if places else []
