@@ -26,25 +26,13 @@ from slimvlm.planning.plan import Plan
 from slimvlm.runs import request as requests
 from slimvlm.runs.compress import compress_command, request_of
 from slimvlm.runs.cost import Cost, Sizes, bytes_of_picture, cost, image_tokens, kept_bytes
-from slimvlm.runs.recipes import Recipe, expected, recipe_for, rules, subject_of
+from slimvlm.runs.recipes import Curve, Recipe, expected, recipe_for, rules, subject_of
 from slimvlm.runs.request import resolved
 from slimvlm.runs.stages import settled
 from slimvlm.runs.tables import millions, size
 
 _RATIO_STEP = 0.005  # distance of the ratios that are tried for a latency
 _ENCODED = 16  # samples that are encoded at most, to learn how long they are
-_LESS_TO_PRUNE = "prune --low-memory holds one layer at a time, and recover trains"
-_NOT_MEASURED = "not measured on models of about this size, by this recipe and so many layers"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expectation:
-    """AVG-% that was measured with a recipe where as large a share of the layers went."""
-
-    model: str
-    percent: float
-    source: str
-    same: bool  # whether it is the model in question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +45,8 @@ class Advice:
     token_share: float  # share of the backbone that goes with tokens
     decoder_ratio: float  # share of the decoder layers that goes with the rest
     recipe: Recipe
-    expected: tuple[Expectation, ...]  # of this model first, then of others of about its size
+    # AVG-% where as large a share of the layers went, and whether of this model; its own first
+    expected: tuple[tuple[Curve, float, bool], ...]
     latency: float | None  # time to read a question as a share of the original's
     params: tuple[int, int]  # of the whole model before and after
     weight_bytes: tuple[int, int]  # likewise
@@ -131,39 +120,28 @@ def advise(
         tried *= sizes.token_share < ratio
         return cost(resolved(request_of("", config_of(recipe))), sizes, device, dtype, tried)
 
-    found, notes = cost_of(recipe), []
+    found, notes = cost_of(recipe), list[str]()
     limit, hours = known.constants.max_hours_without_gpu, found.training_hours
     if device.type == "cpu" and hours > limit:
-        notes = [
-            f"without a GPU the training would take about {hours:,.0f} h, more than {limit} h: "
-            "not trained"
-        ]
+        notes.append(known.notes["without_gpu"].format(hours=hours, limit=limit))
         recipe = recipe_for(ratio, False)
         found = cost_of(recipe)
     notes.append(f"the study's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
     if recipe.train and sizes.token_share < ratio:
-        notes += [
-            "axis auto: depth, width and both are tried on the data, and held-out answers choose. "
-            "The expected values are those of the chart's axis",
-            why,
-        ]
+        notes += [known.notes["axis_auto"], why]
     notes += on_tokens
     if shape.expert_counts and shape.expert_counts[0] > shape.experts_per_token:
-        notes.append(
-            f"{shape.expert_share:.0%} of the backbone are experts, of which a token takes "
-            f"{shape.experts_per_token} a layer; some can go whole: compress --experts 0.25 "
-            "takes a quarter"
-        )
+        notes.append(known.notes["experts"].format(shape=shape))
     share, config = sizes.decoder_share(ratio), config_of(recipe)
     axis = request_of(model, replace(config, axis=None)).prune.axis or recipe.axis
-    promised = list[Expectation]()
+    promised = list[tuple[Curve, float, bool]]()
     # all weights were trained of the demo model only, LoRA of the study's
     for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
         for name, layers in known.decoder_shares.items():
             factor, same = shape.backbone_params / known.backbone_params[name], name == subject
             if same or 1 / known.alike_within <= factor <= known.alike_within:
                 promised += [
-                    Expectation(model=name, percent=value, source=curve.source, same=same)
+                    (curve, value, same)
                     for curve, value in expected(recipe.axis, train, recipe.loss, share * layers)
                     if curve.model == name
                     and (train == recipe.train or curve.ours)
@@ -178,7 +156,7 @@ def advise(
         token_share=min(sizes.token_share, ratio),
         decoder_ratio=share,
         recipe=recipe,
-        expected=tuple(sorted(promised, key=lambda each: not each.same)),
+        expected=tuple(sorted(promised, key=lambda each: not each[2])),
         latency=_latency(recipe.axis, max(ratio - sizes.token_share, 0.0), subject),
         params=(before, after),
         weight_bytes=(held, round(held * after / before)),
@@ -265,8 +243,8 @@ def advice_rows(advice: Advice) -> list[list[str]]:
         first += f": tokens first, about {advice.token_share:.1%}"
     gone = [first] if advice.token_share and not advice.decoder_ratio else [first, layers]
     kept = [
-        f"{row.percent:.1f} % ({row.model}{', this model' if row.same else ''}; {row.source})"
-        for row in advice.expected
+        f"{percent:.1f} % ({row.model}{', this model' if same else ''}; {row.source})"
+        for row, percent, same in advice.expected
     ]
     before, after = advice.params
     held, smaller = advice.weight_bytes
@@ -275,7 +253,7 @@ def advice_rows(advice: Advice) -> list[list[str]]:
         ["train", f"{recipe.train}, loss {recipe.loss}" if recipe.train else "nothing"],
         ["parameters", f"{millions(after)} of {millions(before)}"],
         ["weights", f"{size(smaller)} of {size(held)}"],
-        *_under("expected AVG-%", kept or [_NOT_MEASURED]),
+        *_under("expected AVG-%", kept or [rules().notes["not_measured"]]),
     ]
     if advice.latency is not None:
         rows.append(["time to read a question", f"{advice.latency:.0%} of the original's"])
@@ -396,13 +374,14 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
         free = f"{size(found.free_bytes)} free on {found.device}"
         return f"about {size(needed)}, more than the {free}: {cure}"
 
+    less = rules().notes["less_to_prune"]
     rows = [
         ["plan", found.plan.summary()],
         ["parameters", f"{after.total_params:,} of {before.total_params:,}"],
         ["weights", f"{smaller} of {held} in {found.dtype}"],
         ["samples", samples],
         *([["pictures", f"take {found.pictures}"]] if found.pictures is not None else []),
-        *_needs("pruning", memory(spent.calibration_bytes, _LESS_TO_PRUNE), spent.pruning_hours),
+        *_needs("pruning", memory(spent.calibration_bytes, less), spent.pruning_hours),
     ]
     if spent.hidden_states:
         rows.append(["hidden states", spent.hidden_states])

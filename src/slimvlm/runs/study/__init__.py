@@ -306,11 +306,9 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
                 spent[f"seconds_{stage.kind}"] += record.seconds
         result, original = (cache.path(s, scheduling.RESULT) for s in (stages[-1], cell.original))
         if is_original:
-            row = {
-                **dict.fromkeys(options),
-                **{"model": cell.cell.model, "axis": ORIGINAL, "recovery": ORIGINAL},
-                **{"ratio": 0.0, "achieved_ratio": 0.0, "fraction": 1.0, "seed": 0, **state},
-            }
+            named = {"model": cell.cell.model, "axis": ORIGINAL, "recovery": ORIGINAL}
+            numbers = {"ratio": 0.0, "achieved_ratio": 0.0, "fraction": 1.0, "seed": 0}
+            row = dict.fromkeys(options) | named | numbers | state
             if is_done:
                 row |= {"avg_percent": 100.0, **_scores(result, sighted)}
                 row["result"] = place(cell.original, scheduling.RESULT)
