@@ -26,13 +26,23 @@ from slimvlm.planning.plan import Plan
 from slimvlm.runs import request as requests
 from slimvlm.runs.compress import compress_command, request_of
 from slimvlm.runs.cost import Cost, Sizes, bytes_of_picture, cost, image_tokens, kept_bytes
-from slimvlm.runs.recipes import Curve, Recipe, expected, recipe_for, rules, subject_of
+from slimvlm.runs.recipes import Recipe, expected, recipe_for, rules, subject_of
 from slimvlm.runs.request import resolved
 from slimvlm.runs.stages import settled
 from slimvlm.runs.tables import millions, size
 
 _RATIO_STEP = 0.005  # distance of the ratios that are tried for a latency
 _ENCODED = 16  # samples that are encoded at most, to learn how long they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """AVG-% that was measured with a recipe where as large a share of the layers went."""
+
+    model: str
+    percent: float
+    source: str
+    same: bool  # whether it is the model in question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +55,7 @@ class Advice:
     token_share: float  # share of the backbone that goes with tokens
     decoder_ratio: float  # share of the decoder layers that goes with the rest
     recipe: Recipe
-    # AVG-% where as large a share of the layers went, and whether of this model; its own first
-    expected: tuple[tuple[Curve, float, bool], ...]
+    expected: tuple[Expectation, ...]  # of this model first, then of others of about its size
     latency: float | None  # time to read a question as a share of the original's
     params: tuple[int, int]  # of the whole model before and after
     weight_bytes: tuple[int, int]  # likewise
@@ -134,14 +143,14 @@ def advise(
         notes.append(known.notes["experts"].format(shape=shape))
     share, config = sizes.decoder_share(ratio), config_of(recipe)
     axis = request_of(model, replace(config, axis=None)).prune.axis or recipe.axis
-    promised = list[tuple[Curve, float, bool]]()
+    promised = list[Expectation]()
     # all weights were trained of the demo model only, LoRA of the study's
     for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
         for name, layers in known.decoder_shares.items():
             factor, same = shape.backbone_params / known.backbone_params[name], name == subject
             if same or 1 / known.alike_within <= factor <= known.alike_within:
                 promised += [
-                    (curve, value, same)
+                    Expectation(model=name, percent=value, source=curve.source, same=same)
                     for curve, value in expected(recipe.axis, train, recipe.loss, share * layers)
                     if curve.model == name
                     and (train == recipe.train or curve.ours)
@@ -156,7 +165,7 @@ def advise(
         token_share=min(sizes.token_share, ratio),
         decoder_ratio=share,
         recipe=recipe,
-        expected=tuple(sorted(promised, key=lambda each: not each[2])),
+        expected=tuple(sorted(promised, key=lambda each: not each.same)),
         latency=_latency(recipe.axis, max(ratio - sizes.token_share, 0.0), subject),
         params=(before, after),
         weight_bytes=(held, round(held * after / before)),
@@ -243,8 +252,8 @@ def advice_rows(advice: Advice) -> list[list[str]]:
         first += f": tokens first, about {advice.token_share:.1%}"
     gone = [first] if advice.token_share and not advice.decoder_ratio else [first, layers]
     kept = [
-        f"{percent:.1f} % ({row.model}{', this model' if same else ''}; {row.source})"
-        for row, percent, same in advice.expected
+        f"{row.percent:.1f} % ({row.model}{', this model' if row.same else ''}; {row.source})"
+        for row in advice.expected
     ]
     before, after = advice.params
     held, smaller = advice.weight_bytes
