@@ -340,8 +340,8 @@ class Schedule:
     def flops(self) -> dict[str, float]:
         """Estimated FLOP of each stage by its name, with some for each GB read or written."""
         counted: dict[str, float] = {}
-        trusted = {cell.cell.model: cell.cell.prune.trust_remote_code for cell in self.cells}
-        models = {each: (anatomy(each), image_tokens(each, trusted[each])) for each in trusted}
+        names = {cell.cell.model for cell in self.cells}
+        models = {name: (anatomy(name), image_tokens(name)) for name in names}
         for cell in self.cells:
             shape, image = models[cell.cell.model]
             request = (cell.recover or cell.prune).request
