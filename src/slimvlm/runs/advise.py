@@ -309,12 +309,11 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     """Check a compression, as `compress` does, and estimate its plan, memory and time."""
     shape = models.anatomy(model)
     request, _, samples = settled(request_of(model, config), None, say)
-    axes: tuple[str, ...] = (str(request.prune.axis),)
-    first = request
+    by_axis = {str(request.prune.axis): request}
     if request.prune.axis == "auto":
-        by_axis = requests.requests_by_axis(request, shape)
-        axes, first = tuple(by_axis), next(iter(by_axis.values()))
-    first = replace(first, report_samples=len(samples.report))
+        by_axis = {**requests.requests_by_axis(request, shape)}
+    axes = tuple(by_axis)
+    first = replace(by_axis[axes[0]], report_samples=len(samples.report))
     described = load_config(model, config.trust_remote_code)
     processor = load_processor(resolve(model), described, config.trust_remote_code)
     if request.pictures is not None:

@@ -68,7 +68,7 @@ def score(
     """Score a model by one criterion; save the scores."""
     wanted = options.PruneConfig(criterion=(criterion,), **vars(config))
     request = Request(model=model, prune=wanted)
-    check_options(request.prune)
+    check_options(wanted)
     if memory.low_memory:
         require_low_memory(criterion)
     stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out

@@ -354,7 +354,6 @@ def _retention(result: Path, original: Path) -> Mapping[str, float]:
 def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
     result = Result.load(path)
     scores = {name: task.score for name, task in result.tasks.items() if task.in_average}
-    perplexities = [t.score for t in result.tasks.values() if t.metric == "perplexity"]
     row: dict[str, Any] = {"avg": None if math.isnan(result.average) else result.average}
     named = {"chosen": "avg_choice", "free": "avg_free"}
     row |= {named[kind]: part.average for kind, part in result.by_kind().items()}
@@ -362,7 +361,8 @@ def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
         some = {name: score for name, score in scores.items() if (name in sighted) == are_in}
         row[group] = average(some) if some else None
     row |= {f"score:{name}": task.score for name, task in result.tasks.items()}
-    row["perplexity"] = perplexities[0] if perplexities else None
+    perplexities = (t.score for t in result.tasks.values() if t.metric == "perplexity")
+    row["perplexity"] = next(perplexities, None)
     costs = ("backbone_params", "total_params", "prefill_ms", "decode_ms")
     return row | {name: getattr(result, name) for name in costs}
 
