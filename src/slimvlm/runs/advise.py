@@ -18,6 +18,7 @@ from slimvlm.data.vocabulary import TokenizerFile
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, free_memory, params_of_target, weight_bytes
+from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.load import load_config, load_processor, resolve
 from slimvlm.models.pictures import PictureBudget, with_settings
 from slimvlm.planning.make import ratio_for_params
@@ -81,7 +82,7 @@ def advise(
     Arguments are the options of ``slimvlm advise``; ``gpu`` is by default whether this machine has
     one, and ``samples`` as many as the study had.
     """
-    shape, known = models.anatomy(model), rules()
+    shape, known = anatomy_of(model), rules()
     if samples is not None and samples < 1:
         raise ConfigError(f"samples {samples} must be at least 1")
     subject = subject_of({**vars(shape), "num_layers": shape.num_layers})
@@ -307,7 +308,7 @@ class DryRun:
 
 def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     """Check a compression, as `compress` does, and estimate its plan, memory and time."""
-    shape = models.anatomy(model)
+    shape = anatomy_of(model)
     request, _, samples = settled(request_of(model, config), None, say)
     by_axis = {str(request.prune.axis): request}
     if request.prune.axis == "auto":
