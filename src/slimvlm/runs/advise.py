@@ -33,8 +33,6 @@ from slimvlm.runs.tables import millions, size
 
 _RATIO_STEP = 0.005  # distance of the ratios that are tried for a latency
 _ENCODED = 16  # samples that are encoded at most, to learn how long they are
-_LESS_TO_PRUNE = "prune --low-memory holds one layer at a time, and recover trains"
-_NOT_MEASURED = "not measured on models of about this size, by this recipe and so many layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,29 +129,18 @@ def advise(
         tried *= sizes.token_share < ratio
         return cost(resolved(request_of("", config_of(recipe))), sizes, device, dtype, tried)
 
-    found, notes = cost_of(recipe), []
+    found, notes = cost_of(recipe), list[str]()
     limit, hours = known.constants.max_hours_without_gpu, found.training_hours
     if device.type == "cpu" and hours > limit:
-        notes = [
-            f"without a GPU the training would take about {hours:,.0f} h, more than {limit} h: "
-            "not trained"
-        ]
+        notes.append(known.notes["without_gpu"].format(hours=hours, limit=limit))
         recipe = recipe_for(ratio, False)
         found = cost_of(recipe)
     notes.append(f"the study's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
     if recipe.train and sizes.token_share < ratio:
-        notes += [
-            "axis auto: depth, width and both are tried on the data, and held-out answers choose. "
-            "The expected values are those of the chart's axis",
-            why,
-        ]
+        notes += [known.notes["axis_auto"], why]
     notes += on_tokens
     if shape.expert_counts and shape.expert_counts[0] > shape.experts_per_token:
-        notes.append(
-            f"{shape.expert_share:.0%} of the backbone are experts, of which a token takes "
-            f"{shape.experts_per_token} a layer; some can go whole: compress --experts 0.25 "
-            "takes a quarter"
-        )
+        notes.append(known.notes["experts"].format(shape=shape))
     share, config = sizes.decoder_share(ratio), config_of(recipe)
     axis = request_of(model, replace(config, axis=None)).prune.axis or recipe.axis
     promised = list[Expectation]()
@@ -275,7 +262,7 @@ def advice_rows(advice: Advice) -> list[list[str]]:
         ["train", f"{recipe.train}, loss {recipe.loss}" if recipe.train else "nothing"],
         ["parameters", f"{millions(after)} of {millions(before)}"],
         ["weights", f"{size(smaller)} of {size(held)}"],
-        *_under("expected AVG-%", kept or [_NOT_MEASURED]),
+        *_under("expected AVG-%", kept or [rules().notes["not_measured"]]),
     ]
     if advice.latency is not None:
         rows.append(["time to read a question", f"{advice.latency:.0%} of the original's"])
@@ -323,12 +310,11 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     """Check a compression, as `compress` does, and estimate its plan, memory and time."""
     shape = anatomy_of(model)
     request, _, samples = settled(request_of(model, config), None, say)
-    axes: tuple[str, ...] = (str(request.prune.axis),)
-    first = request
+    by_axis = {str(request.prune.axis): request}
     if request.prune.axis == "auto":
-        by_axis = requests.requests_by_axis(request, shape)
-        axes, first = tuple(by_axis), next(iter(by_axis.values()))
-    first = replace(first, report_samples=len(samples.report))
+        by_axis = {**requests.requests_by_axis(request, shape)}
+    axes = tuple(by_axis)
+    first = replace(by_axis[axes[0]], report_samples=len(samples.report))
     described = load_config(model, config.trust_remote_code)
     processor = load_processor(resolve(model), described, config.trust_remote_code)
     if request.pictures is not None:
@@ -396,13 +382,14 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
         free = f"{size(found.free_bytes)} free on {found.device}"
         return f"about {size(needed)}, more than the {free}: {cure}"
 
+    less = rules().notes["less_to_prune"]
     rows = [
         ["plan", found.plan.summary()],
         ["parameters", f"{after.total_params:,} of {before.total_params:,}"],
         ["weights", f"{smaller} of {held} in {found.dtype}"],
         ["samples", samples],
         *([["pictures", f"take {found.pictures}"]] if found.pictures is not None else []),
-        *_needs("pruning", memory(spent.calibration_bytes, _LESS_TO_PRUNE), spent.pruning_hours),
+        *_needs("pruning", memory(spent.calibration_bytes, less), spent.pruning_hours),
     ]
     if spent.hidden_states:
         rows.append(["hidden states", spent.hidden_states])

@@ -148,8 +148,7 @@ def compress(
         request = request_of(model, config)
         if config.baseline:
             known = {} if request.questions is None else requests.check_questions(request.questions)
-            limit = config.limit
-            read_baseline(config.baseline, floors=config.floors, tasks=known, limit=limit)
+            read_baseline(config.baseline, floors=config.floors, tasks=known, limit=config.limit)
         request, given, samples = stages.settled(request, None, say)
         chart = recipe_for(ratio_of(request.prune), request.trains)
         if given is not None:
@@ -256,10 +255,8 @@ def _prune(run: Run, model: PreTrainedModel, processor: Any) -> Plan:
         for name, found in stages.calibrate(request, model, calibration).items():
             found.save(folder / "scores" / name)
     scores = [Scores.load(path) for path in stored]
-    training = run.samples.training if run.trains else ()
-    walked = stages.prune_(
-        request, model, calibration, scores, given, folder / "walk", training, run.say
-    )
+    more = (folder / "walk", run.samples.training if run.trains else (), run.say)
+    walked = stages.prune_(request, model, calibration, scores, given, *more)
     release_memory()
     run.say(walked.summary())
     if walked.scores is not None:
@@ -391,10 +388,9 @@ def finish(run: Run, plan: Plan) -> None:
 
 def results_of(model: str, config: CompressConfig, out: Path) -> dict[str, Result] | None:
     """Read the results of a finished `compress` with the same arguments; None without one."""
-    is_done = (out / "summary.md").exists() and documents.is_begun_for(
-        out / "config.json", _about(model, config)
-    )
-    return read_results(out) if is_done else None
+    is_done = (out / "summary.md").exists()
+    is_same = is_done and documents.is_begun_for(out / "config.json", _about(model, config))
+    return read_results(out) if is_same else None
 
 
 def read_results(folder: Path) -> dict[str, Result]:

@@ -147,10 +147,7 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         asking += stage_flops("evaluate", alone, sizes, 1 - ratio)
     about = [
         f"memory of {device}" + ", the process among it" * is_cpu,
-        f"pruning: the weights, {constants.gram_copies} Gram matrices, hidden states and inputs of "
-        "a layer's matrices, its activations for the longest batch, what a layer learns with, "
-        "activations where a criterion reads gradients; or both models while they are compared "
-        f"({constants.walk_source})",
+        rules().notes["pruning_memory"].format(constants=constants),
         f"time: {timed}; {sizes.tokens:.0f} tokens a conversation; the vision tower is not counted",
     ]
     pruning = Cost(
@@ -194,11 +191,8 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
     activations = batch * longest_learnt * of_token * (1 - sizes.decoder_share(ratio))
     beside = constants.learning_bytes * learn + activations
     logits = rows_at_once(device, round(room - models)) * of_logits
-    about.append(
-        f"training memory: the weights, {constants.learning_bytes} bytes for each weight that "
-        f"learns, {sizes.token_bytes.get(dtype, 0.0) / 1000:.0f} kB kept of each token "
-        f"({constants.activation_source}), batches of {config.batch_size}"
-    )
+    told = {"kept": sizes.token_bytes.get(dtype, 0.0) / 1000, "batch": config.batch_size}
+    about.append(rules().notes["training_memory"].format(constants=constants, **told))
     flops = stage_flops("recover", request, sizes, 1 - ratio)
     speed, _ = speed_of(device, "float32" if config.bf16 is False else "bfloat16")
     return replace(

@@ -65,6 +65,7 @@ class Rules:
     full_set: int
     fractions: tuple[Any, ...]
     fractions_source: str
+    notes: Mapping[str, str]
     subjects: Mapping[str, Mapping[str, str | int]]
     backbone_params: Mapping[str, float]
     alike_within: float

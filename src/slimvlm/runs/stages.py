@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.documents import digest
 from slimvlm.core.errors import ConfigError, SlimError, raised_as
-from slimvlm.core.options import Axis, CalibrationConfig, DataConfig, RecoverConfig
+from slimvlm.core.options import Axis, DataConfig, RecoverConfig
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data import read
 from slimvlm.data.general import general_samples
@@ -86,20 +86,11 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
     training = [*rest, *shown][: request.training_samples or len(rest) or None]
     if config.general_text and shown:
         context = context_of(models.load_config(request.model, config.trust_remote_code))
-        shown = with_general_text(shown, config, context)
+        longest = [each for each in (config.max_length, context) if each is not None]
+        count = round(len(shown) * config.general_text / (1 - config.general_text))
+        usual = round(median(sample.tokens for sample in shown)) or None  # length of a passage
+        shown += general_samples(count, config.seed, min(longest, default=None), usual)
     return SampleSplit(shown, training, not_among(last, used) if unseen else ())
-
-
-def with_general_text(
-    samples: Sequence[Sample], config: CalibrationConfig, context: int | None = None
-) -> list[Sample]:
-    """Add a share of general text, in passages about as long as these samples."""
-    share = config.general_text or 0.0
-    count = round(len(samples) * share / (1 - share))
-    longest = [each for each in (config.max_length, context) if each is not None]
-    usual = round(median(sample.tokens for sample in samples)) or None
-    texts = general_samples(count, config.seed, min(longest, default=None), usual)
-    return [*samples, *texts]
 
 
 def not_among(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:

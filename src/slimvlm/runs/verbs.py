@@ -68,7 +68,7 @@ def score(
     """Score a model by one criterion; save the scores."""
     wanted = options.PruneConfig(criterion=(criterion,), **vars(config))
     request = Request(model=model, prune=wanted)
-    check_options(request.prune)
+    check_options(wanted)
     if memory.low_memory:
         require_low_memory(criterion)
     stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
@@ -322,13 +322,11 @@ def recover(
     """Train a pruned checkpoint towards the original."""
 
     def loaded(name: str, device: str | None = None) -> tuple[PreTrainedModel, Any]:
-        """Load shards in float32, or a model; what a teacher shares must never go to a GPU."""
-        if shard:
+        if shard:  # in float32
             return load_as(replace(source, dtype="float32"), name, shard=True)
         return load_as(source, name, device)
 
     def add_files(folder: Path) -> None:
-        """Write the history, an adapter and a tracker's files into the checkpoint."""
         history.save(folder / "slimvlm_history.json")
         for name in (ADAPTER_FOLDER, TRACKER_FOLDER):
             if (work / name).exists():
@@ -347,6 +345,7 @@ def recover(
     stages.try_lora(models.load_config(model, source.trust_remote_code), config)
     samples = stages.samples_for(model, source, None, say)
     student, processor = loaded(model)
+    # what a teacher shares must never go to a GPU
     original = None if teacher is None else loaded(teacher, "cpu")[0]
     plan = plan_of(model)
     work = files.working_folder(files.beside(out, "training"))
@@ -394,11 +393,9 @@ def evaluate(
     check_models(source, *named.values())
     samples = stages.samples_for(model, source, questions.limit, say)
     results: dict[str, Any] = {}
-    if baseline is not None and is_file:
-        results["baseline"] = read_baseline(
-            *(baseline, blind, questions.floors), tasks, questions.limit
-        )
     predicted, size, floors = None, questions.batch_size, questions.floors
+    if baseline is not None and is_file:
+        results["baseline"] = read_baseline(baseline, blind, floors, tasks, questions.limit)
     for role, name in named.items():
         loaded = load_as(source, name)
         if not has_data:  # floors are the original's

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -23,7 +24,7 @@ from slimvlm.core.options import PruneConfig, Questions
 from slimvlm.core.progress import Say, duration
 from slimvlm.evaluation.lmms import LMMS_TASKS, split_names
 from slimvlm.evaluation.metrics import average
-from slimvlm.evaluation.results import KINDS, Result
+from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.load import anatomy, device_named, load_config
@@ -39,14 +40,7 @@ from slimvlm.training.recover import History
 _PATIENCE = 600.0  # seconds to wait for another worker that writes the table
 OF_A_KIND = ("percent", "low", "high", "floor")  # columns of AVG-% of one kind of answers
 TABLE, STUDY = "results.parquet", "study.yaml"  # a study's measurements and its questions
-_MEASURED = (  # columns that a table has even where no cell is done
-    *("avg", "avg_free", "avg_choice", "avg_pictures", "avg_text", "perplexity"),
-    *("avg_percent", "avg_percent_low", "avg_percent_high"),
-    *("above_floor", "above_floor_low", "above_floor_high"),
-    *(f"{kind}_{name}" for kind in KINDS for name in OF_A_KIND),
-    *("backbone_params", "total_params", "prefill_ms", "decode_ms"),
-    *("result", "plan", "scores", "history"),
-)
+COLUMNS = Path(__file__).with_name("columns.yaml")  # those even where no cell is done
 OPEN, DONE, FAILED = "open", "done", "failed"
 ORIGINAL = "original"
 
@@ -281,9 +275,7 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     """Collect all measurements of a study so far.
 
     A row for the original of each model (``axis`` and ``recovery`` say original), then one for each
-    cell: options, retention with intervals and floors, also by kind of answer, ``score:TASK`` for
-    each task, averages over groups of tasks, costs, paths of the files behind it, seconds by stage,
-    status and error. Models of one shape and data type get the median of their times.
+    cell. Models of one shape and data type get the median of their times.
     """
 
     def place(stage: Stage, name: str) -> str:
@@ -306,11 +298,9 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
                 spent[f"seconds_{stage.kind}"] += record.seconds
         result, original = (cache.path(s, scheduling.RESULT) for s in (stages[-1], cell.original))
         if is_original:
-            row = {
-                **dict.fromkeys(options),
-                **{"model": cell.cell.model, "axis": ORIGINAL, "recovery": ORIGINAL},
-                **{"ratio": 0.0, "achieved_ratio": 0.0, "fraction": 1.0, "seed": 0, **state},
-            }
+            named = {"model": cell.cell.model, "axis": ORIGINAL, "recovery": ORIGINAL}
+            numbers = {"ratio": 0.0, "achieved_ratio": 0.0, "fraction": 1.0, "seed": 0}
+            row = dict.fromkeys(options) | named | numbers | state
             if is_done:
                 row |= {"avg_percent": 100.0, **_scores(result, sighted)}
                 row["result"] = place(cell.original, scheduling.RESULT)
@@ -337,7 +327,8 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
             row["reference_source"] = ", ".join(filter(None, sources)) or None
         rows.append(row | spent)
     table = pd.DataFrame(rows)
-    table = table.assign(**{name: None for name in _MEASURED if name not in table})
+    measured = yaml.safe_load(COLUMNS.read_text(encoding="utf-8"))
+    table = table.assign(**{name: None for name in measured if name not in table})
     shape, times = ["model", "total_params", "backbone_params"], ["prefill_ms", "decode_ms"]
     timed = table.assign(**table[times].astype(float))
     shared = timed.groupby([*shape, pd.Series(dtypes, table.index)], dropna=False)[times]
@@ -363,7 +354,6 @@ def _retention(result: Path, original: Path) -> Mapping[str, float]:
 def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
     result = Result.load(path)
     scores = {name: task.score for name, task in result.tasks.items() if task.in_average}
-    perplexities = [t.score for t in result.tasks.values() if t.metric == "perplexity"]
     row: dict[str, Any] = {"avg": None if math.isnan(result.average) else result.average}
     named = {"chosen": "avg_choice", "free": "avg_free"}
     row |= {named[kind]: part.average for kind, part in result.by_kind().items()}
@@ -371,7 +361,8 @@ def _scores(path: Path, sighted: frozenset[str]) -> Mapping[str, Any]:
         some = {name: score for name, score in scores.items() if (name in sighted) == are_in}
         row[group] = average(some) if some else None
     row |= {f"score:{name}": task.score for name, task in result.tasks.items()}
-    row["perplexity"] = perplexities[0] if perplexities else None
+    perplexities = (t.score for t in result.tasks.values() if t.metric == "perplexity")
+    row["perplexity"] = next(perplexities, None)
     costs = ("backbone_params", "total_params", "prefill_ms", "decode_ms")
     return row | {name: getattr(result, name) for name in costs}
 

@@ -147,19 +147,15 @@ class Cell:
 
     def values(self) -> dict[str, Any]:
         """Return the options of the cell as columns of the results table."""
-        recover = self.recover
+        pruning = ("axis", "ratio", "criterion", "allocation", "repair")
+        untrained = {"train": NONE, "loss": NONE, "fraction": 1.0}
         return {
             "model": self.model,
-            "axis": self.prune.axis,
-            "ratio": self.prune.ratio,
+            **{name: getattr(self.prune, name) for name in pruning},
             "criterion": "+".join(criteria_of(self.prune)),
-            "allocation": self.prune.allocation,
-            "repair": self.prune.repair,
             "options": self.options,
             "recovery": self.recovery,
-            "train": recover.train if recover else NONE,
-            "loss": recover.loss if recover else NONE,
-            "fraction": recover.fraction if recover else 1.0,
+            **{name: getattr(self.recover, name, value) for name, value in untrained.items()},
             "seed": self.seed,
         }
 

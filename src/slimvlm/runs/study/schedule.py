@@ -90,15 +90,6 @@ class Record:
     format: str = "slimvlm-stage/1"
 
 
-def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
-    """Do a stage without progress bars, then release the memory of its models."""
-    try:
-        with without_bars():
-            _fill(stage, inputs, folder, scratch)
-    finally:
-        release_memory()
-
-
 class Cache:
     """Outcomes of stages in one folder, on storage that all workers share.
 
@@ -149,13 +140,15 @@ class Cache:
                 failure.unlink(missing_ok=True)
                 start = time.perf_counter()
                 try:
-                    with new_folder(self.path(stage), force=True) as folder:
+                    with new_folder(self.path(stage), force=True) as folder, without_bars():
                         work(stage, [self.path(i) for i in stage.inputs], folder, scratch)
                         seconds = time.perf_counter() - start
                         record = Record(stage.label, seconds, flops, asdict(stage.request))
                         write_text(folder / RECORD, json.dumps(vars(record), indent=1) + "\n")
                 except Exception as error:
                     return self.failed(stage, error, time.perf_counter() - start)
+                finally:
+                    release_memory()  # of the stage's models
                 shutil.rmtree(scratch, ignore_errors=True)
                 return Outcome(stage.name, seconds)
         except InUseError:
@@ -216,15 +209,10 @@ class CellStages:
 
 def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     """List the stages of a cell; each request holds only the options that change its outcome."""
-    name, config = short_name(cell.model), cell.prune
-    whole = Request(
-        model=cell.model,
-        prune=config,
-        recover=cell.recover,
-        training_samples=study.training_samples,
-    )
-    whole = resolved(whole, shape=_shape_of(cell.model))
-    config = whole.prune
+    asked = Request(model=cell.model, prune=cell.prune, recover=cell.recover)
+    asked = replace(asked, training_samples=study.training_samples)
+    whole = resolved(asked, shape=_shape_of(cell.model))
+    name, config = short_name(cell.model), whole.prune
     data = [_identity_of_data(config.data)] if config.data else []
     data += [_identity(config.vocab_text, config.vocab_text)] if config.vocab_text else []
     data += [identity_of_general_text()] if config.general_text else []
@@ -305,7 +293,7 @@ def _tokens(request: Request, has_data: bool) -> tuple[int, ...] | None:
     return with_tokens(request, stages.split(samples, request).counted(request)).tokens
 
 
-def _fill(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
+def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
     """Do a stage: folders of inputs, the folder to fill, one that a restart finds again."""
     request = stage.request
     if inputs and stage.kind in ("recover", "evaluate"):
@@ -352,8 +340,8 @@ class Schedule:
     def flops(self) -> dict[str, float]:
         """Estimated FLOP of each stage by its name, with some for each GB read or written."""
         counted: dict[str, float] = {}
-        trusted = {cell.cell.model: cell.cell.prune.trust_remote_code for cell in self.cells}
-        models = {each: (anatomy(each), image_tokens(each, trusted[each])) for each in trusted}
+        names = {cell.cell.model for cell in self.cells}
+        models = {name: (anatomy(name), image_tokens(name)) for name in names}
         for cell in self.cells:
             shape, image = models[cell.cell.model]
             request = (cell.recover or cell.prune).request
@@ -411,16 +399,12 @@ class Schedule:
 
     def is_needed(self, stage: Stage, cache: Cache) -> bool:
         """Whether an open stage, or one to be done again, reads this one's checkpoint."""
-        readers = [r for r in self._readers.get(stage.name, ()) if not cache.is_ready(r)]
-        return any(not cache.is_done(r) or self.is_needed(r, cache) for r in readers)
-
-    @cached_property
-    def _readers(self) -> dict[str, list[Stage]]:
-        readers: dict[str, list[Stage]] = {}
-        for stage in self.stages():
-            for source in stage.inputs:
-                readers.setdefault(source.name, []).append(stage)
-        return readers
+        return any(
+            not cache.is_done(reader) or self.is_needed(reader, cache)
+            for reader in self.stages()
+            if stage.name in (source.name for source in reader.inputs)
+            and not cache.is_ready(reader)
+        )
 
     def clear_checkpoints(self, stage: Stage, cache: Cache) -> None:
         """Remove the models that a finished stage has read, where no open stage needs them."""
