@@ -55,12 +55,6 @@ class Case:
         """Channels of a head; layers without attention have none."""
         return max(layer.head_dim for layer in self.shape.layers)
 
-    @property
-    def has_own_head_dim(self) -> bool:
-        """Whether ``head_dim`` is not hidden size / heads."""
-        layers = self.shape.layers
-        return any(s.num_heads * s.head_dim != self.shape.hidden_size for s in layers)
-
     def off(self, multiple: int) -> bool:
         """Whether some layer's number of neurons is not a multiple."""
         return any(s.intermediate_size % multiple for s in self.shape.layers)
@@ -115,12 +109,12 @@ def _kinds(case: Case) -> str:
     return ", ".join(f"{len(list(run))} x {kind}" for kind, run in runs)
 
 
-def _gguf_scalar(case: Case) -> int:
-    """What llama.cpp divides products of queries and keys by the root of."""
-    shape = case.shape
-    is_27b = shape.num_layers == {"gemma2": 46, "gemma3_text": 62}.get(shape.text_type)
-    heads = max(layer.num_heads for layer in shape.layers)
-    return shape.hidden_size // heads if is_27b else case.head_dim
+def _has_other_scale(case: Case, depths: dict[str, int]) -> bool:
+    """Whether llama.cpp divides products of queries and keys by the root of another number."""
+    shape, scalar = case.shape, case.head_dim
+    if shape.num_layers == depths.get(shape.text_type):
+        scalar = shape.hidden_size // max(layer.num_heads for layer in shape.layers)
+    return shape.query_scalar not in (0, scalar)
 
 
 def _is_blind_in_gguf(case: Case) -> bool:
@@ -180,11 +174,14 @@ _SHOWN: dict[str, Callable[[Case], str]] = {
 _BREAKS: dict[str, Callable[[Case, Any], bool]] = {
     "uneven": lambda c, of: not c.shape.is_uniform,
     "misplaced": _misplaced,
-    "scale": lambda c, of: c.shape.query_scalar not in (0, _gguf_scalar(c)),
+    "scale": _has_other_scale,
     "other width": _has_other_width,
     "other width, sees": lambda c, of: c.shape.vision_params > 0 and _has_other_width(c, of),
     "quantised": lambda c, of: c.is_quantized,
-    "own head_dim": lambda c, of: c.has_own_head_dim and _is_of(c, of),
+    "own head_dim": lambda c, of: (
+        _is_of(c, of)
+        and any(s.num_heads * s.head_dim != c.shape.hidden_size for s in c.shape.layers)
+    ),
     "unknown": lambda c, of: c.shape.text_type not in of,
     "blind": lambda c, of: _is_blind_in_gguf(c),
     "type": _is_of,

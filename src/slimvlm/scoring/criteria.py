@@ -84,9 +84,6 @@ def score_random(statistics: Statistics, anatomy: Anatomy, seed: int = 0) -> Val
     return drawn
 
 
-Allowed = tuple[Any, ...] | None
-
-
 @dataclass(frozen=True)
 class Capture:
     """How statistics are collected, and the cost of it.
@@ -125,7 +122,7 @@ class Criterion:
     paper: str  # title and arXiv id
     about: str  # one line for tables
     # with their allowed values, or None for any; the function takes those that no capture names
-    options: Mapping[str, Allowed] = field(default_factory=dict)
+    options: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # the capture's, set by the criterion
     from_request: tuple[str, ...] = ()  # those of `CalibrationConfig` of the same name
 
