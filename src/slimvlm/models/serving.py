@@ -104,11 +104,6 @@ def _misplaced(case: Case, every: dict[str, int]) -> bool:
     return step > 0 and are_full != [i % step == step - 1 for i in range(len(are_full))]
 
 
-def _kinds(case: Case) -> str:
-    runs = groupby(layer.kind for layer in case.shape.layers)
-    return ", ".join(f"{len(list(run))} x {kind}" for kind, run in runs)
-
-
 def _has_other_scale(case: Case, depths: dict[str, int]) -> bool:
     """Whether llama.cpp divides products of queries and keys by the root of another number."""
     shape, scalar = case.shape, case.head_dim
@@ -157,7 +152,9 @@ _SHOWN: dict[str, Callable[[Case], str]] = {
     "language model": lambda c: f"language model {c.shape.text_type!r}",
     "neurons": lambda c: f"{c.neurons} neurons",
     "heads": lambda c: c.heads,
-    "kinds": _kinds,
+    "kinds": lambda c: ", ".join(
+        f"{len(list(run))} x {kind}" for kind, run in groupby(s.kind for s in c.shape.layers)
+    ),
     "rows": _rows,
     "alike": lambda c: "all layers alike" if c.shape.is_uniform else "layers have different widths",
     "stored": lambda c: f"weights are {'' if c.is_quantized else 'not '}quantised",
@@ -208,15 +205,8 @@ def _rule(row: dict[str, Any]) -> Rule:
     elif isinstance(of, list | dict):
         known["listed"] = ", ".join(map(str, of))
     breaks, advice = _BREAKS[row["if"]], row["advice"].format(of=of, **known)
-    return Rule(
-        row["name"],
-        tuple(row["targets"]),
-        row["level"],
-        lambda case: breaks(case, of),
-        _SHOWN[row["shows"]],
-        advice,
-        row.get("seen", ""),
-    )
+    targets, shown, seen = tuple(row["targets"]), _SHOWN[row["shows"]], row.get("seen", "")
+    return Rule(row["name"], targets, row["level"], lambda c: breaks(c, of), shown, advice, seen)
 
 
 RULES: tuple[Rule, ...] = (
