@@ -8,7 +8,6 @@ from typing import Any, Literal
 import yaml
 
 Segment = Literal["query", "query_and_gate", "key_value", "neuron", "expert"]
-HeadRule = Literal["any", "divides_hidden_size", "fixed"]
 
 OUTPUT_ROWS = 0
 INPUT_COLUMNS = 1
@@ -93,7 +92,7 @@ class Backbone:
     final_norm: str = "norm"  # name of the norm after the last layer
     # ``any``: every head count can be configured. ``divides_hidden_size``: heads must divide the
     # hidden size. ``fixed``: the class computes ``head_dim`` from the head count, so heads stay.
-    head_rule: HeadRule = "any"
+    head_rule: Literal["any", "divides_hidden_size", "fixed"] = "any"
     # Model type with identical computation but a freer configuration, for counts that `head_rule`
     # forbids; fields that it must state, and values that make the two types identical.
     retype: str | None = None
@@ -135,10 +134,7 @@ class Family:
     head: str = "lm_head"  # path
     vision: str | None = None  # path of the vision tower; None for a text model
     # Types that the tower's configuration may have, where the family's class allows any.
-    tower_types: tuple[str, ...] = (
-        *("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "pixtral"),
-        *("dinov2", "dinov2_with_registers", "aimv2_vision_model", "internvl_vision"),
-    )
+    tower_types: tuple[str, ...] = tuple(_TABLES["tower_types"])
     projector: tuple[str, ...] = ()  # paths of modules from towers' features to the text model
     other_towers: tuple[str, ...] = ()  # paths, such as that of an audio tower
     text_config: str | None = "text_config"  # attribute; None if the configuration is the text's

@@ -65,9 +65,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 def is_uneven(config: PreTrainedConfig) -> bool:
     """Whether a configuration gives decoder layers their own widths."""
-    text_config = text_config_of(config)
-    has_own = text_config.is_heterogeneous
-    return has_own and backbone_of(config).can_be_uneven
+    return text_config_of(config).is_heterogeneous and backbone_of(config).can_be_uneven
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:

@@ -45,15 +45,12 @@ class Matrix:
 class Parts:
     """The parts of a model, looked up once: its rows of data and its modules."""
 
-    text_model: Any
-    layers: nn.ModuleList
-
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
         self.family, self.row = family_of(config.model_type), backbone_of(config)
         self.text_config: Any = text_config_of(config)
-        self.text_model = model.get_submodule(self.family.backbone)
-        self.layers = self.text_model.layers
+        self.text_model: Any = model.get_submodule(self.family.backbone)
+        self.layers: nn.ModuleList = self.text_model.layers
         self.norm: nn.Module = self.text_model.get_submodule(self.row.final_norm)
         self.head: Any = model.get_submodule(self.family.head)
 

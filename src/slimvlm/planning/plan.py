@@ -18,9 +18,7 @@ from slimvlm.models.families import BACKBONES, FAMILIES
 AXES = ("depth", "width", "both")
 FORMAT = "slimvlm-plan/1"
 
-_UNIT_ROWS = tuple(f"{unit}s" for unit in LAYER_UNITS)  # fields of `Plan`
 Kept = tuple[int, ...]
-FileFormat = Literal["native", "uneven"]
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ class Plan:
         return self.before.hidden_size % after.layers[0].num_heads != 0
 
     @property
-    def file_format(self) -> FileFormat:
+    def file_format(self) -> Literal["native", "uneven"]:
         """How it is written: plainly, or with the Python file that applies layers' own widths."""
         after, before = self._narrowed, self.before
         is_legal = after.is_uniform
@@ -216,7 +214,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        names = ("axis", "asked_ratio", "ratio", "criteria", "layers", *_UNIT_ROWS, "tokens")
+        rows = (f"{unit}s" for unit in LAYER_UNITS)
+        names = ("axis", "asked_ratio", "ratio", "criteria", "layers", *rows, "tokens")
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
         values["criteria"] = dict(self.criteria)
         return {"format": FORMAT, **values, "before": asdict(self.before)}
