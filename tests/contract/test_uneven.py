@@ -163,6 +163,8 @@ def test_cutting_again(name, read_back):
     save(model, None, work / "second", second)
     assert anatomy(work / "second") == second.after
 
+    if len(second.after.kinds) > 1:  # one layer of each stays, and these differ
+        return
     order = dict.fromkeys([*attending(second.after), 0, 1])
     alone = (plan_by_hand(second.after, layers=[index]) for index in order)
     kept = next(plan for plan in alone if plan.file_format == "native")

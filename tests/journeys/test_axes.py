@@ -61,7 +61,8 @@ def test_the_axis_whose_smaller_model_answers_best_is_chosen(data):
         expected[axis] = answer_loss(student, calibration.held_out)
     assert losses == pytest.approx(expected)
     walked = stages.prune_(request, model, calibration, scores)
-    assert walked.plan.axis == min(expected, key=expected.__getitem__)
+    best = min(expected.values())
+    assert expected[walked.plan.axis] <= best * (1 + stages.EVEN)  # of two that are even, width
     assert f"axis {walked.plan.axis}: held-out loss" in walked.report.notes[0]
     assert all(layer.distilled for layer in walked.report.layers)  # the trial alone is brief
 
@@ -146,7 +147,7 @@ def test_a_run_meets_its_latency(data, tmp_path, unhurried):
     compress(model, CompressConfig(target_latency=0.7, **shown), tmp_path / "run", say=said.append)
     plan = Plan.load(tmp_path / "run" / "plan.json")
     left = prefill_flops(plan.after, PROMPT) / prefill_flops(plan.before, PROMPT)
-    assert 0.55 < left < 0.71  # groups and neurons share anew once they are tried
+    assert 0.5 < left < 0.71  # groups and neurons share anew once they are tried
     assert "target_latency 0.7: here it is 1.00 [1.00, 1.00]" in said  # times are made up
     with pytest.raises(ConfigError, match=r"target_latency 0\.7: it does not go with ratio 0\.3"):
         CompressConfig(target_latency=0.7, ratio=0.3)

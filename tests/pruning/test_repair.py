@@ -15,6 +15,7 @@ from slimvlm.pruning.repair import refit, repair_
 from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.forward import capture_grams
 from slimvlm.scoring.moments import Moments
+from slimvlm.scoring.obs import removal_order
 from slimvlm.scoring.score_model import collect
 from slimvlm.scoring.unit_scores import Statistics
 from tests import tiny
@@ -148,6 +149,17 @@ def test_the_objective_has_no_slope_at_the_solution(bias, residuals, ridge):
     value = value + penalty * (unknown[0] - WEIGHT[:, KEEP]).square().sum()
     for slope in torch.autograd.grad(value, unknown):
         assert float(slope.abs().max() / value.detach()) < 1e-10
+
+
+@pytest.mark.parametrize("ridge", RIDGES[1:])
+def test_weights_of_a_choice_are_those_of_a_refit(ridge):
+    """Both pull towards the sliced weights; a choice knows the mean of all channels only."""
+    gram = gathered().gram
+    found = removal_order(WEIGHT, gram, CHANNELS, CHANNELS - len(KEEP), ridge)
+    own = ridge * gram.diagonal().mean() / gram.diagonal()[found.left].mean()
+    torch.testing.assert_close(
+        found.weights, refit(WEIGHT, None, gathered(), found.left, float(own)).weight
+    )
 
 
 @pytest.mark.parametrize("ridge", RIDGES)

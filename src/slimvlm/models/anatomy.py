@@ -370,6 +370,8 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         pinned = tuple(range(len(attrgetter(family.pinned_layers)(config))))
     required = backbone.retype_requires.items()
     mixers = _mixers(text_config, len(shapes))
+    if len(mixers) != len(shapes):  # a view of some layers, and nothing says which
+        mixers = [{}] * len(shapes)
     return Anatomy(
         model_type=config.model_type,
         text_type=text_config.model_type,

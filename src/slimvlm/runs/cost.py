@@ -54,8 +54,7 @@ class Sizes:
     def pass_flops(self) -> float:
         """FLOP of reading a conversation; embeddings do not count, as they only look up."""
         looked_up = self.shape.embedding_params if self.shape.head_params else 0
-        mixed = (layer for layer in self.shape.layers if layer.num_experts)
-        taken = self.shape.experts_per_token
+        taken, mixed = self.shape.experts_per_token, (s for s in self.shape.layers if s.num_experts)
         idle = sum((layer.num_experts - taken) * layer.expert_params for layer in mixed)
         return 2 * (self.shape.backbone_params - looked_up - idle) * self.tokens
 
@@ -115,9 +114,8 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         tokens = sizes.tokens * sizes.calibration
         needed = states_bytes(shape.hidden_size, tokens, BYTES[dtype], aims)
         needed += sizes.calibration * sizes.beside + tokens * longest  # and a mask of each batch
-        states = StatesPlace(needed, device, "device", (0, 0))
-        if is_here:
-            states = StatesPlace.of(needed, device, held)
+        elsewhere = StatesPlace(needed, device, "device", (0, 0))
+        states = StatesPlace.of(needed, device, held) if is_here else elsewhere
         are_here = states.kind == "device" or (is_cpu and states.kind == "host")
         layers = sum(layer.params for layer in shape.layers)
         new = (1 - sizes.decoder_share(ratio)) * layers * BYTES[dtype]
@@ -326,6 +324,8 @@ def bytes_of_picture(config: PreTrainedConfig, tokens: float, dtype: str) -> flo
 def image_tokens(model: str, trust_remote_code: bool = False) -> int:
     """Count the tokens of a picture of usual size by the processor, else by the configuration."""
     config = loading.load_config(model, trust_remote_code)
+    if getattr(text_config_of(config), "cross_attention_layers", None):
+        return 1  # other tokens attend to the picture, which has no place among them
     with suppress(SlimError, AttributeError, KeyError, TypeError, ValueError):  # some cannot say
         processor = loading.load_processor(loading.resolve(model), config, trust_remote_code)
         counted = processor._get_num_multimodal_tokens(image_sizes=[USUAL_PICTURE])

@@ -1,0 +1,88 @@
+"""What is said of memory and work before a walk, against bytes and operations that are counted.
+
+One model of each trait: plain text, a picture, cross-attention, deepstack features, experts, and
+layers without attention. Bytes are said to within a third, operations of weights to a twentieth.
+Bytes are those of the pretended card: ``python -m pytest -p tests.pretended_gpu`` runs these.
+"""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import slimvlm as sv
+from slimvlm.core.options import CompressConfig
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.cost import release_memory
+from slimvlm.runs import cost as module
+from slimvlm.runs.compress import request_of
+from slimvlm.runs.cost import Sizes, bytes_of_picture, cost, image_tokens
+from slimvlm.runs.request import resolved
+from tests import pretended_gpu, tiny
+
+TRAITS = {
+    **{"text": "llama", "picture": "llava-llama", "cross-attention": "mllama"},
+    **{"deepstack": "qwen3_vl", "experts": "qwen3_moe", "hybrid": "lfm2"},
+}
+EACH, BATCHES, TOKENS, IN_PICTURE = 4, 4, 48, 4  # a run reads samples in batches of 4
+
+
+def sizes_of(model, length, **counts):
+    beside = bytes_of_picture(model.config, IN_PICTURE, "float32")
+    given = {"shape": read_anatomy(model), "tokens": float(length), "samples": 1}
+    return Sizes(**{**given, **counts}, beside=beside)
+
+
+def batch_of(model, seed):
+    samples = [tiny.batch(model, TOKENS, EACH * seed + i) for i in range(EACH)]
+    return {name: torch.cat([each[name] for each in samples]) for name in samples[0]}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(pretended_gpu.REASON is not None, reason="needs -p tests.pretended_gpu")
+@pytest.mark.parametrize("trait", TRAITS)
+def test_a_walk_takes_the_memory_that_is_said(trait, monkeypatch):
+    """From a model that is not on the card yet, to the end of its walk."""
+    monkeypatch.setattr(module, "device_flops", lambda *_: 1e9)  # time is not asked
+    card, model = torch.device("cuda", 0), tiny.build(TRAITS[trait])
+    axis = "depth" if trait == "experts" else "width"  # whose neurons no walk chooses
+    data, shape = [batch_of(model, seed) for seed in range(BATCHES)], read_anatomy(model)
+    length = data[0]["input_ids"].shape[1]
+    sizes = sizes_of(model, length, samples=EACH * BATCHES, calibration=EACH * BATCHES)
+    config = CompressConfig(ratio=0.3, axis=axis, data="demo", local_steps=0)
+    said = cost(resolved(request_of("", config), shape=shape), sizes, card, "float32")
+    release_memory()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    sv.walk_(model.to(card), data, 0.3, axis, round_to=1)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert said.calibration_bytes == pytest.approx(taken, rel=1 / 3)
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_a_pass_takes_the_operations_that_are_said(trait):
+    """Of decoder and head; experts and attention run in plain products, as no other is counted."""
+    model = tiny.build(TRAITS[trait])
+    model.set_attn_implementation("eager")
+    model.config.get_text_config()._experts_implementation = "eager"
+    batch = tiny.batch(model, TOKENS)
+    del batch["labels"]
+    with torch.no_grad(), FlopCounterMode(display=False) as counting:
+        model(**batch)
+    has_tower = tiny.is_multimodal(model.config)
+    parts = ("model.language_model" if has_tower else "model", "lm_head")
+    by_part = counting.get_flop_counts()
+    counted = sum(
+        count
+        for part in parts
+        for operator, count in by_part[f"{type(model).__name__}.{part}"].items()
+        if operator != torch.ops.aten.bmm  # attention scores, which the estimate leaves out
+    )
+    said = sizes_of(model, batch["input_ids"].shape[1]).pass_flops
+    assert said == pytest.approx(counted, rel=0.05)
+
+
+def test_a_picture_that_is_cross_attended_takes_no_place_in_the_sequence(tmp_path):
+    """Without data, the tokens of a conversation are its text's and what stands for the picture."""
+    for trait, count in (("cross-attention", 1), ("picture", 16)):
+        tiny.CONFIGS[TRAITS[trait]]().save_pretrained(tmp_path / trait)
+        assert image_tokens(str(tmp_path / trait)) == count
