@@ -405,7 +405,7 @@ def test_recover_trains_and_keeps_the_plan(run, home, llava, data):
         home / "p" / "slimvlm_plan.json"
     )
     history = json.loads((home / "r" / "slimvlm_history.json").read_text())
-    assert history["num_samples"] == 6
+    assert history["num_samples"] == 4
     assert not [path for path in home.iterdir() if path.name.startswith(".")]
 
 

@@ -161,7 +161,7 @@ def test_a_processor_with_code_of_its_own_is_read_back_as_the_user_trusts_it(dat
     (source / "own.py").write_text(OWN)
     named = {"processor_class": "Own", "auto_map": {"AutoProcessor": "own.Own"}}
     tiny_folder.edit_json(source / "processor_config.json", lambda values: values.update(named))
-    with pytest.raises(ConfigError, match="contains custom code"):
+    with pytest.raises(ConfigError, match="processor_class 'Own' names what is not run here"):
         images(str(source), data, (), None, None, 0.5, out, False, print)
     trusting = replace(data, trust_remote_code=True)
     images(str(source), trusting, (), None, None, 0.5, out, False, print)

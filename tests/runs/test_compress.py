@@ -179,7 +179,7 @@ def test_a_run_says_how_fast_and_how_good_its_model_is_beside_the_original(finis
     assert "Same next token" in page
     files = [finished / "summary.md", finished / "checkpoint" / "README.md"]
     for text in (page, *(file.read_text() for file in files)):
-        assert f"{again.loss.value:.3f} [" in text
+        assert f"{again.loss:.3f}" in text
         assert "KL divergence from the original" in text
     assert str(data.parent) not in text, "a card may be published"
 

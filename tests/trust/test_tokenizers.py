@@ -62,7 +62,8 @@ def test_a_word_of_the_template_alone_sets_a_tokenizer_off(tmp_path, capfd):
     steps = [many(old, new * 1000, 1)["normalizers"][0] for old, new in chain]
     values["normalizer"] = {"type": "Sequence", "normalizers": steps}
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    (folder / "chat_template.jinja").write_text("\u1234{{ messages[1].content }}")
+    template = "\u1234{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
     words = load_processor(str(folder), load_config(folder))
     with pytest.raises(SlimError, match="tokenizer needs more than"):
         encode_samples(words, folders.short_samples(2, sees=False))

@@ -99,6 +99,7 @@ def _groups(done: pd.DataFrame) -> list[Group]:
     cells = done[~is_original]
     cells = cells.assign(
         half=(cells["avg_percent_high"] - cells["avg_percent_low"]) / 2,
+        allocation=cells["allocation"].astype(object).fillna(""),  # NaN equals nothing
         losses=[frozenset(parse_loss(x) if x != "none" else ()) for x in cells["loss"]],
         whole_pictures=cells["model"].map(originals["avg_pictures"]),
         whole_text=cells["model"].map(originals["avg_text"]),

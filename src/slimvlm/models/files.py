@@ -121,7 +121,7 @@ def split_revision(model: str | Path) -> tuple[str, dict[str, Any]]:
     return name, {"revision": revision}
 
 
-def check_folder(model: str | Path) -> None:
+def check_folder(model: str | Path, trusts: bool = False) -> None:
     """Refuse a model with unsafe files or absurd numbers. No weight is read.
 
     Refused are links out of the folder (but to the hub's cache), an index that names anything but
@@ -141,7 +141,7 @@ def check_folder(model: str | Path) -> None:
     for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, *SETTINGS):
         if (folder / name).exists() or name == CONFIG_NAME:
             values = read_object(folder / name, "model", _MOST_SETTINGS)
-            _require_plausible(values, f"{where}: {name}:")
+            _require_plausible(values, f"{where}: {name}:", trusts=trusts)
             if values.get("fast_tokenizer_files", _ONLY) != _ONLY:
                 raise ConfigError(f"{where}: {name}: fast_tokenizer_files must be {_ONLY}")
     if (folder / TEMPLATE).exists():
@@ -255,8 +255,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     return {key: folder / file for key, file in rows.items()}
 
 
-def _require_plausible(values: Any, where: str, name: str = "") -> None:
-    """Check every number and every name of code, at any depth."""
+def _require_plausible(values: Any, where: str, name: str = "", trusts: bool = False) -> None:
+    """Check every number and every name of code, at any depth; trusted code has any name."""
     if isinstance(values, dict):
         is_timm = name == "model_args"
         odd = values.keys() - TABLES["timm"] if is_timm else values.keys() & TABLES["never"]
@@ -265,16 +265,16 @@ def _require_plausible(values: Any, where: str, name: str = "") -> None:
         longest = values.get("longest_edge")
         are_areas = isinstance(longest, int) and longest > 2**12  # of Qwen's processors
         for key, value in values.items():
-            _require_plausible(value, where, key + " area" * (are_areas and "_edge" in key))
+            _require_plausible(value, where, key + " area" * (are_areas and "_edge" in key), trusts)
     elif isinstance(values, list):
         for value in values:
-            _require_plausible(value, where, name)
+            _require_plausible(value, where, name, trusts)
     elif isinstance(values, int | float) and not isinstance(values, bool):
         row = next((row for row in TABLES["limits"] if re.fullmatch(row[0], name)), None)
         if row is not None and not row[1] <= values <= row[2]:
             limits = f"{row[1]} to {row[2]:,}"
             raise ConfigError(f"{where} {name} {shortened(values)} must be {limits}")
-    elif isinstance(values, str):
+    elif isinstance(values, str) and (name == "architecture" or not trusts):
         for names, pattern in TABLES["texts"].items():
             if re.fullmatch(names, name) and not re.fullmatch(pattern, values):
                 raise ConfigError(f"{where} {name} {shortened(values)} names what is not run here")

@@ -248,7 +248,7 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
     name = resolve(model)
     where = "" if Path(name).is_dir() else "no such folder, and not found on the hub; "
     with unreadable(model, f"{where}config"), alone(name, trust_remote_code):
-        check_folder(name)
+        check_folder(name, trust_remote_code)
         place, how = split_revision(name)
         values = PreTrainedConfig.get_config_dict(place, **how)[0]
         kind = values.get("model_type")
