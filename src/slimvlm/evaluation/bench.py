@@ -78,7 +78,6 @@ def in_turn(runs: Sequence[Callable[[], Run]], repeats: int) -> list[list[Run]]:
 
 def _shares(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[Estimate]:
     """Divide times to read and to write by those of the same rounds: median, smallest, largest."""
-    # of six rounds, smallest and largest are a 97 % interval of the median
     for time_of in (itemgetter(0), _decode_ms):
         shares = [time_of(a) / time_of(b) for a, b in zip(ours, theirs, strict=True)]
         yield Estimate(median(shares), min(shares), max(shares))

@@ -18,8 +18,7 @@ from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.evaluation import metrics
 
 Kind = Literal["chosen", "free"]
-KINDS: tuple[Kind, ...] = ("chosen", "free")
-"""Answers chosen out of given ones, and answers in the model's own words."""
+KINDS: tuple[Kind, ...] = ("chosen", "free")  # out of given answers; in the model's own words
 CHOICE_BENCHMARKS = ("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception")
 """Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
 

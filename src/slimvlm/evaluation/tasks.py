@@ -54,10 +54,8 @@ class TaskRow:
         if self.by_likelihood and not self.choices:
             raise ConfigError(f"task {self.name!r}: by_likelihood needs choices")
         if "{" in (rest := re.sub(_COLUMN, "", self.prompt)) or "}" in rest:
-            raise ConfigError(
-                f"task {self.name!r}: prompt {shortened(self.prompt)} has a brace without its "
-                "other one; {{ and }} stand for braces themselves"
-            )
+            told = "has a brace without its other one; {{ and }} stand for braces themselves"
+            raise ConfigError(f"task {self.name!r}: prompt {shortened(self.prompt)} {told}")
 
     def filled_prompt(self, values: Mapping[str, Any]) -> str:
         """Fill in a row's columns; braces hold a name, never an attribute, an index or a format."""
@@ -100,16 +98,10 @@ def find_tasks(names: str) -> list[Task]:
 def read_task(path: str | Path) -> Task:
     """Read a task from a YAML file; see `TaskRow` for the fields."""
     row = built(TaskRow, read_yaml(path, "task"), f"task {str(path)!r}")
-    return Task(
-        name=row.name,
-        metric=row.metric,
-        chance=row.chance,
-        load=partial(_load, row, Path(path).absolute().parent),
-        max_new_tokens=row.max_new_tokens,
-        like=row.like,
-        by_likelihood=row.by_likelihood,
-        in_average=row.metric not in LIKELIHOODS,
-    )
+    alike = ("name", "metric", "chance", "max_new_tokens", "like", "by_likelihood")
+    given = {name: getattr(row, name) for name in alike}
+    load = partial(_load, row, Path(path).absolute().parent)
+    return Task(**given, load=load, in_average=row.metric not in LIKELIHOODS)
 
 
 _to_log_once = cache(to_log)
