@@ -94,11 +94,9 @@ class PairedTimes:
 
     def __str__(self) -> str:
         """Complete a sentence that begins "the smaller model"."""
-        return (
-            f"reads a question in {self.prefill} of the original's time "
-            f"({self.pruned.prefill_ms:.1f} ms), writes a token in {self.decode} "
-            f"({self.pruned.decode_ms:.1f} ms)"
-        )
+        read, write = (f"{ms:.1f} ms" for ms in (self.pruned.prefill_ms, self.pruned.decode_ms))
+        told = f"reads a question in {self.prefill} of the original's time ({read})"
+        return f"{told}, writes a token in {self.decode} ({write})"
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON."""

@@ -82,10 +82,7 @@ def kind_of(name: str, task: TaskResult) -> Kind:
 
 @dataclass(frozen=True)
 class Times:
-    """Median times of one question at batch size 1, with the fastest and slowest of six runs.
-
-    These two are a 97 % interval of the median.
-    """
+    """Median times of one question at batch size 1; fastest and slowest of six: 97 % intervals."""
 
     prefill_ms: float
     decode_ms: float

@@ -87,13 +87,10 @@ def quantize(
     owned = {id(linear) for _, _, linear in parts.projections()}
     whole = (parts.family.vision, *parts.family.projector, parts.family.head)
     skipped = [path for path in whole if path is not None]
-    skipped += [
-        name
-        for name, module in empty.named_modules()
-        if isinstance(module, nn.Linear)
-        and id(module) not in owned
-        and not any(name == part or name.startswith(f"{part}.") for part in skipped)
-    ]
+    within = tuple(f"{path}." for path in skipped)
+    linears = [(place, m) for place, m in empty.named_modules() if isinstance(m, nn.Linear)]
+    others = [place for place, linear in linears if id(linear) not in owned]
+    skipped += [place for place in others if not f"{place}.".startswith(within)]
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     files = set(weight_files(models.folder_of(name)).values())
     needed = sum(file.stat().st_size for file in files)
