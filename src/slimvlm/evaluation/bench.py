@@ -110,8 +110,7 @@ class PairedTimes:
 
 def times_of(model: PreTrainedModel, processor: Any, question: Question) -> Times:
     """Time one model by itself."""
-    (runs,) = _runs([(model, processor)], question)
-    return _summary(runs)
+    return _summary(*_runs([(model, processor)], question))
 
 
 def paired_times(

@@ -75,10 +75,8 @@ def letter(reply: str, question: Question) -> float:
     The last "answer is" or "answer:" begins it. A letter that is ruled out ("not A"), the article
     "A" and the pronoun "I" do not count, and several letters are no answer.
     """
-    text = plain(reply)
-    for ruled_out in ("negated", "wrong"):
-        text = re.sub(_LETTERS[ruled_out], " ", text)
-    text = concluded(text)
+    text = re.sub(_LETTERS["negated"], " ", plain(reply))
+    text = concluded(re.sub(_LETTERS["wrong"], " ", text))
     alone, listed = (dict.fromkeys(re.findall(_LETTERS[k], text)) for k in ("alone", "listed"))
     first = re.match(_LETTERS["first"], text) if len(listed) < 2 else None
     found = re.findall(_LETTERS["chosen"], text)[-1:] or list(alone)
