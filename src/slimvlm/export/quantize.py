@@ -95,10 +95,9 @@ def quantize(
     files = set(weight_files(models.folder_of(name)).values())
     needed = sum(file.stat().st_size for file in files)
     if target.type != "cpu" and needed > (free := free_memory(target)):
-        told = (
-            f"{needed / 2**30:.2f} GiB of weights do not fit into {free / 2**30:.2f} GiB that are"
-        )
-        raise ConfigError(f"device {str(target)!r}: {told} free. Give cpu, or a device with more")
+        told = f"{needed / 2**30:.2f} GiB of weights do not fit into {free / 2**30:.2f} GiB"
+        told += " that are free. Give cpu, or a device with more"
+        raise ConfigError(f"device {str(target)!r}: {told}")
     settings: Any = None  # compressed-tensors quantises afterwards
     if chosen == "torchao":
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
@@ -118,9 +117,8 @@ def quantize(
     with unreadable(name, "weights"), alone(where):
         small: PreTrainedModel = of.from_pretrained(where, **how).eval()
     processor = models.load_processor(name, config)
-    is_ours = chosen == "compressed-tensors"
     with new_folder(out, force) as folder:
-        with compressed(small, to, skipped) if is_ours else nullcontext():
+        with compressed(small, to, skipped) if settings is None else nullcontext():
             owned = {id(linear) for _, _, linear in Parts(small).projections()}
             for place, module in small.named_modules():
                 if isinstance(module, nn.Linear):
