@@ -70,11 +70,8 @@ def evaluate(
     folder = None if log_folder is None else Path(log_folder)
     weights = ""
     if folder is not None:  # replies depend on settings that lie beside the weights as well
-        settings = [
-            model.generation_config.to_json_string(),
-            getattr(processor, "chat_template", None),
-            getattr(processor, "template_args", None),
-        ]
+        of_chat = (getattr(processor, name, None) for name in ("chat_template", "template_args"))
+        settings = [model.generation_config.to_json_string(), *of_chat]
         if chat.can_see(processor):
             settings.append(processor.image_processor.to_json_string())
         weights = digest([digest_of_weights(model).encode(), settings])
@@ -125,8 +122,7 @@ def _score_replies(
             log.add(picked, reply(model, processor, picked, task.max_new_tokens))
     replies, cut = zip(*(log.replies[question.id] for question in questions), strict=True)
     score = metrics.metric_named(task.metric)
-    scores = list(map(score, replies, questions))
-    is_yes_no = task.metric == "yes_no"
+    scores, is_yes_no = list(map(score, replies, questions)), task.metric == "yes_no"
     return TaskResult(
         metric=task.metric,
         score=100 * sum(scores) / max(len(scores), 1),
@@ -241,10 +237,8 @@ def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
         others = (seeing[(half + i + step) % len(seeing)].images for step in range(len(seeing)))
         images = next((each for each in others if each != question.images), None)
         if images is None:
-            raise ConfigError(
-                f"blind: question {question.id!r} finds no other pictures to be asked with "
-                "(see --limit)"
-            )
+            told = "finds no other pictures to be asked with (see --limit)"
+            raise ConfigError(f"blind: question {question.id!r} {told}")
         found[id(question)] = replace(question, images=images)
     return [found.get(id(question), question) for question in questions]
 
@@ -271,9 +265,8 @@ def answer(
                 **inputs, **greedy, max_new_tokens=max_new_tokens, logits_processor=[finite]
             )
     except (ValueError, TypeError, LookupError) as error:
-        raise ConfigError(
-            f"model: cannot answer as its generation_config.json says ({one_line(error)[:LONGEST]})"
-        ) from error
+        told = "cannot answer as its generation_config.json says"
+        raise ConfigError(f"model: {told} ({one_line(error)[:LONGEST]})") from error
     new_tokens = output[:, inputs["input_ids"].shape[1] :]
     ends = generator.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, device=output.device).flatten()
@@ -389,9 +382,8 @@ class AnswerLog:
         with explained(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
         with explained(self._path), self._path.open("a") as log:
-            if self._cut_short:
-                log.write("\n")
-                self._cut_short = False
+            log.write("\n" * self._cut_short)
+            self._cut_short = False
             for q, (reply, is_cut) in zip(questions, replies, strict=True):
                 row: dict[str, Any] = {"id": q.id, "prompt": q.prompt, "answers": q.answers}
                 row |= {"reply": reply, **({"cut": True} if is_cut else {})}

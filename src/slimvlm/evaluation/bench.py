@@ -78,7 +78,6 @@ def in_turn(runs: Sequence[Callable[[], Run]], repeats: int) -> list[list[Run]]:
 
 def _shares(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[Estimate]:
     """Divide times to read and to write by those of the same rounds: median, smallest, largest."""
-    # of six rounds, smallest and largest are a 97 % interval of the median
     for time_of in (itemgetter(0), _decode_ms):
         shares = [time_of(a) / time_of(b) for a, b in zip(ours, theirs, strict=True)]
         yield Estimate(median(shares), min(shares), max(shares))
@@ -95,11 +94,9 @@ class PairedTimes:
 
     def __str__(self) -> str:
         """Complete a sentence that begins "the smaller model"."""
-        return (
-            f"reads a question in {self.prefill} of the original's time "
-            f"({self.pruned.prefill_ms:.1f} ms), writes a token in {self.decode} "
-            f"({self.pruned.decode_ms:.1f} ms)"
-        )
+        read, write = (f"{ms:.1f} ms" for ms in (self.pruned.prefill_ms, self.pruned.decode_ms))
+        told = f"reads a question in {self.prefill} of the original's time ({read})"
+        return f"{told}, writes a token in {self.decode} ({write})"
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON."""
@@ -113,8 +110,7 @@ class PairedTimes:
 
 def times_of(model: PreTrainedModel, processor: Any, question: Question) -> Times:
     """Time one model by itself."""
-    (runs,) = _runs([(model, processor)], question)
-    return _summary(runs)
+    return _summary(*_runs([(model, processor)], question))
 
 
 def paired_times(

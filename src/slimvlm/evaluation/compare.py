@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.data.samples import Question, Task
@@ -13,8 +13,7 @@ from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Difference,
 from slimvlm.evaluation.results import Kind, Result, average_of, require_same_task, task_difference
 
 Change = Literal["lost", "gained", "both wrong", "both right"]
-CHANGES: tuple[Change, ...] = ("lost", "gained", "both wrong", "both right")
-"""Outcomes of an answer, the most telling first."""
+CHANGES: tuple[Change, ...] = get_args(Change)  # outcomes of an answer, the most telling first
 RIGHT = 0.5  # a score from here on counts as right; only graded metrics have scores between 0 and 1
 
 
@@ -139,10 +138,8 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         note = "A and B were asked blind: pictures are those of other questions, as both saw them"
     elif a.blind or b.blind:
         blind, other = ("A", "B") if a.blind else ("B", "A")
-        note = (
-            f"{blind} was asked blind, with the pictures of other questions; "
-            f"pictures are those that {other} saw"
-        )
+        note = f"{blind} was asked blind, with the pictures of other questions; "
+        note += f"pictures are those that {other} saw"
     return Comparison(
         name_a=a.model,
         name_b=b.model,
@@ -167,11 +164,10 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     tasks = {}
     for name, task in comparison.tasks.items():
         about = {"n": len(task.pairs), "metric": task.metric, "a": task.score_a, "b": task.score_b}
-        ids = {
-            kind: [pair.question.id for pair in task.pairs if pair.kind == kind]
-            for kind in ("lost", "gained")
-        }
-        tasks[name] = {**about, **figures(task), **ids}
+        ids: dict[Change, list[str]] = {kind: [] for kind in CHANGES}
+        for pair in task.pairs:
+            ids[pair.kind].append(pair.question.id)
+        tasks[name] = {**about, **figures(task), "lost": ids["lost"], "gained": ids["gained"]}
     return {
         **{"a": comparison.name_a, "b": comparison.name_b, "tasks": tasks},
         "all": figures(comparison),

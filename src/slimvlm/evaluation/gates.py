@@ -16,8 +16,7 @@ from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Estimate
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result, average_of, comparable, guessed, task_difference
 
-OF_DATA = ("loss", "perplexity", "increase", "agreement", "kl")
-"""Fields of `slimvlm.evaluation.on_data.Figures`; kl is its divergence."""
+OF_DATA = ("loss", "perplexity", "increase", "agreement", "kl")  # `Figures`; kl: its divergence
 COMPARED = ("increase", "agreement", "kl", "retention")  # compare with a baseline by themselves
 
 
@@ -107,12 +106,10 @@ def _on_tasks(name: str, last: Result, first: Result, compares: bool, say: Say) 
     if name in last.tasks:
         if compares:
             comparable(last, first, [name])
-        other = first.tasks.get(name)
+        theirs = first.tasks[name].score if name in first.tasks else None
         task, spread = last.tasks[name], task_difference(name, last.tasks[name])
-        theirs = None if other is None else other.score
-        if task.metric in LIKELIHOODS:
-            return Estimate(task.score), theirs
-        return Estimate(task.score, spread.low, spread.high), theirs
+        ends = () if task.metric in LIKELIHOODS else (spread.low, spread.high)
+        return Estimate(task.score, *ends), theirs
     counted = {n for result in (last, first) for n, t in result.tasks.items() if t.in_average}
     if compares:
         comparable(last, first, sorted(counted))
@@ -129,6 +126,5 @@ def _on_tasks(name: str, last: Result, first: Result, compares: bool, say: Say) 
         spread = average_of(last.tasks)
         return Estimate(last.average, spread.low, spread.high), first.average
     kept = last.retention(first)
-    if math.isnan(kept.low):
-        return Estimate(kept.percent), None
-    return Estimate(kept.percent, kept.low, kept.high), None
+    bounds = () if math.isnan(kept.low) else (kept.low, kept.high)
+    return Estimate(kept.percent, *bounds), None

@@ -25,11 +25,9 @@ from slimvlm.data.samples import Question
 MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
 """Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
 
-
 _PATTERNS = read_yaml(Path(__file__).with_name("replies.yaml"), "patterns")
 _LETTERS = {k: v.replace("LETTER", _PATTERNS["letter"]) for k, v in _PATTERNS["letters"].items()}
-THINKING = tuple(_PATTERNS["thinking"])
-"""What a thought begins with."""
+THINKING = tuple(_PATTERNS["thinking"])  # what a thought begins with
 
 
 def answer_of(reply: str) -> str:
@@ -77,10 +75,8 @@ def letter(reply: str, question: Question) -> float:
     The last "answer is" or "answer:" begins it. A letter that is ruled out ("not A"), the article
     "A" and the pronoun "I" do not count, and several letters are no answer.
     """
-    text = plain(reply)
-    for ruled_out in ("negated", "wrong"):
-        text = re.sub(_LETTERS[ruled_out], " ", text)
-    text = concluded(text)
+    text = re.sub(_LETTERS["negated"], " ", plain(reply))
+    text = concluded(re.sub(_LETTERS["wrong"], " ", text))
     alone, listed = (dict.fromkeys(re.findall(_LETTERS[k], text)) for k in ("alone", "listed"))
     first = re.match(_LETTERS["first"], text) if len(listed) < 2 else None
     found = re.findall(_LETTERS["chosen"], text)[-1:] or list(alone)
@@ -168,7 +164,6 @@ def rouge_l(reply: str, question: Question) -> float:
 Metric = Callable[[str, Question], float]  # reply and question → a score in [0, 1]
 _OF_REPLIES = (exact_match, letter, yes_no, set_f1, anls, f1, rouge_l)
 METRICS: dict[str, Metric] = {metric.__name__: metric for metric in _OF_REPLIES}
-"""Metrics of a generated reply, each in [0, 1]."""
 LIKELIHOODS = ("perplexity", "loss")  # of the given answer, without a reply; lower is better
 
 
@@ -183,9 +178,8 @@ def metric_named(name: str) -> Metric:
         return _own_metric(name)
     if name not in METRICS:
         known = ", ".join((*METRICS, *LIKELIHOODS))
-        raise ConfigError(
-            f"metric {shortened(name)} must be one of: {known}; or a function, package:name"
-        )
+        told = f"must be one of: {known}; or a function, package:name"
+        raise ConfigError(f"metric {shortened(name)} {told}")
     if name == "rouge_l" and find_spec("rouge_score") is None:
         raise ConfigError("metric 'rouge_l' needs rouge-score: pip install 'slimvlm[rouge]'")
     return METRICS[name]
@@ -215,14 +209,12 @@ def _own_metric(name: str) -> Metric:
         raise ConfigError(f"{where}: must take two arguments, the reply and the question")
 
     def checked(reply: str, question: Question) -> float:
-        where = f"metric {name!r}: failed on question {question.id!r}"
-        with raised_as(ConfigError, Exception, where):
+        asked = f"question {question.id!r}"
+        with raised_as(ConfigError, Exception, f"metric {name!r}: failed on {asked}"):
             score = found(answer_of(reply), question)
         if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
-            raise ConfigError(
-                f"metric {name!r}: gave {shortened(repr(score))} for question {question.id!r}, "
-                "must give a number from 0 to 1"
-            )
+            told = f"gave {shortened(repr(score))} for {asked}, must give a number from 0 to 1"
+            raise ConfigError(f"metric {name!r}: {told}")
         return float(score)
 
     return checked

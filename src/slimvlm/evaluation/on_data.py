@@ -82,9 +82,8 @@ def evaluate_data(
     if isinstance(baseline, PreTrainedModel):
         baseline = predictions_of(baseline, baseline_processor or processor, samples, batch_size)
     if baseline is not None and (count := len(list(baseline.found))) != len(samples):
-        raise ConfigError(
-            f"baseline: its predictions are of {count} samples, not of {len(samples)}"
-        )
+        told = f"its predictions are of {count} samples, not of {len(samples)}"
+        raise ConfigError(f"baseline: {told}")
     with evaluating(model):
         ours = _live(model, processor, samples, batch_size, name, head_of(model))
         return result_of(ours, samples, model.device, baseline)
@@ -119,7 +118,6 @@ def result_of(
         if theirs_of is not None:
             tokens = [theirs_of.get(token, IGNORE) for token in tokens]
         theirs = [part.to(device) for part in stored.get(place, ())]
-        compared: dict[str, Any] = {}
         if their_head is None or tokens != theirs[1].tolist():
             numbers = [by_chunks(partial(row_losses, head), rows, wanted, share=_SHARE)[:, 0]]
             if their_head is not None:
@@ -131,11 +129,10 @@ def result_of(
         for each in numbers:
             require_finite_values(each, f"the losses of sample {name!r}")
         loss, *others = (float(each.cpu().double().sum()) for each in numbers)
+        compared: dict[str, Any] = {}
         if theirs:
-            compared = {
-                "baseline_tokens": len(theirs[1]),
-                "baseline_loss": others[0] / len(theirs[1]),
-            }
+            compared["baseline_tokens"] = their_count = len(theirs[1])
+            compared["baseline_loss"] = others[0] / their_count
         if len(others) > 1:
             compared |= {"same": round(others[1]), "divergence": others[2] / count}
         picture = "" if isinstance(sample, str) else digest_of_pictures(sample.images)
@@ -165,10 +162,8 @@ def _compared(
 ) -> Float[Tensor, "N 4"]:
     """Compute for each token the loss of both models, agreement, and KL(baseline ‖ model)."""
     ours, theirs = head(rows).float(), their_head(their_rows).float()
-    losses = [
-        F.cross_entropy(logits, tokens, reduction="none")
-        for logits, tokens in ((ours, wanted), (theirs, their_wanted))
-    ]
+    pairs = (ours, wanted), (theirs, their_wanted)
+    losses = [F.cross_entropy(*pair, reduction="none") for pair in pairs]
     if shared is not None:
         ours, theirs = ours[:, shared[:, 0]], theirs[:, shared[:, 1]]
     elif ours.shape != theirs.shape:  # rows beyond the vocabulary are no tokens
@@ -213,14 +208,10 @@ class Figures:
 class DataResult:
     """Losses of a model on some samples, alone or compared with a baseline."""
 
-    model: str
-    """Its name."""
+    model: str  # its name
     samples: Annotated[tuple[OnSample, ...], Field(min_length=1)]
-    """Sample by sample."""
-    baseline: str = ""
-    """Name of the baseline; empty without one."""
-    notes: tuple[str, ...] = ()
-    """Why some of it could not be compared."""
+    baseline: str = ""  # name of the baseline; empty without one
+    notes: tuple[str, ...] = ()  # why some of it could not be compared
 
     @property
     def tokens(self) -> int:
@@ -244,13 +235,9 @@ class DataResult:
             return Figures(loss, as_perplexity, increase)
         pictures = [s.picture for s in alike]
         tokens, same, apart = np.array([[s.tokens, s.same, s.divergence] for s in alike], float).T
-        return Figures(
-            loss,
-            as_perplexity,
-            increase,
-            agreement=share_interval(same, tokens, pictures),
-            divergence=ratio_interval(apart * tokens, tokens, pictures, positive=True),
-        )
+        agreement = share_interval(same, tokens, pictures)
+        divergence = ratio_interval(apart * tokens, tokens, pictures, positive=True)
+        return Figures(loss, as_perplexity, increase, agreement, divergence)
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON."""
@@ -270,14 +257,19 @@ class DataResult:
 # Final hidden states at the tokens that count, and losses there.
 
 
+def _final(model: PreTrainedModel, encoded: Mapping[str, Any]) -> tuple[Hidden, Int[Tensor, "B T"]]:
+    inputs = as_inputs(model, encoded)
+    labels = inputs.pop("labels")
+    (hidden,) = hidden_states(model, inputs)
+    return hidden, labels
+
+
 @torch.no_grad()
 def answer_losses(
     model: PreTrainedModel, encoded: Mapping[str, Any], where: str
 ) -> tuple[Float[Tensor, "B S 2"], Bool[Tensor, "B S"]]:
     """Compute `row_losses` of labelled tokens, 0 elsewhere, and the mask of labels."""
-    inputs = as_inputs(model, encoded)
-    labels = inputs.pop("labels")
-    (hidden,) = hidden_states(model, inputs)
+    hidden, labels = _final(model, encoded)
     rows, wanted, counted = predictions(hidden, labels)
     found = torch.zeros(*counted.shape, 2, device=hidden.device)
     found[counted] = by_chunks(partial(row_losses, head_of(model)), rows, wanted)
@@ -373,14 +365,9 @@ def _live(
     name: str,
     head: Head,
 ) -> Predictions:
-    def states() -> Iterator[States]:
-        for places, inputs in batches_of(processor, samples, batch_size):
-            batch = as_inputs(model, inputs)
-            labels = batch.pop("labels")
-            (hidden,) = hidden_states(model, batch)
-            yield places, hidden, labels
-
-    return Predictions.of(name or str(model.config._name_or_path), states(), head, processor)
+    batches = batches_of(processor, samples, batch_size)
+    states = ((places, *_final(model, inputs)) for places, inputs in batches)
+    return Predictions.of(name or str(model.config._name_or_path), states, head, processor)
 
 
 def batches_of(

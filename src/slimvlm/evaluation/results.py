@@ -18,8 +18,7 @@ from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.evaluation import metrics
 
 Kind = Literal["chosen", "free"]
-KINDS: tuple[Kind, ...] = ("chosen", "free")
-"""Answers chosen out of given ones, and answers in the model's own words."""
+KINDS: tuple[Kind, ...] = ("chosen", "free")  # out of given answers; in the model's own words
 CHOICE_BENCHMARKS = ("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception")
 """Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
 
@@ -47,10 +46,8 @@ class TaskResult:
     def __post_init__(self) -> None:
         numbers = (self.score, *self.scores, *self.blind_scores, *self.details.values())
         if not all(map(math.isfinite, numbers)):
-            raise NumericalError(
-                f"NaN or infinity in a score of {self.metric!r}: the model's weights or the metric "
-                "gave no number"
-            )
+            told = "the model's weights or the metric gave no number"
+            raise NumericalError(f"NaN or infinity in a score of {self.metric!r}: {told}")
 
     @property
     def blind(self) -> float | None:
@@ -85,10 +82,7 @@ def kind_of(name: str, task: TaskResult) -> Kind:
 
 @dataclass(frozen=True)
 class Times:
-    """Median times of one question at batch size 1, with the fastest and slowest of six runs.
-
-    These two are a 97 % interval of the median.
-    """
+    """Median times of one question at batch size 1; fastest and slowest of six: 97 % intervals."""
 
     prefill_ms: float
     decode_ms: float
@@ -160,8 +154,7 @@ class Result:
 
     def difference(self, baseline: "Result") -> metrics.Difference:
         """Compute AVG minus that of another model, over the tasks that both answered."""
-        ours, theirs = self._shared_tasks(baseline)
-        return average_of(ours, theirs)
+        return average_of(*self._shared_tasks(baseline))
 
     def _shared_tasks(self, baseline: "Result") -> list[dict[str, TaskResult]]:
         shared = comparable(self, baseline)
@@ -219,11 +212,8 @@ def require_same_task(
     name: str, ours: TaskResult, theirs: TaskResult, same_pictures: bool = True
 ) -> None:
     """Refuse to compare a task with a baseline's that asked or scored anything else."""
-    told = {
-        "ids": "other questions",
-        "metric": "another metric",
-        "asked": "other prompts or answers",
-    }
+    told = {"ids": "other questions", "metric": "another metric"}
+    told |= {"asked": "other prompts or answers"}
     told |= {"pictures": "other images"} if same_pictures else {}
     for field_, what in told.items():
         one, other = getattr(ours, field_), getattr(theirs, field_)
@@ -238,10 +228,8 @@ def comparable(ours: Result, baseline: Result, names: Sequence[str] | None = Non
     """
     if ours.blind != baseline.blind:
         blind, other = ("this", "that") if ours.blind else ("that", "this")
-        raise ConfigError(
-            f"baseline: {blind} result was asked blind, with the pictures of other questions, "
-            f"and {other} one was not; their scores do not measure the same"
-        )
+        told = f"{blind} result was asked blind, with the pictures of other questions, and {other}"
+        raise ConfigError(f"baseline: {told} one was not; their scores do not measure the same")
     tasks, known = ours.tasks, baseline.tasks
     if names is None:
         names = [name for name, task in tasks.items() if task.in_average and name in known]
@@ -298,9 +286,8 @@ def read_baseline(
         which = "blind, the new result is not" if baseline.blind else "not blind, the new result is"
         raise ConfigError(f"baseline {str(path)!r}: it is {which}; their scores do not compare")
     if floors and all(task.blind is None for task in baseline.tasks.values()):
-        raise ConfigError(
-            f"baseline {str(path)!r}: it has no blind floors; evaluate that model with --floors"
-        )
+        told = "it has no blind floors; evaluate that model with --floors"
+        raise ConfigError(f"baseline {str(path)!r}: {told}")
     for name, task in (tasks or {}).items():
         if (theirs := baseline.tasks.get(name)) is not None and isinstance(task, Task):
             ours = replace(theirs, metric=task.metric, **asked_of(list(task.load(limit))))

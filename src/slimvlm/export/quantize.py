@@ -77,32 +77,27 @@ def quantize(
     if models.is_quantized(config):
         raise ConfigError("model: its weights are quantised already; quantise the original")
     plan = plan_of(model)
-    empty = models.empty_model(config)
-    for _, projection, linear in Parts(empty).projections():
+    parts = Parts(empty := models.empty_model(config))
+    for _, projection, linear in parts.projections():
         if to == "int4" and linear.in_features % GROUP:
-            raise ConfigError(
-                f"to {to!r}: rows of {projection.path} have {linear.in_features} weights, which is "
-                f"no multiple of {GROUP}. Plan with --round-to {GROUP}, or use --to int8"
-            )
+            told = f"rows of {projection.path} have {linear.in_features} weights, which is no"
+            told += f" multiple of {GROUP}. Plan with --round-to {GROUP}, or use --to int8"
+            raise ConfigError(f"to {to!r}: {told}")
     # tower, projector, head and other matrices outside units stay as they are
-    parts, owned = Parts(empty), {id(linear) for _, _, linear in Parts(empty).projections()}
+    owned = {id(linear) for _, _, linear in parts.projections()}
     whole = (parts.family.vision, *parts.family.projector, parts.family.head)
     skipped = [path for path in whole if path is not None]
-    skipped += [
-        name
-        for name, module in empty.named_modules()
-        if isinstance(module, nn.Linear)
-        and id(module) not in owned
-        and not any(name == part or name.startswith(f"{part}.") for part in skipped)
-    ]
+    within = tuple(f"{path}." for path in skipped)
+    linears = [(place, m) for place, m in empty.named_modules() if isinstance(m, nn.Linear)]
+    others = [place for place, linear in linears if id(linear) not in owned]
+    skipped += [place for place in others if not f"{place}.".startswith(within)]
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     files = set(weight_files(models.folder_of(name)).values())
     needed = sum(file.stat().st_size for file in files)
     if target.type != "cpu" and needed > (free := free_memory(target)):
-        raise ConfigError(
-            f"device {str(target)!r}: {needed / 2**30:.2f} GiB of weights do not fit into "
-            f"{free / 2**30:.2f} GiB that are free. Give cpu, or a device with more"
-        )
+        told = f"{needed / 2**30:.2f} GiB of weights do not fit into {free / 2**30:.2f} GiB"
+        told += " that are free. Give cpu, or a device with more"
+        raise ConfigError(f"device {str(target)!r}: {told}")
     settings: Any = None  # compressed-tensors quantises afterwards
     if chosen == "torchao":
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
@@ -118,15 +113,12 @@ def quantize(
         settings = BitsAndBytesConfig(**bits, llm_int8_skip_modules=skipped)
     how: Any = {"dtype": "auto", "use_safetensors": True, "quantization_config": settings}
     where, of = models.folder_of(name), models.class_of(config)
+    how |= {"device_map": {"": str(target)}, "trust_remote_code": False}
     with unreadable(name, "weights"), alone(where):
-        read = of.from_pretrained(
-            where, device_map={"": str(target)}, trust_remote_code=False, **how
-        )
-    small: PreTrainedModel = read.eval()
+        small: PreTrainedModel = of.from_pretrained(where, **how).eval()
     processor = models.load_processor(name, config)
-    is_ours = chosen == "compressed-tensors"
     with new_folder(out, force) as folder:
-        with compressed(small, to, skipped) if is_ours else nullcontext():
+        with compressed(small, to, skipped) if settings is None else nullcontext():
             owned = {id(linear) for _, _, linear in Parts(small).projections()}
             for place, module in small.named_modules():
                 if isinstance(module, nn.Linear):
@@ -156,17 +148,14 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
         others = {"fp8": "compressed-tensors"} | ({} if on_gpu else {"int4": "bitsandbytes"})
         backend = others.get(to, "torchao")
     if backend not in METHODS.get(to, ()):
-        known = ", ".join(
-            sorted(f"{bits} with {each}" for bits in METHODS for each in METHODS[bits])
-        )
-        raise ConfigError(f"to {to!r} with backend {backend!r} must be one of: {known}")
+        known = sorted(f"{bits} with {each}" for bits in METHODS for each in METHODS[bits])
+        told = f"must be one of: {', '.join(known)}"
+        raise ConfigError(f"to {to!r} with backend {backend!r} {told}")
     if find_spec(backend.replace("-", "_")) is None:
         raise ConfigError(f"backend {backend!r} is not installed: pip install 'slimvlm[quant]'")
     if (to, backend) == ("int4", "torchao") and not on_gpu:
-        raise ConfigError(
-            f"to {to!r}: {backend} packs {to} for a GPU only, and the device is {device}. Use "
-            "--backend bitsandbytes, or --to int8"
-        )
+        told = f"{backend} packs {to} for a GPU only, and the device is {device}"
+        raise ConfigError(f"to {to!r}: {told}. Use --backend bitsandbytes, or --to int8")
     return backend
 
 

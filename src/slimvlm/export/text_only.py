@@ -20,11 +20,6 @@ from slimvlm.pruning import save
 
 _TABLES = read_yaml(Path(__file__).with_name("text_only.yaml"), "tables")
 STAND_INS: dict[str, tuple[str, Mapping[str, object]]] = _TABLES["stand_ins"]
-"""Text models for language models that transformers has inside other models only."""
-# rotary settings that place pictures; engines take a model that has them for one that sees
-_OF_PICTURES = ("mrope_section", "mrope_interleaved")
-_PLAIN_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0}
-"""Fields that some models that see leave aside, as values that change no logit."""
 
 
 def has_own_class(text_type: str) -> bool:
@@ -39,16 +34,17 @@ def text_config_alone(config: PreTrainedConfig) -> PreTrainedConfig:
         raise ConfigError(f"text_only: model_type {kind!r} is a text model already")
     text_type, fields = STAND_INS.get(text.model_type, (text.model_type, {}))
     if not has_own_class(text_type):
-        raise UnsupportedModelError(
-            f"text_only: model_type {kind!r} cannot be written as text alone, because transformers "
-            f"has its language model {text.model_type!r} inside of it only"
-        )
+        told = f"transformers has its language model {text.model_type!r} inside of it only"
+        why = f"cannot be written as text alone, because {told}"
+        raise UnsupportedModelError(f"text_only: model_type {kind!r} {why}")
     outer = {"model_type", "auto_map", "architectures", *type(text).sub_configs}
     values = {name: value for name, value in text.to_dict().items() if name not in outer}
     values["tie_word_embeddings"] = getattr(config, "tie_word_embeddings", False)
     if text_type != text.model_type:
         rope = values["rope_parameters"]
-        values["rope_parameters"] = {k: v for k, v in rope.items() if k not in _OF_PICTURES}
+        values["rope_parameters"] = {
+            k: v for k, v in rope.items() if k not in _TABLES["of_pictures"]
+        }
     alone: PreTrainedConfig = CONFIG_MAPPING[text_type].from_dict({**values, **fields})
     return alone
 
@@ -78,9 +74,8 @@ def text_tokenizer(processor: Any) -> Any:
         tokenizer.init_kwargs.pop("processor_class", None)
     if not isinstance(template, str):
         return tokenizer
-    texts = (("user", "What is new?"), ("assistant", "Nothing."))
-    turns = [{"role": r, "content": [{"type": "text", "text": text}]} for r, text in texts]
-    expected, found = chat.render(processor, turns), None
+    turns, found = _TABLES["turns"], None
+    expected = chat.render(processor, turns)
     for beginning in ("", _TABLES["turns_as_parts"]):
         tokenizer.chat_template = beginning + template
         with suppress(DataError):
@@ -106,8 +101,8 @@ def export_text(model: str | Path, out: str | Path, force: bool = False) -> None
     batch = save.probe(whole, tokenizer)
     expected, text = save.last_logits(whole, batch), text_alone(whole)
     if not family_of(described.model_type).caps_logits:
-        for name in _PLAIN_LOGITS.keys() & vars(text.config).keys():
-            setattr(text.config, name, _PLAIN_LOGITS[name])
+        for name in _TABLES["plain_logits"].keys() & vars(text.config).keys():
+            setattr(text.config, name, _TABLES["plain_logits"][name])
 
     def check(folder: Path) -> save.CardFacts:
         both: tuple[Any, ...] = (whole, text)
