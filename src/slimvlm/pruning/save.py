@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from slimvlm.core.documents import parse_yaml, read_text
+from slimvlm.core.documents import parse_yaml, read_text, read_yaml
 from slimvlm.core.errors import ConfigError, ReloadError, SlimError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free, write_text
 from slimvlm.data import chat
@@ -44,17 +44,7 @@ from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.layerwise import open_checkpoint
 
 CARD_FILE = "README.md"
-LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
-_ID = r"(?!.*(--|\.\.))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?"
-_INHERITED = {
-    "license": r"[\w.+-]{1,99}",
-    "license_name": r"[\w.+ -]{1,99}",
-    "license_link": r"https?://[\w./%#?=&~+-]{1,199}",
-    "base_model": _ID,
-    "datasets": _ID,
-    "tags": r"[\w.:+-]{1,99}",
-}
-"""Fields of another model's card that are read, and the pattern of each of their values."""
+_CARDS = read_yaml(Path(__file__).with_name("cards.yaml"), "cards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +131,7 @@ def write_card(
 
 def copy_licenses(base: str, folder: Path) -> None:
     """Copy the license and notices of a model beside what is made of it, as most ask for."""
-    for name in LICENSES if base and (is_hub_id(base) or Path(base).is_dir()) else ():
+    for name in _CARDS["licenses"] if base and (is_hub_id(base) or Path(base).is_dir()) else ():
         with suppress(ConfigError, OSError):  # the hub may be out of reach
             path, target = Path(file_if_reachable(base, name) or ""), folder / name
             leads_out = Path(base).is_dir() and path.resolve().parent != Path(base).resolve()
@@ -170,7 +160,7 @@ def base_card(model: str) -> dict[str, Any]:
     except (ConfigError, ValueError, OSError):
         return {}
     found: dict[str, Any] = {}
-    for name, pattern in _INHERITED.items() if isinstance(values, dict) else ():
+    for name, pattern in _CARDS["inherited"].items() if isinstance(values, dict) else ():
         value = values.get(name)  # a short text, or a list of some
         texts = value if isinstance(value, list) and 0 < len(value) < 100 else [value]
         if all(isinstance(t, str) and re.fullmatch(pattern, t, re.ASCII) for t in texts):
@@ -181,7 +171,10 @@ def base_card(model: str) -> dict[str, Any]:
 def is_hub_id(name: str) -> bool:
     """Whether a name is that of a model or a data set on the hub, and not a path here."""
     repository = split_revision(name)[0]
-    return bool(re.fullmatch(_ID, repository, re.ASCII)) and not Path(name).exists()
+    return (
+        bool(re.fullmatch(_CARDS["inherited"]["base_model"], repository, re.ASCII))
+        and not Path(name).exists()
+    )
 
 
 Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no storage for them

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,16 +89,15 @@ def recover(
 ) -> History:
     """Train a model in place; LoRA is merged into its weights at the end.
 
-    With the plan that pruned the model, the teacher costs only what was pruned: it reads the
-    model's own weights wherever these are frozen and equal (`training.teacher.share_`). Such a
-    teacher is used up: its weights are gone when training ends.
-
     ``teacher`` is the original, on any device; for the loss ``sft`` alone None. The ``processor``
     is by default that of the folder or hub id that the model was read from, without the tokens that
     ``plan`` removes. A folder ``work`` holds resumable checkpoints; training goes on from the last
-    one to the same result, and it also gets an adapter to keep and a tracker's files. ``plan`` is
-    what pruned the model: for sharing weights, comparing inner layers, and a teacher's numbers of
-    tokens. With ``share`` False the teacher keeps its own weights and is not changed.
+    one to the same result, and it also gets an adapter to keep and a tracker's files.
+
+    ``plan`` is what pruned the model: for comparing inner layers, a teacher's numbers of tokens,
+    and a teacher that reads the model's own weights wherever these are frozen and equal
+    (`training.teacher.share_`). Such a teacher is used up: its weights are gone when training ends.
+    With ``share`` False it keeps its own weights and is not changed.
 
     Raises:
         ConfigError: If a teacher or processor is needed and missing, or the teacher does not fit.
@@ -254,11 +253,9 @@ def _last_checkpoint(folder: Path) -> str | None:
         if path.name.removeprefix("checkpoint-").isdecimal() and (path / TRAINED_FILE).is_file()
     }
     for _, path in sorted(by_step.items(), reverse=True):
-        try:
+        with suppress(ConfigError):
             read_object(path / TRAINER_STATE_NAME, "training state")  # which is written last
-        except ConfigError:
-            continue
-        return str(path)
+            return str(path)
     return None
 
 

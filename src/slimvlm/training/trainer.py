@@ -127,22 +127,18 @@ def without_autocast(trainer: Trainer) -> Any:
     return model
 
 
-@contextmanager
-def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
+def projector_in_every_graph(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """Add zero times the projector, so that batches of text alone give it a gradient (for DDP)."""
-    paths = Parts(model).family.projector
     if is_sharded(model):  # sees pictures always, or never
-        yield
-        return
+        return nullcontext()
 
     def add_nothing(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
-        for path in paths:
+        for path in Parts(model).family.projector:
             for parameter in parameters_below(model, path):
                 embeddings = embeddings + (0.0 * parameter.sum()).to(embeddings.dtype)
         return embeddings
 
-    with model.get_input_embeddings().register_forward_hook(add_nothing):
-        yield
+    return model.get_input_embeddings().register_forward_hook(add_nothing)
 
 
 @torch.no_grad()
@@ -400,11 +396,9 @@ class DistillationTrainer(Trainer):
         """Write a checkpoint of the trainable weights; the pruned model has all others."""
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        learning = {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in learning_parameters(self.model)
-        }
-        save_file(learning, folder / TRAINED_FILE)
+        learning = learning_parameters(self.model)
+        weights = {name: parameter.detach().cpu().contiguous() for name, parameter in learning}
+        save_file(weights, folder / TRAINED_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)

@@ -219,12 +219,9 @@ class Streams:
         """Mean cross-entropy of the held-out batches' labels; the model has ``end`` layers."""
         model = self.runner.model
         with self.runner.source.loaded("after", self.runner.device):
+            batches = (b for b in self.runner.batches() if b["place"] in self.held_out)
             states = (
-                (
-                    Parts(model).norm(self.state(stream, end, batch["place"])),
-                    labels_of(model.config, batch),
-                )
-                for batch in self.runner.batches()
-                if batch["place"] in self.held_out
+                (Parts(model).norm(self.state(stream, end, b["place"])), labels_of(model.config, b))
+                for b in batches
             )
             return mean_answer_loss(states, head_of(model))
