@@ -188,13 +188,8 @@ def _share(error: float, whole: float) -> float:
 ATTENTION, MLP, SEAM = "attention", "mlp", "seam"
 """Kinds of repair: of attention outputs, of MLP outputs, of seams of removed layers."""
 
-REPAIRS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "width": (ATTENTION, MLP),
-    "depth": (SEAM,),
-    "both": (ATTENTION, MLP, SEAM),
-    "auto": (ATTENTION, MLP, SEAM),
-}
+REPAIRS: dict[str, tuple[str, ...]] = {"none": (), "width": (ATTENTION, MLP), "depth": (SEAM,)}
+REPAIRS["both"] = REPAIRS["auto"] = (ATTENTION, MLP, SEAM)
 """Kinds of repair in each form of repair."""
 
 RIDGE = 1e-2  # ridge as a share of the mean diagonal of the Gram matrix; see ``docs/results.md``

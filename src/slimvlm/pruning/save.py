@@ -204,10 +204,8 @@ def save(
     """Write a checkpoint that plain ``from_pretrained`` loads, and prove it.
 
     If the layers have different widths, ``from_pretrained`` needs ``trust_remote_code=True``: the
-    folder then holds ``modeling_pruned.py``, which cuts the native class to these widths.
-
-    Where a layout is known that older transformers and engines read, too, the files have it
-    (`slimvlm.pruning.layout`).
+    folder then holds ``modeling_pruned.py``, which cuts the native class to these widths. Where a
+    layout is known that older transformers and engines read, the files have it (`pruning.layout`).
 
     The folder ``out`` is written beside its place and read back; logits on a probe (with a picture,
     if the model sees) must agree before it is renamed. ``force`` lets it replace an existing one.
@@ -260,9 +258,7 @@ def prune_checkpoint(
     ``describe`` looks at the written files and returns facts for the model card.
 
     Raises:
-        ConfigError: If the folder exists, the plan is for another model, or files cannot be read.
-        ImpossiblePlanError: If the configuration class cannot express the shape.
-        ReloadError: If what was written does not read back.
+        SlimError: As `slimvlm.prune_` and `slimvlm.save` do, or if files cannot be read.
         NumericalError: If a weight is NaN or infinite, or becomes so in the data type.
     """
     require_free(out, force)
@@ -296,8 +292,7 @@ def prune_checkpoint(
     def check(folder: Path) -> CardFacts:
         """Read all names and shapes back, and the bits of some tensors."""
         again = open_checkpoint(folder, dtype)
-        if again.unused:
-            unused = again.unused[:3]
+        if unused := again.unused[:3]:
             raise ReloadError(f"{str(folder)!r} holds weights that nothing reads: {unused}")
         found = read_anatomy(again.model)
         if (found.layers, found.backbone_params) != (plan.after.layers, plan.after.backbone_params):
@@ -306,9 +301,8 @@ def prune_checkpoint(
         for name in random.Random(0).sample(names, min(_COMPARED, len(names))):
             if not torch.equal(again.read(name), read(name)):
                 raise ReloadError(f"{str(folder)!r}: {name!r} reads back differently")
-        if describe is not None:
-            return describe(folder)
-        return CardFacts(base=config._name_or_path, name=Path(out).name)
+        facts = CardFacts(base=config._name_or_path, name=Path(out).name)
+        return facts if describe is None else describe(folder)
 
     write_folder(out, smaller, processor, plan, check, read, force)
 

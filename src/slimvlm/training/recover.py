@@ -110,7 +110,13 @@ def recover(
     config = config or RecoverConfig()
     if not dataset or not all(isinstance(each, Sample) for each in dataset):
         raise ConfigError("dataset: must hold samples, such as load_samples gives")
-    processor = _processor_of(model, plan) if processor is None else processor
+    if processor is None:
+        name = str(model.config._name_or_path)
+        rows = sum(len(each) for each in model.get_input_embeddings().parameters())
+        with raised_as(ConfigError, SlimError, "processor: pass processor= or plan=:"):
+            processor = trimmed_processor(models.load_processor(name, model.config), plan)
+            if processor is None or len(tokenizer_of(processor)) > rows:
+                raise ConfigError(f"{name!r} has none for the model's {rows} tokens")
     teacher = teacher if config.needs_teacher else None
     tokens = _tokens_of_teacher(model, teacher, dataset, config, work, plan)
     learnt = subset(list(dataset), config.fraction, config.seed)
@@ -188,17 +194,6 @@ def recover(
         trained_params=trained_params,
         teacher=about_teacher,
     )
-
-
-def _processor_of(model: PreTrainedModel, plan: Plan | None) -> Any:
-    """Read the processor from where a model was read, or say that one is needed."""
-    name = str(model.config._name_or_path)
-    rows = sum(len(each) for each in model.get_input_embeddings().parameters())
-    with raised_as(ConfigError, SlimError, "processor: pass processor= or plan=:"):
-        found = trimmed_processor(models.load_processor(name, model.config), plan)
-        if found is None or len(tokenizer_of(found)) > rows:
-            raise ConfigError(f"{name!r} has none for the model's {rows} tokens")
-        return found
 
 
 def _trained(
@@ -297,12 +292,10 @@ def _tokens_of_teacher(
         tokens = torch.tensor(plan.tokens) if fits else None
     meets_ours = set(HIDDEN_LOSSES) & config.loss_weights.keys() or config.paper_exact
     for name in ["hidden_size"] * bool(meets_ours) + ["vocab_size"] * (tokens is None):
-        if theirs is not None and getattr(ours, name) != getattr(theirs, name):
-            raise ConfigError(
-                f"teacher: {name} is {getattr(theirs, name)}, the model's is {getattr(ours, name)}"
-                + "; their distributions can be compared, by kl, rkl or jsd"
-                * (name == "hidden_size")
-            )
+        also = "; their distributions can be compared, by kl, rkl or jsd" * (name == "hidden_size")
+        found, expected = (getattr(each, name, None) for each in (theirs, ours))
+        if theirs is not None and found != expected:
+            raise ConfigError(f"teacher: {name} is {found}, the model's is {expected}{also}")
     return tokens
 
 

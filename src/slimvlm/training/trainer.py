@@ -160,11 +160,10 @@ def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
+def save_adapter(trained: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write what learned as a PEFT adapter; the projector is whole, in ``modules_to_save``."""
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-    folder = Path(folder)
     trained.save_pretrained(folder)
     model = plain_model(trained)
     weights, whole = load_file(folder / SAFETENSORS_WEIGHTS_NAME), []

@@ -126,10 +126,7 @@ def walk_checkpoint(
     ``out`` is the new folder, which ``force`` lets replace an existing one; ``say`` receives a line
     on where hidden states are kept. ``model``, ``dtype`` (``auto``: as stored), ``scratch``,
     ``device`` and ``trust_remote_code`` are as in `slimvlm.score_checkpoint`, and all other
-    arguments those of `walk_`.
-
-    Raises:
-        SlimError: As `walk_`, `slimvlm.score_checkpoint` and `slimvlm.prune_checkpoint` do.
+    arguments those of `walk_`. Errors are those of these two and of `slimvlm.prune_checkpoint`.
     """
     require_free(out, force)
     place = models.device_named(device)
