@@ -95,10 +95,9 @@ def multi_token_fields(text_config: Any) -> list[str]:
 
 def lost_heads(config: PreTrainedConfig) -> str | None:
     """Describe the multi-token heads that pruning drops; None if there are none."""
-    fields = multi_token_fields(text_config_of(config))
-    if not fields:
-        return None
-    return f"multi-token heads: transformers does not read them, so {fields[0]} becomes 0"
+    if fields := multi_token_fields(text_config_of(config)):
+        return f"multi-token heads: transformers does not read them, so {fields[0]} becomes 0"
+    return None
 
 
 def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:

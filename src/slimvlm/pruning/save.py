@@ -89,8 +89,7 @@ def write_card(
     sees = Parts(model).family.vision is not None and len(facts.files) != 1
     task = "image-text-to-text" if sees else "text-generation"
     tags = ["slimvlm", *["pruned"] * (plan is not None), *["compressed"] * is_smaller]
-    tags.append(config.model_type)
-    tags += ["text-only"] * bool(facts.is_text_of)
+    tags += [config.model_type, *["text-only"] * bool(facts.is_text_of)]
     results = [  # name and type of the data are the same
         EvalResult(task, name, name, metric, round(value, 2))
         for name, (metric, value) in facts.scores.items()

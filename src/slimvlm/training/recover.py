@@ -242,15 +242,12 @@ def _trained(
 
 def _last_checkpoint(folder: Path) -> str | None:
     """Find the newest checkpoint that was written to its end; None if there is none."""
-    by_step = {
-        int(path.name.removeprefix("checkpoint-")): path
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdecimal() and (path / TRAINED_FILE).is_file()
-    }
-    for _, path in sorted(by_step.items(), reverse=True):
+    written = (path.parent for path in folder.glob(f"checkpoint-*/{TRAINED_FILE}"))
+    by_step = {path.name.removeprefix("checkpoint-"): path for path in written}
+    for step in sorted(filter(str.isdecimal, by_step), key=int, reverse=True):
         with suppress(ConfigError):
-            read_object(path / TRAINER_STATE_NAME, "training state")  # which is written last
-            return str(path)
+            read_object(by_step[step] / TRAINER_STATE_NAME, "training state")  # written last
+            return str(by_step[step])
     return None
 
 

@@ -148,10 +148,8 @@ class Steps(Options):
     repair: Repair = "auto"
     """With ``auto`` the walk is judged by the answers of held-out batches at its end, and its new
     weights are dropped if plain slices do better."""
-    ridge: float = RIDGE
-    """See `slimvlm.pruning.repair.refit`."""
-    count: Annotated[int, AT_LEAST_0] = 0
-    """Optimizer steps on each layer alone; see `slimvlm.pruning.walk.engine`."""
+    ridge: float = RIDGE  # see `slimvlm.pruning.repair.refit`
+    count: Annotated[int, AT_LEAST_0] = 0  # optimizer steps on each layer alone
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -418,9 +416,9 @@ def aims_at_original(repair: str, local_steps: int | None, removes_layers: bool)
 
 def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
     """Choose the plan with the least squared error when its units go from a few of the layers."""
-    if len(plans) == 1:
-        return plans[0]
-    first = plans[0]
+    first, *others = plans
+    if not others:
+        return first
     kinds = {
         i: sum(len(first.kept(u)[i]) < first.before.layers[i].units(u) for u in WIDTH_UNITS)
         for i in first.layers

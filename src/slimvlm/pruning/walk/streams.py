@@ -76,8 +76,7 @@ class Streams:
         if not shares_keys(self.runner.model.config):
             return self.runner.calls(place, index)
         if (stream, place) not in self._own_calls:
-            own = self.runner.calls(place).with_own_dictionaries()
-            self._own_calls[stream, place] = own
+            self._own_calls[stream, place] = self.runner.calls(place).with_own_dictionaries()
         return self._own_calls[stream, place]
 
     @cached_property

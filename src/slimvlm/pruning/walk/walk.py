@@ -71,9 +71,6 @@ def walk_(
     ``repair="auto"`` and ``local_steps`` without any, every fourth batch is set aside. ``ridge`` is
     that of `slimvlm.pruning.repair.refit`.
 
-    Returns:
-        The plan, a report of every layer, and the weights that are no slices of the original's.
-
     Raises:
         ConfigError: If an argument is unknown or the plan is for another model.
         DataError: If there are no batches, or too few to set some aside.
