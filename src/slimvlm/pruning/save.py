@@ -169,11 +169,8 @@ def base_card(model: str) -> dict[str, Any]:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is that of a model or a data set on the hub, and not a path here."""
-    repository = split_revision(name)[0]
-    return (
-        bool(re.fullmatch(_CARDS["inherited"]["base_model"], repository, re.ASCII))
-        and not Path(name).exists()
-    )
+    pattern, repository = _CARDS["inherited"]["base_model"], split_revision(name)[0]
+    return bool(re.fullmatch(pattern, repository, re.ASCII)) and not Path(name).exists()
 
 
 Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no storage for them

@@ -120,7 +120,6 @@ def _share_cut_matrices(
     teacher: PreTrainedModel, plan: Plan, ours: dict[str, Tensor]
 ) -> Iterator[str]:
     """Divide or reorder what the plan cuts; yields frozen matrices of the student that differ."""
-    prefix = f"{plan.before.family.backbone}.layers."
     for index, projection, linear in list(Parts(teacher).projections()):
         if index not in plan.layers:
             continue
@@ -134,7 +133,7 @@ def _share_cut_matrices(
         if not any(len(part) for part in removed):
             continue
         keep, rest = torch.cat(kept), torch.cat(removed)
-        path = f"{prefix}{index}.{projection.path}"
+        path = f"{plan.before.family.backbone}.layers.{index}.{projection.path}"
         weight = ours.pop(f"{path}.weight", None)
         bias = ours.pop(f"{path}.bias", None) if dim == OUTPUT_ROWS else None
         their_bias = linear.bias if dim == OUTPUT_ROWS else None

@@ -64,8 +64,7 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
             trained = peft.get_peft_model(model, settings)
     if config.train == "full":
         head: Any = model.get_submodule(family.head)
-        reads_logits = bool(config.loss_weights.keys() - set(HIDDEN_LOSSES))
-        head.requires_grad_(reads_logits)
+        head.requires_grad_(bool(config.loss_weights.keys() - set(HIDDEN_LOSSES)))
         model.get_submodule(family.backbone).requires_grad_(True)  # a tied head with it
         for tower in _towers(model):  # some lie inside the backbone
             tower.requires_grad_(False)
