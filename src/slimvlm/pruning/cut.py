@@ -43,13 +43,11 @@ def smaller_text_config(
         new.per_layer_config = None
         vars(new).pop(READS_GLOBAL, None)
     if plan.needs_retype:
-        values, target = new.to_dict(), CONFIG_MAPPING[after.text_type]
-        dropped = {"model_type", "architectures", "transformers_version"}
-        dropped |= set(values) - set(target().to_dict())
-        kept = {name: value for name, value in values.items() if name not in dropped}
-        attention = new._attn_implementation
+        target = CONFIG_MAPPING[after.text_type]
+        known = target().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+        kept = {name: value for name, value in new.to_dict().items() if name in known}
         new = target(**{**kept, **row.retype_fields})
-        new._attn_implementation = attention
+        new._attn_implementation = old._attn_implementation
     # what holds a value for each layer, or names layers
     new.num_hidden_layers = len(plan.layers)
     if row.shared_tail is not None:
@@ -97,20 +95,17 @@ def multi_token_fields(text_config: Any) -> list[str]:
 
 def lost_heads(config: PreTrainedConfig) -> str | None:
     """Describe the multi-token heads that pruning drops; None if there are none."""
-    fields = multi_token_fields(text_config_of(config))
-    if not fields:
-        return None
-    return f"multi-token heads: transformers does not read them, so {fields[0]} becomes 0"
+    if fields := multi_token_fields(text_config_of(config)):
+        return f"multi-token heads: transformers does not read them, so {fields[0]} becomes 0"
+    return None
 
 
 def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
     """Fields whose values differ from the widths of the layers."""
     changed: dict[str, Any] = {}
     for kv_heads, queries_per_group, head_dim in after.attention_shapes:
-        heads = {
-            "num_attention_heads": kv_heads * queries_per_group,
-            "num_key_value_heads": kv_heads,
-        }
+        heads = {"num_attention_heads": kv_heads * queries_per_group}
+        heads["num_key_value_heads"] = kv_heads
         if any(getattr(text_config, name, count) != count for name, count in heads.items()):
             changed = {**heads, "head_dim": head_dim}
     row = after.backbone
@@ -162,23 +157,21 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
     if is_tied:
         head.weight = embedding.weight
     parts = Parts(model)
-    kept, parent = [parts.layers[i] for i in plan.layers], parts.text_model
-    parent.layers = nn.ModuleList(kept)
+    kept, text_model = [parts.layers[i] for i in plan.layers], parts.text_model
+    text_model.layers = nn.ModuleList(kept)
     for name in plan.before.backbone.live_lists:
-        setattr(parent, name, [getattr(parent, name)[i] for i in plan.layers])
+        setattr(text_model, name, [getattr(text_model, name)[i] for i in plan.layers])
     modules = ((index, module) for index, layer in enumerate(kept) for module in layer.modules())
     for index, module in modules:  # numbered anew for the cache
         if "layer_idx" in vars(module):
             module.layer_idx = index  # type: ignore[assignment]
     # every module gets the new configuration, and copies of counts
     old = text_config_of(model.config)
-    whole = with_renumbered(model.config, text_config, plan)
+    model.config = with_renumbered(model.config, text_config, plan)
     for module in model.modules():
         if vars(module).get("config") is old:
             module.config = text_config  # type: ignore[assignment]
-    model.config = whole
     renumber_modules_(model, plan)
-    text_model = Parts(model).text_model
     for name in plan.before.backbone.layer_indices:
         if hasattr(text_model, name):
             setattr(text_model, name, getattr(text_config, name))
@@ -213,11 +206,11 @@ def require_expressible(
         for neurons in plan.after.mlp_widths:
             if neurons not in legal:
                 nearest = sorted(sorted(legal, key=lambda count: abs(count - neurons))[:2])
+                near = ", ".join(map(str, nearest))
                 also = f", or {_FROM_PYTHON}" if plan.before.backbone.can_be_uneven else ""
                 raise ImpossiblePlanError(
                     f"plan: {plan.before.model_type!r} cannot be configured with {neurons} neurons "
-                    f"in a layer; the nearest that it can have: {', '.join(map(str, nearest))}"
-                    + also
+                    f"in a layer; the nearest that it can have: {near}{also}"
                 )
     cause: Exception | None = None
     try:
@@ -247,8 +240,7 @@ class Cut:
     name: str
     dim: int
     keep: Tensor
-    count: tuple[str, int] | None = None
-    """Kind and number of the units that stay, where the module repeats their number."""
+    count: tuple[str, int] | None = None  # kind and number of units, where the module repeats it
 
 
 def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
@@ -380,30 +372,23 @@ def require_match(model: nn.Module, plan: Plan) -> None:
     models.require_undivided(model, "pruned")
     anatomy = read_anatomy(model)
     if anatomy.layers != plan.before.layers or anatomy.model_type != plan.before.model_type:
-        raise ConfigError(
-            f"plan: made for {_shape_line(plan.before)}, but the model is {_shape_line(anatomy)}"
-        )
-    if plan.tokens is not None and anatomy.vocab_size != plan.before.vocab_size:
-        raise ConfigError(
-            f"plan: made for {plan.before.vocab_size:,} tokens, but the model has "
-            f"{anatomy.vocab_size:,}"
-        )
+        before, found = _shape_line(plan.before), _shape_line(anatomy)
+        raise ConfigError(f"plan: made for {before}, but the model is {found}")
+    expected, count = plan.before.vocab_size, anatomy.vocab_size
+    if plan.tokens is not None and count != expected:
+        raise ConfigError(f"plan: made for {expected:,} tokens, but the model has {count:,}")
     for stack, holder in Parts(model).stacks():
-        if plan.tokens is not None and stack.rows and len(holder.weight) != anatomy.vocab_size:
-            raise ConfigError(
-                f"plan: no token can go: {stack.path} has {len(holder.weight):,} rows, the "
-                f"vocabulary {anatomy.vocab_size:,} tokens"
-            )
+        if plan.tokens is not None and stack.rows and len(holder.weight) != count:
+            rows = f"{stack.path} has {len(holder.weight):,} rows"
+            raise ConfigError(f"plan: no token can go: {rows}, the vocabulary {count:,} tokens")
 
 
 def _shape_line(anatomy: Anatomy) -> str:
     groups = max(shape.num_kv_heads for shape in anatomy.layers)
     neurons = max(shape.intermediate_size for shape in anatomy.layers)
     experts = "".join(f", {count} experts" for count in anatomy.expert_counts)
-    return (
-        f"{anatomy.model_type} with {anatomy.num_layers} layers, {groups} KV groups, "
-        f"{neurons} neurons{experts}"
-    )
+    layers = f"{anatomy.model_type} with {anatomy.num_layers} layers"
+    return f"{layers}, {groups} KV groups, {neurons} neurons{experts}"
 
 
 def kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:

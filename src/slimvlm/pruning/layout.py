@@ -23,10 +23,6 @@ from slimvlm.core.documents import read_yaml
 from slimvlm.core.files import new_file, write_text
 from slimvlm.data.chat import tokenizer_of
 
-_TOWERS_WITH_A_LEVEL = ("clip_vision_model", "siglip_vision_model")
-_GENERIC, _GENERIC_BEFORE = "TokenizersBackend", "PreTrainedTokenizerFast"
-"""Two names of the class that does what ``tokenizer.json`` says; the newest knows both."""
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -52,7 +48,7 @@ def layout_of(config: Any) -> Layout | None:
     if row is None or getattr(config, "auto_map", None):
         return None
     tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-    if row.tower_level and tower not in _TOWERS_WITH_A_LEVEL:
+    if row.tower_level and tower not in ("clip_vision_model", "siglip_vision_model"):
         return None
     text = getattr(getattr(config, "text_config", None), "model_type", None)
     return None if text in row.except_around else row
@@ -114,8 +110,8 @@ def write_processor(processor: Any, folder: Path) -> None:
         return
     tokenizer = tokenizer_of(processor)
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == _GENERIC:
-        config["tokenizer_class"] = _GENERIC_BEFORE
+    if config.get("tokenizer_class") == "TokenizersBackend":  # the newest knows both names
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.setdefault("model_input_names", tokenizer.model_input_names)
     others = config.get("extra_special_tokens") or []
     if isinstance(others, list):

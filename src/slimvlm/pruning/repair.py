@@ -27,7 +27,6 @@ from slimvlm.scoring.moments import BLOCK, Moments
 from slimvlm.scoring.unit_scores import Statistics
 
 _MOST_TRIES = 20
-
 _NOISE = 100  # smallest pivot that counts as positive, in machine epsilons times the mean diagonal
 _PROBES = 8  # random combinations of outputs by which a solution in float32 is checked
 
@@ -188,13 +187,8 @@ def _share(error: float, whole: float) -> float:
 ATTENTION, MLP, SEAM = "attention", "mlp", "seam"
 """Kinds of repair: of attention outputs, of MLP outputs, of seams of removed layers."""
 
-REPAIRS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "width": (ATTENTION, MLP),
-    "depth": (SEAM,),
-    "both": (ATTENTION, MLP, SEAM),
-    "auto": (ATTENTION, MLP, SEAM),
-}
+REPAIRS: dict[str, tuple[str, ...]] = {"none": (), "width": (ATTENTION, MLP), "depth": (SEAM,)}
+REPAIRS["both"] = REPAIRS["auto"] = (ATTENTION, MLP, SEAM)
 """Kinds of repair in each form of repair."""
 
 RIDGE = 1e-2  # ridge as a share of the mean diagonal of the Gram matrix; see ``docs/results.md``
@@ -225,8 +219,7 @@ class Writer:
 
     def kept_channels(self, plan: Plan) -> Tensor:
         """The input channels that a plan keeps, where the matrix is fitted."""
-        keep = kept_channels(plan, self.index, self.projection)
-        return keep.to(self.weight.device)
+        return kept_channels(plan, self.index, self.projection).to(self.weight.device)
 
     def parameters(self, weight: Tensor, bias: Tensor | None) -> dict[str, nn.Parameter]:
         """Convert new values to the module's data type; refuse what is not finite in it."""

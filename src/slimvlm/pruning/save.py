@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from slimvlm.core.documents import parse_yaml, read_text
+from slimvlm.core.documents import parse_yaml, read_text, read_yaml
 from slimvlm.core.errors import ConfigError, ReloadError, SlimError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free, write_text
 from slimvlm.data import chat
@@ -44,17 +44,7 @@ from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.layerwise import open_checkpoint
 
 CARD_FILE = "README.md"
-LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
-_ID = r"(?!.*(--|\.\.))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?"
-_INHERITED = {
-    "license": r"[\w.+-]{1,99}",
-    "license_name": r"[\w.+ -]{1,99}",
-    "license_link": r"https?://[\w./%#?=&~+-]{1,199}",
-    "base_model": _ID,
-    "datasets": _ID,
-    "tags": r"[\w.:+-]{1,99}",
-}
-"""Fields of another model's card that are read, and the pattern of each of their values."""
+_CARDS = read_yaml(Path(__file__).with_name("cards.yaml"), "cards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +89,7 @@ def write_card(
     sees = Parts(model).family.vision is not None and len(facts.files) != 1
     task = "image-text-to-text" if sees else "text-generation"
     tags = ["slimvlm", *["pruned"] * (plan is not None), *["compressed"] * is_smaller]
-    tags.append(config.model_type)
-    tags += ["text-only"] * bool(facts.is_text_of)
+    tags += [config.model_type, *["text-only"] * bool(facts.is_text_of)]
     results = [  # name and type of the data are the same
         EvalResult(task, name, name, metric, round(value, 2))
         for name, (metric, value) in facts.scores.items()
@@ -141,7 +130,7 @@ def write_card(
 
 def copy_licenses(base: str, folder: Path) -> None:
     """Copy the license and notices of a model beside what is made of it, as most ask for."""
-    for name in LICENSES if base and (is_hub_id(base) or Path(base).is_dir()) else ():
+    for name in _CARDS["licenses"] if base and (is_hub_id(base) or Path(base).is_dir()) else ():
         with suppress(ConfigError, OSError):  # the hub may be out of reach
             path, target = Path(file_if_reachable(base, name) or ""), folder / name
             leads_out = Path(base).is_dir() and path.resolve().parent != Path(base).resolve()
@@ -170,7 +159,7 @@ def base_card(model: str) -> dict[str, Any]:
     except (ConfigError, ValueError, OSError):
         return {}
     found: dict[str, Any] = {}
-    for name, pattern in _INHERITED.items() if isinstance(values, dict) else ():
+    for name, pattern in _CARDS["inherited"].items() if isinstance(values, dict) else ():
         value = values.get(name)  # a short text, or a list of some
         texts = value if isinstance(value, list) and 0 < len(value) < 100 else [value]
         if all(isinstance(t, str) and re.fullmatch(pattern, t, re.ASCII) for t in texts):
@@ -180,8 +169,8 @@ def base_card(model: str) -> dict[str, Any]:
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is that of a model or a data set on the hub, and not a path here."""
-    repository = split_revision(name)[0]
-    return bool(re.fullmatch(_ID, repository, re.ASCII)) and not Path(name).exists()
+    pattern, repository = _CARDS["inherited"]["base_model"], split_revision(name)[0]
+    return bool(re.fullmatch(pattern, repository, re.ASCII)) and not Path(name).exists()
 
 
 Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no storage for them
@@ -211,10 +200,8 @@ def save(
     """Write a checkpoint that plain ``from_pretrained`` loads, and prove it.
 
     If the layers have different widths, ``from_pretrained`` needs ``trust_remote_code=True``: the
-    folder then holds ``modeling_pruned.py``, which cuts the native class to these widths.
-
-    Where a layout is known that older transformers and engines read, too, the files have it
-    (`slimvlm.pruning.layout`).
+    folder then holds ``modeling_pruned.py``, which cuts the native class to these widths. Where a
+    layout is known that older transformers and engines read, the files have it (`pruning.layout`).
 
     The folder ``out`` is written beside its place and read back; logits on a probe (with a picture,
     if the model sees) must agree before it is renamed. ``force`` lets it replace an existing one.
@@ -267,9 +254,7 @@ def prune_checkpoint(
     ``describe`` looks at the written files and returns facts for the model card.
 
     Raises:
-        ConfigError: If the folder exists, the plan is for another model, or files cannot be read.
-        ImpossiblePlanError: If the configuration class cannot express the shape.
-        ReloadError: If what was written does not read back.
+        SlimError: As `slimvlm.prune_` and `slimvlm.save` do, or if files cannot be read.
         NumericalError: If a weight is NaN or infinite, or becomes so in the data type.
     """
     require_free(out, force)
@@ -303,8 +288,7 @@ def prune_checkpoint(
     def check(folder: Path) -> CardFacts:
         """Read all names and shapes back, and the bits of some tensors."""
         again = open_checkpoint(folder, dtype)
-        if again.unused:
-            unused = again.unused[:3]
+        if unused := again.unused[:3]:
             raise ReloadError(f"{str(folder)!r} holds weights that nothing reads: {unused}")
         found = read_anatomy(again.model)
         if (found.layers, found.backbone_params) != (plan.after.layers, plan.after.backbone_params):
@@ -313,9 +297,8 @@ def prune_checkpoint(
         for name in random.Random(0).sample(names, min(_COMPARED, len(names))):
             if not torch.equal(again.read(name), read(name)):
                 raise ReloadError(f"{str(folder)!r}: {name!r} reads back differently")
-        if describe is not None:
-            return describe(folder)
-        return CardFacts(base=config._name_or_path, name=Path(out).name)
+        facts = CardFacts(base=config._name_or_path, name=Path(out).name)
+        return facts if describe is None else describe(folder)
 
     write_folder(out, smaller, processor, plan, check, read, force)
 

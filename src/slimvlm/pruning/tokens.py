@@ -96,10 +96,8 @@ def require_named_tokens(model: PreTrainedModel, plan: Plan) -> None:
         for _, where, name, value in token_fields(config):
             lost = [n for n in token_numbers(value) if 0 <= n < rows and n not in kept]
             if lost and name not in _MAY_GO:
-                raise ConfigError(
-                    f"plan: tokens must hold {lost[0]}, which is the model's {where} "
-                    f"{shortened(value)}"
-                )
+                named = f"the model's {where} {shortened(value)}"
+                raise ConfigError(f"plan: tokens must hold {lost[0]}, which is {named}")
 
 
 def renumber_config_(config: PreTrainedConfig, plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,16 +89,15 @@ def recover(
 ) -> History:
     """Train a model in place; LoRA is merged into its weights at the end.
 
-    With the plan that pruned the model, the teacher costs only what was pruned: it reads the
-    model's own weights wherever these are frozen and equal (`training.teacher.share_`). Such a
-    teacher is used up: its weights are gone when training ends.
-
     ``teacher`` is the original, on any device; for the loss ``sft`` alone None. The ``processor``
     is by default that of the folder or hub id that the model was read from, without the tokens that
     ``plan`` removes. A folder ``work`` holds resumable checkpoints; training goes on from the last
-    one to the same result, and it also gets an adapter to keep and a tracker's files. ``plan`` is
-    what pruned the model: for sharing weights, comparing inner layers, and a teacher's numbers of
-    tokens. With ``share`` False the teacher keeps its own weights and is not changed.
+    one to the same result, and it also gets an adapter to keep and a tracker's files.
+
+    ``plan`` is what pruned the model: for comparing inner layers, a teacher's numbers of tokens,
+    and a teacher that reads the model's own weights wherever these are frozen and equal
+    (`training.teacher.share_`). Such a teacher is used up: its weights are gone when training ends.
+    With ``share`` False it keeps its own weights and is not changed.
 
     Raises:
         ConfigError: If a teacher or processor is needed and missing, or the teacher does not fit.
@@ -111,7 +110,13 @@ def recover(
     config = config or RecoverConfig()
     if not dataset or not all(isinstance(each, Sample) for each in dataset):
         raise ConfigError("dataset: must hold samples, such as load_samples gives")
-    processor = _processor_of(model, plan) if processor is None else processor
+    if processor is None:
+        name = str(model.config._name_or_path)
+        rows = sum(len(each) for each in model.get_input_embeddings().parameters())
+        with raised_as(ConfigError, SlimError, "processor: pass processor= or plan=:"):
+            processor = trimmed_processor(models.load_processor(name, model.config), plan)
+            if processor is None or len(tokenizer_of(processor)) > rows:
+                raise ConfigError(f"{name!r} has none for the model's {rows} tokens")
     teacher = teacher if config.needs_teacher else None
     tokens = _tokens_of_teacher(model, teacher, dataset, config, work, plan)
     learnt = subset(list(dataset), config.fraction, config.seed)
@@ -191,17 +196,6 @@ def recover(
     )
 
 
-def _processor_of(model: PreTrainedModel, plan: Plan | None) -> Any:
-    """Read the processor from where a model was read, or say that one is needed."""
-    name = str(model.config._name_or_path)
-    rows = sum(len(each) for each in model.get_input_embeddings().parameters())
-    with raised_as(ConfigError, SlimError, "processor: pass processor= or plan=:"):
-        found = trimmed_processor(models.load_processor(name, model.config), plan)
-        if found is None or len(tokenizer_of(found)) > rows:
-            raise ConfigError(f"{name!r} has none for the model's {rows} tokens")
-        return found
-
-
 def _trained(
     given: Mapping[str, Any], arguments: TrainingArguments, folder: Path
 ) -> DistillationTrainer:
@@ -248,17 +242,12 @@ def _trained(
 
 def _last_checkpoint(folder: Path) -> str | None:
     """Find the newest checkpoint that was written to its end; None if there is none."""
-    by_step = {
-        int(path.name.removeprefix("checkpoint-")): path
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdecimal() and (path / TRAINED_FILE).is_file()
-    }
-    for _, path in sorted(by_step.items(), reverse=True):
-        try:
-            read_object(path / TRAINER_STATE_NAME, "training state")  # which is written last
-        except ConfigError:
-            continue
-        return str(path)
+    written = (path.parent for path in folder.glob(f"checkpoint-*/{TRAINED_FILE}"))
+    by_step = {path.name.removeprefix("checkpoint-"): path for path in written}
+    for step in sorted(filter(str.isdecimal, by_step), key=int, reverse=True):
+        with suppress(ConfigError):
+            read_object(by_step[step] / TRAINER_STATE_NAME, "training state")  # written last
+            return str(by_step[step])
     return None
 
 
@@ -300,12 +289,10 @@ def _tokens_of_teacher(
         tokens = torch.tensor(plan.tokens) if fits else None
     meets_ours = set(HIDDEN_LOSSES) & config.loss_weights.keys() or config.paper_exact
     for name in ["hidden_size"] * bool(meets_ours) + ["vocab_size"] * (tokens is None):
-        if theirs is not None and getattr(ours, name) != getattr(theirs, name):
-            raise ConfigError(
-                f"teacher: {name} is {getattr(theirs, name)}, the model's is {getattr(ours, name)}"
-                + "; their distributions can be compared, by kl, rkl or jsd"
-                * (name == "hidden_size")
-            )
+        also = "; their distributions can be compared, by kl, rkl or jsd" * (name == "hidden_size")
+        found, expected = (getattr(each, name, None) for each in (theirs, ours))
+        if theirs is not None and found != expected:
+            raise ConfigError(f"teacher: {name} is {found}, the model's is {expected}{also}")
     return tokens
 
 

@@ -120,7 +120,6 @@ def _share_cut_matrices(
     teacher: PreTrainedModel, plan: Plan, ours: dict[str, Tensor]
 ) -> Iterator[str]:
     """Divide or reorder what the plan cuts; yields frozen matrices of the student that differ."""
-    prefix = f"{plan.before.family.backbone}.layers."
     for index, projection, linear in list(Parts(teacher).projections()):
         if index not in plan.layers:
             continue
@@ -134,7 +133,7 @@ def _share_cut_matrices(
         if not any(len(part) for part in removed):
             continue
         keep, rest = torch.cat(kept), torch.cat(removed)
-        path = f"{prefix}{index}.{projection.path}"
+        path = f"{plan.before.family.backbone}.layers.{index}.{projection.path}"
         weight = ours.pop(f"{path}.weight", None)
         bias = ours.pop(f"{path}.bias", None) if dim == OUTPUT_ROWS else None
         their_bias = linear.bias if dim == OUTPUT_ROWS else None
@@ -154,8 +153,7 @@ def _share_cut_matrices(
                 joined = JoinedRows(_frozen(weight, bias), _frozen(others, rest_bias), sizes)
             teacher.set_submodule(path, joined)
             continue
-        pairs = zip(kept, removed, strict=True)
-        order = torch.cat([part for pair in pairs for part in pair])
+        order = torch.cat([part for pair in zip(kept, removed, strict=True) for part in pair])
         linear.weight.data = linear.weight.index_select(dim, order)
         if their_bias is not None:
             linear.bias.data = linear.bias[order]
@@ -207,7 +205,7 @@ def seeing_once(
                 both = enumerate(zip(blocks, theirs_of, strict=True))
                 pairs = [(block if i in read else None, other) for i, (block, other) in both]
             for source, target in pairs:
-                stack.enter_context(_replayed(model, source, target))
+                _replay_(stack, model, source, target)
         for path in family.projector if through_students_projector else ():
             parent, _, name = path.rpartition(".")
             owner = teacher.get_submodule(parent)
@@ -216,20 +214,16 @@ def seeing_once(
         yield
 
 
-@contextmanager
-def _replayed(
-    model: PreTrainedModel, source: nn.Module | None, target: nn.Module
-) -> Iterator[None]:
+def _replay_(
+    stack: ExitStack, model: PreTrainedModel, source: nn.Module | None, target: nn.Module
+) -> None:
     """Let ``target`` give the outputs of ``source``, call by call, or else its input."""
     outputs: deque[Any] = deque()
     forward: Callable[..., Any] = lambda hidden, *args, **kwargs: hidden  # noqa: E731
-    with ExitStack() as stack:
-        if source is not None:
-            forward = lambda *args, **kwargs: outputs.popleft()  # noqa: E731
-            keep = source.register_forward_hook(lambda *call: outputs.append(call[2]))
-            # the backward pass may have run the source again, for gradient checkpointing
-            clear = model.base_model.register_forward_pre_hook(lambda *call: outputs.clear())
-            stack.callback(keep.remove)
-            stack.callback(clear.remove)
-        stack.enter_context(replaced_forward(target, forward))
-        yield
+    if source is not None:
+        forward = lambda *args, **kwargs: outputs.popleft()  # noqa: E731
+        stack.enter_context(source.register_forward_hook(lambda *call: outputs.append(call[2])))
+        # the backward pass may have run the source again, for gradient checkpointing
+        clear = model.base_model.register_forward_pre_hook(lambda *call: outputs.clear())
+        stack.enter_context(clear)
+    stack.enter_context(replaced_forward(target, forward))

@@ -64,8 +64,7 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
             trained = peft.get_peft_model(model, settings)
     if config.train == "full":
         head: Any = model.get_submodule(family.head)
-        reads_logits = bool(config.loss_weights.keys() - set(HIDDEN_LOSSES))
-        head.requires_grad_(reads_logits)
+        head.requires_grad_(bool(config.loss_weights.keys() - set(HIDDEN_LOSSES)))
         model.get_submodule(family.backbone).requires_grad_(True)  # a tied head with it
         for tower in _towers(model):  # some lie inside the backbone
             tower.requires_grad_(False)
@@ -127,22 +126,18 @@ def without_autocast(trainer: Trainer) -> Any:
     return model
 
 
-@contextmanager
-def projector_in_every_graph(model: PreTrainedModel) -> Iterator[None]:
+def projector_in_every_graph(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """Add zero times the projector, so that batches of text alone give it a gradient (for DDP)."""
-    paths = Parts(model).family.projector
     if is_sharded(model):  # sees pictures always, or never
-        yield
-        return
+        return nullcontext()
 
     def add_nothing(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
-        for path in paths:
+        for path in Parts(model).family.projector:
             for parameter in parameters_below(model, path):
                 embeddings = embeddings + (0.0 * parameter.sum()).to(embeddings.dtype)
         return embeddings
 
-    with model.get_input_embeddings().register_forward_hook(add_nothing):
-        yield
+    return model.get_input_embeddings().register_forward_hook(add_nothing)
 
 
 @torch.no_grad()
@@ -164,11 +159,10 @@ def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def save_adapter(trained: Any, folder: str | Path, dtype: torch.dtype) -> None:
+def save_adapter(trained: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write what learned as a PEFT adapter; the projector is whole, in ``modules_to_save``."""
     from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-    folder = Path(folder)
     trained.save_pretrained(folder)
     model = plain_model(trained)
     weights, whole = load_file(folder / SAFETENSORS_WEIGHTS_NAME), []
@@ -400,11 +394,9 @@ class DistillationTrainer(Trainer):
         """Write a checkpoint of the trainable weights; the pruned model has all others."""
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        learning = {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in learning_parameters(self.model)
-        }
-        save_file(learning, folder / TRAINED_FILE)
+        learning = learning_parameters(self.model)
+        weights = {name: parameter.detach().cpu().contiguous() for name, parameter in learning}
+        save_file(weights, folder / TRAINED_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)

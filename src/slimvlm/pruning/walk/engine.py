@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -86,7 +86,7 @@ def distil_(
     """
     is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in layer.parameters())
     judges = exams or lessons
-    before = {name: p.detach() for name, p in layer.named_parameters()}
+    before = dict(layer.named_parameters())
     peaks: dict[nn.Parameter, float] = {}
     for module in layer.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -94,7 +94,6 @@ def distil_(
             setattr(module, name, copied)
             like = getattr(module, "weight", copied) if name == "bias" else copied
             peaks[copied] = rate * float(like.detach().float().square().mean().sqrt())
-    flags = {name: (p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
     for parameter in peaks:  # half precision learns in float32, and multiplies in bfloat16
         if parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
@@ -115,10 +114,9 @@ def distil_(
             schedule.step()
             optimizer.zero_grad()
     for name, parameter in layer.named_parameters():
-        dtype, flag = flags[name]
         parameter.grad = None
-        parameter.requires_grad_(flag)
-        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(before[name].requires_grad)
+        parameter.data = parameter.data.to(before[name].dtype)
     after = {name: p.detach().clone() for name, p in layer.named_parameters()}
     errors: dict[float, float] = {}
     for share in (0.0, 1.0, 0.5) if exams else (0.0, 1.0):
@@ -137,7 +135,7 @@ def distil_(
 
 @torch.no_grad()
 def _blend_(
-    layer: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], share: float
+    layer: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float
 ) -> None:
     for name, parameter in layer.named_parameters():
         parameter.copy_(before[name].lerp(after[name], share) if share else before[name])
@@ -150,10 +148,8 @@ class Steps(Options):
     repair: Repair = "auto"
     """With ``auto`` the walk is judged by the answers of held-out batches at its end, and its new
     weights are dropped if plain slices do better."""
-    ridge: float = RIDGE
-    """See `slimvlm.pruning.repair.refit`."""
-    count: Annotated[int, AT_LEAST_0] = 0
-    """Optimizer steps on each layer alone; see `slimvlm.pruning.walk.engine`."""
+    ridge: float = RIDGE  # see `slimvlm.pruning.repair.refit`
+    count: Annotated[int, AT_LEAST_0] = 0  # optimizer steps on each layer alone
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -420,9 +416,9 @@ def aims_at_original(repair: str, local_steps: int | None, removes_layers: bool)
 
 def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
     """Choose the plan with the least squared error when its units go from a few of the layers."""
-    if len(plans) == 1:
-        return plans[0]
-    first = plans[0]
+    first, *others = plans
+    if not others:
+        return first
     kinds = {
         i: sum(len(first.kept(u)[i]) < first.before.layers[i].units(u) for u in WIDTH_UNITS)
         for i in first.layers

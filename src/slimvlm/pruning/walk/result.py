@@ -1,8 +1,10 @@
 """The result of a walk: a plan, a report of every layer, new weights."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +60,9 @@ class WalkReport:
     @property
     def kept(self) -> dict[str, float]:
         """How much of each kind of repair is kept, on average over its matrices."""
-        shares: dict[str, list[float]] = {}
-        for row in self.refits.values():
-            shares.setdefault(row.kind, []).append(row.share)
-        return {kind: fmean(of_kind) for kind, of_kind in shares.items()}
+        rows = self.refits.values()
+        kinds = dict.fromkeys(row.kind for row in rows)
+        return {kind: fmean(row.share for row in rows if row.kind == kind) for kind in kinds}
 
     def summary(self) -> str:
         """One line: what was repaired and what it gained."""
@@ -116,26 +117,17 @@ def assign_(layer: nn.Module, path: str, value: Tensor) -> None:
     setattr(owner, name, nn.Parameter(value.to(old.device), old.requires_grad))
 
 
-class StoredWeights(Weights):
+class StoredWeights(UserDict[tuple[int, str], Any]):
     """The new weights of walked layers, read from a store one at a time."""
 
     def __init__(self, store: Store, layers: Sequence[int]) -> None:
         self._store = store
         stored = ((index, store.about(entry_of(index), 0)["weights"]) for index in layers)
-        self._names = [(index, path) for index, paths in stored for path in paths]
+        self.data = dict.fromkeys((index, path) for index, paths in stored for path in paths)
 
     def __getitem__(self, key: tuple[int, str]) -> Tensor:
         index, path = key
         return self._store.read(entry_of(index), 0, torch.device("cpu"), path)[path]
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._names
 
 
 def entry_of(index: int) -> str:

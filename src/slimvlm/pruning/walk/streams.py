@@ -76,8 +76,7 @@ class Streams:
         if not shares_keys(self.runner.model.config):
             return self.runner.calls(place, index)
         if (stream, place) not in self._own_calls:
-            own = self.runner.calls(place).with_own_dictionaries()
-            self._own_calls[stream, place] = own
+            self._own_calls[stream, place] = self.runner.calls(place).with_own_dictionaries()
         return self._own_calls[stream, place]
 
     @cached_property
@@ -219,12 +218,9 @@ class Streams:
         """Mean cross-entropy of the held-out batches' labels; the model has ``end`` layers."""
         model = self.runner.model
         with self.runner.source.loaded("after", self.runner.device):
+            batches = (b for b in self.runner.batches() if b["place"] in self.held_out)
             states = (
-                (
-                    Parts(model).norm(self.state(stream, end, batch["place"])),
-                    labels_of(model.config, batch),
-                )
-                for batch in self.runner.batches()
-                if batch["place"] in self.held_out
+                (Parts(model).norm(self.state(stream, end, b["place"])), labels_of(model.config, b))
+                for b in batches
             )
             return mean_answer_loss(states, head_of(model))

@@ -71,9 +71,6 @@ def walk_(
     ``repair="auto"`` and ``local_steps`` without any, every fourth batch is set aside. ``ridge`` is
     that of `slimvlm.pruning.repair.refit`.
 
-    Returns:
-        The plan, a report of every layer, and the weights that are no slices of the original's.
-
     Raises:
         ConfigError: If an argument is unknown or the plan is for another model.
         DataError: If there are no batches, or too few to set some aside.
@@ -126,10 +123,7 @@ def walk_checkpoint(
     ``out`` is the new folder, which ``force`` lets replace an existing one; ``say`` receives a line
     on where hidden states are kept. ``model``, ``dtype`` (``auto``: as stored), ``scratch``,
     ``device`` and ``trust_remote_code`` are as in `slimvlm.score_checkpoint`, and all other
-    arguments those of `walk_`.
-
-    Raises:
-        SlimError: As `walk_`, `slimvlm.score_checkpoint` and `slimvlm.prune_checkpoint` do.
+    arguments those of `walk_`. Errors are those of these two and of `slimvlm.prune_checkpoint`.
     """
     require_free(out, force)
     place = models.device_named(device)
