@@ -49,8 +49,9 @@ class Parts:
         config: Any = model.config
         self.family, self.row = family_of(config.model_type), backbone_of(config)
         self.text_config: Any = text_config_of(config)
-        self.text_model: Any = model.get_submodule(self.family.backbone)
-        self.layers: nn.ModuleList = self.text_model.layers
+        text_model: Any = model.get_submodule(self.family.backbone)
+        self.text_model, layers = text_model, text_model.layers
+        self.layers: nn.ModuleList = layers
         self.norm: nn.Module = self.text_model.get_submodule(self.row.final_norm)
         self.head: Any = model.get_submodule(self.family.head)
 

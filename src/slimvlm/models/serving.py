@@ -199,7 +199,8 @@ _BREAKS: dict[str, Callable[[Case, Any], bool]] = {
 
 def _rule(row: dict[str, Any]) -> Rule:
     """Read a rule of ``serving.yaml``."""
-    of, known = row.get("of"), {"width": WIDTH_MULTIPLE, "off_rows": OFF_ROWS_ADVICE}
+    of: Any = row.get("of")
+    known = {"width": WIDTH_MULTIPLE, "off_rows": OFF_ROWS_ADVICE}
     if row["if"] == "misplaced":
         known["listed"] = ", ".join(f"{number} layers of {name}" for name, number in of.items())
     elif isinstance(of, list | dict):

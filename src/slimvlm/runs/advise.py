@@ -310,9 +310,9 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     """Check a compression, as `compress` does, and estimate its plan, memory and time."""
     shape = anatomy_of(model)
     request, _, samples = settled(request_of(model, config), None, say)
-    by_axis = {str(request.prune.axis): request}
+    by_axis: dict[Any, Any] = {request.prune.axis: request}
     if request.prune.axis == "auto":
-        by_axis = {**requests.requests_by_axis(request, shape)}
+        by_axis = dict(requests.requests_by_axis(request, shape))
     axes = tuple(by_axis)
     first = replace(by_axis[axes[0]], report_samples=len(samples.report))
     described = load_config(model, config.trust_remote_code)
