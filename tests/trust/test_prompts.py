@@ -77,10 +77,10 @@ def test_a_log_lies_in_its_folder_whatever_the_task_is_called(name, tmp_path):
     folder = tmp_path / "deep" / "logs"
     task = read_task(task_file(tmp_path, name=name))
     log = AnswerLog(folder, task.name, "key")
-    log.add([Question("1", "q", ("a",))], ["reply"])
+    log.add([Question("1", "q", ("a",))], [("reply", False)])
     written = [path for path in tmp_path.rglob("*.jsonl") if path.name != "rows.jsonl"]
     assert [path.parent for path in written] == [folder]
-    assert AnswerLog(folder, task.name, "key").replies == {"1": "reply"}
+    assert AnswerLog(folder, task.name, "key").replies == {"1": ("reply", False)}
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_a_log_lies_in_its_folder_whatever_the_task_is_called(name, tmp_path):
 )
 def test_a_line_of_a_log_that_is_none_is_asked_again(line, tmp_path):
     log = AnswerLog(tmp_path, "own", "key")
-    log.add([Question("1", "q", ("a",))], ["reply"])
+    log.add([Question("1", "q", ("a",))], [("reply", False)])
     (file,) = tmp_path.iterdir()
     file.write_text(line + "\n" + file.read_text())
-    assert AnswerLog(tmp_path, "own", "key").replies == {"1": "reply"}
+    assert AnswerLog(tmp_path, "own", "key").replies == {"1": ("reply", False)}
 
 
 def test_rows_that_are_no_objects_and_columns_of_other_kinds_are_named(tmp_path):
