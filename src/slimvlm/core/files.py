@@ -30,7 +30,7 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     _MARK: lambda values: values == _UNFINISHED,
     "slimvlm_checkpoint.json": lambda values: values.get("format") == "slimvlm-checkpoint/1",
     # of a run, and of a stage of a study
-    "config.json": lambda values: {"model", "made_from"} < values.keys(),
+    "config.json": lambda values: {"model", "made_from", "version"} <= values.keys(),
     "stage.json": lambda values: values.get("format") == "slimvlm-stage/1",
     "slimvlm_demo.json": lambda values: values.keys() == {"stamp"},
 }

@@ -113,9 +113,9 @@ def quantize(
         settings = BitsAndBytesConfig(**bits, llm_int8_skip_modules=skipped)
     how: Any = {"dtype": "auto", "use_safetensors": True, "quantization_config": settings}
     where, of = models.folder_of(name), models.class_of(config)
-    how |= {"device_map": {"": str(target)}, "trust_remote_code": False}
+    how["device_map"] = {"": str(target)}
     with unreadable(name, "weights"), alone(where):
-        small: PreTrainedModel = of.from_pretrained(where, **how).eval()
+        small: PreTrainedModel = of.from_pretrained(where, trust_remote_code=False, **how).eval()
     processor = models.load_processor(name, config)
     with new_folder(out, force) as folder:
         with compressed(small, to, skipped) if settings is None else nullcontext():
