@@ -10,7 +10,7 @@ there.
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby, takewhile
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -101,9 +101,11 @@ def _picture_word(processor: Any) -> str | None:
     raise ConfigError("model: its processor has neither a chat template nor an image_token")
 
 
-def divided(order: Sequence[int], sees: Sequence[bool], size: int) -> list[list[int]]:
-    """Divide an order into batches of one kind: pictures beside none are refused, or disturb."""
-    groups = [list(group) for _, group in groupby(order, sees.__getitem__)]
+def batches_by_kind(order: Sequence[int], sees: Sequence[bool], size: int) -> list[list[int]]:
+    """Divide an order into batches with images or without: some processors refuse both in one."""
+    groups = [
+        [i for i in order if sees[i] == kind] for kind in dict.fromkeys(sees[i] for i in order)
+    ]
     return [each[i : i + size] for each in groups for i in range(0, len(each), size)]
 
 

@@ -64,7 +64,7 @@ Item = TypeVar("Item")
 VALIDATION_EVERY = 4
 
 
-def divided(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+def split_validation(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     """Set every fourth calibration item aside, for validation."""
     fitted = [item for number, item in enumerate(items, 1) if number % VALIDATION_EVERY]
     return fitted, list(items[VALIDATION_EVERY - 1 :: VALIDATION_EVERY])

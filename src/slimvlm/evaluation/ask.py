@@ -322,7 +322,7 @@ def batches_by_length(
     """Batch the indices of prompts of similar length, longest first, and show progress."""
     kinds = sees or [True] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (not kinds[i], -len(prompts[i]), i))
-    yield from progress(chat.divided(order, kinds, batch_size), name, reached=reached)
+    yield from progress(chat.batches_by_kind(order, kinds, batch_size), name, reached=reached)
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:

@@ -26,7 +26,7 @@ from slimvlm.core.documents import built, parse_json, read_object
 from slimvlm.core.errors import ConfigError, DataError, NumericalError, SlimError, raised_as
 from slimvlm.core.files import new_file, write_text
 from slimvlm.core.progress import progress
-from slimvlm.data.chat import divided, encode_samples, process, tokenizer_of
+from slimvlm.data.chat import batches_by_kind, encode_samples, process, tokenizer_of
 from slimvlm.data.read import estimated_length
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample
@@ -386,7 +386,7 @@ def batches_of(
     lengths += [(len(each.images), estimated_length(each, 0)) for each in conversations]
     order = sorted(range(len(samples)), key=lambda place: lengths[place])
     kinds = [count > 0 for count, _ in lengths]
-    for places in progress(divided(order, kinds, batch_size), "evaluate samples"):
+    for places in progress(batches_by_kind(order, kinds, batch_size), "evaluate samples"):
         if conversations:
             yield places, encode_samples(processor, [conversations[place] for place in places])
             continue

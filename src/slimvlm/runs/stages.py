@@ -18,7 +18,7 @@ from slimvlm.core.options import Axis, DataConfig, RecoverConfig
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data import read
 from slimvlm.data.general import general_samples
-from slimvlm.data.samples import VALIDATION_EVERY, Sample, divided, identifying_bytes
+from slimvlm.data.samples import VALIDATION_EVERY, Sample, identifying_bytes, split_validation
 from slimvlm.evaluation import gates
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy, read_anatomy
@@ -71,7 +71,7 @@ class SampleSplit:
 def _judging(calibration: Sequence[Sample]) -> Sequence[Sample]:
     """Return the user's validation samples, by which alone is judged; of fewer than four all."""
     own = [sample for sample in calibration if not sample.is_general]
-    return own if len(own) < VALIDATION_EVERY else divided(own)[1]
+    return own if len(own) < VALIDATION_EVERY else split_validation(own)[1]
 
 
 def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
@@ -205,7 +205,7 @@ class Calibration:
         """Batches for scores and repairs."""
         own, general = ([s for s in self.samples if s.is_general == kind] for kind in (False, True))
         if self.hold_out and len(own) >= VALIDATION_EVERY:
-            own, general = divided(own)[0], divided(general)[0]
+            own, general = split_validation(own)[0], split_validation(general)[0]
         return self._encoded([*own, *general], "encode")
 
     @cached_property
@@ -216,7 +216,9 @@ class Calibration:
     @cached_property
     def general(self) -> list[dict[str, Any]]:
         """Validation batches of general text, which decide nothing."""
-        general = divided([s for s in self.samples if s.is_general])[1] if self.hold_out else []
+        general = (
+            split_validation([s for s in self.samples if s.is_general])[1] if self.hold_out else []
+        )
         return self._encoded(general, "encode general text") if general else []
 
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from slimvlm.core.errors import ConfigError, DataError, NumericalError, raised_as
 from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress, silent
-from slimvlm.data.chat import divided, encode_samples
+from slimvlm.data.chat import batches_by_kind, encode_samples
 from slimvlm.data.roles import ROLES
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import LAYER_UNITS, read_anatomy
@@ -264,6 +264,5 @@ def calibration_batches(
     if not samples:
         raise DataError("no calibration sample was given")
     sees = [bool(sample.images) for sample in samples]
-    order = sorted(range(len(samples)), key=sees.__getitem__)  # so that batches are full
-    for places in progress(divided(order, sees, batch_size), description):
+    for places in progress(batches_by_kind(range(len(samples)), sees, batch_size), description):
         yield encode_samples(processor, [samples[place] for place in places])

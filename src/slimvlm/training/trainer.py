@@ -29,7 +29,7 @@ from slimvlm.core.errors import ConfigError, NumericalError, raised_as
 from slimvlm.core.files import write_text
 from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, Positions, RecoverConfig
 from slimvlm.core.progress import LoggedStage, num_ranks
-from slimvlm.data.chat import divided, encode_samples
+from slimvlm.data.chat import batches_by_kind, encode_samples
 from slimvlm.data.roles import predicts_label, valid_tokens
 from slimvlm.data.samples import Sample
 from slimvlm.models import losses
@@ -230,7 +230,7 @@ class Collator:
         """Encode and pad some samples: those with pictures, and apart from them the others."""
         samples = sorted(samples, key=lambda sample: not sample.images)
         sees, size = [bool(sample.images) for sample in samples], len(samples)
-        kinds = divided(range(size), sees, size)
+        kinds = batches_by_kind(range(size), sees, size)
         first, *rest = (self._encoded([samples[place] for place in kind]) for kind in kinds)
         return {**first, REST: rest}
 

@@ -13,7 +13,7 @@ from slimvlm.core.files import require_free
 from slimvlm.core.options import Repair
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.roles import valid_tokens
-from slimvlm.data.samples import divided
+from slimvlm.data.samples import split_validation
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
 from slimvlm.models.hidden import device_of, evaluating, frozen
@@ -156,7 +156,7 @@ def _prepared(
     steps = Steps(repair=cast(Repair, repair), ridge=ridge, count=count)
     judges = list(held_out) if held_out is not None else []
     if (steps.repair == "auto" or steps.count) and not judges:
-        batches, judges = divided(batches)
+        batches, judges = split_validation(batches)
         if not judges:
             raise DataError("the walk needs held_out batches, or 4 calibration batches")
     if not batches:
