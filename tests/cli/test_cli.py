@@ -19,7 +19,7 @@ import yaml
 
 import slimvlm as sv
 from slimvlm import cli
-from slimvlm.cli.options import HELP
+from slimvlm.cli.options import USUAL
 from slimvlm.cli.printing import print_table
 from slimvlm.core.documents import built
 from slimvlm.core.errors import SlimError
@@ -194,7 +194,8 @@ def test_help_explains_every_option(verb, run, monkeypatch):
     words = re.sub(r"[\s│|]+", " ", result.out)
     assert about.splitlines()[0] in words
     for name in inspect.signature(cli.VERBS[verb]).parameters:
-        told = (HELP["usual"] | HELP.get(verb, {})).get(name) or groups_of(verb)[name].__doc__
+        meaning = re.search(rf"^\s+{name}: (.+)$", about, re.MULTILINE)
+        told = meaning[1] if meaning else USUAL.get(name) or groups_of(verb)[name].__doc__
         assert " ".join(told.split("\n")[0].split()[:4]) in words, name
 
 

@@ -4,22 +4,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import cache, partial
 from inspect import Parameter, signature
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import tyro
-import yaml
 
 from slimvlm.core import options as core
 from slimvlm.core.options import Options
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-HELP: dict[str, dict[str, str]] = yaml.safe_load(
-    Path(__file__).with_name("help.yaml").read_text(encoding="utf-8")
-)
-"""Help of each verb's options, and under ``usual`` of those that mean the same for most."""
+USUAL = {  # help of parameters that mean the same for every verb that does not explain them
+    "model": "Folder, hub id, or demo.",
+    "out": "The new checkpoint folder.",
+    "limit": "Only the first so many questions of each task.",
+    "force": "Replace what is there already.",
+    "json": "Print JSON.",
+}
 REGISTRY = tyro.constructors.ConstructorRegistry()
 FIRST = (  # options that help shows first in their group
     *("ratio", "data", "images", "axis", "train", "loss", "tasks", "samples", "vocab_size"),
@@ -31,8 +32,7 @@ def parse(
     verb: Callable[..., None], words: list[str], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Read the options of a verb, with defaults by parameter name; return its arguments by name."""
-    texts = HELP["usual"] | HELP.get(verb.__name__, {})
-    hints = get_type_hints(verb, include_extras=True)
+    texts, hints = USUAL | _texts(verb), get_type_hints(verb, include_extras=True)
     rows = []
     for name, parameter in signature(verb).parameters.items():
         default, hint = defaults.get(name, parameter.default), hints[name]
@@ -76,7 +76,7 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
 
 @cache
 def _texts(declared: Any) -> dict[str, str]:
-    """Read the help of every field, each as one paragraph."""
+    """Read the help of every parameter or field, each as one paragraph."""
     texts: dict[str, str] = {}
     for each in reversed(getattr(declared, "__mro__", (declared,))):
         params = docstring_parser.parse_from_object(each).params if each is not object else []

@@ -26,7 +26,12 @@ def score(
     memory: options.MemoryOptions = options.MemoryOptions(),
     force: bool = False,
 ) -> None:
-    """Calibrate once: save scores for later plans."""
+    """Calibrate once: save scores for later plans.
+
+    Args:
+        out: Scores are written as OUT.json and OUT.safetensors.
+        criterion: How to score; docs/criteria.md has the table.
+    """
     from slimvlm.runs.verbs import score as run
 
     run(model, calibration, criterion, out, memory, force, to_log)
@@ -40,7 +45,13 @@ def plan(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Choose what to keep, from saved scores and a budget. Nothing is pruned."""
+    """Choose what to keep, from saved scores and a budget. Nothing is pruned.
+
+    Args:
+        out: The plan, a JSON file that can be edited by hand.
+        scores: Score files of the units to prune. Without any, the default criteria score on the
+            demo's conversations.
+    """
     from slimvlm.runs.verbs import plan as run
 
     made = run(model, config, out, scores, force=force, say=to_log)
@@ -65,6 +76,9 @@ def prune(
 
     With --data, it ends with what was kept on samples that nothing was fitted to. Without, default
     criteria score on the demo's conversations.
+
+    Args:
+        plan: A plan file instead of ratio, axis, criterion and allocation.
     """
     from slimvlm.runs.verbs import prune as run
 
@@ -87,6 +101,15 @@ def recover(
 
     Stopped runs go on where they were when the same command is given again. With torchrun, several
     processes share the batches.
+
+    Args:
+        model: The pruned checkpoint.
+        out: The recovered checkpoint folder.
+        teacher: The original model; not needed for --loss sft.
+        config: Options from a YAML file, such as the run.yaml of compress: its data, its model as
+            teacher, and what it has under recover; those of the command line come on top.
+        shard: Divide the weights of model and teacher among the processes of torchrun (FSDP2); such
+            a run cannot go on after a stop.
     """
     from slimvlm.runs.verbs import recover as run
 
@@ -111,6 +134,12 @@ def evaluate(
 
     With --data no task is needed: loss and perplexity of the answers in it, and beside a baseline
     how often both models say the same next token, and how far their predictions are apart.
+
+    Args:
+        baseline: The original model, or for tasks a result file of it: adds what was kept.
+        out: Result file (JSON), answers included.
+        require: What must hold, else the exit code is 3: 'agreement >= 95%' 'loss <= 1.1x'; x is
+            the baseline's figure. See docs/gates.md.
     """
     from slimvlm.evaluation.gates import judge
     from slimvlm.runs.tables import held_out_json, held_out_notes, held_out_rows
@@ -148,6 +177,14 @@ def compress(
     answers choose; where nothing is trained, it is width. What learns, and from which loss, follows
     the study's decision chart unless options say otherwise. A stopped run goes on when the same
     command is given again.
+
+    Args:
+        out: The run folder: config, plan, scores, checkpoint, results, summary.md.
+        pruning: What to remove, and how. Without data, nothing is trained.
+        config: Options from a YAML file, such as the run.yaml of another run, model included; those
+            of the command line come on top.
+        dry_run: Only say what would be done and what it needs. Reads the configuration and the
+            data, no weights, and writes nothing.
     """
     from slimvlm.evaluation.gates import judge
     from slimvlm.runs import advise as advising
@@ -196,6 +233,14 @@ def study(
 
     Stages in the folder's cache are used again: a stopped study resumes, a larger one adds its new
     cells, and failed stages are tried again.
+
+    Args:
+        file: The study; see docs/studies.md.
+        out: Folder for results.parquet, results.csv, claims.md and the cache.
+        engine: local does one stage after another; ray does many at once on a Ray cluster.
+        workers: Stages at once, for a Ray that is started here.
+        address: A running Ray cluster; by default the one in RAY_ADDRESS.
+        dry_run: Only show the cells, their cached stages and the estimated time of the rest.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # one table shows the progress; before imports
     from slimvlm.cli.printing import print_study
@@ -229,6 +274,12 @@ def report(
     """Write one HTML file about a run or a study: charts, tables, answers, configuration.
 
     It opens offline, on a phone, in dark mode, and prints.
+
+    Args:
+        folder: The folder of compress or study.
+        out: The file; by default report.html in that folder, which is replaced.
+        tasks: The run's tasks of your own, as evaluate takes them, to show their questions. Files
+            that the folder names are not read: it may be somebody else's.
     """
     from slimvlm.core.files import require_free, write_text
     from slimvlm.runs.report import read_record, report_html
@@ -256,6 +307,14 @@ def advise(
 
     Reads the configuration and the tokenizer, no weights. Rules and numbers are those of
     recipes.yaml.
+
+    Args:
+        data: There are conversations to train on; so it is unless --no-data is given.
+        no_data: There are none.
+        gpu: There is a GPU; by default this machine is looked at.
+        no_gpu: There is none.
+        samples: How many conversations there are; by default as many as the study had.
+        dtype: Data type of the weights (bfloat16 for auto).
     """
     from slimvlm.runs import advise as advising
 
@@ -293,7 +352,19 @@ def demo(
     place: options.DeviceOptions = options.DeviceOptions(),
     force: bool = False,
 ) -> None:
-    """Build the demo model, or take it through the whole pipeline at 30 %."""
+    """Build the demo model, or take it through the whole pipeline at 30 %.
+
+    Args:
+        what: build writes the model into the cache; run compresses it and shows what was kept.
+        out: Folder for the runs, or for the model of a delta; runs/demo if not given, or
+            runs/demo-short with --short.
+        model: For run: another model that knows the demo's tasks, such as another training seed.
+        delta: For build: what slimvlm_tools.demo_training.train exported, instead of the delta in
+            the package.
+        short: Fewer questions and training samples: a check that everything works.
+        axis: For run: what goes beside tokens. Width keeps more than depth here.
+        limit: For run: questions of each task, 20 if not given.
+    """
     from slimvlm.demo.build import build_demo, build_from_delta
     from slimvlm.demo.run import run_demo
 
@@ -335,7 +406,16 @@ def compare(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Set two models side by side, answer by answer: both right, lost, gained, both wrong."""
+    """Set two models side by side, answer by answer: both right, lost, gained, both wrong.
+
+    Args:
+        a: The original: a result file of evaluate --out, or a model.
+        b: The other one, likewise.
+        tasks: Tasks that models are asked; those of result files are in the files.
+        limit: Only the first so many questions of each task, for models.
+        out: One HTML file with every lost answer and its picture.
+        require: What must hold of B, as in evaluate, else the exit code is 3; x is A's figure.
+    """
     from slimvlm.core.files import require_free, write_text
     from slimvlm.evaluation.compare import comparison_json, comparison_rows
     from slimvlm.evaluation.gates import judge
@@ -364,7 +444,14 @@ def chat(
     loading: options.LoadConfig = options.LoadConfig(),
     json: bool = False,
 ) -> None:
-    """Ask one model, or two side by side."""
+    """Ask one model, or two side by side.
+
+    Args:
+        question: What to ask.
+        image: A picture to show; give it again for more.
+        other: A second model to ask the same.
+        max_new_tokens: Longest answer.
+    """
     from slimvlm.data.samples import Question
     from slimvlm.evaluation.ask import answer
     from slimvlm.models.load import check_models, load_as
@@ -393,6 +480,9 @@ def bench(
 
     Prompts are random tokens, so the vision tower is not timed. Model and baseline run in turn, and
     speed-ups are medians of neighbouring runs.
+
+    Args:
+        baseline: The model before pruning.
     """
     from slimvlm.evaluation import bench as timing
     from slimvlm.models.load import check_models, load_as
@@ -421,6 +511,13 @@ def images(
     """Show what fewer tokens for each picture cost and give, or write a model with fewer.
 
     Nothing is trained: a setting of the processor changes. See docs/images-budget.md.
+
+    Args:
+        source: Conversations with pictures, and how the model is read.
+        budgets: Shares of the tokens that the data's pictures take now; none measures nothing.
+        tasks: Tasks on whose answers it is measured, too.
+        keep: Write a model whose pictures take this share: the same weights, another processor.
+        out: The new checkpoint folder, for --keep.
     """
     from slimvlm.runs.tables import held_out_json, image_rows
     from slimvlm.runs.verbs import images as run
@@ -449,6 +546,16 @@ def export(
     The file holds the language backbone. Vision tower and projector go into a second file, with
     mmproj- before its name, for models whose vision tower llama.cpp's converter can write. With
     --text-only the language model becomes a text model of its own, without a second file.
+
+    Args:
+        format: Format of the file: gguf (needs slimvlm[gguf]).
+        out: The new file; with --text-only and a name that does not end in .gguf, the new folder
+            for transformers.
+        outtype: How the file stores weights.
+        original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
+        text_only: Leave vision tower and projector out.
+        check: Instead of a file: report what vllm, sglang, gguf, openvino, onnx, mlx or tp=N (N
+            GPUs that share every layer) make of the shape. Reads the configuration only.
     """
     if bool(check) == (out is not None):
         raise ConfigError("export needs either --out or --check")
@@ -499,6 +606,11 @@ def quantize(
 
     Tower, projector, embeddings and head stay as they are. Quantise last: the result cannot be
     pruned or trained.
+
+    Args:
+        to: Type of the weights.
+        backend: Library; auto is torchao, but bitsandbytes for int4 on a CPU and compressed-tensors
+            for fp8. What compressed-tensors writes is what vLLM reads best.
     """
     from slimvlm.export.quantize import quantize as run
     from slimvlm.runs.tables import size
@@ -522,6 +634,12 @@ def convert(
     """Write an original LLaVA-1.5, Bunny-v1.0 or Mini-InternVL-Chat as a native checkpoint.
 
     Logits, token ids and pixels stay those of the original code, which is neither needed nor run.
+
+    Args:
+        source: Folder or hub id of the original.
+        vision_tower: Folder or hub id of the vision tower, for LLaVA and Bunny. Its weights are
+            read where the original does not hold them, its description always.
+        dtype: Data type of the new files; by default every tensor stays as it is stored.
     """
     from slimvlm_tools.convert import convert as write_native
 
