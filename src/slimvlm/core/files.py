@@ -148,7 +148,7 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         working_folder(partial)
         try:
             yield partial
-            usual = (partial / ".slimvlm").stat().st_mode
+            usual = (partial / _MARK).stat().st_mode
             for file in partial.rglob("*.safetensors"):  # the library lets only its owner read it
                 file.chmod(usual)
             _replace(partial, path)
