@@ -29,7 +29,8 @@ def scores(rng, count, each):
     """Scores of an original and of a small model."""
     original = chances(rng, count, each) < RIGHT
     change = chances(rng, count, each)
-    return original * 1.0, np.where(original, change >= LOST, change < GAINED) * 1.0
+    small = np.where(original, change >= LOST, change < GAINED)
+    return (original * 1.0).tolist(), (small * 1.0).tolist()
 
 
 def losses(rng, count, each):
