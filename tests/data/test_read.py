@@ -383,7 +383,7 @@ def test_subsets_are_stratified_nested_and_of_the_right_size(texts, ones, severa
 def test_lengths_are_estimated():
     said = (turn("user", None, "x" * 40), turn("assistant", "y" * 40), turn("user", None, "z"))
     picture_path = Path("a.png")
-    assert estimated_length(Sample("a", said[:2])) == 20
+    assert estimated_length(Sample("a", said[:2]), 576) == 20
     assert estimated_length(Sample("a", said, (picture_path,) * 2), image_tokens=100) == 220
 
 

@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -102,14 +102,9 @@ def parse_yaml(text: str) -> Any:
     return values
 
 
-@contextmanager
-def _readable(what: str, path: str | Path) -> Iterator[None]:
+def _readable(what: str, path: str | Path) -> AbstractContextManager[None]:
     """Raise what a file's reading or content raises as a ConfigError."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        told = str(getattr(error, "strerror", None) or error)[:LONGEST]
-        raise ConfigError(f"{what} {str(path)!r}: cannot be read ({told})") from error
+    return raised_as(ConfigError, (OSError, ValueError), f"{what} {str(path)!r}: cannot be read")
 
 
 def _require_shallow(values: Any) -> None:

@@ -3,10 +3,9 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import yaml
+from slimvlm.core.tables import read_table
 
 
 class SlimError(Exception):
@@ -49,9 +48,7 @@ class InUseError(OutputError):
     """An output that another run is writing."""
 
 
-WORDS: Mapping[str, Mapping[str, str]] = yaml.safe_load(
-    Path(__file__).with_name("words.yaml").read_text(encoding="utf-8")
-)
+WORDS: Mapping[str, Mapping[str, str]] = read_table(__file__, "words.yaml")
 """Parts of messages; ``words.yaml`` says what each is for."""
 _NO_MEMORY = ("out of memory", "alloc_failed", "allocate memory", "not enough memory")
 
@@ -87,7 +84,7 @@ def raised_as(
     try:
         yield
     except of as error:
-        why = one_line(error)
+        why = getattr(error, "strerror", None) or one_line(error)
         raise kind(f"{told} {why}" if told.endswith(":") else f"{told} ({why})") from error
 
 

@@ -108,8 +108,9 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
             place = path.resolve()  # of a link, its target is locked
             place.parent.mkdir(parents=True, exist_ok=True)
             file = beside(place, "lock")
-            if file.exists() and file.read_bytes()[:4] not in (b"", b"pid "):  # it is emptied
-                raise ConfigError(f"output {str(path)!r}: {file.name!r} is in the way; move it")
+            with suppress(FileNotFoundError):  # its holder may remove it at any time
+                if file.read_bytes()[:4] not in (b"", b"pid "):  # it is emptied
+                    raise ConfigError(f"output {str(path)!r}: {file.name!r} is in the way; move it")
             lock = FileLock(file.absolute(), is_singleton=True)
             try:
                 lock.acquire(timeout=wait)

@@ -15,10 +15,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.core.files import beside
+from slimvlm.core.tables import read_table
 
 T = TypeVar("T", bound="Options")
 
@@ -184,9 +183,7 @@ class TrainingConfig(Options):
         _require_passable("lora", self.lora)
 
 
-PASSED_ON: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("passed_on.yaml").read_text(encoding="utf-8")
-)
+PASSED_ON: Mapping[str, Mapping[str, Any]] = read_table(__file__, "passed_on.yaml")
 """Arguments of other libraries, and the values that each may have, by the option with them."""
 
 

@@ -103,9 +103,8 @@ def _picture_word(processor: Any) -> str | None:
 
 def batches_by_kind(order: Sequence[int], sees: Sequence[bool], size: int) -> list[list[int]]:
     """Divide an order into batches with images or without: some processors refuse both in one."""
-    groups = [
-        [i for i in order if sees[i] == kind] for kind in dict.fromkeys(sees[i] for i in order)
-    ]
+    kinds = dict.fromkeys(sees[i] for i in order)
+    groups = [[i for i in order if sees[i] == kind] for kind in kinds]
     return [each[i : i + size] for each in groups for i in range(0, len(each), size)]
 
 

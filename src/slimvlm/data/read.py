@@ -548,7 +548,7 @@ def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
     return [samples[index] for index in sorted(index for _, index in chosen)]
 
 
-def estimated_length(sample: Sample, image_tokens: int = 576) -> int:
+def estimated_length(sample: Sample, image_tokens: int) -> int:
     """Estimate a sample's tokens: 4 characters each; 576 a picture (LLaVA-1.5's number)."""
     parts = (part for message in sample.messages for part in message["content"])
     characters = sum(len(part.get("text", "")) for part in parts)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from slimvlm.core.documents import read_yaml
+from slimvlm.core.tables import read_table
 
 Split = Literal["train", "test"]
 SceneKind = Literal["single", "multi", "count", "digits", "shapes"]
@@ -34,7 +34,7 @@ SEEN_STYLES = ("noto", "twemoji")
 UNSEEN_STYLE = "fluent"
 TEST_SHARE = 8  # one composition, and one digit picture, in this many is of the test split
 SHAPES = ("circle", "square", "triangle", "cross")
-DATA: dict[str, Any] = read_yaml(Path(__file__).with_name("demo.yaml"), "demo")
+DATA: dict[str, Any] = read_table(__file__, "demo.yaml")
 COLORS: dict[str, list[int]] = DATA["colors"]
 BACKGROUNDS: list[list[int]] = DATA["backgrounds"]
 

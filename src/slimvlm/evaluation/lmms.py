@@ -14,9 +14,9 @@ from typing import Any
 from PIL import Image, ImageFile
 from transformers import PreTrainedModel
 
-from slimvlm.core.documents import read_yaml
 from slimvlm.core.errors import ConfigError, one_line
 from slimvlm.core.options import Questions
+from slimvlm.core.tables import read_table
 from slimvlm.data.chat import plain_question
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import (
@@ -85,10 +85,7 @@ class LmmsRow:
     needs_judge: bool = False  # whether another language model reads the replies
 
 
-LMMS_TASKS = {
-    key: LmmsRow(**row)
-    for key, row in read_yaml(Path(__file__).with_name("lmms.yaml"), "benchmarks").items()
-}
+LMMS_TASKS = {key: LmmsRow(**row) for key, row in read_table(__file__, "lmms.yaml").items()}
 """The study's benchmarks; ``mme`` names both of its halves."""
 
 

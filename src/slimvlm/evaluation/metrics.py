@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimvlm.core.documents import read_yaml
 from slimvlm.core.errors import ConfigError, raised_as, shortened
+from slimvlm.core.tables import read_table
 from slimvlm.data.samples import Question
 
 MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
 """Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
 
-_PATTERNS = read_yaml(Path(__file__).with_name("replies.yaml"), "patterns")
+_PATTERNS = read_table(__file__, "replies.yaml")
 _LETTERS = {k: v.replace("LETTER", _PATTERNS["letter"]) for k, v in _PATTERNS["letters"].items()}
 THINKING = tuple(_PATTERNS["thinking"])  # what a thought begins with
 

@@ -9,16 +9,16 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from slimvlm.core.documents import read_yaml
 from slimvlm.core.errors import ConfigError, DataError, ReloadError, UnsupportedModelError
 from slimvlm.core.files import require_free
+from slimvlm.core.tables import read_table
 from slimvlm.data import chat
 from slimvlm.models import load as models
 from slimvlm.models.families import FAMILIES
 from slimvlm.models.parts import Parts, family_of, text_config_of
 from slimvlm.pruning import save
 
-_TABLES = read_yaml(Path(__file__).with_name("text_only.yaml"), "tables")
+_TABLES = read_table(__file__, "text_only.yaml")
 STAND_INS: dict[str, tuple[str, Mapping[str, object]]] = _TABLES["stand_ins"]
 
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from slimvlm.core.tables import read_table
 
 Segment = Literal["query", "query_and_gate", "key_value", "neuron", "expert"]
 
@@ -73,7 +72,7 @@ def _matrices(rows: Mapping[str, str]) -> tuple[Projection, ...]:
 
 
 _DIMS = {"rows": OUTPUT_ROWS, "columns": INPUT_COLUMNS}
-_TABLES = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))
+_TABLES = read_table(__file__, "families.yaml")
 
 
 @dataclass(frozen=True, kw_only=True)

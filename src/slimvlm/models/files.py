@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
-import yaml
 from huggingface_hub import errors as hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -39,14 +38,13 @@ from transformers.utils.hub import cached_file
 from slimvlm.core import errors
 from slimvlm.core.documents import read_object, read_text
 from slimvlm.core.errors import ConfigError, shortened
+from slimvlm.core.tables import read_table
 from slimvlm.models.hidden import require_finite_values
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TEMPLATE = "chat_template.jinja"
-TABLES: dict[str, Any] = yaml.safe_load(
-    Path(__file__).with_name("files.yaml").read_text(encoding="utf-8")
-)
+TABLES: dict[str, Any] = read_table(__file__, "files.yaml")
 """What files may say, which of them are read, and what errors of the hub mean."""
 SETTINGS: list[str] = TABLES["settings"]
 _HUB_ID = r"\w[\w.-]*/[\w.-]+"

@@ -10,12 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
 from slimvlm.core.errors import ConfigError
+from slimvlm.core.tables import read_table
 from slimvlm.models.anatomy import FULL_ATTENTION, Anatomy
 from slimvlm.models.cost import OFF_ROWS_ADVICE, ROW_MULTIPLE, WIDTH_MULTIPLE
 
@@ -31,7 +29,7 @@ class Ran(NamedTuple):
     kinds: list[str]  # compared were originals and models pruned in depth and in width
 
 
-_TABLES = yaml.safe_load(Path(__file__).with_name("serving.yaml").read_text(encoding="utf-8"))
+_TABLES = read_table(__file__, "serving.yaml")
 RAN = {target: Ran(**row) for target, row in _TABLES["ran"].items()}
 GGUF_PICTURES: dict[str, str] = _TABLES["gguf_pictures"]
 OPENVINO_REFUSES: list[str] = _TABLES["openvino_refuses"]

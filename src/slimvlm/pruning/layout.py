@@ -19,8 +19,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from slimvlm.core.documents import read_yaml
 from slimvlm.core.files import new_file, write_text
+from slimvlm.core.tables import read_table
 from slimvlm.data.chat import tokenizer_of
 
 
@@ -35,10 +35,7 @@ class Layout:
     except_around: Sequence[str] = ()
 
 
-LAYOUTS = {
-    kind: Layout(**row)
-    for kind, row in read_yaml(Path(__file__).with_name("layouts.yaml"), "layouts").items()
-}
+LAYOUTS = {kind: Layout(**row) for kind, row in read_table(__file__, "layouts.yaml").items()}
 """Model types whose files older versions read."""
 
 

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from slimvlm.core.documents import parse_yaml, read_text, read_yaml
+from slimvlm.core.documents import parse_yaml, read_text
 from slimvlm.core.errors import ConfigError, ReloadError, SlimError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free, write_text
+from slimvlm.core.tables import read_table
 from slimvlm.data import chat
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.samples import Message, Sample
@@ -44,7 +45,7 @@ from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.layerwise import open_checkpoint
 
 CARD_FILE = "README.md"
-_CARDS = read_yaml(Path(__file__).with_name("cards.yaml"), "cards")
+_CARDS = read_table(__file__, "cards.yaml")
 
 
 @dataclass(frozen=True, kw_only=True)

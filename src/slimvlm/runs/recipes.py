@@ -7,18 +7,16 @@ Reference:
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import yaml
 from pydantic import TypeAdapter
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import Axis, Train
+from slimvlm.core.tables import read_table
 
-RULES = Path(__file__).with_name("recipes.yaml")
 NEAR = 0.03  # how far a measured ratio may be from the one in question, outside the measured range
 
 
@@ -78,7 +76,7 @@ class Rules:
 @cache
 def rules() -> Rules:
     """Read ``recipes.yaml``, which pydantic checks against `Rules`."""
-    values = yaml.safe_load(RULES.read_text(encoding="utf-8"))
+    values = read_table(__file__, "recipes.yaml")
     for name in ("tokens_first", "constants"):
         values[name] = SimpleNamespace(**values[name])
     values["fractions"] = [SimpleNamespace(**row) for row in values["fractions"]]

@@ -4,14 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from slimvlm.core.documents import read_yaml
 from slimvlm.core.errors import printable
+from slimvlm.core.tables import read_table
 from slimvlm.evaluation.bench import PairedTimes
 from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate, kept_text
 from slimvlm.evaluation.on_data import DataResult
@@ -38,7 +37,7 @@ _OF_A_MODEL = (
     *("total_params", "backbone_params", "weight_bytes", *TIMES),
     *("blind", "limit", "batch_size", "dtype"),
 )
-_WORDS = read_yaml(Path(__file__).with_name("tables.yaml"), "words")
+_WORDS = read_table(__file__, "tables.yaml")
 
 
 def size(num_bytes: float) -> str:

@@ -1,26 +1,23 @@
 """The table of criteria: the units they score, the data they need, and their papers.
 
-A criterion is one function and one row of ``criteria.yaml``; see ``docs/add-a-criterion.md``.
+A criterion is one function and one row. ``docs/add-a-criterion.md`` walks through adding one.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from operator import attrgetter
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from slimvlm.core.documents import read_yaml
 from slimvlm.core.errors import ConfigError
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
 from slimvlm.models.hidden import weight_of
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, layer_matrices
-from slimvlm.scoring import forward, gradients, obs  # noqa: F401 (named in criteria.yaml)
+from slimvlm.scoring import forward, gradients
 from slimvlm.scoring.batches import Batch
+from slimvlm.scoring.obs import score_obs
 from slimvlm.scoring.unit_scores import Place, Statistics, Values, per_layer, per_unit
 
 
@@ -132,18 +129,61 @@ class Criterion:
         return self.capture.passes > 0
 
 
-def _criterion(row: dict[str, Any]) -> Criterion:
-    """Read a row of ``criteria.yaml``."""
-    for name in ("capture", "function"):
-        row[name] = attrgetter(row[name])(sys.modules[__name__])
-    options = {n: allowed and tuple(allowed) for n, allowed in row.pop("options", {}).items()}
-    for name in ("units", "from_request"):
-        row[name] = tuple(row.get(name, ()))
-    return Criterion(**row, options=options)
+_LLM_PRUNER = "LLM-Pruner, arXiv:2305.11627"
 
-
-_ROWS = read_yaml(Path(__file__).with_name("criteria.yaml"), "criteria")
-CRITERIA: dict[str, Criterion] = {name: _criterion(row) for name, row in _ROWS.items()}
+CRITERIA: dict[str, Criterion] = {
+    "block_influence": Criterion(
+        ("layer",), HIDDEN_STATES, forward.score_block_influence, "ShortGPT, arXiv:2403.03853",
+        "1 - mean cosine between a layer's input and output",
+        options={"reduction": ("mean", "sum"), "last_layer": ("prenorm", "postnorm")},
+        fixed={"angles": False}),
+    "angular": Criterion(
+        ("layer",), HIDDEN_STATES, forward.score_angular, "Gromov et al., arXiv:2403.17887",
+        "the run of layers whose input and output are closest in angle",
+        options={"last_layer": ("prenorm", "postnorm")}),
+    "spacing": Criterion(
+        ("layer",), NOTHING, score_spacing, "compared in arXiv:2603.20275",
+        "removed layers as far apart as possible"),
+    "taylor": Criterion(
+        ("layer", *WIDTH_UNITS), GRADIENTS, gradients.score_taylor, _LLM_PRUNER,
+        "first order: |weight x gradient| summed over the unit",
+        options={"gradient": ("batch", "per_sample")}, fixed={"order": "first"},
+        from_request=("gradient",)),
+    "taylor_second": Criterion(
+        WIDTH_UNITS, GRADIENTS, lambda found, anatomy: per_unit(found.parts, anatomy), _LLM_PRUNER,
+        "second order: weight² x mean squared gradient", fixed={"order": "second"}),
+    "taylor_mix": Criterion(
+        WIDTH_UNITS, GRADIENTS, lambda found, anatomy: per_unit(found.parts, anatomy), _LLM_PRUNER,
+        "first and second order together", fixed={"order": "mix"}),
+    "gate": Criterion(
+        WIDTH_UNITS, GATES, forward.score_as_collected, "Michel et al., arXiv:1905.10650",
+        "gradient of a switch on each unit; no weight gradients"),
+    "activation": Criterion(
+        WIDTH_UNITS, ACTIVATIONS, forward.score_as_collected, "Minitron, arXiv:2407.14679",
+        "mean size of a unit's output"),
+    "wanda": Criterion(
+        WIDTH_UNITS, MOMENTS, forward.score_wanda, "Wanda, arXiv:2306.11695",
+        "|weight| x size of its input, over the columns that read the unit"),
+    "flap": Criterion(
+        WIDTH_UNITS, MOMENTS, forward.score_flap, "FLAP, arXiv:2312.11983",
+        "variance of the unit's output x squared weights that read it"),
+    "obs": Criterion(
+        WIDTH_UNITS, GRAMS, score_obs,
+        "after SlimGPT, arXiv:2412.18110 and OSSCAR, arXiv:2403.12983",
+        "squared error when the unit goes and the others are refitted, one after another"),
+    "reap": Criterion(
+        ("expert",), ROUTING, forward.score_reap, "REAP, arXiv:2510.13999",
+        "mean size of what the expert adds to the tokens that take it"),
+    "frequency": Criterion(
+        ("expert",), ROUTING, forward.score_frequency, "baseline in REAP, arXiv:2510.13999",
+        "share of the tokens that take the expert"),
+    "magnitude": Criterion(
+        ("layer", *LAYER_UNITS), WEIGHTS, score_magnitude, _LLM_PRUNER,
+        "size of the weights, l1 or l2", options={"reduction": ("mean", "sum"), "p": (1, 2)}),
+    "random": Criterion(
+        ("layer", *LAYER_UNITS), NOTHING, score_random, "baseline", "chance",
+        options={"seed": None}, from_request=("seed",)),
+}  # fmt: skip
 
 DEFAULT_CRITERIA: dict[str, tuple[str, ...]] = {
     "depth": ("block_influence",),

@@ -189,8 +189,3 @@ def score_taylor(statistics: Statistics, anatomy: Anatomy) -> Values:
     """Add ``|w g|`` over each unit, and for layers over all matrices that units own, each once."""
     layer = per_layer(statistics.parts, anatomy)
     return {**per_unit(statistics.parts, anatomy), "layer": layer}
-
-
-def score_sums(statistics: Statistics, anatomy: Anatomy) -> Values:
-    """Add the terms over each unit."""
-    return per_unit(statistics.parts, anatomy)

@@ -16,11 +16,12 @@ from transformers.integrations import integration_utils
 from transformers.trainer import TRAINER_STATE_NAME
 
 from slimvlm.core import documents
-from slimvlm.core.documents import Count, asked, built, digest, read_object, read_yaml
+from slimvlm.core.documents import Count, asked, built, digest, read_object
 from slimvlm.core.errors import ConfigError, SlimError, is_out_of_memory, raised_as
 from slimvlm.core.files import explained, write_text
 from slimvlm.core.options import HIDDEN_LOSSES, RecoverConfig
 from slimvlm.core.progress import is_first_rank, num_ranks, stage, to_log
+from slimvlm.core.tables import read_table
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample
@@ -40,7 +41,7 @@ from slimvlm.training.trainer import TRAINED_FILE, DistillationTrainer, merge, n
 RATE, RATE_OF_ALL = 2e-4, 4e-4
 """Peak learning rates: of LoRA and projector; of all weights, if the whole decoder was removed."""
 UNKNOWN_SHARE, MEASURED_CHANNELS = 0.25, 576
-_ARGUMENTS = read_yaml(Path(__file__).with_name("arguments.yaml"), "arguments")
+_ARGUMENTS = read_table(__file__, "arguments.yaml")
 REQUEST_FILE = "request.json"
 ADAPTER_FOLDER = "adapter"
 TRACKER_FOLDER = "runs"  # where the Trainer lets TensorBoard write

@@ -22,10 +22,11 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import escape
 
-from slimvlm.core.documents import read_object, read_yaml
+from slimvlm.core.documents import read_object
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.progress import progress
+from slimvlm.core.tables import read_table
 from slimvlm.data.samples import Task, open_image
 from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair, compare
 from slimvlm.evaluation.lmms import split_names
@@ -49,7 +50,7 @@ SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
 SHOWN_RATIO = 0.3  # answers are of the best model at the measured ratio nearest to this one
 _OPTIONS = ("criterion", "allocation", "repair", "options", "fraction", "seed")
 """Columns that a cell's name and the table have only where they differ between cells of an axis."""
-_TABLES = read_yaml(Path(__file__).with_name("tables.yaml"), "tables")
+_TABLES = read_table(__file__, "tables.yaml")
 
 
 def report_html(record: "Record") -> str:

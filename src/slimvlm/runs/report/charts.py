@@ -18,7 +18,6 @@ from xml.etree.ElementTree import SubElement, fromstring, tostring
 
 import matplotlib
 import torch
-import yaml
 from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -28,12 +27,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from slimvlm.core.tables import read_table
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.recipes import published
 from slimvlm.runs.report import Entry
 from slimvlm.scoring.unit_scores import Scores
 
-_TABLES = yaml.safe_load(Path(__file__).with_name("charts.yaml").read_text(encoding="utf-8"))
+_TABLES = read_table(__file__, "charts.yaml")
 COLOURS: Mapping[str, str] = _TABLES["colours"]
 STYLES: Mapping[str, Mapping[str, Any]] = _TABLES["styles"]
 TRAINED: Mapping[str | None, tuple[str, str, str]] = _TABLES["trained"]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -22,6 +21,7 @@ from slimvlm.core.errors import ConfigError, SlimError, printable, raised_as
 from slimvlm.core.files import explained, held, new_file, require_place, write_text
 from slimvlm.core.options import PruneConfig, Questions
 from slimvlm.core.progress import Say, duration
+from slimvlm.core.tables import read_table
 from slimvlm.evaluation.lmms import LMMS_TASKS, split_names
 from slimvlm.evaluation.metrics import average
 from slimvlm.evaluation.results import Result
@@ -40,7 +40,7 @@ from slimvlm.training.recover import History
 _PATIENCE = 600.0  # seconds to wait for another worker that writes the table
 OF_A_KIND = ("percent", "low", "high", "floor")  # columns of AVG-% of one kind of answers
 TABLE, STUDY = "results.parquet", "study.yaml"  # a study's measurements and its questions
-COLUMNS = Path(__file__).with_name("columns.yaml")  # those even where no cell is done
+COLUMNS = read_table(__file__, "columns.yaml")  # those even where no cell is done
 OPEN, DONE, FAILED = "open", "done", "failed"
 ORIGINAL = "original"
 
@@ -327,8 +327,7 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
             row["reference_source"] = ", ".join(filter(None, sources)) or None
         rows.append(row | spent)
     table = pd.DataFrame(rows)
-    measured = yaml.safe_load(COLUMNS.read_text(encoding="utf-8"))
-    table = table.assign(**{name: None for name in measured if name not in table})
+    table = table.assign(**{name: None for name in COLUMNS if name not in table})
     shape, times = ["model", "total_params", "backbone_params"], ["prefill_ms", "decode_ms"]
     timed = table.assign(**table[times].astype(float))
     shared = timed.groupby([*shape, pd.Series(dtypes, table.index)], dropna=False)[times]
