@@ -30,7 +30,9 @@ import tyro
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("scoring", "pruning", "training", "data", "evaluation")
-PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
+# tyro imports typeguard before pytest can rewrite its assertions
+PYTEST = ["-q", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+ONCE = ["-x", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt},
     **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is},
@@ -128,7 +130,7 @@ def tested(source: Path, tests: list[str], seconds: float) -> tuple[str, float]:
         os.chdir(ROOT)
         sys.path[:0] = [str(source), str(ROOT / "tools"), str(ROOT)]
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
-        os._exit(int(import_module("pytest").main([*PYTEST, *tests])))
+        os._exit(int(import_module("pytest").main([*PYTEST, *ONCE, *tests])))
     while time.monotonic() - began < seconds:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -155,7 +157,8 @@ def map_(out: Path) -> None:
 
     sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tools"), str(ROOT)]
     recorder.start()
-    pytest.main(["-q", "-m", "not slow and not gpu", str(ROOT / "tests")], plugins=[Plugin()])
+    chosen = ["-m", "not slow and not gpu", str(ROOT / "tests")]
+    pytest.main([*PYTEST, *chosen], plugins=[Plugin()])
     recorder.stop()
     lines: dict[str, dict[int, list[str]]] = defaultdict(dict)
     for file in recorder.get_data().measured_files():
@@ -202,6 +205,8 @@ def run(out: Path, count: int = 300, seed: int = 0, seconds: float = 120) -> Non
             with tempfile.TemporaryDirectory() as folder:
                 source = Path(folder) / "src"
                 shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+                if not done and tested(source, tests, seconds)[0] == "killed":
+                    raise SystemExit("the tests of the first mutant fail without it")
                 (source.parent / mutant.file).write_text(mutant.source())
                 outcome, took = tested(source, tests, seconds)
         done[place] = row = {"place": place, "outcome": outcome, "tests": len(tests), "s": took}
