@@ -260,12 +260,15 @@ def test_a_dataset_and_a_link_cannot_open_files_elsewhere(home, tmp_path):
 
 
 GOOD_LINE = json.dumps(GOOD).encode()
+LATIN = GOOD_LINE.replace(b"Red", b"R\xe9d")
 CUT = GOOD_LINE + b'\n{"id": "cut", "mess\n'
 REFUSED = {
     "row is a text": ("data.json", b"[%b, 1]" % GOOD_LINE, DataError, "row 1 is not an object"),
     "cut": ("data.json", b'[{"id": "cut", "conv', DataError, r"data\.json'.*not JSON"),
     "object": ("data.json", b'{"rows": [%b]}' % GOOD_LINE, DataError, "must be a list of conv"),
     "no text": ("data.json", b"\xff\xfe\x00\x01", DataError, r"data\.json"),
+    "in latin-1": ("data.json", LATIN, DataError, "can't decode byte 0xe9"),
+    "row in latin-1": ("data.jsonl", LATIN, DataError, "line 1 .*can't decode byte 0xe9"),
     "empty list": ("data.json", b"[]", DataError, "no usable sample"),
     "no lines": ("data.jsonl", b"", DataError, "no usable sample"),
     "parquet": ("data.parquet", b"PAR1 but not really", DataError, r"data\.parquet"),

@@ -103,12 +103,12 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
                     yield DataError(f"line {number} has more than {MAX_LINE_BYTES:,} bytes")
                 elif line.strip():
                     try:
-                        yield parse_json(line.decode("utf-8", "replace"))
+                        yield parse_json(line.decode())
                     except ValueError as error:
                         yield DataError(f"line {number} is not JSON ({error})")
     elif path.suffix == ".json":
         with raised_as(DataError, ValueError, f"data {str(path)!r}: the file is not JSON"):
-            rows = parse_json(path.read_text(encoding="utf-8", errors="replace"))
+            rows = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(rows, list):
             raise DataError(f"data {str(path)!r}: must be a list of conversations")
         yield from rows
