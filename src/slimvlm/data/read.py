@@ -434,8 +434,10 @@ def _parts(
             raise DataError(f"{where}: content parts must be text or image, not {kind!r:.40}")
         text = part.get("text")
         part = _known(part, {"type", "text", *_IN_PART}, f"{where}: a part", unknown)
-        if len(part) > 2:
-            raise DataError(f"{where}: a part has more than one of text, {', '.join(_IN_PART)}")
+        fields = ("text",) if kind == "text" else _IN_PART
+        if len(part) > 2 or not part.keys() <= {"type", *fields}:
+            told = f"a part of type {kind!r} has {', '.join(sorted(part.keys() - {'type'}))}"
+            raise DataError(f"{where}: {told}; it may have {' or '.join(fields)} alone")
         if kind != "text":
             source = next((part[k] for k in _IN_PART if k in part), None)
             if kind == "image_url" and isinstance(source, dict):
