@@ -480,10 +480,14 @@ def test_too_long_is_named_with_its_cure_counted_and_said(tmp_path):
         with pytest.raises(DataError, match=told):
             load_samples(data, processor=words, max_length=asked, context=context)
     said = []
-    found = load_samples(data, warn=said.append, processor=words, context=context, too_long="cut")
+    how = {"warn": said.append, "processor": words, "context": context, "too_long": "cut"}
+    found = load_samples(data, **how)
     assert [length_of(words, sample) <= 256 for sample in found] == [True] * 4
     assert found[0] == load_samples(data)[0]
     assert said == [f"data {str(data)!r}: 2 samples were cut to 256 tokens"]
+    load_samples(written(data, talk(200), talk(300)), limit=1, max_bad=1, **how)  # one is spare
+    assert said[1:] == [f"data {str(data)!r}: 1 samples were cut to 256 tokens"]
+    written(data, talk(3), talk(200))
     with pytest.raises(DataError, match=r"'1' has .* the model reads 256"):
         load_samples(data, warn=said.append, processor=words, context=context)
 

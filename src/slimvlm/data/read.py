@@ -258,8 +258,7 @@ def load_samples(
     most = min(given, default=None) if processor is not None else None
     is_asked, cuts = most == max_length, too_long == "cut"
     marks = [] if processor is None else media_words(processor)
-    found, unknown = dict[int, Sample](), set[str]()
-    bad = cut = 0
+    found, cut, unknown, bad = dict[int, Sample](), dict[int, bool](), set[str](), 0
     root = _root_of(data, images)
     rows, places = _placed(data, limit, seed, processor is None or chat.can_see(processor))
     ahead, behind = drawn(places, seed, 0 if limit is None else min(test, limit))
@@ -277,18 +276,19 @@ def load_samples(
             usual = _most_tokens(processor, None) if short.images and processor is not None else 0
             tokens = estimated_length(short, usual)
             found[number] = replace(short, place=places[number], tokens=tokens)
-            cut += short is not sample
+            cut[number] = short is not sample
         except DataError as error:
             bad += 1
             if bad > max_bad:
                 raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
             (warn if bad <= NAMED else silent)(f"skipped: {error}")
     _most_tokens.cache_clear()  # it holds the processor
-    samples = [found[row] for row in order if row in found][:limit]
+    read = [row for row in order if row in found][:limit]
+    samples = [found[row] for row in read]
     if bad:
         warn(f"data {str(data)!r}: {bad} broken rows skipped, {len(samples)} samples read")
-    if cut:
-        warn(f"data {str(data)!r}: {cut} samples were cut to {most} tokens")
+    if num_cut := sum(cut[row] for row in read):
+        warn(f"data {str(data)!r}: {num_cut} samples were cut to {most} tokens")
     if unknown:
         blind = "" if any(sample.images for sample in samples) else "no row has an image; "
         warn(f"data {str(data)!r}: {blind}unknown columns: {', '.join(sorted(unknown))}")
