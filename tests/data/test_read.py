@@ -93,7 +93,7 @@ def test_a_broken_line_is_named_and_blank_ones_are_no_rows(home):
     assert len(load_samples(path, max_bad=1, warn=warnings.append)) == 2
     assert "line 2" in warnings[0]
     row = json.dumps({key: value for key, value in GOOD.items() if key != "id"})
-    path.write_text(f"\n{row}\n\n{row}\n")
+    path.write_text(f"\n{row}\n\n{json.dumps({**GOOD, 'id': None})}\n")
     assert {sample.id for sample in load_samples(path, warn=silent)} == {"0", "1"}
 
 

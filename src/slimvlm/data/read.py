@@ -361,7 +361,7 @@ def _sample(index: int, row: Any, root: Path, unknown: set[str]) -> Sample:
         raise row
     if not isinstance(row, dict):
         raise DataError(f"row {index} is not an object")
-    name = str(row.get("id", index))[:100]
+    name = str(index if row.get("id") is None else row["id"])[:100]
     where = f"sample {name!r}"
     row = _known(row, {"id", *_USED}, where, unknown)
     for one, other in (("messages", "conversations"), ("images", "image")):
