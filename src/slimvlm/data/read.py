@@ -134,9 +134,9 @@ def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = sile
         raise ConfigError(f"{where}: {pipes[0].name!r} is not a regular file")
     saved = folder
     if (folder / "dataset_dict.json").exists():
-        named = next((each for each in splits if (folder / each).is_dir()), splits[-1])
-        saved = folder / named
-        say(named)
+        saved = next((folder / each for each in splits if (folder / each).is_dir()), folder)
+    if saved != folder:
+        say(saved.name)
     if (saved / "state.json").exists():
         state = read_object(saved / "state.json", "data")
         listed = state.get("_data_files")
@@ -159,7 +159,10 @@ def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = sile
         if wanted := [path for path in files if split[path] & SPLITS[each]]:
             say(each)
             return wanted
-    return [path for path in files if split[path].isdisjoint(SPLITS["test"] | SPLITS["validation"])]
+    others = [p for p in files if split[p].isdisjoint(SPLITS["test"] | SPLITS["validation"])]
+    if not others or "train" not in splits:
+        raise ConfigError(f"{where} has no {' or '.join(splits)} split")
+    return others
 
 
 def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
