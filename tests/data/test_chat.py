@@ -358,10 +358,12 @@ def test_a_system_turn_is_not_learnt_and_rewritten_words_are_refused(monkeypatch
         briefed = Sample("briefed", (turn("system", "It is red."), *item.messages))
         labels = chat.encode_samples(words, [briefed])["labels"][0]
         assert decoded_labels(words, labels) == [answer.format(said) for said in answers_of(item)]
-    rewritten = TEMPLATES["chatml"][0].replace(C, f"({C} | upper)")
-    words = with_template(monkeypatch, rewritten)
-    with pytest.raises(DataError, match=r"'multi'.*rewrites what was said"):
-        chat.encode_samples(words, [samples_of("text")["multi"]])
+    plain = TEMPLATES["chatml"][0]
+    for changed in (plain.replace(C, f"({C} | upper)"), plain.replace("messages", "messages[1:]")):
+        assert changed != plain
+        words = with_template(monkeypatch, changed)
+        with pytest.raises(DataError, match=r"'multi'.*rewrites or leaves out what was said"):
+            chat.rendered(words, samples_of("text")["multi"])
 
 
 def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(monkeypatch):

@@ -93,7 +93,7 @@ def test_a_broken_line_is_named_and_blank_ones_are_no_rows(home):
     assert len(load_samples(path, max_bad=1, warn=warnings.append)) == 2
     assert "line 2" in warnings[0]
     row = json.dumps({key: value for key, value in GOOD.items() if key != "id"})
-    path.write_text(f"\n{row}\n\n{row}\n")
+    path.write_text(f"\n{row}\n\n{json.dumps({**GOOD, 'id': None})}\n")
     assert {sample.id for sample in load_samples(path, warn=silent)} == {"0", "1"}
 
 
@@ -260,12 +260,15 @@ def test_a_dataset_and_a_link_cannot_open_files_elsewhere(home, tmp_path):
 
 
 GOOD_LINE = json.dumps(GOOD).encode()
+LATIN = GOOD_LINE.replace(b"Red", b"R\xe9d")
 CUT = GOOD_LINE + b'\n{"id": "cut", "mess\n'
 REFUSED = {
     "row is a text": ("data.json", b"[%b, 1]" % GOOD_LINE, DataError, "row 1 is not an object"),
     "cut": ("data.json", b'[{"id": "cut", "conv', DataError, r"data\.json'.*not JSON"),
     "object": ("data.json", b'{"rows": [%b]}' % GOOD_LINE, DataError, "must be a list of conv"),
     "no text": ("data.json", b"\xff\xfe\x00\x01", DataError, r"data\.json"),
+    "in latin-1": ("data.json", LATIN, DataError, "can't decode byte 0xe9"),
+    "row in latin-1": ("data.jsonl", LATIN, DataError, "line 1 .*can't decode byte 0xe9"),
     "empty list": ("data.json", b"[]", DataError, "no usable sample"),
     "no lines": ("data.jsonl", b"", DataError, "no usable sample"),
     "parquet": ("data.parquet", b"PAR1 but not really", DataError, r"data\.parquet"),
@@ -477,10 +480,14 @@ def test_too_long_is_named_with_its_cure_counted_and_said(tmp_path):
         with pytest.raises(DataError, match=told):
             load_samples(data, processor=words, max_length=asked, context=context)
     said = []
-    found = load_samples(data, warn=said.append, processor=words, context=context, too_long="cut")
+    how = {"warn": said.append, "processor": words, "context": context, "too_long": "cut"}
+    found = load_samples(data, **how)
     assert [length_of(words, sample) <= 256 for sample in found] == [True] * 4
     assert found[0] == load_samples(data)[0]
     assert said == [f"data {str(data)!r}: 2 samples were cut to 256 tokens"]
+    load_samples(written(data, talk(200), talk(300)), limit=1, max_bad=1, **how)  # one is spare
+    assert said[1:] == [f"data {str(data)!r}: 1 samples were cut to 256 tokens"]
+    written(data, talk(3), talk(200))
     with pytest.raises(DataError, match=r"'1' has .* the model reads 256"):
         load_samples(data, warn=said.append, processor=words, context=context)
 

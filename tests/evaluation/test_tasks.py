@@ -96,6 +96,13 @@ def test_questions_are_those_of_the_test_split_or_the_named_one(folder, capsys):
     assert "task 'colours': questions are those of the test split" in capsys.readouterr().err
     (named,) = read_task(changed(folder, "chance: 25|split: validation")).load(None)
     assert named.id == "b"
+    (folder / "mine" / "test.jsonl").unlink()
+    asked = read_task(changed(folder, "split: validation|split: test"))
+    with pytest.raises(ConfigError, match=r"task 'colours': .*mine' has no test split"):
+        asked.load(None)
+    (folder / "mine" / "dataset_dict.json").touch()
+    with pytest.raises(ConfigError, match=r"has no test split"):
+        asked.load(None)
 
 
 def test_no_answer_and_a_name_twice_are_refused(folder):

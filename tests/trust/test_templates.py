@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -60,6 +61,15 @@ def test_a_template_that_was_ended_does_not_end_the_next():
     with pytest.raises(ConfigError):
         rendered(HOSTILE["held"])
     assert rendered("{{ messages[0].content }}") == "Hi"
+
+
+def test_a_reply_to_a_request_that_was_broken_off_is_none_to_the_next():
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with pytest.raises(KeyboardInterrupt):
+        rendered("{% for i in range(9000) %}{% for j in range(900) %}{% endfor %}{% endfor %}old")
+    signal.signal(signal.SIGALRM, handler)
+    assert rendered("new") == "new"
 
 
 def test_a_fork_has_a_child_of_its_own():

@@ -233,8 +233,8 @@ def _located(processor: Any, sample: Sample) -> tuple[str, list[_Answer]]:
     places = _places(texts, around, order, text)
     if places is None:
         raise DataError(
-            f"sample {sample.id!r}: the chat template rewrites what was said, so answers cannot be "
-            "located"
+            f"sample {sample.id!r}: the chat template rewrites or leaves out what was said, so "
+            "answers cannot be located"
         )
     before, behind = (dict(zip(order, part, strict=False)) for part in (around, around[1:]))
     prompt = ""  # what the template writes before the first answer begins
@@ -254,17 +254,16 @@ def _located(processor: Any, sample: Sample) -> tuple[str, list[_Answer]]:
     answers, since = list[_Answer](), dict[int, int]()
     made, done = "", 0  # the text up to a character, with end tokens
     for number, (turn, message) in enumerate(zip(turns, sample.messages, strict=True), 1):
-        written = [i for i in turn if i in places]
         added = len(made) - done
-        for i in written:
+        for i in turn:
             since.setdefault(pictures[i], places[i][0] + added)
-        if message["role"] != "assistant" or not written:
+        if message["role"] != "assistant" or not turn:
             continue
-        start, stop = places[written[0]][0], places[written[-1]][1]
-        header, after = before[written[0]], behind[written[-1]]
+        start, stop = places[turn[0]][0], places[turn[-1]][1]
+        header, after = before[turn[0]], behind[turn[-1]]
         if (prompted := header.rfind(prompt)) >= 0:
             start -= len(header) - prompted - len(prompt)
-        shown = pictures[written[0]]
+        shown = pictures[turn[0]]
         since[shown] = min(since[shown], start - len(prompt) * (prompted >= 0) + added)
         if not (sample.is_cut and number == count):
             rest = after.lstrip()
@@ -327,7 +326,7 @@ def _places(
     texts: list[str], around: list[str], order: list[int], text: str
 ) -> dict[int, tuple[int, int]] | None:
     """Return the characters of each text, which the template may strip; None if they differ."""
-    if len(set(order)) != len(order) or not text.startswith(around[0]):
+    if sorted(order) != [*range(len(texts))] or not text.startswith(around[0]):
         return None
     places: dict[int, tuple[int, int]] = {}
     position = len(around[0])

@@ -103,12 +103,12 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
                     yield DataError(f"line {number} has more than {MAX_LINE_BYTES:,} bytes")
                 elif line.strip():
                     try:
-                        yield parse_json(line.decode("utf-8", "replace"))
+                        yield parse_json(line.decode())
                     except ValueError as error:
                         yield DataError(f"line {number} is not JSON ({error})")
     elif path.suffix == ".json":
         with raised_as(DataError, ValueError, f"data {str(path)!r}: the file is not JSON"):
-            rows = parse_json(path.read_text(encoding="utf-8", errors="replace"))
+            rows = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(rows, list):
             raise DataError(f"data {str(path)!r}: must be a list of conversations")
         yield from rows
@@ -134,9 +134,9 @@ def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = sile
         raise ConfigError(f"{where}: {pipes[0].name!r} is not a regular file")
     saved = folder
     if (folder / "dataset_dict.json").exists():
-        named = next((each for each in splits if (folder / each).is_dir()), splits[-1])
-        saved = folder / named
-        say(named)
+        saved = next((folder / each for each in splits if (folder / each).is_dir()), folder)
+    if saved != folder:
+        say(saved.name)
     if (saved / "state.json").exists():
         state = read_object(saved / "state.json", "data")
         listed = state.get("_data_files")
@@ -159,7 +159,10 @@ def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = sile
         if wanted := [path for path in files if split[path] & SPLITS[each]]:
             say(each)
             return wanted
-    return [path for path in files if split[path].isdisjoint(SPLITS["test"] | SPLITS["validation"])]
+    others = [p for p in files if split[p].isdisjoint(SPLITS["test"] | SPLITS["validation"])]
+    if not others or "train" not in splits:
+        raise ConfigError(f"{where} has no {' or '.join(splits)} split")
+    return others
 
 
 def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
@@ -258,8 +261,7 @@ def load_samples(
     most = min(given, default=None) if processor is not None else None
     is_asked, cuts = most == max_length, too_long == "cut"
     marks = [] if processor is None else media_words(processor)
-    found, unknown = dict[int, Sample](), set[str]()
-    bad = cut = 0
+    found, cut, unknown, bad = dict[int, Sample](), dict[int, bool](), set[str](), 0
     root = _root_of(data, images)
     rows, places = _placed(data, limit, seed, processor is None or chat.can_see(processor))
     ahead, behind = drawn(places, seed, 0 if limit is None else min(test, limit))
@@ -277,18 +279,19 @@ def load_samples(
             usual = _most_tokens(processor, None) if short.images and processor is not None else 0
             tokens = estimated_length(short, usual)
             found[number] = replace(short, place=places[number], tokens=tokens)
-            cut += short is not sample
+            cut[number] = short is not sample
         except DataError as error:
             bad += 1
             if bad > max_bad:
                 raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
             (warn if bad <= NAMED else silent)(f"skipped: {error}")
     _most_tokens.cache_clear()  # it holds the processor
-    samples = [found[row] for row in order if row in found][:limit]
+    read = [row for row in order if row in found][:limit]
+    samples = [found[row] for row in read]
     if bad:
         warn(f"data {str(data)!r}: {bad} broken rows skipped, {len(samples)} samples read")
-    if cut:
-        warn(f"data {str(data)!r}: {cut} samples were cut to {most} tokens")
+    if num_cut := sum(cut[row] for row in read):
+        warn(f"data {str(data)!r}: {num_cut} samples were cut to {most} tokens")
     if unknown:
         blind = "" if any(sample.images for sample in samples) else "no row has an image; "
         warn(f"data {str(data)!r}: {blind}unknown columns: {', '.join(sorted(unknown))}")
@@ -361,7 +364,7 @@ def _sample(index: int, row: Any, root: Path, unknown: set[str]) -> Sample:
         raise row
     if not isinstance(row, dict):
         raise DataError(f"row {index} is not an object")
-    name = str(row.get("id", index))[:100]
+    name = str(index if row.get("id") is None else row["id"])[:100]
     where = f"sample {name!r}"
     row = _known(row, {"id", *_USED}, where, unknown)
     for one, other in (("messages", "conversations"), ("images", "image")):
@@ -434,8 +437,10 @@ def _parts(
             raise DataError(f"{where}: content parts must be text or image, not {kind!r:.40}")
         text = part.get("text")
         part = _known(part, {"type", "text", *_IN_PART}, f"{where}: a part", unknown)
-        if len(part) > 2:
-            raise DataError(f"{where}: a part has more than one of text, {', '.join(_IN_PART)}")
+        fields = ("text",) if kind == "text" else _IN_PART
+        if len(part) > 2 or not part.keys() <= {"type", *fields}:
+            told = f"a part of type {kind!r} has {', '.join(sorted(part.keys() - {'type'}))}"
+            raise DataError(f"{where}: {told}; it may have {' or '.join(fields)} alone")
         if kind != "text":
             source = next((part[k] for k in _IN_PART if k in part), None)
             if kind == "image_url" and isinstance(source, dict):

