@@ -193,7 +193,7 @@ def test_blind_shows_other_pictures_and_gives_floors(llava, result):
     assert all(b.images != q.images for b, q in zip(blind, asked, strict=True) if q.images)
     with pytest.raises(ConfigError, match=r"blind: question 'q0' finds no other pictures"):
         with_other_pictures([replace(q, images=(picture(0),)) for q in asked])
-    asked = [task(), task("words", sees=False), PERPLEXITY]
+    asked = [task(), task("words", sees=False), PERPLEXITY, task("losses", metric="loss")]
     both = evaluate(*llava, asked, floors=True)
     blind = evaluate(*llava, asked, blind=True)
     colours = both.tasks["colours"]
@@ -202,7 +202,9 @@ def test_blind_shows_other_pictures_and_gives_floors(llava, result):
     assert (colours.replies, colours.scores) == (alone.replies, alone.scores)
     assert colours.majority == pytest.approx(100 * 3 / 9)  # "yes" answers 0, 4 and 8
     assert colours.blind == blind.tasks["colours"].blind == blind.tasks["colours"].score
-    assert [both.tasks[n].blind for n in ("words", "passages")] == [None, None]
+    assert [both.tasks[n].blind for n in ("words", "passages", "losses")] == [None] * 3
+    lost = [found.tasks["losses"].scores for found in (both, blind)]
+    assert not any(one == other for one, other in zip(*lost, strict=True))
     assert both.tasks["passages"].majority is None
     assert replace(alone, blind_scores=colours.blind_scores) == colours
     with pytest.raises(ConfigError, match="leave out one of blind and floors"):

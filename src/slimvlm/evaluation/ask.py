@@ -86,10 +86,10 @@ def evaluate(
             by_loss = task.metric in metrics.LIKELIHOODS
             options: dict[str, Any] = {} if by_loss else {"batch_size": batch_size}
             score = partial(_score_likelihoods if by_loss else _score_replies, model, processor)
-            rounds = [questions]
-            has_floor = (blind or floors) and not by_loss and any(q.images for q in questions)
-            if has_floor:
-                rounds = [with_other_pictures(questions), *([questions] if floors else [])]
+            rounds, sees = [questions], any(q.images for q in questions)
+            has_floor = (blind or floors) and not by_loss and sees
+            if has_floor or (blind and sees):
+                rounds = [with_other_pictures(questions), *rounds * floors]
             found = []
             for turn, asked in enumerate(rounds):
                 key = digest_of_questions(weights, task, asked, **options)
