@@ -46,7 +46,8 @@ def plain(reply: str) -> str:
     if mark and (match := re.match(r"((?:[^{}]|\{[^{}]*\})*)\}", boxed)):
         text = match[1]
     for pattern, rest in _PATTERNS["markup"]:
-        text = re.sub(pattern, rest, text)
+        while text != (text := re.sub(pattern, rest, text)):
+            pass  # inside one another
     return text
 
 
