@@ -28,7 +28,7 @@ from slimvlm.data.samples import Sample
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, release_memory
-from slimvlm.models.hidden import is_sharded
+from slimvlm.models.hidden import evaluating, frozen, is_sharded
 from slimvlm.models.load import digest_of_weights
 from slimvlm.models.losses import layer_map
 from slimvlm.models.parts import Parts, part_at
@@ -171,7 +171,8 @@ def recover(
         with training.projector_in_every_graph(model), ExitStack() as teaching, stage("train"):
             if teacher is not None:
                 about_teacher = "separate, sharded"
-                teacher.requires_grad_(False).eval()
+                for state in (evaluating, frozen):
+                    teaching.enter_context(state(teacher))
             if teacher is not None and not is_sharded(model):
                 about_teacher = "separate"
                 if plan is not None and share:
