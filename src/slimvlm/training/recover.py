@@ -126,7 +126,8 @@ def recover(
         if plan is not None and not plan_fits(plan, model, teacher):
             plan = None
         terms = config.loss_weights.keys()
-        if plan is not None and terms & set(HIDDEN_LOSSES) and "sft" not in terms:
+        is_alone = "sft" not in terms and not config.paper_exact  # the study compares the end
+        if plan is not None and terms & set(HIDDEN_LOSSES) and is_alone:
             # nothing is learnt from answers: hidden states are compared after every kept layer
             layer_pairs = list(enumerate(layer_map(plan.layers, plan.before.num_layers)))
     dtype = model.dtype
