@@ -488,6 +488,7 @@ def test_a_training_goes_on_only_from_its_own_start(tmp_path, monkeypatch):
             parameter.data.add_(1e-3)
     for what, *start in (
         ("conversations", models()[0], teacher, others),
+        ("pictures", models()[0], teacher, [replace(s, images=SAMPLES[1].images) for s in SAMPLES]),
         ("model", shifted[0], teacher, SAMPLES),
         ("teacher", models()[0], shifted[1], SAMPLES),
     ):

@@ -24,7 +24,7 @@ from slimvlm.core.progress import is_first_rank, num_ranks, stage, to_log
 from slimvlm.core.tables import read_table
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.read import subset
-from slimvlm.data.samples import Sample
+from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, release_memory
@@ -141,6 +141,9 @@ def recover(
             **{n: None if m is None or is_sharded(m) else digest_of_weights(m) for n, m in both},
             "samples": [sample.id for sample in learnt],
             "conversations": digest([[sample.messages for sample in learnt]]),
+            "pictures": digest(
+                identifying_bytes(i, may_move=True) for s in learnt for i in s.images
+            ),
             "plan": None if plan is None else digest([plan.to_dict()]),
         }
         what = f"training folder {str(folder)!r} belongs to a run"
