@@ -303,7 +303,7 @@ def test_a_log_answers_only_for_what_was_asked_in_the_same_way(tmp_path, monkeyp
     assert is_asked_once()
     model.config.text_config.rope_parameters["rope_theta"] *= 2
     assert is_asked_once()
-    monkeypatch.setattr(evaluation, "identity_of_code", lambda: "a mended bug")
+    monkeypatch.setattr(evaluation.documents, "identity_of_code", lambda: "a mended bug")
     assert is_asked_once()
 
 

@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.core.documents import (
-    digest,
-    identity_of_code,
-    identity_of_files,
-    parse_json,
-    read_text,
-)
+from slimvlm.core import documents
+from slimvlm.core.documents import digest, identity_of_files, parse_json, read_text
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
 from slimvlm.core.files import explained, file_name
 from slimvlm.core.options import Questions
@@ -79,7 +74,7 @@ def evaluate(
     if folder is not None:  # replies depend on settings that lie beside the weights as well
         of_chat = (getattr(processor, name, None) for name in ("chat_template", "template_args"))
         settings = [each.to_json_string() for each in (model.config, model.generation_config)]
-        settings += [*of_chat, identity_of_code()]
+        settings += [*of_chat, documents.identity_of_code()]
         if chat.can_see(processor):
             settings.append(processor.image_processor.to_json_string())
         weights = digest([digest_of_weights(model).encode(), settings])
@@ -322,10 +317,9 @@ def _require_context(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], questions: Sequence[Question]
 ) -> None:
     counts, most = inputs["attention_mask"].sum(1).tolist(), context_of(model.config)
-    tokens, place = max(zip(counts, range(len(counts)), strict=True))
+    tokens, name = max(zip(counts, (question.id for question in questions), strict=True))
     if most is not None and tokens > most:
-        name = shortened(questions[place].id)
-        raise DataError(f"question {name} has {tokens} tokens, the model reads {most}")
+        raise DataError(f"question {shortened(name)} has {tokens} tokens, the model reads {most}")
 
 
 def batches_by_length(
