@@ -73,8 +73,8 @@ def evaluate(
     weights = ""
     if folder is not None:  # replies depend on settings that lie beside the weights as well
         of_chat = (getattr(processor, name, None) for name in ("chat_template", "template_args"))
-        settings = [each.to_json_string() for each in (model.config, model.generation_config)]
-        settings += [*of_chat, documents.identity_of_code()]
+        own = (each.to_json_string() for each in (model.config, model.generation_config))
+        settings = [*own, *of_chat, documents.identity_of_code()]
         if chat.can_see(processor):
             settings.append(processor.image_processor.to_json_string())
         weights = digest([digest_of_weights(model).encode(), settings])
