@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slimvlm.core.errors import ConfigError, OutputError
+from slimvlm.core.errors import ConfigError, DataError, OutputError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import ask as evaluation
 from slimvlm.evaluation.ask import (
@@ -193,7 +193,7 @@ def test_blind_shows_other_pictures_and_gives_floors(llava, result):
     assert all(b.images != q.images for b, q in zip(blind, asked, strict=True) if q.images)
     with pytest.raises(ConfigError, match=r"blind: question 'q0' finds no other pictures"):
         with_other_pictures([replace(q, images=(picture(0),)) for q in asked])
-    asked = [task(), task("words", sees=False), PERPLEXITY]
+    asked = [task(), task("words", sees=False), PERPLEXITY, task("losses", metric="loss")]
     both = evaluate(*llava, asked, floors=True)
     blind = evaluate(*llava, asked, blind=True)
     colours = both.tasks["colours"]
@@ -202,11 +202,24 @@ def test_blind_shows_other_pictures_and_gives_floors(llava, result):
     assert (colours.replies, colours.scores) == (alone.replies, alone.scores)
     assert colours.majority == pytest.approx(100 * 3 / 9)  # "yes" answers 0, 4 and 8
     assert colours.blind == blind.tasks["colours"].blind == blind.tasks["colours"].score
-    assert [both.tasks[n].blind for n in ("words", "passages")] == [None, None]
+    assert [both.tasks[n].blind for n in ("words", "passages", "losses")] == [None] * 3
+    lost = [found.tasks["losses"].scores for found in (both, blind)]
+    assert not any(one == other for one, other in zip(*lost, strict=True))
     assert both.tasks["passages"].majority is None
     assert replace(alone, blind_scores=colours.blind_scores) == colours
+    with pytest.raises(DataError, match=r"^task 'colours': two questions have the id 'q0'$"):
+        evaluate(*llava, [task(load=lambda limit: questions(2) + questions(1))])
     with pytest.raises(ConfigError, match="leave out one of blind and floors"):
         evaluate(*llava, asked, blind=True, floors=True)
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "loss"])
+def test_the_question_that_is_too_long_is_named(llava, metric):
+    """Words that become many tokens make it longer than one of more characters."""
+    prompts = {"wordy": "the colours " * 25, "long": "%" * 250, "none": "red"}
+    asked = [Question(name, text, ("red",)) for name, text in prompts.items()]
+    with pytest.raises(DataError, match=r"^question 'long' has .* tokens, the model reads 256"):
+        evaluate(*llava, [task(metric=metric, load=lambda limit: asked)])
 
 
 def test_a_result_has_sizes_times_and_options(llava, result):
@@ -287,6 +300,10 @@ def test_a_log_answers_only_for_what_was_asked_in_the_same_way(tmp_path, monkeyp
     processor.chat_template = "{{ '' }}" + processor.chat_template
     assert is_asked_once()
     processor.image_processor.image_mean = [0.4, 0.4, 0.4]
+    assert is_asked_once()
+    model.config.text_config.rope_parameters["rope_theta"] *= 2
+    assert is_asked_once()
+    monkeypatch.setattr(evaluation.documents, "identity_of_code", lambda: "a mended bug")
     assert is_asked_once()
 
 

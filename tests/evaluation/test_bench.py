@@ -14,6 +14,7 @@ from slimvlm.evaluation import bench as module
 from slimvlm.evaluation.bench import (
     PairedTimes,
     PeakMemory,
+    Side,
     bench,
     bench_rows,
     paired_times,
@@ -76,6 +77,8 @@ def test_figures_of_a_benchmark_of_two_models_and_of_one(models):
     precise = tiny.build("llama").double()
     found = bench(precise, tiny.build("llama"), replace(SMALL, batch_sizes=(1,), repeats=1))
     assert found.speed_ups[0].decode_ideal < 1  # it reads twice as much
+    experts = Side("moe", read_anatomy(tiny.build("qwen3_moe")), "float32", 1000, 500)
+    assert experts.bytes_for(1, 0) < experts.bytes_for(2, 0) < experts.bytes_for(999, 0) == 500
     result = bench(models[0], workload=SMALL)
     assert (result.baseline, result.speed_ups) == (None, ())
     header, rows = bench_rows(result)

@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
         {"id": "b", "hint": "please", "colour": ["blue", "navy"], "image": "blue.png"},
         {"id": "c", "hint": "no picture", "colour": "none"},
     ]
-    write_rows(tmp_path, rows)
+    write_rows(tmp_path, [{**row, "kinds": ["red", "blue"], "other": None} for row in rows])
     (tmp_path / "task.yaml").write_text(YAML)
     (tmp_path / "metrics_of_mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -109,7 +109,7 @@ def test_no_answer_and_a_name_twice_are_refused(folder):
     (folder / "other.yaml").write_text((folder / "task.yaml").read_text())
     with pytest.raises(ConfigError, match="two tasks have this name"):
         find_tasks(f"{folder / 'task.yaml'},{folder / 'other.yaml'}")
-    for nothing in (None, [], [None]):
+    for nothing in (None, "", [], [None]):
         write_rows(folder, [{"id": "a", "hint": "one word", "colour": nothing}])
         with pytest.raises(DataError, match="has no answer"):
             read_task(folder / "task.yaml").load(None)

@@ -451,8 +451,12 @@ def test_half_precision_learns_in_full_and_comes_back_as_it_was(train, bf16):
     hold_in_(student, torch.bfloat16)
     hold_in_(teacher, torch.bfloat16)
     before, buffers = weights(student), [value.clone() for value in student.buffers()]
+    teacher.train()
+    original = weights(teacher)
     history = recover(student, teacher, SAMPLES, config(train=train, bf16=bf16), processor)
     assert {value.dtype for value in weights(student).values()} == {torch.bfloat16}
+    assert_equal(weights(teacher), original)
+    assert {teacher.training, *(each.requires_grad for each in teacher.parameters())} == {True}
     for value, was in zip(student.buffers(), buffers, strict=True):  # rotary frequencies
         assert value.dtype is was.dtype
         assert torch.equal(value, was)
@@ -484,6 +488,7 @@ def test_a_training_goes_on_only_from_its_own_start(tmp_path, monkeypatch):
             parameter.data.add_(1e-3)
     for what, *start in (
         ("conversations", models()[0], teacher, others),
+        ("pictures", models()[0], teacher, [replace(s, images=SAMPLES[1].images) for s in SAMPLES]),
         ("model", shifted[0], teacher, SAMPLES),
         ("teacher", models()[0], shifted[1], SAMPLES),
     ):

@@ -294,6 +294,10 @@ def test_every_kept_layer_is_compared_where_no_answers_are_learnt():
     mapped = recover(student, teacher, SAMPLES[:1], options, processor, plan=plan)
     assert mapped.steps[0]["loss_cosine"] == pytest.approx(sum(apart) / len(apart), rel=1e-3)
     assert apart[0] != pytest.approx(sum(apart) / len(apart), rel=1e-2)
+    student, teacher, plan, processor = models("llava", "depth")
+    options = config(max_steps=1, loss="cosine", batch_size=1, paper_exact=True)
+    exact = recover(student, teacher, SAMPLES[:1], options, processor, plan=plan)
+    assert exact.steps[0]["loss_cosine"] == pytest.approx(apart[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("train", tiered(["projector", "full"], lambda train: train == "full"))

@@ -204,18 +204,15 @@ def memory_explained(words: Sequence[str]) -> Iterator[None]:
             during = current_stage() or words[0]
             needed = re.search(r"tried to allocate ([\d.]+) (\w+)", told, re.IGNORECASE)
             room = re.search(r"capacity of ([\d.]+) (\w+) of which ([\d.]+) (\w+)", told)
-            facts = [f"{in_bytes(*needed.groups())} more was needed"] if needed is not None else []
+            about = "" if needed is None else f": {in_bytes(*needed.groups())} more was needed"
             if room is not None:
-                free, whole = in_bytes(room[3], room[4]), in_bytes(room[1], room[2])
-                facts.append(f"{free} of {whole} was free")
-            cures = errors.WORDS["cures"]
-            cure = cures.get(during) or cures.get(words[0])
+                about += f"{', ' if about else ': '}{in_bytes(room[3], room[4])} of "
+                about += f"{in_bytes(room[1], room[2])} was free"
+            cures, on_host = errors.WORDS["cures"], "--device cpu uses the memory of the host"
+            other = "a smaller model" if name == "cpu" else on_host
+            cure = cures.get(during) or cures.get(words[0], other)
             if cure == cures["score"] and "--low-memory" in words:
                 cure = "fewer --samples"
-            if cure is None:
-                on_host = "--device cpu uses the memory of the host"
-                cure = "a smaller model" if name == "cpu" else on_host
-            about = f": {', '.join(facts)}" if facts else ""
             doing = words[0] if during == words[0] else f"{words[0]}, stage {during!r}"
             line = f"out of memory on {where} during {doing}{about}. What helps: {cure}"
             raise SlimError(line) from error

@@ -149,6 +149,8 @@ def evaluate(
         if source.data is not None and (value := getattr(questions, name)):
             flag = name.replace("_", "-")
             raise ConfigError(f"{name} {str(value)!r}: --{flag} is for tasks, not for --data")
+    if source.data is None:
+        source.refuse(("images", "max_bad", "max_length", "too_long"), "needs --data")
     asked = replace(questions, tasks=questions.tasks or options.Questions.tasks)
     found = run(model, asked, source, baseline, out, force, to_log, require)
     if source.data is None:

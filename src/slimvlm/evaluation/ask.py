@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimvlm.core import documents
 from slimvlm.core.documents import digest, identity_of_files, parse_json, read_text
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
 from slimvlm.core.files import explained, file_name
@@ -71,7 +73,8 @@ def evaluate(
     weights = ""
     if folder is not None:  # replies depend on settings that lie beside the weights as well
         of_chat = (getattr(processor, name, None) for name in ("chat_template", "template_args"))
-        settings = [model.generation_config.to_json_string(), *of_chat]
+        own = (each.to_json_string() for each in (model.config, model.generation_config))
+        settings = [*own, *of_chat, documents.identity_of_code()]
         if chat.can_see(processor):
             settings.append(processor.image_processor.to_json_string())
         weights = digest([digest_of_weights(model).encode(), settings])
@@ -82,14 +85,17 @@ def evaluate(
             questions = list(task.load(limit))
             if not questions:
                 raise DataError(f"task {task.name!r} has no questions")
+            ((name_, count),) = Counter(question.id for question in questions).most_common(1)
+            if count > 1:  # they would share one reply
+                raise DataError(f"task {task.name!r}: two questions have the id {shortened(name_)}")
             first.append(questions[0])
             by_loss = task.metric in metrics.LIKELIHOODS
             options: dict[str, Any] = {} if by_loss else {"batch_size": batch_size}
             score = partial(_score_likelihoods if by_loss else _score_replies, model, processor)
-            rounds = [questions]
-            has_floor = (blind or floors) and not by_loss and any(q.images for q in questions)
-            if has_floor:
-                rounds = [with_other_pictures(questions), *([questions] if floors else [])]
+            rounds, sees = [questions], any(q.images for q in questions)
+            has_floor = (blind or floors) and not by_loss and sees
+            if has_floor or (blind and sees):
+                rounds = [with_other_pictures(questions), *rounds * floors]
             found = []
             for turn, asked in enumerate(rounds):
                 key = digest_of_questions(weights, task, asked, **options)
@@ -163,6 +169,7 @@ def _score_likelihoods(
         text = question.answers[0]
         if question.prompt or question.images:
             encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
+            _require_context(model, encoded, [question])
         else:  # a plain passage has no chat template
             encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
             encoded = {n: each[:, : context_of(model.config)] for n, each in encoded.items()}
@@ -248,7 +255,7 @@ def answer(
 ) -> list[tuple[str, bool]]:
     """Reply greedily to a batch of questions; say which replies are cut off at the token limit."""
     inputs = as_inputs(model, chat.encode_questions(processor, questions))
-    _require_context(model, inputs, questions[0].id)
+    _require_context(model, inputs, questions)
     tokenizer, generator = chat.tokenizer_of(processor), cast(Any, model)
     names = shortened(", ".join(question.id for question in questions[:3]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -301,13 +308,16 @@ def likelihoods(
     samples = [chat.answered_sample(question, text) for question, text in answered]
     where = f"the likelihood of answers to question {answered[0][0].id!r}"
     inputs = chat.encode_samples(processor, samples)
-    _require_context(model, inputs, answered[0][0].id)
+    _require_context(model, inputs, [question for question, _ in answered])
     found, _ = answer_losses(model, inputs, where)
     return [(-loss, not misses) for loss, misses in found.sum(1).tolist()]
 
 
-def _require_context(model: PreTrainedModel, inputs: Mapping[str, Tensor], name: str) -> None:
-    tokens, most = inputs["input_ids"].shape[1], context_of(model.config)
+def _require_context(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], questions: Sequence[Question]
+) -> None:
+    counts, most = inputs["attention_mask"].sum(1).tolist(), context_of(model.config)
+    tokens, name = max(zip(counts, (question.id for question in questions), strict=True))
     if most is not None and tokens > most:
         raise DataError(f"question {shortened(name)} has {tokens} tokens, the model reads {most}")
 

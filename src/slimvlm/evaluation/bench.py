@@ -221,7 +221,7 @@ class SpeedUp:
     prefill: float  # median over the repeats of baseline time / model time
     prefill_ideal: float  # ratio of FLOPs
     decode: float
-    decode_ideal: float  # ratio of bytes that a new token reads: `Side.read_bytes`, keys, values
+    decode_ideal: float  # ratio of bytes that new tokens read: `Side.bytes_for`
     prefill_share: float  # of the ideal that is reached
     decode_share: float
 
@@ -247,7 +247,17 @@ class Side:
     shape: Anatomy  # of the configuration: quantised weights are packed
     dtype: str  # of keys and values
     weight_bytes: int
-    read_bytes: int  # weights that every new token reads: layers, final norm and head
+    read_bytes: int  # weights that new tokens read: layers, final norm and head, all experts
+
+    def bytes_for(self, tokens: int, context: int) -> float:
+        """Count what so many new tokens read at once: keys, values, and the experts they take."""
+        idle = sum(
+            (1 - self.shape.experts_per_token / n) ** tokens * n * each.expert_params
+            for each in self.shape.layers
+            if (n := each.num_experts)
+        )
+        unread = idle * self.weight_bytes / self.shape.total_params
+        return self.read_bytes - unread + tokens * kv_cache_bytes(self.shape, context, self.dtype)
 
 
 def bench(
@@ -329,10 +339,7 @@ def summarised(
         measured.append(footprint)
     for size, (fast, slow) in runs.items() if len(sides) > 1 else ():
         read = [prefill_flops(side.shape, workload.prompt_tokens, size) for side in sides]
-        written = [
-            side.read_bytes + size * kv_cache_bytes(side.shape, workload.mean_context, side.dtype)
-            for side in sides
-        ]
+        written = [side.bytes_for(size, workload.mean_context) for side in sides]
         prefill, decode = (share.value for share in _shares(slow, fast))
         ideals = read[1] / read[0], written[1] / written[0]
         reached = prefill / ideals[0], decode / ideals[1]

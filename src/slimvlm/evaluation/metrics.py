@@ -46,7 +46,8 @@ def plain(reply: str) -> str:
     if mark and (match := re.match(r"((?:[^{}]|\{[^{}]*\})*)\}", boxed)):
         text = match[1]
     for pattern, rest in _PATTERNS["markup"]:
-        text = re.sub(pattern, rest, text)
+        while text != (text := re.sub(pattern, rest, text)):
+            pass  # inside one another
     return text
 
 
@@ -73,21 +74,25 @@ def letter(reply: str, question: Question) -> float:
     """1 if the reply chooses the answer's letter: at its beginning, at its end, or alone.
 
     The last "answer is" or "answer:" begins it. A letter that is ruled out ("not A"), the article
-    "A" and the pronoun "I" do not count, and several letters are no answer.
+    "A" and the pronoun "I" do not count, and several letters are no answer. Answers may be written
+    as replies are: "B. The cat".
     """
+    return float(_letter_of(reply) in {*map(_letter_of, question.answers)} - {""})
+
+
+def _letter_of(reply: str) -> str:
     text = re.sub(_LETTERS["negated"], " ", plain(reply))
     text = concluded(re.sub(_LETTERS["wrong"], " ", text))
     alone, listed = (dict.fromkeys(re.findall(_LETTERS[k], text)) for k in ("alone", "listed"))
     first = re.match(_LETTERS["first"], text) if len(listed) < 2 else None
     found = re.findall(_LETTERS["chosen"], text)[-1:] or list(alone)
-    said = (first[1] or first[2]) if first else found[0] if len(found) == 1 else ""
-    return float(said.lower() == normalise(question.answers[0]))
+    said: str = (first[1] or first[2]) if first else found[0] if len(found) == 1 else ""
+    return said.lower()
 
 
 def yes_no(reply: str, question: Question) -> float:
     """1 if the reply, or its conclusion, says the right one of yes and no first, or it alone."""
-    answer = normalise(question.answers[0])
-    return float(_said(reply, answer) == answer)
+    return float(any(_said(reply, a) == a for a in map(normalise, question.answers)))
 
 
 def _said(reply: str, answer: str) -> str:
@@ -100,9 +105,10 @@ def _said(reply: str, answer: str) -> str:
 
 def set_f1(reply: str, question: Question) -> float:
     """F1 between the items of the reply and of the answer: lines, or between commas and "and"."""
-    answer = question.answers[0]
-    text = plain(reply) if ":" in answer else re.sub(r"^[^,:\n]*:\s+", "", plain(reply))
-    return _f1(Counter(_items(text)), Counter(_items(answer)))
+    text = plain(reply)
+    bare = Counter(_items(re.sub(r"^[^,:\n]*:\s+", "", text)))
+    whole, pairs = Counter(_items(text)), [(a, Counter(_items(a))) for a in question.answers]
+    return max(_f1(whole if ":" in answer else bare, wanted) for answer, wanted in pairs)
 
 
 def _items(text: str) -> set[str]:

@@ -16,6 +16,7 @@ from slimvlm.core.progress import to_log
 from slimvlm.data.read import read_rows
 from slimvlm.data.samples import Question, Task, find_image
 from slimvlm.evaluation.metrics import LIKELIHOODS, metric_named
+from slimvlm.evaluation.results import CHOICE_BENCHMARKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class TaskRow:
                 metric_named(self.metric)
         elif self.by_likelihood:
             raise ConfigError(f"task {self.name!r}: {self.metric} chooses nothing by_likelihood")
+        if self.name in CHOICE_BENCHMARKS:  # some have scores of their own scale
+            raise ConfigError(f"task {self.name!r}: a benchmark of the study has this name")
         if self.by_likelihood and not self.choices:
             raise ConfigError(f"task {self.name!r}: by_likelihood needs choices")
         if "{" in (rest := re.sub(_COLUMN, "", self.prompt)) or "}" in rest:
@@ -124,17 +127,19 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
             raise DataError(f"{task}: {values}")
         if not isinstance(values, dict):
             raise DataError(f"{task}: row {index} is not an object")
-        name = str(values.get("id", index))
+        known = {column: value for column, value in values.items() if value is not None}
+        name = str(known.get("id", index))
         where = f"{task}: row {shortened(name)}"
         try:
-            prompt, answer = row.filled_prompt(values), values[row.answer]
+            prompt, answer = row.filled_prompt(known), values[row.answer]
             choices = values[row.choices] if row.choices else ()
         except KeyError as error:
-            raise DataError(f"{where} has no column {shortened(error.args[0])}") from error
-        if row.choices and not (isinstance(choices, list) and choices):
+            told = f"has no column {shortened(error.args[0])}, or null in it"
+            raise DataError(f"{where} {told}") from error
+        if row.choices and not (isinstance(choices, list) and choices and None not in choices):
             raise DataError(f"{where}: {shortened(row.choices)} must be a list of choices")
         accepted = answer if isinstance(answer, list) else [answer]
-        if not accepted or None in accepted:
+        if not accepted or any(one in (None, "") for one in accepted):
             raise DataError(f"{where} has no answer")
         shown = values.get(column)
         pictures = [] if shown is None else shown if isinstance(shown, list) else [shown]
@@ -148,6 +153,13 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
         if name in questions:
             raise DataError(f"{task}: two questions have the id {shortened(name)}")
         questions[name] = question
+        if row.by_likelihood and ":" not in row.metric:
+            score = metric_named(row.metric)
+            if not any(score(choice, question) for choice in question.choices):
+                told = (
+                    f"{row.metric} finds no choice right by answer {shortened(question.answers[0])}"
+                )
+                raise DataError(f"{where}: {told}")
     if column and (row.image or row.images != TaskRow.images):  # else it may be a task of texts
         found = [v for v in chain(given, rows) if isinstance(v, dict)]
         if all(v.get(column) is None for v in found):

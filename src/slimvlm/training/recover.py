@@ -24,11 +24,11 @@ from slimvlm.core.progress import is_first_rank, num_ranks, stage, to_log
 from slimvlm.core.tables import read_table
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.read import subset
-from slimvlm.data.samples import Sample
+from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, release_memory
-from slimvlm.models.hidden import is_sharded
+from slimvlm.models.hidden import evaluating, frozen, is_sharded
 from slimvlm.models.load import digest_of_weights
 from slimvlm.models.losses import layer_map
 from slimvlm.models.parts import Parts, part_at
@@ -126,7 +126,8 @@ def recover(
         if plan is not None and not plan_fits(plan, model, teacher):
             plan = None
         terms = config.loss_weights.keys()
-        if plan is not None and terms & set(HIDDEN_LOSSES) and "sft" not in terms:
+        is_alone = "sft" not in terms and not config.paper_exact  # the study compares the end
+        if plan is not None and terms & set(HIDDEN_LOSSES) and is_alone:
             # nothing is learnt from answers: hidden states are compared after every kept layer
             layer_pairs = list(enumerate(layer_map(plan.layers, plan.before.num_layers)))
     dtype = model.dtype
@@ -140,6 +141,9 @@ def recover(
             **{n: None if m is None or is_sharded(m) else digest_of_weights(m) for n, m in both},
             "samples": [sample.id for sample in learnt],
             "conversations": digest([[sample.messages for sample in learnt]]),
+            "pictures": digest(
+                identifying_bytes(i, may_move=True) for s in learnt for i in s.images
+            ),
             "plan": None if plan is None else digest([plan.to_dict()]),
         }
         what = f"training folder {str(folder)!r} belongs to a run"
@@ -171,7 +175,8 @@ def recover(
         with training.projector_in_every_graph(model), ExitStack() as teaching, stage("train"):
             if teacher is not None:
                 about_teacher = "separate, sharded"
-                teacher.requires_grad_(False).eval()
+                for state in (evaluating, frozen):
+                    teaching.enter_context(state(teacher))
             if teacher is not None and not is_sharded(model):
                 about_teacher = "separate"
                 if plan is not None and share:

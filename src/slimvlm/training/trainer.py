@@ -94,7 +94,7 @@ def training_precision(
 ) -> Iterator[None]:
     """Hold what learns in float32, and the rest unless autocast computes bfloat16; put all back."""
     models = [model, *([] if teacher is None else [teacher])]
-    dtype = model.dtype
+    dtypes = [each.dtype for each in models]
     if not is_sharded(model):
         model.to(device)  # type: ignore[arg-type]
     # the Trainer turns the cache off in the configuration; generation wants it back
@@ -115,8 +115,8 @@ def training_precision(
             vars(config).pop("use_cache", None)
             if value is not None:
                 config.use_cache = value
-    if not autocast:
-        hold_in_(model, dtype)
+    for each, dtype in [] if autocast else zip(models, dtypes, strict=True):
+        hold_in_(each, dtype)
 
 
 def without_autocast(trainer: Trainer) -> Any:
