@@ -69,8 +69,7 @@ def require_free(path: str | Path, force: bool = False) -> Path:
     if path.is_dir() and not _is_ours(path):
         told = "is a folder that slimvlm did not write: --force replaces only its own"
         raise ConfigError(f"output {str(path)!r} {told}. Remove it, or choose another place")
-    is_link = path.is_symlink() and path.is_dir()  # whose target is replaced
-    return path.resolve() if is_link else path
+    return path.resolve() if path.is_symlink() else path  # the target of a link is replaced
 
 
 def _is_ours(folder: Path, marks: Iterable[str] = tuple(MARKS)) -> bool:
@@ -125,9 +124,9 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
         try:
             with explained(path):
                 file.write_text(f"pid {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-            old = beside(path, "old")  # a kill between two renames leaves the old output there
+            old = beside(place, "old")  # a kill between two renames leaves the old output there
             if old.exists() and _is_ours(old):
-                _remove(old) if path.exists() else old.rename(path)
+                _remove(old) if place.exists() else old.rename(place)
             yield
         finally:
             if lock.lock_counter == 1:
