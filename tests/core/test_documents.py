@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from slimvlm.core.documents import (
     digest,
+    identity_of_files,
     is_begun_for,
     note_request,
     noted_request,
@@ -93,3 +94,14 @@ def test_a_digest_tells_values_apart_and_not_their_order(first, second):
     assert (digest([first]) == digest([second])) == (one == other)
     assert digest([{"a": first, "b": second}]) == digest([{"b": second, "a": first}])
     assert digest([b"raw", first]) == digest(iter([memoryview(b"raw"), first]))
+
+
+def test_files_of_linked_folders_count_and_circles_end(tmp_path):
+    (data := tmp_path / "data").mkdir()
+    (far := tmp_path / "far").mkdir()
+    for place in (data, far):
+        (data / place.name).symlink_to(place)
+    (far / "a").write_text("1")
+    before = identity_of_files("data", str(data))
+    (far / "a").write_text("2")
+    assert identity_of_files("data", str(data)) != before

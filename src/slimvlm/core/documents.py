@@ -243,11 +243,21 @@ def identity_of_files(name: str, source: str) -> str:
     path = path_of(source, "file")
     if not path.exists():
         return name
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in found if file.is_file() and "__pycache__" not in file.parts]
+    files = [*_files_below(path)] if path.is_dir() else [path]
     is_much = sum(file.stat().st_size for file in files) > MANY_BYTES
     shown = progress(files, "hash files") if is_much else files
     return f"{name} {digest([str(file.relative_to(path)), _hash(file)] for file in shown)[:16]}"
+
+
+def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the files of a folder and of links to folders in it, but to one around them."""
+    above = (*above, folder.resolve())
+    with suppress(PermissionError):
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                yield path
+            elif path.is_dir() and path.name != "__pycache__" and path.resolve() not in above:
+                yield from _files_below(path, above)
 
 
 def _hash(file: Path) -> str:
