@@ -96,12 +96,10 @@ def test_a_digest_tells_values_apart_and_not_their_order(first, second):
     assert digest([b"raw", first]) == digest(iter([memoryview(b"raw"), first]))
 
 
-def test_files_of_linked_folders_count_and_circles_end(tmp_path):
-    (data := tmp_path / "data").mkdir()
-    (far := tmp_path / "far").mkdir()
-    for place in (data, far):
-        (data / place.name).symlink_to(place)
-    (far / "a").write_text("1")
-    before = identity_of_files("data", str(data))
-    (far / "a").write_text("2")
-    assert identity_of_files("data", str(data)) != before
+def test_files_of_linked_folders_count(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    (tmp_path / "b" / "link").symlink_to(tmp_path / "a")
+    before = identity_of_files("b", str(tmp_path / "b"))
+    (tmp_path / "a" / "file").touch()
+    assert identity_of_files("b", str(tmp_path / "b")) != before

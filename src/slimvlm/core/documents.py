@@ -6,6 +6,7 @@ folder stores its request as JSON; only an equal one may resume it.
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -243,21 +244,15 @@ def identity_of_files(name: str, source: str) -> str:
     path = path_of(source, "file")
     if not path.exists():
         return name
-    files = [*_files_below(path)] if path.is_dir() else [path]
+    found = [path]
+    for top, folders, names in os.walk(path, followlinks=True):
+        found += [Path(top, name) for name in names]
+        here = Path(top).resolve()  # a link to a folder around it leads in a circle
+        folders[:] = [f for f in folders if not here.is_relative_to(Path(top, f).resolve())]
+    files = [f for f in sorted(found) if f.is_file() and "__pycache__" not in f.parts]
     is_much = sum(file.stat().st_size for file in files) > MANY_BYTES
     shown = progress(files, "hash files") if is_much else files
     return f"{name} {digest([str(file.relative_to(path)), _hash(file)] for file in shown)[:16]}"
-
-
-def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield the files of a folder and of links to folders in it, but to one around them."""
-    above = (*above, folder.resolve())
-    with suppress(PermissionError):
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                yield path
-            elif path.is_dir() and path.name != "__pycache__" and path.resolve() not in above:
-                yield from _files_below(path, above)
 
 
 def _hash(file: Path) -> str:
