@@ -24,7 +24,6 @@ from slimvlm.models.load import digest_of_tensors
 from slimvlm.models.parts import family_of
 
 SHOWN = 32  # pictures, spread over the data, whose sizes decide
-EVERY = 64  # settings of which fewer are all counted
 
 
 @contextmanager
@@ -157,7 +156,7 @@ def budgets_for(
         return [of_size[size] for size in sizes]
 
     order: Sequence[int] = range(len(steps))
-    if len(steps) < EVERY:  # with fewer tiles some pictures take more tokens
+    if len(steps) < 2 * SHOWN:  # with fewer tiles some pictures take more tokens
         order = sorted(order, key=lambda step: -sum(counts(step)))
     full, least = sum(counts(0)), sum(counts(order[-1]))
     if least == full:
