@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from slimvlm.core.documents import (
     digest,
+    identity_of_files,
     is_begun_for,
     note_request,
     noted_request,
@@ -93,3 +94,12 @@ def test_a_digest_tells_values_apart_and_not_their_order(first, second):
     assert (digest([first]) == digest([second])) == (one == other)
     assert digest([{"a": first, "b": second}]) == digest([{"b": second, "a": first}])
     assert digest([b"raw", first]) == digest(iter([memoryview(b"raw"), first]))
+
+
+def test_files_of_linked_folders_count(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    (tmp_path / "b" / "link").symlink_to(tmp_path / "a")
+    before = identity_of_files("b", str(tmp_path / "b"))
+    (tmp_path / "a" / "file").touch()
+    assert identity_of_files("b", str(tmp_path / "b")) != before

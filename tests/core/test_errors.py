@@ -2,7 +2,7 @@
 
 import pytest
 
-from slimvlm.core.errors import one_line
+from slimvlm.core.errors import one_line, printable
 
 
 @pytest.mark.parametrize(
@@ -11,3 +11,4 @@ from slimvlm.core.errors import one_line
 )
 def test_an_error_is_told_in_one_line_even_if_it_says_nothing(said, told):
     assert one_line(OSError(said)) == told
+    assert printable(f"12\xa0€ {told}\x1b") == f"12\xa0€ {told}\\x1b"

@@ -46,6 +46,14 @@ def test_flops_are_what_torch_counts(family):
     assert counted(model, 3) == expected
 
 
+def test_experts_count_that_a_token_takes():
+    models = [tiny.made(tiny.CONFIGS["gemma4-experts"](top_k_experts=k)) for k in (1, 2)]
+    (one, ours), (two, more) = (
+        (counted(model, 3)[0], prefill_flops(read_anatomy(model), TOKENS, 3)) for model in models
+    )
+    assert two - one == more - ours > 0
+
+
 @pytest.mark.parametrize(("limit", "most"), [("50000 100000", 0.5), ("max 100000", 10_000.0)])
 def test_a_container_limits_the_cores(limit, most, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CPU_LIMIT", tmp_path / "cpu.max")

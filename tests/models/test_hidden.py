@@ -53,6 +53,8 @@ def test_weights_on_disk_are_told_apart_counted_and_judged_by_as_in_memory(tmp_p
     assert digest_of_weights(spread) == digest_of_weights(model)
     assert stored_bytes(spread) == stored_bytes(model)
     assert torch.equal(head_weights_of(spread).weight, head_weights_of(model).weight)
+    model.model.layers[1].mlp.down_proj.weight.data[:, 3] = 0  # a single neuron
+    assert digest_of_weights(spread) != digest_of_weights(model)
 
 
 def test_inputs_go_where_weights_on_disk_are_used(tmp_path):

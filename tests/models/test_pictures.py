@@ -46,6 +46,14 @@ def test_every_family_with_a_knob_is_tried_here():
     assert with_one == set(tiny_pictures.FAMILIES)
 
 
+def test_today_s_tokens_need_no_settings_although_fewer_tiles_can_take_more():
+    model, processor = tiny_pictures.made("llava_onevision")
+    grids = [[32 * high, 32 * wide] for high in range(1, 7) for wide in range(1, 7)]
+    sample = Sample("a", (), (Image.new("RGB", (617, 243)),))
+    many = with_settings(processor, {"image_grid_pinpoints": grids})
+    assert budgets_for(model.config, many, [sample])(1.0).settings == {}
+
+
 @pytest.mark.parametrize("name", tiny_pictures.FAMILIES)
 def test_a_family_keeps_the_most_tokens_within_each_budget_and_reads_them(name, tmp_path):
     model, processor = tiny_pictures.made(name)

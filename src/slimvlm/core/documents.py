@@ -6,6 +6,7 @@ folder stores its request as JSON; only an equal one may resume it.
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -243,8 +244,12 @@ def identity_of_files(name: str, source: str) -> str:
     path = path_of(source, "file")
     if not path.exists():
         return name
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in found if file.is_file() and "__pycache__" not in file.parts]
+    found = [path]
+    for top, folders, names in os.walk(path, followlinks=True):
+        found += [Path(top, name) for name in names]
+        here = Path(top).resolve()  # a link to a folder around it leads in a circle
+        folders[:] = [f for f in folders if not here.is_relative_to(Path(top, f).resolve())]
+    files = [f for f in sorted(found) if f.is_file() and "__pycache__" not in f.parts]
     is_much = sum(file.stat().st_size for file in files) > MANY_BYTES
     shown = progress(files, "hash files") if is_much else files
     return f"{name} {digest([str(file.relative_to(path)), _hash(file)] for file in shown)[:16]}"

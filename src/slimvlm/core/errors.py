@@ -128,8 +128,9 @@ class PrintableStream:
 
 
 _OF_BARS = r"(\r|\x1b\[[0-9;]*[mK]|\x1b\[\d*A|\x1b\[\?25[lh])"
+_HARMLESS = "\n\t\xa0\u2002\u2003\u2009\u202f\u3000\u200c\u200d"  # spaces, and joiners of letters
 
 
 def printable(text: str) -> str:
     """Write out the control characters of a text, so that no terminal obeys them."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in _HARMLESS else repr(c)[1:-1] for c in text)

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from slimvlm.core import errors
-from slimvlm.core.errors import WORDS, ConfigError, OutputError, one_line, raised_as, shortened
+from slimvlm.core.errors import WORDS, ConfigError, OutputError, raised_as, shortened
 from slimvlm.core.progress import is_first_rank
 
 _REASONS = {getattr(errno, name): told for name, told in WORDS["reasons"].items()}
@@ -51,12 +51,10 @@ def mark_checkpoint(folder: Path) -> None:
 def path_of(word: str | Path, what: str) -> Path:
     """Make a path of a user's word; raise ConfigError for one that the system cannot look up."""
     path = Path(word)
-    try:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            path.lstat()
-    except (OSError, ValueError) as error:
-        told = f"cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
-        raise ConfigError(f"{what} {shortened(str(word))}: {told}") from error
+    told = f"{what} {shortened(str(word))}: cannot be read"
+    absent = suppress(FileNotFoundError, NotADirectoryError)
+    with raised_as(ConfigError, (OSError, ValueError), told), absent:
+        path.lstat()
     return path
 
 
@@ -69,8 +67,7 @@ def require_free(path: str | Path, force: bool = False) -> Path:
     if path.is_dir() and not _is_ours(path):
         told = "is a folder that slimvlm did not write: --force replaces only its own"
         raise ConfigError(f"output {str(path)!r} {told}. Remove it, or choose another place")
-    is_link = path.is_symlink() and path.is_dir()  # whose target is replaced
-    return path.resolve() if is_link else path
+    return path.resolve() if path.is_symlink() else path  # the target of a link is replaced
 
 
 def _is_ours(folder: Path, marks: Iterable[str] = tuple(MARKS)) -> bool:
@@ -125,9 +122,9 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
         try:
             with explained(path):
                 file.write_text(f"pid {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-            old = beside(path, "old")  # a kill between two renames leaves the old output there
+            old = beside(place, "old")  # a kill between two renames leaves the old output there
             if old.exists() and _is_ours(old):
-                _remove(old) if path.exists() else old.rename(path)
+                _remove(old) if place.exists() else old.rename(place)
             yield
         finally:
             if lock.lock_counter == 1:
@@ -232,11 +229,9 @@ def require_place(path: Path) -> None:
         raise ConfigError(f"output {shown} must end in a name of at most {LONGEST_NAME} bytes")
     if "~" in place.parts:
         raise ConfigError(f"output {str(path)!r}: only a shell knows '~'; write the whole path")
-    try:
-        str(place.resolve()).encode()
-    except (RuntimeError, UnicodeEncodeError) as error:  # a circle of links; libraries need UTF-8
-        told = one_line(error)
-        raise ConfigError(f"output {shortened(str(path))} is no usable path ({told})") from error
+    told = f"output {shortened(str(path))} is no usable path"
+    with raised_as(ConfigError, (RuntimeError, UnicodeEncodeError), told):
+        str(place.resolve()).encode()  # a circle of links; libraries need UTF-8
     with explained(path):
         parent = next(filter(Path.exists, place.parents))
         if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -77,9 +77,9 @@ def _forward_flops(anatomy: Anatomy, tokens: int, context: int) -> int:
     for shape in anatomy.layers:
         blocks = [shape.block(segment) for row in rows for segment in row.segments]
         channels = sum(count * width for count, width in blocks)
+        of_expert = max(shape.expert_params // anatomy.hidden_size - 1, 0)  # but its router's row
+        channels += anatomy.experts_per_token * of_expert + shape.num_experts
         flops += tokens * 2 * anatomy.hidden_size * channels  # one side is the hidden size
-        taken = anatomy.experts_per_token * shape.intermediate_size * shape.expert_neuron_params
-        flops += tokens * 2 * (taken + shape.num_experts * shape.expert_fixed_params)
         flops += tokens * 2 * shape.fixed_weights
         reach = max(tokens, min(context, shape.window or context))
         flops += 4 * tokens * reach * shape.num_heads * shape.head_dim  # scores and values

@@ -67,9 +67,7 @@ def unreadable(model: str | Path, what: str) -> Iterator[None]:
         cause: BaseException | None = None if Path(model).is_dir() else error
         while cause is not None:  # transformers wraps what the hub's library raises
             cures = TABLES["hub_errors"].items()
-            told = next(
-                (cure for kind, cure in cures if isinstance(cause, getattr(hub, kind))), told
-            )
+            told = next((c for kind, c in cures if isinstance(cause, getattr(hub, kind))), told)
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(f"model {str(model)!r}: {told}") from error
 

@@ -73,8 +73,7 @@ def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, An
     moved, device = dict(inputs), device_of(model)
     for name, value in inputs.items():
         if isinstance(value, Tensor):
-            floating = value.is_floating_point()
-            moved[name] = value.to(device, model.dtype if floating else None)
+            moved[name] = value.to(device, model.dtype if value.is_floating_point() else None)
     return moved
 
 

@@ -175,6 +175,7 @@ def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrain
 
 
 _SAMPLED = 64
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PACKED, _SPARE = 16, 2**20
 """Weights that one stored number can hold, quantised, and weights that files may lack."""
 _OF_PROCESSORS = {*TABLES["of_processors"]}  # every processor and tokenizer has one of them
@@ -530,14 +531,16 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def digest_of_weights(model: nn.Module) -> str:
-    """Hash shapes, data types and up to 64 evenly spaced values of every weight."""
+    """Hash shapes, data types, sums of the bits and 64 evenly spaced values of every weight."""
     parts = []
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:  # accelerate has offloaded it
             place, _, own = name.rpartition(".")
             tensor = weight_of(model.get_submodule(place), own)
         flat = tensor.detach().flatten()
-        parts.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        bits = flat.view(_INTEGERS[flat.itemsize]).split(2**24)
+        total = sum(int(part.sum()) for part in bits)  # any one change changes it
+        parts.append(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}".encode())
         parts.append(flat[:: max(len(flat) // _SAMPLED, 1)].float().cpu().numpy().tobytes())
     return digest(parts)
 

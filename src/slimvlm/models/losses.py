@@ -32,6 +32,7 @@ Reduction = Literal["token_mean", "paper"]
 Head = Callable[[Tensor], Tensor]
 """Hidden states → logits, position by position; the same values whenever it is called."""
 
+_AS_IS = nn.Identity()
 CHUNK = 128  # positions whose logits exist at once on a CPU: 134 MB in float32 with 262,144 tokens
 _LARGEST = 2**20  # bytes of one position's logits in float32 with 262,144 tokens
 
@@ -42,10 +43,6 @@ def rows_at_once(device: torch.device, free: int | None = None) -> int:
         return CHUNK
     free = free_memory(device) if free is None else free
     return min(max(free // 16 // _LARGEST, CHUNK // 4), 4 * CHUNK)
-
-
-def _as_is(logits: Tensor) -> Tensor:
-    return logits
 
 
 def label_counts(labels: Int[Tensor, "B T"]) -> Int[Tensor, " B"]:
@@ -100,8 +97,8 @@ def cross_entropy(hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]) -> Flo
 def divergence(
     student: Hidden,
     teacher: Float[Tensor, "B T E"],
-    head: Head = _as_is,
-    teacher_head: Head = _as_is,
+    head: Head = _AS_IS,
+    teacher_head: Head = _AS_IS,
     mask: Mask | None = None,
     kind: Divergence = "kl",
     temperature: float = 2.0,
@@ -133,8 +130,8 @@ def divergence(
 def row_divergences(
     student: Float[Tensor, "N D"],
     teacher: Float[Tensor, "N E"],
-    head: Head = _as_is,
-    teacher_head: Head = _as_is,
+    head: Head = _AS_IS,
+    teacher_head: Head = _AS_IS,
     kind: Divergence = "kl",
     temperature: float = 1.0,
 ) -> Float[Tensor, " N"]:
@@ -183,8 +180,7 @@ def hidden_l2(
         Huang et al. 2025, arXiv:2507.20749, Eq. 9 (its code takes the mean over channels, too).
     """
     ours, theirs = _counted(mask, reduction, student, teacher.detach())
-    distances = (ours.float() - theirs.float()).square().mean(-1)
-    return distances.sum() / max(len(ours), 1)
+    return (ours.float() - theirs.float()).square().mean(-1).sum() / max(len(ours), 1)
 
 
 def hidden_cosine(

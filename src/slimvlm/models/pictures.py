@@ -155,7 +155,10 @@ def budgets_for(
         of_size = {size: picture_tokens(changed, size) for size in set(sizes)}
         return [of_size[size] for size in sizes]
 
-    full, least = sum(counts(0)), sum(counts(len(steps) - 1))
+    order: Sequence[int] = range(len(steps))
+    if len(steps) < 2 * SHOWN:  # with fewer tiles some pictures take more tokens
+        order = sorted(order, key=lambda step: -sum(counts(step)))
+    full, least = sum(counts(0)), sum(counts(order[-1]))
     if least == full:
         told = f"its processor has no {names} by which pictures take fewer tokens"
         raise UnsupportedModelError(f"{config.model_type} has no image-token budget: {told}")
@@ -166,7 +169,7 @@ def budgets_for(
             of = f"{full / len(sizes):.0f} tokens of this data's pictures"
             told = f"must be from {lowest} to 1: {names} leave that of the {of}"
             raise ConfigError(f"image-token budget {share} {told}")
-        step = bisect_left(range(len(steps)), -share * full, key=lambda i: -sum(counts(i)))
+        step = order[bisect_left(order, -share * full, key=lambda i: -sum(counts(i)))]
         means = sum(counts(step)) / len(sizes), full / len(sizes)
         return PictureBudget(share, steps[step], *means, sorted(sizes)[len(sizes) // 2])
 
