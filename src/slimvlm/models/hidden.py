@@ -38,13 +38,14 @@ def layer_output(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, a model is in evaluation mode; afterwards in its former mode."""
-    was_training = model.training
+    """Inside, a model is in evaluation mode; afterwards each of its modules in its former mode."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -110,21 +111,21 @@ def hidden_states(
 ) -> list[Float[Tensor, "B T D"]]:
     """Compute the hidden state after the last norm, and those after some (ascending) layers."""
     caught: dict[int, Tensor] = {}
-    newest: list[Tensor] = []
-
-    def catch(index: int, module: nn.Module, args: Any, output: Any) -> None:
-        for layer in layers:
-            if layer < index and layer not in caught:
-                caught[layer] = newest[0]
-        newest[:] = [main_stream(layer_output(output))]
-        if index in layers:
-            caught[index] = newest[0]
-
     parts = Parts(model)
     modules = [*(parts.layers if layers else ()), parts.norm]
+    wanted = (len(modules) - 1, *layers)
+
+    def catch(index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        for layer in layers:
+            if layer < index:  # one that did not run changes nothing
+                caught.setdefault(layer, main_stream(layer_input(args, kwargs)))
+        if index in wanted:
+            caught[index] = main_stream(layer_output(output))
+
     with ExitStack() as stack:
         for index, module in enumerate(modules):
-            stack.enter_context(module.register_forward_hook(partial(catch, index)))
+            hook = module.register_forward_hook(partial(catch, index), with_kwargs=True)
+            stack.enter_context(hook)
         if isinstance(runner, DistributedDataParallel):
             runner(**inputs, use_cache=False, logits_to_keep=1)
         elif is_sharded(model):  # its own forward pass gathers the weights
@@ -135,7 +136,7 @@ def hidden_states(
                 quantizer: Any = model.hf_quantizer
                 quantizer.compressor.decompress_model(model)
             model.base_model(**inputs, use_cache=False)
-    return [newest[0], *(caught[layer] for layer in layers)]
+    return [caught[index] for index in wanted]
 
 
 def head_of(model: PreTrainedModel) -> Head:
