@@ -180,6 +180,9 @@ def test_layers_that_pictures_alone_reach_are_skipped_without_one(name):
     assert scores.layer.isfinite().all()
     assert (scores.layer == 0).any()
     assert sv.score(model, [blind, batch], "angular").layer.isfinite().any()
+    for criterion in ("taylor", "gate", "activation", "wanda"):
+        widths = sv.score(model, [blind], criterion)
+        assert sv.make_plan(sv.anatomy(model), widths, 0.1).ratio > 0
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "taylor_mix"])

@@ -115,7 +115,11 @@ def scores_from(
     """Turn statistics, or parts of them, into scores; ``token_weights`` is only written down."""
     row, anatomy = criterion_named(criterion, options), read_anatomy(model)
     given = {name: value for name, value in options.items() if name not in row.capture.options}
-    values: Values = {}
+    values: Values = {  # of layers that no batch ran
+        (index, unit): torch.zeros(shape.units(unit))
+        for index, shape in enumerate(anatomy.layers)
+        for unit in {*row.units} & {*LAYER_UNITS}
+    }
     for part in collected:
         values |= row.function(part, anatomy, **given)
         about = {"samples": part.num_samples, "tokens": part.num_tokens, **options}
