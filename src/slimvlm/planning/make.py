@@ -53,8 +53,7 @@ class Budget(Options):
             if self.kv_heads not in legal:
                 raise ConfigError(f"kv_heads {self.kv_heads} must be one of: {legal}")
             if self.counting == "per_layer" or self.axis == "depth":
-                needed = "axis 'width' or 'both' and counting 'parameters'"
-                raise ConfigError(f"kv_heads {self.kv_heads} needs {needed}")
+                raise ConfigError(f"kv_heads {self.kv_heads} needs width, counting 'parameters'")
             if "kv_group" not in self.units and self.kv_heads != legal[-1]:
                 raise ConfigError(f"kv_heads {self.kv_heads} needs 'kv_group' among units")
         if self.experts and not self.anatomy.expert_counts:
@@ -337,12 +336,11 @@ def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan
     Both kinds give the same share as far as whole groups allow; neurons make up the difference.
     """
     can_shrink = {"kv_group": True, "neuron": len(budget.anatomy.legal_neurons()) > 1}
-    whole = budget.anatomy.legal_kv_heads()[-1:]
     scored = {
         unit: scores_for(unit, given, budget)
         for unit in budget.units
         if (can_shrink[unit] and any(scores.of(unit) is not None for scores in given))
-        or (unit == "kv_group" and budget.kv_heads not in (None, *whole))
+        or (unit == "kv_group" and budget.kv_heads is not None)
     }
     if not scored:
         scores_for(budget.units[-1], given, budget)

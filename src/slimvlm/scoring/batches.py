@@ -140,9 +140,7 @@ def answer_loss(model: Any, batches: Iterable[Batch], like: Iterable[Batch] | No
         (hidden_states(model, without_labels(batch))[0], labels_of(model.config, batch))
         for batch in _all_on_device(model, batches)
     )
-    counts = (
-        None if like is None else (label_counts(labels_of(model.config, batch)) for batch in like)
-    )
+    counts = None if like is None else (label_counts(labels_of(model.config, b)) for b in like)
     return mean_answer_loss(states, head_of(model), counts)
 
 

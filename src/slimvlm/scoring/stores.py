@@ -122,8 +122,7 @@ class Scratch:
         """As `Memory.write`."""
         self._folder(name).mkdir(exist_ok=True)
         # copies: safetensors writes none that share memory, such as a mask and its view
-        how: Any = {"copy": True, "memory_format": torch.contiguous_format}
-        stored = {key: value.detach().to("cpu", **how) for key, value in tensors.items()}
+        stored = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         noted = {"about": json.dumps(about)}
         path = self._path(name, place)
         noted["digest"] = digest([name, path.name, digest_of_tensors(stored), noted["about"]])
