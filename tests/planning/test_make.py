@@ -186,6 +186,8 @@ def test_per_layer_is_a_share_of_the_unprotected_layers_and_follows_the_query_gr
     plan = make_plan(anatomy, scores_named("llama"), 0.5, "width", counting="per_layer")
     shape = plan.after.layers[0]
     assert (shape.num_heads, shape.num_kv_heads, shape.intermediate_size) == (4, 2, 48)
+    rounded = make_plan(anatomy, scores_named("llama"), 0.3, counting="per_layer", round_to=8)
+    assert rounded.after.layers[0].intermediate_size == 64  # of 67
 
 
 # Ties and runs
@@ -265,6 +267,8 @@ def test_missing_scores_are_named(axis, missing):
     for scores, told in ((wrong, "'half'"), ([], "none")):
         with pytest.raises(ConfigError, match=f"needs scores of {missing}; given: {told}"):
             make_plan(anatomy, scores, 0.2, axis)
+    with pytest.raises(ConfigError, match="needs scores of kv_group; given: 'half'"):
+        make_plan(anatomy, Scores("half", neuron=random_scores(anatomy).neuron), 0.2, kv_heads=2)
 
 
 def test_scores_with_nan_are_refused():

@@ -90,6 +90,16 @@ def test_scores_are_those_of_the_model_in_memory(name, case, folders):
     assert_same(score_checkpoint(folders[name], batches(model), **CASES[case]), expected)
 
 
+@pytest.mark.parametrize("name", tiered(["lfm2", "qwen3_5_text"]))
+def test_padding_that_layers_read_is_stored_beside_the_batch(name, tmp_path):
+    model = tiny.build(name)
+    model.save_pretrained(tmp_path / "hybrid")
+    batch = {name: values.repeat(2, 1) for name, values in tiny.batch(model).items()}
+    batch["attention_mask"][1, :4] = 0
+    expected = score(model, [batch], "activation")
+    assert_same(score_checkpoint(tmp_path / "hybrid", [batch], "activation"), expected)
+
+
 def test_half_precision_weights_have_float32_statistics(tmp_path):
     tiny.build("llama").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     model, _ = load(tmp_path / "half")

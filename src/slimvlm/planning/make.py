@@ -52,8 +52,8 @@ class Budget(Options):
             legal = self.anatomy.legal_kv_heads()
             if self.kv_heads not in legal:
                 raise ConfigError(f"kv_heads {self.kv_heads} must be one of: {legal}")
-            if self.counting == "per_layer":
-                raise ConfigError(f"kv_heads {self.kv_heads} needs counting 'parameters'")
+            if self.counting == "per_layer" or self.axis == "depth":
+                raise ConfigError(f"kv_heads {self.kv_heads} needs width, counting 'parameters'")
             if "kv_group" not in self.units and self.kv_heads != legal[-1]:
                 raise ConfigError(f"kv_heads {self.kv_heads} needs 'kv_group' among units")
         if self.experts and not self.anatomy.expert_counts:
@@ -81,8 +81,8 @@ class Budget(Options):
     @property
     def multiple(self) -> int:
         """Multiple for the number of kept neurons; a larger one if the model needs it."""
-        wanted = self.round_to or default_multiple(self.anatomy)
-        return math.lcm(wanted, self.anatomy.backbone.neuron_multiple)
+        default = 1 if self.counting == "per_layer" else default_multiple(self.anatomy)
+        return math.lcm(self.round_to or default, self.anatomy.backbone.neuron_multiple)
 
     @property
     def protected(self) -> tuple[int, int]:
@@ -134,8 +134,8 @@ def make_plan(
             as the ratio needs (`default_multiple`); 1 with ``per_layer``.
         depth_share: With ``both``, the share of the removed parameters that layers give.
         units: Which of ``kv_group`` and ``neuron`` may become fewer.
-        kv_heads: KV groups to keep in every unprotected layer; neurons give the rest. By default
-            both kinds give the same share where whole groups allow it.
+        kv_heads: KV groups to keep in every unprotected layer, by their scores; neurons give the
+            rest. By default both kinds give the same share where whole groups allow it.
         tokens: Ids of the tokens to keep, as `slimvlm.choose_tokens` finds them; None for all. The
             rows that go are part of the ratio, of which the axis gives the rest.
         experts: Share of the experts of every layer that goes, in [0, 1), protected layers too;
@@ -339,7 +339,8 @@ def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan
     scored = {
         unit: scores_for(unit, given, budget)
         for unit in budget.units
-        if can_shrink[unit] and any(scores.of(unit) is not None for scores in given)
+        if (can_shrink[unit] and any(scores.of(unit) is not None for scores in given))
+        or (unit == "kv_group" and budget.kv_heads is not None)
     }
     if not scored:
         scores_for(budget.units[-1], given, budget)
@@ -357,8 +358,9 @@ def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan
     if budget.counting == "per_layer":
         channels = all_groups * widest.head_dim
         gone = channels_to_remove(channels, budget.ratio) // max(widest.head_dim, 1)
-        neurons = max(all_neurons - channels_to_remove(all_neurons, budget.ratio), 1)
-        counts = {"kv_group": max(all_groups - gone, 1), "neuron": neurons}
+        neurons = all_neurons - channels_to_remove(all_neurons, budget.ratio)
+        neurons = max(round(neurons / budget.multiple), 1) * budget.multiple
+        counts = {"kv_group": max(all_groups - gone, 1), "neuron": min(neurons, all_neurons)}
     else:
         # A unit weighs as much as its like weigh in all open layers together.
         group_params = sum(shape.kv_group_params for shape in equal.layers)

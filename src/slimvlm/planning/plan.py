@@ -16,7 +16,6 @@ from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
 from slimvlm.models.families import BACKBONES, FAMILIES
 
 AXES = ("depth", "width", "both")
-FORMAT = "slimvlm-plan/1"
 
 Kept = tuple[int, ...]
 
@@ -77,7 +76,14 @@ class Plan:
                 raise ImpossiblePlanError(
                     f"plan: experts[{index}] keeps {len(experts)}, but each token takes {taken}"
                 )
-        self._require_tokens()
+        why = None if self.tokens is None else before.why_tokens_stay
+        if why is not None:
+            raise ImpossiblePlanError(
+                f"plan: tokens of {before.model_type!r} cannot go, since {why}"
+            )
+        most = before.vocab_size
+        if self.tokens is not None and not (self.tokens and _are_indices(self.tokens, most)):
+            raise ConfigError(f"plan: tokens must be at least one, sorted, unique and below {most}")
         missing = sorted(set(before.pinned_layers) - set(self.layers))
         if missing:
             raise ImpossiblePlanError(
@@ -89,17 +95,6 @@ class Plan:
                 f"plan: no layer of {before.model_type!r} with {kind} stays; at least one of its "
                 f"{before.kinds[kind]} must"
             )
-
-    def _require_tokens(self) -> None:
-        if self.tokens is None:
-            return
-        if (why := self.before.why_tokens_stay) is not None:
-            raise ImpossiblePlanError(
-                f"plan: tokens of {self.before.model_type!r} cannot go, since {why}"
-            )
-        most = self.before.vocab_size
-        if not self.tokens or not _are_indices(self.tokens, most):
-            raise ConfigError(f"plan: tokens must be at least one, sorted, unique and below {most}")
 
     @classmethod
     def everything(cls, anatomy: Anatomy) -> "Plan":
@@ -218,7 +213,7 @@ class Plan:
         names = ("axis", "asked_ratio", "ratio", "criteria", "layers", *rows, "tokens")
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
         values["criteria"] = dict(self.criteria)
-        return {"format": FORMAT, **values, "before": asdict(self.before)}
+        return {"format": "slimvlm-plan/1", **values, "before": asdict(self.before)}
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

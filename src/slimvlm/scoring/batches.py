@@ -93,7 +93,7 @@ def batches_with_targets(
 
     Without ``token_weights`` labelled tokens count 1 each (without labels all of the text). With
     them a prompt or answer token counts the weight of its role, labelled or not; tokens of pictures
-    are never predicted.
+    are never predicted, nor are any by padding.
     """
     for batch in _all_on_device(model, batches):
         if token_weights is None:
@@ -106,7 +106,7 @@ def batches_with_targets(
             given: Any = batch.get("labels", ids)
             labels = torch.where(masks["answer"], given, ids)
             weights = weights_by_role(model.config, batch, token_weights)
-            weights = weights.masked_fill(masks["image"], 0.0)
+            weights = weights.masked_fill(masks["image"], 0.0) * valid_tokens(batch).roll(1, 1)
             labels, weights = labels.masked_fill(weights == 0, IGNORE), weights[:, 1:]
         if not bool(weights.sum(1).all()):
             why = "labelled token" if token_weights is None else "text token of a weight above 0"
@@ -140,9 +140,7 @@ def answer_loss(model: Any, batches: Iterable[Batch], like: Iterable[Batch] | No
         (hidden_states(model, without_labels(batch))[0], labels_of(model.config, batch))
         for batch in _all_on_device(model, batches)
     )
-    counts = (
-        None if like is None else (label_counts(labels_of(model.config, batch)) for batch in like)
-    )
+    counts = None if like is None else (label_counts(labels_of(model.config, b)) for b in like)
     return mean_answer_loss(states, head_of(model), counts)
 
 
@@ -161,15 +159,15 @@ def without_labels(batch: Batch) -> Batch:
 
 
 def labels_of(config: Any, batch: Batch) -> Tensor:
-    """Return the given labels, or the whole text as labels, without padding and pictures."""
+    """Return the given labels or the whole text, but pictures and what padding would predict."""
     labels: Tensor | None = batch.get("labels")
     if labels is None:
         if "input_ids" not in batch:
             raise DataError("a batch of inputs_embeds needs labels for this criterion")
         is_picture = role_masks(config, batch)["image"]
         labels = batch["input_ids"].masked_fill(is_picture, IGNORE)
-    mask = batch.get("attention_mask")
-    return labels if mask is None else labels.masked_fill(mask == 0, IGNORE)
+    mask = valid_tokens(batch)  # of tokens, and of those that predict them
+    return labels.masked_fill(mask * mask.roll(1, 1) == 0, IGNORE)
 
 
 class Watched:

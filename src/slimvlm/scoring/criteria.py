@@ -156,11 +156,12 @@ CRITERIA: dict[str, Criterion] = {
         WIDTH_UNITS, GRADIENTS, lambda found, anatomy: per_unit(found.parts, anatomy), _LLM_PRUNER,
         "first and second order together", fixed={"order": "mix"}),
     "gate": Criterion(
-        WIDTH_UNITS, GATES, forward.score_as_collected, "Michel et al., arXiv:1905.10650",
+        WIDTH_UNITS, GATES, lambda found, anatomy: dict(found.parts),
+        "Michel et al., arXiv:1905.10650",
         "gradient of a switch on each unit; no weight gradients"),
     "activation": Criterion(
-        WIDTH_UNITS, ACTIVATIONS, forward.score_as_collected, "Minitron, arXiv:2407.14679",
-        "mean size of a unit's output"),
+        WIDTH_UNITS, ACTIVATIONS, lambda found, anatomy: dict(found.parts),
+        "Minitron, arXiv:2407.14679", "mean size of a unit's output"),
     "wanda": Criterion(
         WIDTH_UNITS, MOMENTS, forward.score_wanda, "Wanda, arXiv:2306.11695",
         "|weight| x size of its input, over the columns that read the unit"),

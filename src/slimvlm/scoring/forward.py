@@ -351,11 +351,6 @@ def capture_routing(
     return Statistics(parts=parts, **seen.totals)
 
 
-def score_as_collected(statistics: Statistics, anatomy: Anatomy) -> Values:
-    """Take what was collected of units, such as mean sizes of their outputs, as it is."""
-    return dict(statistics.parts)
-
-
 def score_wanda(statistics: Statistics, anatomy: Anatomy) -> Values:
     """``Σ_i |W_ij| · ‖x_j‖``, added over the unit's channels ``j``; the norm is a root mean square.
 

@@ -67,12 +67,10 @@ class Moments:
         self._is_whole = False
         self.total += weights @ values
         self.count += weights.sum(dtype=torch.float64)
-        if residuals is None:
-            assert self.cross is None
+        if self.cross is None or self.missing is None or self.missing_square is None:
+            assert residuals is None
             return
-        assert self.cross is not None
-        assert self.missing is not None
-        assert self.missing_square is not None
+        assert residuals is not None
         e = residuals.to(dtype)
         weighted = e * weights[:, None]
         self.cross.addmm_(weighted.T, values)

@@ -66,8 +66,7 @@ def score(
     layers take more than 2 GiB (``PART_BYTES``), for so many layers at a time.
     """
     layer_bytes = criterion_named(criterion, options).capture.layer_bytes
-    parts: list[list[int]] = []  # runs of layers whose statistics fit, one layer at least
-    room = 0
+    parts, room = list[list[int]](), 0  # runs of layers whose statistics fit, one layer at least
     sizes = [layer_bytes(shape) for shape in read_anatomy(model).layers] if layer_bytes else []
     for index, size in enumerate(sizes):
         if not parts or size > room:
@@ -115,8 +114,9 @@ def scores_from(
     """Turn statistics, or parts of them, into scores; ``token_weights`` is only written down."""
     row, anatomy = criterion_named(criterion, options), read_anatomy(model)
     given = {name: value for name, value in options.items() if name not in row.capture.options}
-    values: Values = {}
-    for part in collected:
+    shapes, kinds = enumerate(anatomy.layers), {*row.units} & {*LAYER_UNITS}
+    values: Values = {(i, kind): torch.zeros(s.units(kind)) for i, s in shapes for kind in kinds}
+    for part in collected:  # layers that no batch runs keep zeros
         values |= row.function(part, anatomy, **given)
         about = {"samples": part.num_samples, "tokens": part.num_tokens, **options}
     if token_weights is not None:

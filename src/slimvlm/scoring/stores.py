@@ -121,7 +121,8 @@ class Scratch:
     def write(self, name: str, place: int, tensors: Tensors, about: Any = None) -> None:
         """As `Memory.write`."""
         self._folder(name).mkdir(exist_ok=True)
-        stored = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+        # copies: safetensors writes none that share memory, such as a mask and its view
+        stored = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         noted = {"about": json.dumps(about)}
         path = self._path(name, place)
         noted["digest"] = digest([name, path.name, digest_of_tensors(stored), noted["about"]])

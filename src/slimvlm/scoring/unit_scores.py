@@ -172,12 +172,11 @@ class Scores:
                 raise ValueError("its two files are of different runs")
             if not isinstance(criterion, str) or not isinstance(options, dict):
                 raise ValueError("criterion must be text, and options map names to values")
-        rows: dict[str, Any] = {}
+        rows: dict[str, Any] = {"layer_runs": tensors.get("layer_runs")}
         for unit in LAYER_UNITS:
             count = sum(name.startswith(f"{unit}.") for name in tensors)
             rows[unit] = [tensors[f"{unit}.{index}"] for index in range(count)] or None
-        runs = tensors.get("layer_runs")
-        return cls(criterion, tensors.get("layer"), layer_runs=runs, options=options, **rows)
+        return cls(criterion, tensors.get("layer"), options=options, **rows)
 
 
 def suffixed(path: Path, suffix: str) -> str:

@@ -29,7 +29,7 @@ from slimvlm.pruning.walk.streams import Streams
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from slimvlm.scoring.layerwise import LayerwiseModel, Live, Source, open_checkpoint
-from slimvlm.scoring.score_model import score, score_by_layer
+from slimvlm.scoring.score_model import check_token_weights, score, score_by_layer
 from slimvlm.scoring.stores import Memory, Scratch, StatesPlace, Store, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
 
@@ -66,10 +66,10 @@ def walk_(
     memory or in files (`slimvlm.scoring.stores.StatesPlace`); and one layer's sums.
 
     Options are those of ``slimvlm compress``, or of `make_plan`. A ``plan`` says what to remove
-    instead of ``ratio`` and ``axis``; ``scores`` of widths choose the units in place of the walk,
-    and those of layers default to `DEFAULT_CRITERIA`. ``held_out`` batches confirm and judge: for
-    ``repair="auto"`` and ``local_steps`` without any, every fourth batch is set aside. ``ridge`` is
-    that of `slimvlm.pruning.repair.refit`.
+    instead of these, ``ratio`` and ``axis``; ``scores`` of widths choose the units in place of the
+    walk, and those of layers default to `DEFAULT_CRITERIA`. ``held_out`` batches confirm and judge:
+    for ``repair="auto"`` and ``local_steps`` without any, every fourth batch is set aside.
+    ``ridge`` is that of `slimvlm.pruning.repair.refit`.
 
     Raises:
         ConfigError: If an argument is unknown or the plan is for another model.
@@ -77,6 +77,7 @@ def walk_(
         NumericalError: If NaN or infinity appears; the message says in which layer. The model is
             not changed then.
     """
+    _check(plan, token_weights, ratio=ratio, **options)
     fitted, judges, steps = _prepared(list(batches), held_out, repair, ridge, local_steps)
     models.require_full_precision(model.config, "pruned")
     models.require_undivided(model, "pruned")
@@ -127,6 +128,7 @@ def walk_checkpoint(
     """
     require_free(out, force)
     place = models.device_named(device)
+    _check(plan, token_weights, ratio=ratio, **options)
     fitted, judges, steps = _prepared(list(batches), held_out, repair, ridge, local_steps)
     given = [scores] if isinstance(scores, Scores) else scores
     opened = open_checkpoint(model, dtype, trust_remote_code)
@@ -147,6 +149,15 @@ def walk_checkpoint(
         weights = walked.weights
         prune_checkpoint(model, walked.plan, out, dtype, force, False, trust_remote_code, weights)
     return walked
+
+
+def _check(plan: Plan | None, weights: TokenWeights | None, **options: Any) -> None:
+    """Refuse options beside a plan, and token weights as those of scores."""
+    for name, value in options.items():
+        if plan is not None and value is not None:
+            raise ConfigError(f"{name} {value}: the plan says that already")
+    if weights is not None:
+        check_token_weights(WALKING, weights)
 
 
 def _prepared(
