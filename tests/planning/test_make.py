@@ -146,13 +146,11 @@ def test_both_splits_the_budget_and_units_share_that_of_widths(depth_share):
 )
 def test_protected_layers_stay_whole(name, axis, ratio, protect, counting):
     anatomy = anatomy_named(name)
-    options = {"protect": protect, "counting": counting}
+    options = {"protect": protect, "counting": "parameters" if axis == "both" else counting}
     plan = make_plan(anatomy, scores_named(name), ratio, axis, **options)
     count = anatomy.num_layers
     with suppress(SlimError):  # with a large ratio every layer between may go
-        large = make_plan(
-            anatomy, scores_named(name), 2 * ratio + 0.4, "both", depth_share=1.0, **options
-        )
+        large = make_plan(anatomy, scores_named(name), 2 * ratio + 0.4, "depth", **options)
         assert {*range(protect[0]), *range(count - protect[1], count)} <= {*large.layers}
     for index in (*range(protect[0]), *range(count - protect[1], count)):
         assert index in plan.layers

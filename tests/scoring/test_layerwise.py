@@ -90,11 +90,11 @@ def test_scores_are_those_of_the_model_in_memory(name, case, folders):
     assert_same(score_checkpoint(folders[name], batches(model), **CASES[case]), expected)
 
 
-@pytest.mark.parametrize("name", tiered(["lfm2", "qwen3_5_text"]))
+@pytest.mark.parametrize("name", tiered(["lfm2", "qwen3_5_text", "mllama"]))
 def test_padding_that_layers_read_is_stored_beside_the_batch(name, tmp_path):
     model = tiny.build(name)
     model.save_pretrained(tmp_path / "hybrid")
-    batch = {name: values.repeat(2, 1) for name, values in tiny.batch(model).items()}
+    batch = {n: each.repeat_interleave(2, 0) for n, each in tiny.batch(model).items()}
     batch["attention_mask"][1, :4] = 0
     expected = score(model, [batch], "activation")
     assert_same(score_checkpoint(tmp_path / "hybrid", [batch], "activation"), expected)

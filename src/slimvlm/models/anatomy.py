@@ -142,13 +142,13 @@ def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
     )
 
 
-def _mixers(config: Any, count: int) -> list[dict[str, Any]]:
+def _mixers(config: Any) -> list[dict[str, Any]]:
     """List how each layer mixes tokens, and its window, by the language model's configuration."""
     sliding = getattr(config, "sliding_window", None) or 0
     chunk = getattr(config, "attention_chunk_size", None) or 0
     windows = {"sliding_attention": sliding, "chunked_attention": chunk}
     every = "sliding_attention" if sliding else FULL_ATTENTION
-    kinds = list(getattr(config, "layer_types", None) or [every] * count)
+    kinds = list(getattr(config, "layer_types", None) or [every] * config.num_hidden_layers)
     for index in getattr(config, "cross_attention_layers", None) or ():
         kinds[index] = "cross_attention"
     return [{"kind": kind, "window": windows.get(kind, 0)} for kind in kinds]
@@ -369,7 +369,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     elif family.pinned_layers is not None:
         pinned = tuple(range(len(attrgetter(family.pinned_layers)(config))))
     required = backbone.retype_requires.items()
-    mixers = _mixers(text_config, len(shapes))
+    mixers = _mixers(text_config)
     if len(mixers) != len(shapes):  # a view of some layers, and nothing says which
         mixers = [{}] * len(shapes)
     return Anatomy(

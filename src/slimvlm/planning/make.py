@@ -46,6 +46,8 @@ class Budget(Options):
                 f"protect {(first, last)} must leave at least one of "
                 f"{self.anatomy.num_layers} layers"
             )
+        if self.counting == "per_layer" and self.axis == "both":  # layers and units are two counts
+            raise ConfigError("counting 'per_layer' is for axis 'width' or 'depth', not 'both'")
         if not self.units or not set(self.units) <= set(WIDTH_UNITS):
             raise ConfigError(f"units {self.units} must be some of: {', '.join(WIDTH_UNITS)}")
         if self.kv_heads is not None:
