@@ -80,6 +80,7 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
     if config.ratio is not None:
         if config.axis in (None, "chart") or (config.axis == "auto" and config.data is None):
             config = replace(config, axis=recipe_for(config.ratio, request.trains).axis)
+            return resolved(replace(request, prune=config), say, shape)  # a latency has its ratio
         criteria = criteria_of(config)
         reads = {name for name in criteria if name in CRITERIA and CRITERIA[name].needs_data}
         needs_tokens = config.vocab_size == "auto" and config.vocab_text is None

@@ -174,6 +174,7 @@ def settled(
         request = replace(request, pictures=chosen)
     if given is None:  # only the user's own data says which tokens are needed
         request = with_tokens(request, samples.counted(request) if has_data else [], say)
+        request = requests.resolved(request, shape=shape)  # a latency's ratio is beside the tokens
         given = tokens_alone(request, shape)
         if given is None and config.loses_tokens:
             requests.require_possible(request, shape, say)
