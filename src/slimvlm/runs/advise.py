@@ -119,7 +119,7 @@ def advise(
         return CompressConfig(
             ratio=round(ratio, 4),
             axis=recipe.axis,
-            vocab_size=tokens,
+            vocab_size="all" if target_latency and recipe.train else tokens,  # none are faster
             data=None if not data else "demo" if model == "demo" else "DATA.json",
             recover=recover,
         )
@@ -133,6 +133,7 @@ def advise(
     limit, hours = known.constants.max_hours_without_gpu, found.training_hours
     if device.type == "cpu" and hours > limit:
         notes.append(known.notes["without_gpu"].format(hours=hours, limit=limit))
+        ratio = _ratio(shape, subject, budget, False, dtype)  # a latency's depends on the axis
         recipe = recipe_for(ratio, False)
         found = cost_of(recipe)
     notes.append(f"the study's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
