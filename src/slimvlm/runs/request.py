@@ -257,12 +257,8 @@ def check_questions(questions: Questions, blind: bool = False, log: bool = False
 
 
 def criterion_options(config: PruneConfig, criterion: str) -> dict[str, Any]:
-    """Return those options of a request that a criterion has."""
-    row = CRITERIA[criterion]
-    options = {name: getattr(config, name) for name in row.from_request}
-    if row.needs_data and config.token_weights is not None:
-        options["token_weights"] = token_weights_of(config)
-    return options
+    """Return those options of a request that a criterion has, beside weights of tokens."""
+    return {name: getattr(config, name) for name in CRITERIA[criterion].from_request}
 
 
 def token_weights_of(config: PruneConfig) -> dict[str, float] | None:
