@@ -16,7 +16,7 @@ from slimvlm.runs import stages
 from slimvlm.runs.compress import compress, request_of
 from slimvlm.runs.recipes import rules
 from slimvlm.runs.request import Request, along, dry_plan, ratio_of, requests_by_axis, resolved
-from slimvlm.runs.stages import Calibration
+from slimvlm.runs.stages import Calibration, settled
 from slimvlm.runs.verbs import prune
 from slimvlm.scoring.batches import answer_loss
 from tests import tiny_folder as folders
@@ -139,6 +139,16 @@ def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share):
         more, left = (prefill_flops(each, PROMPT) / prefill_flops(shape, PROMPT) for each in reads)
         assert left <= share < more, axis
     assert len({request.prune.ratio for request in found.values()}) == 3
+
+
+@pytest.mark.parametrize("asked", [{"axis": "chart"}, {"vocab_size": "auto"}])
+def test_a_latency_s_ratio_is_of_the_axis_and_the_tokens_that_are_taken(asked, data):
+    model = str(folders.folder("llava"))
+    config, shape = PruneConfig(data=str(data), samples=4, **asked), sv.anatomy(model)
+    request = Request(model=model, prune=config, recover=RecoverConfig(), latency=0.75)
+    found, _, _ = settled(request, None, silent)
+    named = replace(request, tokens=found.tokens, prune=replace(config, axis=found.prune.axis))
+    assert found.prune.ratio == resolved(named, shape=shape).prune.ratio
 
 
 def test_a_run_meets_its_latency(data, tmp_path, unhurried):

@@ -93,6 +93,8 @@ def test_a_large_model_is_not_trained_without_a_gpu_and_costs_grow(model):
     assert without.recipe.axis == "width"
     assert "not trained" in without.notes[0]
     assert "--train none" in without.command
+    fast = advise(model, target_latency=0.77, gpu=False)  # along width, not depth
+    assert (fast.recipe.train, fast.latency <= 0.77) == (None, True)
     assert advise(model, ratio=0.3, gpu=False, samples=20).recipe.train == "lora"
     whole_batches = (160, 1600)
     few, many = (advise(model, ratio=0.3, gpu=True, samples=n).cost for n in whole_batches)
@@ -183,7 +185,7 @@ def test_experts_are_spoken_of_and_tokens_go_first_where_there_are_many(tmp_path
     for asked in ({"ratio": 0.3, "data": False}, {"target_latency": 0.8}):
         whole = advise(model, gpu=True, **asked)  # nothing to count; fewer tokens are no faster
         assert whole.token_share == 0
-        assert "--vocab-size" not in whole.command
+        assert ("--vocab-size all" in whole.command) == ("target_latency" in asked)
         assert whole.decoder_ratio == pytest.approx(whole.ratio * shape.backbone_params / layers)
 
 

@@ -119,6 +119,11 @@ def stopped(asked, out, name="prune_", force=False):
     return out
 
 
+def test_a_run_that_python_began_goes_on_by_its_file(data, tmp_path):
+    out = stopped(request_for(data, seed=3), tmp_path / "run")
+    stopped(read_config(out / "run.yaml")[:2], out)  # not refused
+
+
 def test_the_summary_says_how_the_model_is_loaded(short, unhurried, tmp_path):
     compress(*pruning(axis="width", protect=(1, 0)), tmp_path / "run", say=silent)
     said = [(run / "summary.md").read_text() for run in (short, tmp_path / "run")]

@@ -93,6 +93,15 @@ def test_a_training_costs_what_it_is_asked_for():
     assert hours(max_steps=5) == pytest.approx(whole / 4)
 
 
+def test_a_task_has_the_questions_of_its_file_and_no_more_than_it_has(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 3)
+    (tmp_path / "own.yaml").write_text(
+        "{name: own, data: q.jsonl, prompt: '{question}', answer: answer}"
+    )
+    assert module.questions_of(f"{tmp_path}/own.yaml,presence", None) == 3 + 320
+    assert module.questions_of("presence,gqa", 500) == 320 + 500
+
+
 def test_batches_are_as_long_as_their_longest_sample():
     """One long sample among short ones takes the memory of long ones, and no more time."""
     short, mixed, long, shown = (

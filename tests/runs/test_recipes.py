@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import RecoverConfig, parse_loss
-from slimvlm.runs.recipes import Curve, expected, published, recipe_for, rules, subject_of
+from slimvlm.runs.recipes import Curve, expected, recipe_for, rules, subject_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,11 +68,11 @@ def test_curves_are_straight_between_silent_outside_and_the_first_row_counts():
     values = [row.at(ratio) for ratio in (0.1, 0.18, 0.2, 0.4, 0.42, 0.5)]
     assert values == [None, 80, 80, 60, 60, None]
     assert row.at(0.3) == pytest.approx(70)
-    rows = published("width", "lora", "sft+hidden", 0.6)
+    rows = expected("width", "lora", "sft+hidden", 0.6, ours=False)
     found = {row.model: (value, row.source) for row, value in rows}
     assert found["LLaVA-1.5-7B"] == (78.13, "arXiv:2604.24380, Table 5")
     assert found["Bunny-3B"][0] == pytest.approx(83.86)
-    full, lora = (published("depth", train, "sft+hidden", 0.3) for train in ("full", "lora"))
+    full, lora = (expected("depth", train, "sft+hidden", 0.3, False) for train in ("full", "lora"))
     assert [value for _, value in full] == [value for _, value in lora]
     assert any(row.ours for row, _ in expected("width", "full", "kl+cosine", 0.3))
     assert not any(row.ours for row, _ in full)

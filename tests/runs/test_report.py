@@ -211,12 +211,16 @@ def test_a_study_shows_what_is_kept_of_each_kind_that_was_asked_for(study):
     assert "AVG-% chosen" not in cells.header
 
 
-def test_charts_mix_neither_shares_of_the_data_nor_other_options(study):
+def test_cells_are_told_apart_by_original_ratio_share_of_the_data_and_options(study):
     table = pd.read_parquet(study / "results.parquet")
     less = table[table["recovery"] == "tuned"].assign(fraction=0.05, avg_percent=1.0)
     both = pd.concat([table, less], ignore_index=True)
+    both = both.assign(original="second.json", ratio=both["ratio"] + 0.004)
     both.to_parquet(study / "results.parquet", index=False)
+    result("second", 10).save(study / "second.json")
     record = read_record(study)
+    assert record.comparison.name_a == "second"
+    assert record.entries[1].name.startswith("tiny depth 30.4%, ")
     titles = [chart.title.rpartition("ratio: ")[2] for chart in by_ratio(record.entries)]
     full, part = "fraction 1.0", "fraction 0.05"
     assert titles == [f"untrained, {full}", f"tuned, {full}", f"tuned, {part}"]
@@ -370,6 +374,10 @@ def test_bars_are_as_high_as_what_is_kept_and_crosses_are_what_is_gone(shape, tm
             assert ((opacity >= 0.06) & (opacity <= 1)).all()
             assert len(opacity) == sum(len(marks.texts) for marks in chart.of("heat"))
     shape = read_anatomy(tiny.build("llama4"))
+    full = allocation(Plan.everything(shape))
+    parts = ([row[3] for row in full.of(look)[0].rows] for look in ("mlp", "attention", "rest"))
+    whole = [row[3] for row in full.of("whole")[0].rows]
+    assert list(map(sum, zip(*parts, strict=True))) == pytest.approx(whole)
     scores = random_scores(shape)
     plan = make_plan(shape, scores, 0.0, experts=0.5)
     bars = allocation(plan)

@@ -63,6 +63,7 @@ def test_the_table_has_a_row_for_each_cell_with_published_numbers(finished, data
         *(("width", "none"), ("width", "sft+hidden")),
     ]
     assert set(table["status"]) == {"done"}
+    assert {*table["original"][1:]} == {table["result"][0]}
     assert list(table["achieved_ratio"][3:]) == pytest.approx([0.4, 0.4], abs=0.01)
     assert list(table["steps"][1:]) == [0, 2, 0, 2]
     assert table["perplexity"].nunique() == 5  # random models answer nothing, but differ in this

@@ -88,16 +88,16 @@ def advise(
     subject = subject_of({**vars(shape), "num_layers": shape.num_layers})
     targets = {"target_params": target_params, "target_memory": target_memory}
     budget = {"ratio": ratio, **targets, "target_latency": target_latency}
-    ratio = _ratio(shape, subject, budget, data, dtype)
-    recipe = recipe_for(ratio, data, bool(shape.projector_params))
-    row = next(row for row in known.fractions if ratio <= row.up_to)
+    gone = _ratio(shape, subject, budget, data, dtype)
+    recipe = recipe_for(gone, data, bool(shape.projector_params))
+    row = next(row for row in known.fractions if gone <= row.up_to)
     fraction, why = row.fraction, f"{row.why} ({known.fractions_source})"
     needed, given = round(fraction * known.full_set), known.full_set if samples is None else samples
     if samples is not None:  # few are all used
         fraction = 1.0 if samples <= needed else round(needed / samples, 4)
         if samples <= needed:
             why = f"train on all {samples:,} conversations: the study trained on {needed:,}"
-    tokens, on_tokens = _tokens_first(model, shape, ratio, data and target_latency is None)
+    tokens, on_tokens = _tokens_first(model, shape, gone, data and target_latency is None)
     pictures = image_tokens(model) if shape.vision_params else 0
     sizes = Sizes(
         shape=shape,
@@ -117,31 +117,32 @@ def advise(
         if recipe.train is not None:
             recover = RecoverConfig(train=recipe.train, loss=recipe.loss, fraction=fraction)
         return CompressConfig(
-            ratio=round(ratio, 4),
+            ratio=round(gone, 4),
             axis=recipe.axis,
-            vocab_size=tokens,
+            vocab_size="all" if target_latency and recipe.train else tokens,  # none are faster
             data=None if not data else "demo" if model == "demo" else "DATA.json",
             recover=recover,
         )
 
     def cost_of(recipe: Recipe) -> Cost:
         tried = len(get_args(options.Axis)) if recipe.train else 0
-        tried *= sizes.token_share < ratio
+        tried *= sizes.token_share < gone
         return cost(resolved(request_of("", config_of(recipe))), sizes, device, dtype, tried)
 
     found, notes = cost_of(recipe), list[str]()
     limit, hours = known.constants.max_hours_without_gpu, found.training_hours
     if device.type == "cpu" and hours > limit:
         notes.append(known.notes["without_gpu"].format(hours=hours, limit=limit))
-        recipe = recipe_for(ratio, False)
+        gone = _ratio(shape, subject, budget, False, dtype)  # a latency's depends on the axis
+        recipe = recipe_for(gone, False)
         found = cost_of(recipe)
     notes.append(f"the study's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
-    if recipe.train and sizes.token_share < ratio:
+    if recipe.train and sizes.token_share < gone:
         notes += [known.notes["axis_auto"], why]
     notes += on_tokens
     if shape.expert_counts and shape.expert_counts[0] > shape.experts_per_token:
         notes.append(known.notes["experts"].format(shape=shape))
-    share, config = sizes.decoder_share(ratio), config_of(recipe)
+    share, config = sizes.decoder_share(gone), config_of(recipe)
     axis = request_of(model, replace(config, axis=None)).prune.axis or recipe.axis
     promised = list[Expectation]()
     # all weights were trained of the demo model only, LoRA of the study's
@@ -156,17 +157,17 @@ def advise(
                     and (train == recipe.train or curve.ours)
                     and (curve.repaired or not curve.ours)  # the study's are of its own command
                 ]
-    before, after = shape.total_params, shape.total_params - round(ratio * shape.backbone_params)
+    before, after = shape.total_params, shape.total_params - round(gone * shape.backbone_params)
     held = weight_bytes(shape, dtype)
     return Advice(
         model=model,
-        ratio=ratio,
+        ratio=gone,
         axis=axis,
-        token_share=min(sizes.token_share, ratio),
+        token_share=min(sizes.token_share, gone),
         decoder_ratio=share,
         recipe=recipe,
         expected=tuple(sorted(promised, key=lambda each: not each.same)),
-        latency=_latency(recipe.axis, max(ratio - sizes.token_share, 0.0), subject),
+        latency=_latency(recipe.axis, max(gone - sizes.token_share, 0.0), subject),
         params=(before, after),
         weight_bytes=(held, round(held * after / before)),
         fraction=fraction if recipe.train else 1.0,

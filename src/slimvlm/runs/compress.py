@@ -230,11 +230,12 @@ def _about(model: str, config: CompressConfig) -> dict[str, Any]:
     made_from += [] if config.data is None else [identity_of_data(config.data)]
     files = filter(None, (config.vocab_text, config.baseline))
     made_from += [documents.identity_of_files(file, file) for file in files]
-    request = request_of(model, config)
+    request = resolved(request_of(model, config), shape=anatomy(model))
     if request.questions is not None:
         made_from += identities_of_tasks(request.questions)
-    if resolved(request, shape=anatomy(model)).prune.general_text:
+    if request.prune.general_text:
         made_from.append(identity_of_general_text())
+    config = replace(config, recover=request.recover)  # with the run's seed
     return {"model": model, **documents.asked(config), "made_from": made_from}
 
 
@@ -322,10 +323,9 @@ def _time(run: Run, model: PreTrainedModel, processor: Any) -> None:
         shown = USUAL_SIZE if pictures is None else pictures.size
         found = paired_times(model, processor, *stages.load_original(run.request), shown)
     except Exception as error:  # a run goes on without times, and says why it has none
+        why = one_line(error) if isinstance(error, SlimError) else repr(error)
         if is_out_of_memory(error):
             why = f"both models do not fit on {model.device} together ({one_line(error)})"
-        else:
-            why = one_line(error) if isinstance(error, SlimError) else repr(error)
         say(f"times are not paired: {why}")
         return
     finally:

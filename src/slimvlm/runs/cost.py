@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig
 
 from slimvlm.core.errors import SlimError
 from slimvlm.core.options import HIDDEN_LOSSES, CalibrationConfig, RecoverConfig, Train
-from slimvlm.evaluation.tasks import builtin_tasks
+from slimvlm.evaluation.lmms import split_names
+from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as loading
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.cost import BYTES, free_memory, load_of_others, usable_cores, weight_bytes
@@ -235,14 +236,20 @@ def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) ->
         seen = batches * min(recover.batch_size, samples)
         passes = kept * (2 if recover.train == "projector" else 3) + recover.needs_teacher
         return sizes.pass_flops * passes * seen
-    asked, own, count = request.questions, builtin_tasks(), 0
+    asked = request.questions
     assert asked is not None
-    for name in map(str.strip, asked.tasks.split(",")):
-        is_ours = name == "demo" or name in own
-        usual = constants.own_questions if is_ours else constants.benchmark_questions
-        tasks = len(own) if name == "demo" else 1
-        count += (asked.limit or usual) * tasks * (2 if asked.floors else 1)
+    count = questions_of(asked.tasks, asked.limit) * (1 + asked.floors)
     return float(sizes.pass_flops * kept * count * constants.reply_passes)
+
+
+@lru_cache(maxsize=64)
+def questions_of(tasks: str, limit: int | None) -> int:
+    """Count the questions of tasks: those of a file, of others the usual number."""
+    constants, ours, (own, theirs) = rules().constants, builtin_tasks(), split_names(tasks)
+    counts = [constants.benchmark_questions] * len(theirs)
+    for task in find_tasks(own) if own else ():
+        counts.append(constants.own_questions if task.name in ours else len(task.load(limit)))
+    return sum(min(limit or count, count) for count in counts)
 
 
 def optimizer_steps(config: RecoverConfig, samples: int, gone: float) -> int:

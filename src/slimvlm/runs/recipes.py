@@ -92,20 +92,17 @@ def recipe_for(ratio: float, has_data: bool, has_projector: bool = True) -> Reci
     return next(row for row in fits if ratio <= row.up_to)
 
 
-def expected(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
+def expected(
+    axis: str, train: str | None, loss: str, ratio: float, ours: bool = True
+) -> list[tuple[Curve, float]]:
     """Collect the AVG-% measured for an axis, a recovery and a ratio, the first one of a model."""
     learns = {train, "lora"} if train == "full" else {train}
     found: dict[str, tuple[Curve, float]] = {}
     for row in rules().retention:
         fits = row.axis == axis and row.train in learns and (train is None or row.loss == loss)
-        if fits and (value := row.at(ratio)) is not None:
+        if fits and (ours or not row.ours) and (value := row.at(ratio)) is not None:
             found.setdefault(row.model, (row, value))
     return list(found.values())
-
-
-def published(axis: str, train: str | None, loss: str, ratio: float) -> list[tuple[Curve, float]]:
-    """Collect those of `expected` that the study gives."""
-    return [found for found in expected(axis, train, loss, ratio) if not found[0].ours]
 
 
 def subject_of(shape: Mapping[str, Any]) -> str | None:

@@ -80,6 +80,7 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
     if config.ratio is not None:
         if config.axis in (None, "chart") or (config.axis == "auto" and config.data is None):
             config = replace(config, axis=recipe_for(config.ratio, request.trains).axis)
+            return resolved(replace(request, prune=config), say, shape)  # a latency has its ratio
         criteria = criteria_of(config)
         reads = {name for name in criteria if name in CRITERIA and CRITERIA[name].needs_data}
         needs_tokens = config.vocab_size == "auto" and config.vocab_text is None
@@ -256,12 +257,8 @@ def check_questions(questions: Questions, blind: bool = False, log: bool = False
 
 
 def criterion_options(config: PruneConfig, criterion: str) -> dict[str, Any]:
-    """Return those options of a request that a criterion has."""
-    row = CRITERIA[criterion]
-    options = {name: getattr(config, name) for name in row.from_request}
-    if row.needs_data and config.token_weights is not None:
-        options["token_weights"] = token_weights_of(config)
-    return options
+    """Return those options of a request that a criterion has, beside weights of tokens."""
+    return {name: getattr(config, name) for name in CRITERIA[criterion].from_request}
 
 
 def token_weights_of(config: PruneConfig) -> dict[str, float] | None:

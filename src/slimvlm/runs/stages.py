@@ -174,6 +174,7 @@ def settled(
         request = replace(request, pictures=chosen)
     if given is None:  # only the user's own data says which tokens are needed
         request = with_tokens(request, samples.counted(request) if has_data else [], say)
+        request = requests.resolved(request, shape=shape)  # a latency's ratio is beside the tokens
         given = tokens_alone(request, shape)
         if given is None and config.loses_tokens:
             requests.require_possible(request, shape, say)
@@ -216,9 +217,7 @@ class Calibration:
     @cached_property
     def general(self) -> list[dict[str, Any]]:
         """Validation batches of general text, which decide nothing."""
-        general = (
-            split_validation([s for s in self.samples if s.is_general])[1] if self.hold_out else []
-        )
+        general = split_validation([s for s in self.samples if s.is_general and self.hold_out])[1]
         return self._encoded(general, "encode general text") if general else []
 
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
@@ -236,10 +235,11 @@ def calibrate(
     request: Request, model: PreTrainedModel, calibration: Calibration
 ) -> dict[str, Scores]:
     """Score a model by each criterion of the request but the one that the walk chooses by."""
-    found: dict[str, Scores] = {}
+    found, weights = dict[str, Scores](), requests.token_weights_of(request.prune)
     for name in scored_by(request.prune):
-        batches: Any = progress(calibration.fitted, name) if CRITERIA[name].needs_data else ()
-        found[name] = score(model, batches, name, **requests.criterion_options(request.prune, name))
+        reads, options = CRITERIA[name].needs_data, requests.criterion_options(request.prune, name)
+        given: Any = (progress(calibration.fitted, name), name, weights) if reads else ((), name)
+        found[name] = score(model, *given, **options)
     return found
 
 

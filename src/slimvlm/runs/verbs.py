@@ -111,10 +111,7 @@ def _scores_from_files(
 ) -> list[Scores]:
     """Score like `slimvlm.runs.stages.calibrate`, with one layer in memory at a time."""
     config = request.prune
-    how = {
-        name: {each: getattr(config, each) for each in CRITERIA[name].from_request}
-        for name in scored_by(config)
-    }
+    how = {name: requests.criterion_options(config, name) for name in scored_by(config)}
     if not how:
         return []
     batches = calibration.fitted if any(CRITERIA[name].needs_data for name in how) else ()
@@ -151,9 +148,8 @@ def plan(
     if not given:
         ratio = size if target is None else 0.5  # any ratio: 0 needs fewer scores
         shown = options.PruneConfig(data="demo", too_long="cut", device=config.device)
-        wanted = replace(shown, ratio=ratio, axis=config.axis, experts=config.experts)
-        request = requests.resolved(Request(model=model, prune=wanted), shape=shape)
-        criteria = request.prune.criterion
+        whole = replace(shown, ratio=ratio, axis=config.axis, experts=config.experts)
+        criteria = requests.resolved(Request(model=model, prune=whole), shape=shape).prune.criterion
         dry = [requests.dummy_scores(shape, [name]) for name in criteria]
         if make(shape, dry, size, **how).cuts_layers or not config.loses_tokens:
             say(f"no --scores: using {' and '.join(criteria)} on the demo's conversations")

@@ -36,7 +36,7 @@ from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as runs
 from slimvlm.runs import tables
-from slimvlm.runs.recipes import published
+from slimvlm.runs.recipes import expected
 from slimvlm.runs.study import DONE, FAILED, OF_A_KIND, ORIGINAL, STUDY, TABLE
 from slimvlm.scoring.unit_scores import Scores
 from slimvlm.training.recover import History
@@ -106,9 +106,8 @@ def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, 
     # Unchanged answers whose replies differ most come first. Pictures are shown until the cards
     # fill `max_bytes`: those of lost answers first, and tasks take turns.
     queue: list[tuple[int, int, str, Pair]] = []
-    hidden: dict[str, Counter[Change]] = {}
+    hidden = {name: Counter(task.counts) for name, task in comparison.tasks.items()}
     for task in comparison.tasks.values():
-        hidden[task.name] = Counter(task.counts)
         for rank, kind in enumerate(CHANGES):
             pairs = [pair for pair in task.pairs if pair.kind == kind]
             if kind in MAX_CARDS:
@@ -137,8 +136,7 @@ def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, 
             scale = SMALL_SHOWN / max(shown.size) if enlarged else 1
             width, height = (max(1, round(side * scale)) for side in shown.size)
             uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-            picture = {"uri": uri, "width": width, "height": height, "enlarged": enlarged}
-            pictures.append(picture)
+            pictures.append({"uri": uri, "width": width, "height": height, "enlarged": enlarged})
         size = sum(len(each["uri"]) for each in pictures)
         if size > room:
             pictures, room = [], 0
@@ -274,7 +272,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
         [entry.name, entry.interval, row.model, f"{value:.1f}", row.source]
         for entry in entries
         if not entry.is_original and entry.percent is not None and recover.get("fraction", 1) == 1
-        for row, value in published(entry.axis, entry.train, entry.loss, entry.ratio)
+        for row, value in expected(entry.axis, entry.train, entry.loss, entry.ratio, False)
     ]
     if there:
         listed.append(Table(rows=there, **_TABLES["published"]))
@@ -368,7 +366,9 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
     measured, prunings = list(entries.values()), []
     for _, row in [] if cells.empty else cells.drop_duplicates("plan").iterrows():
         scores = [Scores.load(_inside(folder, name)) for name in str(row["scores"]).split()]
-        title = f"{Path(row['model']).name} {row['axis']} {row['ratio']:.0%}, {row['criterion']}"
+        title = (
+            f"{Path(row.model).name} {row['axis']} {100 * row['ratio']:.6g}%, {row['criterion']}"
+        )
         prunings.append((title, Plan.load(_inside(folder, row["plan"])), scores))
     trainings = []
     for index, row in cells.iterrows():
@@ -381,14 +381,14 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
     for ratio in sorted(rated["ratio"].unique())[:5]:
         entry = entries[rated[rated["ratio"] == ratio]["avg_percent"].idxmax()]
         how = f"{entry.axis}, {entry.recovery if entry.train else 'untrained'}"
-        cards.append((f"Best at {ratio:.0%} (AVG-%)", f"{entry.percent:.1f}", how))
+        cards.append((f"Best at {100 * ratio:.6g}% (AVG-%)", f"{entry.percent:.1f}", how))
     comparison, notes = None, []
     if not rated.empty:
         nearest = min(rated["ratio"].unique(), key=lambda each: abs(each - SHOWN_RATIO))
         best = rated[rated["ratio"] == nearest]["avg_percent"].idxmax()
         shown, notes = cells.loc[best], [f"Answers are those of: {entries[best].name}."]
         originals = table[(table["axis"] == ORIGINAL) & (table["model"] == shown["model"])]
-        original = Result.load(_inside(folder, originals.iloc[0]["result"]))
+        original = Result.load(_inside(folder, shown.get("original", originals.iloc[0]["result"])))
         comparison = compare(original, Result.load(_inside(folder, shown["result"])), known)
     extra = list(dict.fromkeys(name for entry in measured for name in entry.columns))
     header = ["model", "removed", "AVG", "AVG-% [95 % interval]", *extra]
@@ -397,7 +397,7 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
     for entry in measured:
         there = []
         if not entry.is_original and entry.fraction == 1:
-            there = published(entry.axis, entry.train, entry.loss, entry.ratio)
+            there = expected(entry.axis, entry.train, entry.loss, entry.ratio, False)
         low, high = entry.low, entry.high
         mark = tables.MARK * (low is not None and high is not None and not low <= 100 <= high)
         rows.append([entry.name, f"{entry.ratio:.1%}", f"{entry.average:.1f}"])
@@ -447,7 +447,7 @@ def _name(row: pd.Series, varied: Sequence[str] = ()) -> str:
         return f"{short} original"
     trained = "untrained" if row["train"] == "none" else str(row["recovery"])
     options = [f"{name} {row[name]}" for name in varied if row[name] != ""]
-    return ", ".join([f"{short} {row['axis']} {row['ratio']:.0%}", trained, *options])
+    return ", ".join([f"{short} {row['axis']} {100 * row['ratio']:.6g}%", trained, *options])
 
 
 def _entry(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from slimvlm.core.tables import read_table
 from slimvlm.planning.plan import Plan
-from slimvlm.runs.recipes import published
+from slimvlm.runs.recipes import expected
 from slimvlm.runs.report import Entry
 from slimvlm.scoring.unit_scores import Scores
 
@@ -277,7 +277,7 @@ def by_ratio(entries: Sequence[Entry]) -> list[Chart]:
             lines.append(_line(means, axis, f"{axis}, mean over seeds", axis))
             there = []  # the study's mean over its models, at those of the ratios that it has
             for ratio, _ in means if first.fraction == 1 else ():
-                if found := published(axis, first.train, first.loss, ratio / 100):
+                if found := expected(axis, first.train, first.loss, ratio / 100, False):
                     there.append((ratio, fmean(value for _, value in found)))
             if there:
                 name = f"{axis}, mean of the study's models"
@@ -308,10 +308,10 @@ def loss_curves(steps: Sequence[Mapping[str, float]]) -> list[Chart]:
 
 
 def allocation(plan: Plan) -> Chart:
-    """Draw the parameters that every layer keeps, attention and MLP apart."""
+    """Draw the parameters that every layer keeps, attention, MLP and other weights apart."""
     shapes = plan.before.layers
     largest = max(shape.params for shape in shapes)
-    bars: dict[str, list[tuple[float, ...]]] = {"mlp": [], "attention": [], "whole": []}
+    bars: dict[str, list[tuple[float, ...]]] = {"mlp": [], "attention": [], "rest": [], "whole": []}
     texts = []
     for index, shape in enumerate(shapes):
         kept = plan.shapes.get(index, shape.with_units(0, 0, 0))
@@ -319,6 +319,7 @@ def allocation(plan: Plan) -> Chart:
         mlp += kept.num_experts * kept.expert_fixed_params
         attention = kept.num_kv_heads * kept.kv_group_params
         heights = {"mlp": (0, mlp), "attention": (mlp, attention), "whole": (0, shape.params)}
+        heights["rest"] = (mlp + attention, kept.fixed_params * (index in plan.layers))
         for look, (bottom, height) in heights.items():
             bars[look].append((index + 0.08, bottom / largest, 0.84, height / largest))
         units = (

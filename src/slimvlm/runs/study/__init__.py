@@ -317,6 +317,7 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
             scored = [s for s in made if cache.path(s, f"{scheduling.SCORES}.json").exists()]
             row |= {**_retention(result, original), **_scores(result, sighted)}
             row["result"] = place(cell.evaluate, scheduling.RESULT)
+            row["original"] = place(cell.original, scheduling.RESULT)
             row["plan"] = place(cell.prune, scheduling.PLAN)
             row["scores"] = " ".join(place(stage, scheduling.SCORES) for stage in scored)
             row["history"] = cell.recover and place(cell.recover, scheduling.HISTORY)

@@ -228,9 +228,9 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     scored = []  # ratio, allocation and repair change no scores
     for criterion in scored_by(base.prune):
         label = f"{name} {criterion}"
-        known = {key: getattr(base.prune, key) for key in criterion_options(base.prune, criterion)}
+        known = criterion_options(base.prune, criterion)
         if CRITERIA[criterion].needs_data:
-            known["general_text"] = base.prune.general_text
+            known |= {n: getattr(base.prune, n) for n in ("general_text", "token_weights")}
             wanted = replace(_reading(base.prune), criterion=(criterion,), **known)
             request = replace(base, prune=wanted, tokens=None)
             label += f" seed {config.seed}"
