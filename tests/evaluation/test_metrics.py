@@ -21,17 +21,6 @@ def test_every_metric_is_a_share(metric, reply, answer):
     assert 0 <= metrics.METRICS[metric](reply, asking(answer)) <= 1
 
 
-@given(st.text("ab", max_size=8), st.text("ab", max_size=8), st.text("ab", max_size=8))
-def test_edit_distance_is_a_metric(a, b, c):
-    def distance(x, y):
-        return (1 - metrics.similarity(x, y)) * max(len(x), len(y))
-
-    assert distance(a, a) == 0
-    assert distance(a, b) == pytest.approx(distance(b, a))
-    assert distance(a, c) <= distance(a, b) + distance(b, c) + 1e-9
-    assert abs(len(a) - len(b)) - 1e-9 <= distance(a, b)
-
-
 def test_yes_no_details_are_those_of_pope_and_the_average_rescales_mme():
     replies = ["yes", "yes", "no", "no", "Yes.", "perhaps"]
     answers = ["yes", "no", "no", "yes", "yes", "yes"]

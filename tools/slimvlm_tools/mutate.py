@@ -127,6 +127,7 @@ def tested(source: Path, tests: list[str], seconds: float) -> tuple[str, float]:
         for stream in range(3):
             os.dup2(null, stream)
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         os.chdir(ROOT)
         sys.path[:0] = [str(source), str(ROOT / "tools"), str(ROOT)]
         os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])

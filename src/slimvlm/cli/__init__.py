@@ -111,10 +111,8 @@ def _run(verb: str, words: list[str]) -> None:
         return
     if sys.flags.optimize > 1:  # transformers reads docstrings
         raise ConfigError(f"PYTHONOPTIMIZE {sys.flags.optimize} must be at most 1")
-    try:
+    with errors.raised_as(ConfigError, OSError, "the working folder cannot be read"):
         Path.cwd()
-    except OSError as error:
-        raise ConfigError(f"the working folder cannot be read ({error.strerror})") from error
     if verb not in VERBS:
         raise ConfigError(f"verb {verb!r} must be one of: {', '.join(VERBS)}")
     if num_ranks() > 1 and verb != "recover":

@@ -85,6 +85,7 @@ def raised_as(
         yield
     except of as error:
         why = getattr(error, "strerror", None) or one_line(error)
+        why = why if isinstance(error, SlimError) else why[:LONGEST]  # others quote foreign values
         raise kind(f"{told} {why}" if told.endswith(":") else f"{told} ({why})") from error
 
 

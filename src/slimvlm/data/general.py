@@ -55,7 +55,7 @@ def _prose() -> tuple[str, ...]:
                 texts[other] = ""
                 waiting.append(other)
     lines = (text.splitlines() for _, text in sorted(texts.items()))
-    return tuple("\n".join(line.strip() for line in each if _is_prose(line)) for each in lines)
+    return tuple("\n".join(map(str.strip, filter(_is_prose, each))) for each in lines)
 
 
 @cache

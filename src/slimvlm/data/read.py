@@ -64,11 +64,9 @@ def read_rows(
     """
     path = path_of(data, "data")
     if path.exists():
-        try:
+        with raised_as(ConfigError, OSError, f"data {str(data)!r}: cannot be read"):
             for file in files_of_folder(path, splits, say) if path.is_dir() else [path]:
                 yield from _rows_of_file(file, outlined)
-        except OSError as error:
-            raise ConfigError(f"data {str(data)!r}: cannot be read ({error.strerror})") from error
     elif str(data).count("/") == 1 and not (
         str(data).startswith((".", "/", "~")) or path.suffix in ENDINGS or path.parent.is_dir()
     ):
@@ -170,7 +168,8 @@ def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet
 
-    try:
+    told = f"data {str(path)!r}: is not a {path.suffix[1:]} file"
+    with raised_as(DataError, Exception, told):  # broken ones make pyarrow raise almost anything
         if path.suffix == ".parquet":
             with parquet.ParquetFile(path) as file:
                 about = file.metadata
@@ -184,9 +183,6 @@ def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
                 at_once = _at_once(path, len(batch), batch.nbytes)
                 for start in range(0, len(batch), at_once):
                     yield from plain_rows(batch.slice(start, at_once), outlined)
-    except Exception as error:  # broken files make pyarrow raise almost anything
-        told = f"is not a {path.suffix[1:]} file ({one_line(error)[:LONGEST]})"
-        raise DataError(f"data {str(path)!r}: {told}") from error
 
 
 def _at_once(path: Path, num_rows: int, num_bytes: int) -> int:
@@ -260,7 +256,9 @@ def load_samples(
     given = [value for value in (max_length, context) if value is not None]
     most = min(given, default=None) if processor is not None else None
     is_asked, cuts = most == max_length, too_long == "cut"
-    marks = [] if processor is None else media_words(processor)
+    added = {} if processor is None else chat.tokenizer_of(processor).added_tokens_decoder
+    stands = getattr(processor, "image_token", "")  # no text may have it, nor those of other media
+    marks = [word for word in map(str, added.values()) if word == stands or _MEDIA.search(word)]
     found, cut, unknown, bad = dict[int, Sample](), dict[int, bool](), set[str](), 0
     root = _root_of(data, images)
     rows, places = _placed(data, limit, seed, processor is None or chat.can_see(processor))
@@ -458,12 +456,6 @@ def _parts(
             if piece:
                 parts.append({"type": "text", "text": piece})
     return parts, sources
-
-
-def media_words(processor: Any) -> list[str]:
-    """List the tokens that stand for pictures and other media, which no text may have."""
-    words = [str(token) for token in chat.tokenizer_of(processor).added_tokens_decoder.values()]
-    return [w for w in words if w == getattr(processor, "image_token", "") or _MEDIA.search(w)]
 
 
 def picture_tokens(processor: Any, size: tuple[int, int]) -> int:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from slimvlm.core.errors import ConfigError
+from slimvlm.core.errors import ConfigError, raised_as
 
 IGNORE = -100
 
@@ -43,22 +43,23 @@ def token_numbers(value: Any) -> Iterator[int]:
 
 def parse_token_weights(text: str) -> dict[str, float]:
     """Read ``image=0.1,prompt=1,answer=1``; roles that are not named weigh 1."""
-    weights: dict[str, float] = {}
-    for term in text.split(","):
-        role, _, value = (part.strip() for part in term.partition("="))
-        try:
-            weight = float(value)
-        except ValueError:
-            weight = -1.0
-        if role not in ROLES or role in weights or not 0 <= weight < float("inf"):
-            raise ConfigError(
-                f"token_weights {text!r}: term {term.strip()!r} must be one of {', '.join(ROLES)}, "
-                "once, with a weight of 0 or more, such as image=0.1"
-            )
-        weights[role] = weight
-    if not any(weights.get(role, 1.0) for role in ROLES):
-        raise ConfigError(f"token_weights {text!r}: one role at least needs a weight above 0")
+    terms = [term.partition("=") for term in text.split(",")]
+    with raised_as(ConfigError, ValueError, f"token_weights {text!r} must be like image=0.1"):
+        weights = {role.strip(): float(value) for role, _, value in terms}
+    if len(weights) < len(terms):
+        raise ConfigError(f"token_weights {text!r} names a role twice")
+    require_token_weights(weights)
     return weights
+
+
+def require_token_weights(weights: Mapping[str, float]) -> None:
+    """Refuse unknown roles, weights below 0 or infinite, and 0 for all roles."""
+    for role, weight in weights.items():
+        if role not in ROLES or not 0 <= weight < float("inf"):
+            known = f"must be one of {', '.join(ROLES)} with a weight of 0 or more"
+            raise ConfigError(f"token_weights {role}={weight} {known}")
+    if not any(weights.get(role, 1.0) for role in ROLES):
+        raise ConfigError(f"token_weights {dict(weights)}: one role needs a weight above 0")
 
 
 def role_masks(config: Any, batch: Mapping[str, Any]) -> dict[str, Bool[Tensor, "B T"]]:
@@ -82,11 +83,9 @@ def token_weights(
     config: Any, batch: Mapping[str, Any], weights: Mapping[str, float] | None = None
 ) -> Float[Tensor, "B T"]:
     """Return the weight of every position by its role, 1 for roles not named, 0 for padding."""
-    unknown = set(weights or ()) - set(ROLES)
-    if unknown:
-        raise ConfigError(f"token role {unknown.pop()!r} must be one of: {', '.join(ROLES)}")
     if not weights:
         return valid_tokens(batch).float()
+    require_token_weights(weights)
     masks = role_masks(config, batch)
     return torch.stack([masks[r].float() * weights.get(r, 1.0) for r in ROLES]).sum(0)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.core import documents
 from slimvlm.core.documents import digest, identity_of_files, parse_json, read_text
-from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, shortened
+from slimvlm.core.errors import ConfigError, DataError, raised_as, shortened
 from slimvlm.core.files import explained, file_name
 from slimvlm.core.options import Questions
 from slimvlm.core.progress import progress, steps
@@ -266,14 +266,11 @@ def answer(
         require_finite_values(scores.amax(-1), f"the logits of question {names}")
         return scores
 
-    try:
-        with torch.no_grad():
-            output = generator.generate(
-                **inputs, **greedy, max_new_tokens=max_new_tokens, logits_processor=[finite]
-            )
-    except (ValueError, TypeError, LookupError) as error:
-        told = "cannot answer as its generation_config.json says"
-        raise ConfigError(f"model: {told} ({one_line(error)[:LONGEST]})") from error
+    told = "model: cannot answer as its generation_config.json says"
+    with raised_as(ConfigError, (ValueError, TypeError, LookupError), told), torch.no_grad():
+        output = generator.generate(
+            **inputs, **greedy, max_new_tokens=max_new_tokens, logits_processor=[finite]
+        )
     new_tokens = output[:, inputs["input_ids"].shape[1] :]
     ends = generator.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, device=output.device).flatten()

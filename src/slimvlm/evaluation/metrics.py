@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rapidfuzz.distance import Levenshtein
 
 from slimvlm.core.errors import ConfigError, raised_as, shortened
 from slimvlm.core.tables import read_table
@@ -120,20 +121,9 @@ def _items(text: str) -> set[str]:
 def anls(reply: str, question: Question) -> float:
     """Levenshtein similarity to the best answer, 0 below one half (arXiv:1905.13648, Eq. 1)."""
     said = normalise(reply)
-    best = max(similarity(said, normalise(answer)) for answer in question.answers)
+    wanted = map(normalise, question.answers)
+    best = max(Levenshtein.normalized_similarity(said, answer) for answer in wanted)
     return best if best >= 0.5 else 0.0
-
-
-def similarity(a: str, b: str) -> float:
-    """One minus the edit distance over the longer length."""
-    if not a and not b:
-        return 1.0
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return 1 - row[-1] / max(len(a), len(b))
 
 
 def f1(reply: str, question: Question) -> float:

@@ -156,10 +156,8 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
         if row.by_likelihood and ":" not in row.metric:
             score = metric_named(row.metric)
             if not any(score(choice, question) for choice in question.choices):
-                told = (
-                    f"{row.metric} finds no choice right by answer {shortened(question.answers[0])}"
-                )
-                raise DataError(f"{where}: {told}")
+                told = f"{row.metric} finds no choice right by answer"
+                raise DataError(f"{where}: {told} {shortened(question.answers[0])}")
     if column and (row.image or row.images != TaskRow.images):  # else it may be a task of texts
         found = [v for v in chain(given, rows) if isinstance(v, dict)]
         if all(v.get(column) is None for v in found):

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from slimvlm.core.documents import parse_yaml, read_text
-from slimvlm.core.errors import ConfigError, ReloadError, SlimError
+from slimvlm.core.errors import ConfigError, ReloadError, SlimError, raised_as
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free, write_text
 from slimvlm.core.tables import read_table
 from slimvlm.data import chat
@@ -375,7 +375,8 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
 
 def read_back(folder: str | Path, model: PreTrainedModel) -> PreTrainedModel:
     """Load a folder that was written from a model with the plain Auto class, every key of it."""
-    try:
+    kinds = (OSError, RuntimeError, ValueError, SafetensorError)
+    with raised_as(ReloadError, kinds, f"{str(folder)!r} does not load back:"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         place = {"device_map": {"": str(model.device)}} if models.is_quantized(config) else {}
         code = Path(modeling_pruned.__file__)
@@ -387,8 +388,6 @@ def read_back(folder: str | Path, model: PreTrainedModel) -> PreTrainedModel:
         again, report = models.auto_class(config).from_pretrained(
             folder, dtype=model.dtype, trust_remote_code=is_ours, output_loading_info=True, **place
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ReloadError(f"{str(folder)!r} does not load back: {error}") from error
     problems = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
     if problems:
         raise ReloadError(f"{str(folder)!r} loads with wrong keys: {problems}")

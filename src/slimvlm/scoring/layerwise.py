@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.core.documents import digest
-from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
+from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, raised_as
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models import load as models
 from slimvlm.models.files import Origin, origins_in_files, unreadable, weight_files
@@ -175,13 +175,10 @@ def open_checkpoint(
         if name not in origins:
             raise ConfigError(f"{where} weights lack {name!r}")
         keys = list(origins[name].keys)
-        try:
+        told = f"{where} {len(keys)} tensors such as {keys[0]!r} do not fit together"
+        with raised_as(ConfigError, RuntimeError, told):
             parts = [torch.empty(shapes[key], device="meta") for key in keys]
             shape = list(origins[name].convert(parts).shape)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"{where} {len(keys)} tensors such as {keys[0]!r} do not fit together"
-            ) from error
         if list(parameter.shape) != shape:
             raise ConfigError(
                 f"{where} {keys[0]!r} has shape {shape} but the configuration says "

@@ -11,7 +11,7 @@ from slimvlm.core.errors import ConfigError, DataError, NumericalError, raised_a
 from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data.chat import batches_by_kind, encode_samples
-from slimvlm.data.roles import ROLES
+from slimvlm.data.roles import require_token_weights
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import LAYER_UNITS, read_anatomy
 from slimvlm.models.hidden import evaluating
@@ -125,17 +125,10 @@ def scores_from(
 
 
 def check_token_weights(criterion: str, token_weights: Mapping[str, float]) -> None:
-    """Refuse token weights without data, of unknown roles, or below 0 or infinite or all 0."""
+    """Refuse token weights without data, and those that no one can use."""
     if not criterion_named(criterion, {}).needs_data:
         raise ConfigError(f"token_weights: criterion {criterion!r} reads no data to weigh")
-    for role, weight in token_weights.items():
-        if role not in ROLES or not 0 <= weight < float("inf"):
-            raise ConfigError(
-                f"token_weights {role}={weight} must be one of {', '.join(ROLES)} with a weight of "
-                "0 or more"
-            )
-    if not any(token_weights.get(role, 1.0) for role in ROLES):
-        raise ConfigError(f"token_weights {dict(token_weights)}: one role needs a weight above 0")
+    require_token_weights(token_weights)
 
 
 def score_checkpoint(

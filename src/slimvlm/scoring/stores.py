@@ -274,15 +274,15 @@ def scratch_folder(scratch: str | Path | None) -> Iterator[Path]:
     folder = Path(scratch).absolute() / "slimvlm-scratch"
     with held(folder), explained(folder):
         working_folder(folder)
+        goes_on = True  # a further try, after a kill or with more room
         try:
             yield folder
-        except OutputError:  # a further try goes on, with more room
+            goes_on = False
+        except SlimError as error:  # others would end again with the same model and data
+            goes_on = isinstance(error, OutputError)
             raise
-        except SlimError:  # it would end again with the same model and data
-            shutil.rmtree(folder)
-            with suppress(OSError):
-                folder.parent.rmdir()
-            raise
-        shutil.rmtree(folder)
-    with suppress(OSError):  # not empty, or not ours to remove
-        folder.parent.rmdir()
+        finally:
+            if not goes_on:
+                shutil.rmtree(folder)
+                with suppress(OSError):  # not empty, or not ours to remove
+                    folder.parent.rmdir()
