@@ -164,7 +164,6 @@ def main() -> None:
     (out / "results").mkdir(parents=True, exist_ok=True)
     data, tasks = write_data(out, limit=8 if short else None)
     sizes = [8, 8] if short else [options.samples, options.training_samples]
-    read = ["--samples", sizes[0], "--training-samples", sizes[1]]
     dtype = ["--dtype", options.dtype]
     quick = {"slimvlm": ["--axis", "width", "--vocab-size", "all"], "ShortGPT": ARMS["ShortGPT"]}
     arms = quick if short else ARMS
@@ -187,7 +186,9 @@ def main() -> None:
                 if result.exists() or (arm, ratio) in IMPOSSIBLE:
                     continue
                 words = [out / word if word == BATCH_GRADIENT else word for word in words]
-                how = [*read, *words, *(["--local-steps", 0] if short else []), "--seed", seed]
+                learnt = [] if {*UNTRAINED} <= {*words} else ["--training-samples", sizes[1]]
+                how = ["--samples", sizes[0], *learnt, *words, "--seed", seed]
+                how += ["--local-steps", 0] if short else []
                 where = ["--data", data, "--out", run]
                 if not (run / "summary.md").exists():
                     slimvlm("compress", tuned, "--ratio", ratio, *where, *how, *dtype)

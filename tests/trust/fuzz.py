@@ -370,7 +370,7 @@ def many_rows(folder, draw):
 
 
 def racing(folder, draw):
-    """A folder that becomes a link meanwhile, or a template's process that dies."""
+    """An output that becomes a link meanwhile, or a template's process that dies."""
     make_model(folder)
     return draw.choice((CHAT, PRUNE, LOW))
 
@@ -488,7 +488,7 @@ def watch(home, errors):
 
 
 def disturb(name, folder, draw, child):
-    """Swap a folder for a link, or end the processes that the child started, some time later."""
+    """Put a link where the output belongs, or end the processes that the child started."""
     time.sleep(draw.uniform(0, 2))
     with contextlib.suppress(OSError):
         if draw.random() < 0.5:
@@ -496,8 +496,7 @@ def disturb(name, folder, draw, child):
             for each in map(int, told):
                 os.kill(each, signal.SIGKILL)
         else:
-            folder.rename(folder.with_name("away"))
-            folder.symlink_to(folder.parent.parent / "victim")
+            (folder / "o").symlink_to(folder.parent.parent / "victim")
 
 
 def run(command, folder, errors, name="", draw=random):
@@ -512,7 +511,8 @@ def run(command, folder, errors, name="", draw=random):
                 os.dup2(file.fileno(), number)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", errors="surrogateescape") for n in (1, 2))
         warnings.simplefilter("ignore")
-        signal.alarm(MAX_SECONDS)  # its default ends the process
+        resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS,) * 2)  # others may be at work, too
+        signal.alarm(4 * MAX_SECONDS)  # its default ends the process
         if name == "full disk":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (draw.choice((0, 10**4, 10**5)),) * 2)
@@ -575,7 +575,7 @@ def attempt(name, seed, home):
         r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", said
     ):
         wrong.append("a traceback or control characters")
-    if seconds > MAX_SECONDS or most > MAX_BYTES:
+    if seconds > 4 * MAX_SECONDS or most > MAX_BYTES:
         wrong.append(f"{seconds:.0f} s, {most / 2**30:.1f} GiB")
     errors.unlink()
     errors.with_name("noted").unlink()

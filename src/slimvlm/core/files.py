@@ -39,8 +39,7 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 def cache_dir() -> Path:
     """Return the folder of what is made once: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
-    named = os.environ.get("SLIMVLM_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "slimvlm"
+    return Path(os.environ.get("SLIMVLM_CACHE") or "~/.cache/slimvlm").expanduser()
 
 
 def mark_checkpoint(folder: Path) -> None:

@@ -9,5 +9,4 @@ import yaml
 def read_table(module: str, name: str) -> Any:
     """Read the YAML file ``name`` beside a module, which gives its ``__file__``."""
     text = Path(module).with_name(name).read_text(encoding="utf-8")
-    # the first of these safe loaders is seven times as fast
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # C: 7 times as fast

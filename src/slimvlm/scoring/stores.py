@@ -272,6 +272,8 @@ def scratch_folder(scratch: str | Path | None) -> Iterator[Path]:
             yield Path(made)
         return
     folder = Path(scratch).absolute() / "slimvlm-scratch"
+    if folder.is_symlink():  # a lock would be written beside its target
+        working_folder(folder)  # refuses it
     with held(folder), explained(folder):
         working_folder(folder)
         goes_on = True  # a further try, after a kill or with more room
