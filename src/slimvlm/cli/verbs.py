@@ -145,12 +145,11 @@ def evaluate(
     from slimvlm.runs.tables import held_out_json, held_out_notes, held_out_rows
     from slimvlm.runs.verbs import evaluate as run
 
-    for name in ("tasks", "task_folder", "template_args", "floors", "blind", "log"):
-        if source.data is not None and (value := getattr(questions, name)):
-            flag = name.replace("_", "-")
-            raise ConfigError(f"{name} {str(value)!r}: --{flag} is for tasks, not for --data")
     if source.data is None:
         source.refuse(("images", "max_bad", "max_length", "too_long"), "needs --data")
+    else:
+        asks = ("tasks", "task_folder", "template_args", "floors", "blind", "log")
+        questions.refuse(asks, "is for tasks, not for --data")
     asked = replace(questions, tasks=questions.tasks or options.Questions.tasks)
     found = run(model, asked, source, baseline, out, force, to_log, require)
     if source.data is None:
@@ -321,10 +320,8 @@ def advise(
     from slimvlm.runs import advise as advising
 
     if data:
-        raise ConfigError(
-            f"data {data[0]!r}: advise reads no data. Say how much there is with --samples, or let "
-            "compress --dry-run count it"
-        )
+        told = "advise reads no data. Give its --samples, or let compress --dry-run count them"
+        raise ConfigError(f"data {data[0]!r}: {told}")
     for name, yes, no in (("data", data is not None, no_data), ("gpu", gpu, no_gpu)):
         if yes and no:
             raise ConfigError(f"--{name} and --no-{name} contradict each other")

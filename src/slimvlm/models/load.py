@@ -467,11 +467,15 @@ def device_named(name: str | torch.device | None) -> torch.device:
     return torch.device(name)
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64."""
+    lacks = device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64
+    return device.type != "mps" and not lacks
+
+
 def with_float64(values: Tensor) -> Tensor:
     """Move values to where float64 sums are possible: their device, or else the CPU."""
-    device = values.device
-    lacks = device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64
-    return values.cpu() if lacks or device.type == "mps" else values
+    return values if has_float64(values.device) else values.cpu()
 
 
 def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:

@@ -274,17 +274,16 @@ def scratch_folder(scratch: str | Path | None) -> Iterator[Path]:
     folder = Path(scratch).absolute() / "slimvlm-scratch"
     if folder.is_symlink():  # a lock would be written beside its target
         working_folder(folder)  # refuses it
-    with held(folder), explained(folder):
-        working_folder(folder)
-        goes_on = True  # a further try, after a kill or with more room
-        try:
-            yield folder
-            goes_on = False
-        except SlimError as error:  # others would end again with the same model and data
-            goes_on = isinstance(error, OutputError)
-            raise
-        finally:
-            if not goes_on:
+    try:
+        with held(folder), explained(folder):
+            working_folder(folder)
+            try:
+                yield folder
                 shutil.rmtree(folder)
-                with suppress(OSError):  # not empty, or not ours to remove
-                    folder.parent.rmdir()
+            except SlimError as error:  # would come again with the same model and data
+                if not isinstance(error, OutputError):  # this goes on with more room
+                    shutil.rmtree(folder)
+                raise
+    finally:
+        with suppress(OSError):  # not empty, or not ours to remove
+            folder.parent.rmdir()
