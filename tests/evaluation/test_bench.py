@@ -54,7 +54,9 @@ def test_a_speed_up_is_the_median_of_ratios_and_half_the_layers_ideally_twice_as
     fast = [(10.0 * slow, 2.0 * slow) for slow in (1.0, 50.0, 1.0)]
     slow = [(read * 3, write * 2) for read, write in fast]
     monkeypatch.setattr(module, "timed_runs", lambda *_: [fast, slow])
-    found = bench(*models, SMALL).speed_ups
+    whole = bench(*models, SMALL)
+    assert [s.tokens_per_second for s in whole.model.speeds] == [250, 500]  # 3 each in 12 ms
+    found = whole.speed_ups
     assert [s.batch_size for s in found] == [1, 2]
     assert all(s.prefill == pytest.approx(3) and s.decode == pytest.approx(2) for s in found)
     assert all(s.prefill_share == pytest.approx(3 / s.prefill_ideal) for s in found)
