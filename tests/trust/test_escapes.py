@@ -126,6 +126,7 @@ def test_lora_is_tried_before_weights_are_read(place, monkeypatch):
 def test_a_second_interrupt_tears_nothing(place):
     code = (
         "import atexit, os, signal, slimvlm.cli as c\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job has none
         "stop = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "def run() -> None:\n    try:\n        stop()\n"
         "    finally:\n        stop(); print('tidy')\n"
