@@ -170,7 +170,7 @@ def compare(
             (work / "request.json").write_text(json.dumps(request))
             batches = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
             replies = [answer(loaded, processor, batch, max_new_tokens) for batch in batches]
-            expected = tuple(reply for batch in replies for reply in batch)
+            expected = tuple(reply for batch in replies for reply, _ in batch)
             prompts = tuple(question.prompt for question in chosen)
             asked.append(Compared(str(model), name, "", prompts, expected))
             tokenizers.append(chat.tokenizer_of(processor))

@@ -1,7 +1,7 @@
 """Run commands on spoiled files of every class, each in a process of its own, from a seed.
 
 ``python -m tests.trust.fuzz --minutes 10 --seed 3`` prints a table by class. An input ends well if
-its command ends with code 0, or with 2 and one line on stderr; within a minute and 2 GiB; without
+its command ends with code 0, or with 2 and one line on stderr; within 2 minutes and 2 GiB; without
 control characters; if nothing outside its folder changed and no code of it ran; and if it opened no
 file outside its folder, asked no network, and started no process but that of templates.
 """
@@ -49,7 +49,7 @@ from tests.trust.spoiled import NASTY, divide, mutated, spoil, torn, write_pickl
 
 TABLES = tables(__file__)
 
-MAX_SECONDS, MAX_BYTES = 60, 2 * 2**30
+MAX_SECONDS, MAX_BYTES = 120, 2 * 2**30
 
 
 def make_model(folder):
@@ -464,7 +464,8 @@ def watch(home, errors):
     def is_wrong(event, given):
         first = os.fsdecode(given[0]) if isinstance(given[0], str | bytes | os.PathLike) else None
         if event == "subprocess.Popen":
-            return not any(str(word).endswith("data/child.py") for word in given[1])
+            ours = ("data/child.py", "convert_hf_to_gguf")
+            return not any(str(word).endswith(ours) for word in given[1])
         if event == "exec":
             file = getattr(given[0], "co_filename", "")
             return file.startswith(str(home)) or "transformers_modules" in file
