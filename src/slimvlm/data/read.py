@@ -343,7 +343,9 @@ def _samples(
     )
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # decodes pictures
         while chunk := list(islice(slimmed, 256)):
-            yield from pool.map(attempt, chunk)
+            parts = (chunk[at : at + 16] for at in range(0, len(chunk), 16))  # a task costs 50 us
+            for part in pool.map(lambda some: [attempt(each) for each in some], parts):
+                yield from part
 
 
 def _known(fields: dict[str, Any], used: set[str], where: str, unknown: set[str]) -> dict[str, Any]:

@@ -135,15 +135,14 @@ def recover(
         folder = Path(work) if work is not None else Path(temporary)
         # only an equal request may resume in the folder; no process holds a sharded model whole
         both = (("model", model), ("teacher", teacher))
+        images = [each for sample in learnt for each in sample.images]
         request = {
             "config": asked(config),
             "processes": num_ranks(),
             **{n: None if m is None or is_sharded(m) else digest_of_weights(m) for n, m in both},
             "samples": [sample.id for sample in learnt],
             "conversations": digest([[sample.messages for sample in learnt]]),
-            "pictures": digest(
-                identifying_bytes(i, may_move=True) for s in learnt for i in s.images
-            ),
+            "pictures": digest(identifying_bytes(each, may_move=True) for each in images),
             "plan": None if plan is None else digest([plan.to_dict()]),
         }
         what = f"training folder {str(folder)!r} belongs to a run"

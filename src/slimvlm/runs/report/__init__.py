@@ -366,9 +366,8 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
     measured, prunings = list(entries.values()), []
     for _, row in [] if cells.empty else cells.drop_duplicates("plan").iterrows():
         scores = [Scores.load(_inside(folder, name)) for name in str(row["scores"]).split()]
-        title = (
-            f"{Path(row.model).name} {row['axis']} {100 * row['ratio']:.6g}%, {row['criterion']}"
-        )
+        removed = f"{row['axis']} {100 * row['ratio']:.6g}%"
+        title = f"{Path(row.model).name} {removed}, {row['criterion']}"
         prunings.append((title, Plan.load(_inside(folder, row["plan"])), scores))
     trainings = []
     for index, row in cells.iterrows():
