@@ -57,8 +57,19 @@ CASES = list(_cases())
 
 
 def every(cases):
-    named = {"-".join([case.name, *map(str, case.options.values())]): case for case in cases}
-    return pytest.mark.parametrize("case", named.values(), ids=named)
+    """Parameters; by default the first of a criterion's options."""
+    first = {case.name: case for case in reversed(CASES)}
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(
+                case,
+                id="-".join([case.name, *map(str, case.options.values())]),
+                marks=[] if case is first[case.name] else pytest.mark.slow,
+            )
+            for case in cases
+        ],
+    )
 
 
 WITH_DATA = [case for case in CASES if case.row.needs_data]
@@ -196,7 +207,9 @@ def test_the_data_matters_and_embeddings_may_stand_for_tokens(case):
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("model_name", tiered(["llama", "phi", "llava-phi3"]))
+@pytest.mark.parametrize(
+    "model_name", tiered(["llama", "phi", "llava-phi3"], lambda name: name == "llava-phi3")
+)
 @every_case_with_data
 def test_padding_does_not_count(case, model_name, left):
     model = case.build(model_name)
@@ -240,7 +253,7 @@ def test_weights_of_one_are_no_weights_and_others_matter(case):
 
 
 @every(c for c in WITH_DATA if c not in WITH_LABELS and c.name != "angular")
-@pytest.mark.parametrize("model_name", ["llava-llama", "qwen3_vl"])
+@pytest.mark.parametrize("model_name", tiered(["llava-llama", "qwen3_vl"]))
 def test_a_role_of_weight_zero_is_absent(case, model_name):
     """Attention is causal, so that cutting the answers off leaves the other tokens as they are."""
     model = case.build(model_name)

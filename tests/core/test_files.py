@@ -237,6 +237,7 @@ for what, write in WRITERS.items():
 """
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_is_told(old, tmp_path):
     """What a full disk does to each library, on machines where none can be mounted."""
     told = in_python(LIMITED, str(old)).splitlines()

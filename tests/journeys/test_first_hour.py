@@ -10,7 +10,6 @@ import pytest
 
 from slimvlm import cli
 from tests import tiny_folder as folders
-from tests.tiers import tiered
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 PAGE = Path(__file__).parents[2] / "docs" / "quickstart.md"
@@ -48,7 +47,8 @@ def run(command):
     cli.main([*words[1:], *smaller])
 
 
-@pytest.mark.parametrize("kind", tiered(["text", "llava"], lambda kind: kind == "llava"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "llava"])
 def test_the_first_hour(kind, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     folders.copied(kind, tmp_path / "MODEL")

@@ -107,6 +107,7 @@ def test_a_finished_study_does_nothing_but_tidy_up(again, data, monkeypatch):
     assert (again / "results.csv").read_text() == text
 
 
+@pytest.mark.slow
 def test_one_more_ratio_or_recovery_does_only_what_is_new(again, data, monkeypatch, capsys):
     """A log has a line where a stage begins and one where it ends, and none of what is inside."""
     done, log = watch_work(monkeypatch), StringIO()
@@ -199,6 +200,7 @@ def test_a_change_anywhere_in_a_folder_is_noticed(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache" / "hashes").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_mended_code_is_other_work(data, tmp_path, monkeypatch):
     """The version and the source itself name every stage; comments of other files do not."""
     copy = Path(shutil.copytree(Path(documents.__file__).parents[1], tmp_path / "slimvlm"))
@@ -251,6 +253,7 @@ def test_cells_that_come_to_the_same_are_one_and_others_are_told_apart(data, tmp
     assert "no --data: calibrating on the demo's conversations" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_table_grows_while_the_study_runs(data, tmp_path, monkeypatch):
     measured = []
 
@@ -318,6 +321,7 @@ def test_a_study_of_which_nothing_could_be_measured_is_reported(
         assert "failed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_to_the_same_table(finished, data, tmp_path, monkeypatch):
     def stops(stage):
         if stage.kind == "recover":

@@ -444,8 +444,10 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches():
     assert losses_of[1] == pytest.approx(losses_of[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("train", lora_by_default)
+@pytest.mark.parametrize(
+    ("train", "bf16"),
+    tiered(itertools.product(TRAINED, (False, True)), lambda *case: case == ("lora", True)),
+)
 def test_half_precision_learns_in_full_and_comes_back_as_it_was(train, bf16):
     student, teacher, processor = models()
     hold_in_(student, torch.bfloat16)
