@@ -285,7 +285,7 @@ def drawn(kind, known, most):
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     asked=drawn(CompressConfig, OTHERWISE, 4),
     recover=st.just("none") | drawn(RecoverConfig, LEARNT, 3).map(lambda given: {**LORA, **given}),
