@@ -16,7 +16,7 @@ from slimvlm.scoring.score_model import score
 from tests import tiny
 from tests.handmade import assert_equal, assert_untouched, joined, logits, padded, snapshot
 from tests.tiers import tiered
-from tests.tolerances import FORWARD, assert_close, assert_scores_close, share_of
+from tests.tolerances import assert_scores_close, share_of
 
 UNITS = ("layer", "kv_group", "neuron", "expert")
 MODELS = ("llama", "llava-llama", "internvl-qwen2", "llava-phi", "llava-phi3", "qwen3_vl")
@@ -287,38 +287,6 @@ def test_bad_token_weights_are_refused():
         score(model, unlabelled, "activation", token_weights={"prompt": 0.0})
     with pytest.raises(DataError, match="text token of a weight above 0"):
         score(model, unlabelled, "gate", token_weights={"prompt": 0.0})
-
-
-def permute_units(layer, groups, neurons, queries):
-    """Put the KV groups and neurons of a Llama layer into another order: the same function."""
-    heads = (groups[:, None] * queries + torch.arange(queries)).flatten()
-    for path, order in (
-        *(("self_attn.q_proj", heads), ("self_attn.k_proj", groups), ("self_attn.v_proj", groups)),
-        *(("mlp.gate_proj", neurons), ("mlp.up_proj", neurons)),
-        *(("self_attn.o_proj", heads), ("mlp.down_proj", neurons)),
-    ):
-        weight = layer.get_submodule(path).weight
-        dim = 1 if path.endswith(("o_proj", "down_proj")) else 0
-        blocks = weight.data.unflatten(dim, (len(order), -1))
-        weight.data = blocks.index_select(dim, order).flatten(dim, dim + 1)
-
-
-@pytest.mark.parametrize("model_name", tiered(["llama", "llava-llama"]))
-@every(c for c in CASES if c not in (*UNSEEING, *EXPERTS_ALONE))
-def test_permuted_units_have_permuted_scores(case, model_name):
-    model, permuted = tiny.build(model_name), tiny.build(model_name)
-    groups, neurons = torch.tensor([2, 0, 3, 1]), torch.randperm(96)
-    permute_units(Parts(permuted).layers[1], groups, neurons, queries=2)
-    data = samples(model)
-    assert_close(logits(permuted, data[0]), logits(model, data[0]), FORWARD)
-    before = case.score(model, data)
-    after, share = case.score(permuted, data), share_of(case.name)
-    if before.layer is not None and after.layer is not None:
-        assert_scores_close(after.layer, before.layer, share)
-    for unit, order in (("kv_group", groups), ("neuron", neurons)):
-        if before.of(unit) is not None:
-            assert_scores_close(after.of(unit)[1], before.of(unit)[1][order], share)
-            assert_scores_close(after.of(unit)[2], before.of(unit)[2], share)
 
 
 @every_width_case

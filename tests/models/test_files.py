@@ -95,15 +95,6 @@ def test_a_changed_adapter_and_its_tokenizer_are_read_anew(tmp_path):
     assert not (Path(second) / ADAPTER).exists()
 
 
-@pytest.mark.slow
-def test_an_adapter_is_compressed_like_any_model(tmp_path):
-    write_adapter("text", tmp_path / "adapter")
-    out, how = tmp_path / "run", {"axis": "width", "criterion": "magnitude", "repair": "none"}
-    model, _, run = sv.compress(str(tmp_path / "adapter"), ratio=0.3, out=out, say=silent, **how)
-    assert run.plan.ratio > 0.2
-    assert sv.anatomy(model).total_params < sv.anatomy(tmp_path / "adapter").total_params
-
-
 def of_config(**fields):
     return lambda folder: folders.edit_json(folder / ADAPTER, lambda v: v.update(fields))
 

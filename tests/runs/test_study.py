@@ -164,21 +164,6 @@ def test_other_samples_or_other_files_are_other_work(data, tmp_path):
     assert len(found[0] & found[2]) == 1  # the original
 
 
-def test_other_questions_are_other_work(data, tmp_path):
-    rows = [{"question": "which?", "answer": "this"}, {"question": "what?", "answer": "that"}]
-    task = {"name": "mine", "data": "q.jsonl", "prompt": "{question}", "answer": "answer"}
-    (tmp_path / "mine.yaml").write_text(json.dumps(task))
-    names = []
-    for answer in ("that", "that", "those"):
-        rows[1]["answer"] = answer
-        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        config = study(data, tasks=str(tmp_path / "mine.yaml"))
-        found = prepared(config, print)[1].stages()
-        names.append({stage.name for stage in found if stage.kind == "evaluate"})
-    assert names[0] == names[1]
-    assert not names[0] & names[2]
-
-
 def test_a_change_anywhere_in_a_folder_is_noticed(tmp_path, monkeypatch):
     """One byte of a large file in its middle, with the time of the file set back."""
     monkeypatch.setenv("SLIMVLM_CACHE", str(tmp_path / "cache"))
@@ -219,7 +204,9 @@ def test_mended_code_is_other_work(data, tmp_path, monkeypatch):
     assert not names[0] & names[1]
 
 
-def test_a_metric_s_code_and_general_text_are_part_of_what_is_asked(data, tmp_path, monkeypatch):
+def test_answers_a_metric_s_code_and_general_text_are_part_of_what_is_asked(
+    data, tmp_path, monkeypatch
+):
     monkeypatch.syspath_prepend(str(tmp_path))
     task = {
         "name": "mine",
@@ -228,16 +215,18 @@ def test_a_metric_s_code_and_general_text_are_part_of_what_is_asked(data, tmp_pa
         "answer": "a",
         "metric": "own:score",
     }
-    (tmp_path / "q.jsonl").write_text(json.dumps({"q": "Which?", "a": "red"}))
     (tmp_path / "mine.yaml").write_text(json.dumps({**task, "metric": "own:score"}))
     config, names = study(data, tasks=str(tmp_path / "mine.yaml")), []
-    for value, text in ((1, "a"), (0, "a"), (0, "b")):
+    for value, text, answer in ((1, "a", "red"), (0, "a", "red"), (0, "b", "red"), (0, "b", "no")):
+        (tmp_path / "q.jsonl").write_text(json.dumps({"q": "Which?", "a": answer}))
         (tmp_path / "own.py").write_text(f"def score(reply, question):\n    return {value}\n")
         monkeypatch.setattr(schedule, "identity_of_general_text", lambda text=text: text)
         names.append({s.kind: s.name for s in prepared(config, print)[1].stages()})
-    first, other_code, other_text = names
+    first, other_code, other_text, other_answer = names
     assert first["prune"] == other_code["prune"] != other_text["prune"]
     assert first["evaluate"] != other_code["evaluate"]
+    assert other_text["prune"] == other_answer["prune"]
+    assert other_text["evaluate"] != other_answer["evaluate"]
 
 
 def test_cells_that_come_to_the_same_are_one_and_others_are_told_apart(data, tmp_path, capsys):
