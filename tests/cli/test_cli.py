@@ -323,13 +323,15 @@ def scored_without_data(model):
 
 
 def test_with_data_a_plan_s_weights_are_repaired(run, home, llava, data):
-    made = run("plan", llava, "--ratio", "0.3", "--out", "plan.json")
+    few = ("--samples", "8", "--local-steps", "1")
+    made = run("plan", llava, "--ratio", "0.3", "--out", "plan.json", *few[:2])
     assert made.code == 0
     assert "no --scores: using obs on the demo's conversations" in made.out + made.err
     bare = run("prune", llava, "--plan", "plan.json", "--out", "bare")
     assert "removes" in bare.out
     assert "held-out loss" not in bare.out
-    mended = run("prune", llava, "--plan", "plan.json", "--data", data, "--out", "mended")
+    asked = ("prune", llava, "--plan", "plan.json", "--data", data, *few)
+    mended = run(*asked, "--out", "mended")
     assert mended.code == 0, mended.err
     assert "held-out loss" in mended.out
     for name in ("none", "width"):

@@ -59,9 +59,14 @@ CASES += [
 TEXT_TOKENS = 24  # longer than the sliding windows of the tiny models
 
 every_family = pytest.mark.parametrize("name", tiered(FAMILIES))
-every_case = pytest.mark.parametrize(
-    ("name", "axis"), tiered(CASES, lambda name, axis: name in ARCHETYPES or axis == "experts")
-)
+
+
+def by_default(name, axis):
+    whole = axis == "both" or name in TABLE["only_depth"]
+    return axis == "experts" or (whole and name in ARCHETYPES)
+
+
+every_case = pytest.mark.parametrize(("name", "axis"), tiered(CASES, by_default))
 
 
 @dataclass
