@@ -31,7 +31,7 @@ from slimvlm.training import trainer
 from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.handmade import Stopped, assert_equal, logits, plan_by_hand
+from tests.handmade import Stopped, assert_equal, logits, plan_by_hand, stops
 from tests.tables import tables
 from tests.tiers import tiered
 from tests.tiny_folder import KINDS, SEEING, short_samples
@@ -512,12 +512,13 @@ def test_every_loss_reaches_the_tracker(monkeypatch):
 @pytest.mark.parametrize(
     "end", tiered([{"max_steps": 3}, {"max_steps": -1, "epochs": 1}], lambda end: "epochs" in end)
 )
-def test_a_finished_training_is_not_trained_further(end, tmp_path):
+def test_a_finished_training_is_not_trained_further(end, tmp_path, monkeypatch):
     """Its output may still be missing: the disk was full, or an evaluation was stopped."""
     student, teacher, processor = models()
     options = config(trainer=STEADY, **end)
     first = recover(student, teacher, SAMPLES, options, processor, tmp_path)
     again, teacher, processor = models()
+    monkeypatch.setattr(recovery.DistillationTrainer, "train", stops)
     assert recover(again, teacher, SAMPLES, options, processor, tmp_path) == first
     assert_equal(weights(again), weights(student))
 
