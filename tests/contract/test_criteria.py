@@ -57,15 +57,15 @@ CASES = list(_cases())
 
 
 def every(cases):
-    """Parameters; by default the first of a criterion's options."""
-    first = {case.name: case for case in reversed(CASES)}
+    """Parameters; by default one of each way to collect, with the first of its options."""
+    first = {case.name: case for case in reversed(CASES) if case.name not in COLLECTED_ALIKE}
     return pytest.mark.parametrize(
         "case",
         [
             pytest.param(
                 case,
                 id="-".join([case.name, *map(str, case.options.values())]),
-                marks=[] if case is first[case.name] else pytest.mark.slow,
+                marks=[] if case is first.get(case.name) else pytest.mark.slow,
             )
             for case in cases
         ],
@@ -75,6 +75,8 @@ def every(cases):
 WITH_DATA = [case for case in CASES if case.row.needs_data]
 WITH_LABELS = [case for case in CASES if case.row.capture.backward]
 EXPERTS_ALONE = [case for case in CASES if case.row.units == ("expert",)]
+COLLECTED_ALIKE = ("angular", "taylor_second", "wanda", "flap", "frequency")
+"""Criteria that read what another one reads."""
 UNSEEING = [case for case in CASES if case.name in ("random", "spacing")]
 
 every_case = every(CASES)

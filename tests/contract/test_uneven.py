@@ -32,10 +32,6 @@ CACHE_MATTERS = ["mllama"]
 """Whole models that say other things with a cache than without: transformers masks the picture of
 a cached step in another way."""
 every_family = pytest.mark.parametrize("name", tiered(FAMILIES))
-every_family_elsewhere = pytest.mark.parametrize(
-    "name", tiered(FAMILIES, lambda name: name in ("llava-phi3", "mllama"))
-)
-"""By default one whose matrices hold several kinds of unit, and one with two kinds of layer."""
 pytestmark = pytest.mark.usefixtures("code_cache")
 
 READ_BACK = """
@@ -130,7 +126,8 @@ def test_cutting_is_masking(name):
     assert "needs trust_remote_code=True" in case.plan.summary()
 
 
-@every_family_elsewhere
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_plain_transformers_and_slimvlm_read_the_same_model(name, read_back):
     case, (work, report) = case_of(name), read_back[name]
     found = load_file(work / "found.safetensors")
@@ -155,7 +152,8 @@ def test_plain_transformers_and_slimvlm_read_the_same_model(name, read_back):
     assert [path.name for path in out.glob("*.py")] == [copied.name]
 
 
-@every_family_elsewhere
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_cutting_again(name, read_back):
     """Once more to different widths, then to equal ones, which need no code."""
     work, inputs = read_back[name][0], case_of(name).inputs
@@ -276,7 +274,8 @@ def test_widths_that_no_layer_can_have_are_named(tmp_path):
 
 
 # What files say.
-@every_family_elsewhere
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_layers_have_their_own_configuration_in_transformers_form(name, read_back):
     case, out = case_of(name), read_back[name][0] / "out"
     text_config = AutoConfig.from_pretrained(out, trust_remote_code=False).get_text_config()

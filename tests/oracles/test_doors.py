@@ -252,19 +252,18 @@ def assert_alike(options, tmp, at):
         assert not differing, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "at"),
     [
         ({"recover": "none", "report_samples": 0, "vocab_size": "auto", "seed": 1}, ("walk", True)),
-        pytest.param(
+        (
             {"report_samples": 0, "recover": {**LORA, "fraction": 0.5}, "seed": 3},
             ("recover_", True),
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
+        (
             {"axis": "auto", "floors": True, "recover": {**LORA, "lora": {"lora_alpha": 3}}},
             ("save", False),
-            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -302,12 +302,12 @@ def test_what_force_replaces_stays_until_the_new_run_is_whole(short, data, tmp_p
     (out / "mine").write_text("")
     before = contents(out)
     request = request_for(data, ratio=0.2, tasks=None)
-    for stage in ("prune_", "recover_", "finish"):
+    for stage in ("prune_", "finish"):
         stopped(request, out, stage, force=True)
         assert contents(out) == before
-    other = stopped(pruning(), tmp_path / "other", force=True)
+    other = stopped(pruning(data), tmp_path / "other", force=True)
     assert {path.name for path in tmp_path.iterdir()} == {"run", ".run.partial", ".other.partial"}
-    compress(*pruning(), other, say=silent)  # what the stopped one left goes, too
+    compress(*pruning(data), other, say=silent)  # what the stopped one left goes, too
     said = []
     monkeypatch.setattr(stages, "prune_", stops)  # done already
     compress(*request, out, force=True, say=said.append)

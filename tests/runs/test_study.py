@@ -82,6 +82,7 @@ def test_the_table_has_a_row_for_each_cell_with_published_numbers(finished, data
     assert list(given["reference_source"]) == ["the paper"]
 
 
+@pytest.mark.slow
 def test_models_go_and_results_stay(finished, data, tmp_path):
     assert files_named(finished, "model.safetensors") == []
     assert len(files_named(finished, "result.json")) == 5
