@@ -14,7 +14,7 @@ import copy
 from pathlib import Path
 
 import slimvlm as sv
-from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.models.devices import computes_bfloat16, default_device
 from slimvlm.runs.tables import as_markdown
 
 SCORED = {

@@ -26,7 +26,7 @@ import transformers
 import slimvlm as sv
 from slimvlm.demo.build import make_base
 from slimvlm.evaluation.results import Result, TaskResult
-from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.models.devices import computes_bfloat16, default_device
 from slimvlm.runs.tables import as_markdown
 
 HEADER = ["task", "n", "score", "95 % low", "chance", "majority", "blind", "above floor"]

@@ -36,7 +36,7 @@ from slimvlm.core.files import write_text
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.on_data import predictions_of
 from slimvlm.evaluation.results import Result
-from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.models.devices import computes_bfloat16, default_device
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 from slimvlm.runs import stages

@@ -38,7 +38,7 @@ from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.core.files import write_text
 from slimvlm.data.roles import IGNORE
 from slimvlm.evaluation.results import Result
-from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.models.devices import computes_bfloat16, default_device
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.runs import stages

@@ -5,6 +5,7 @@ is no part of the product: whoever needs them imports them inside a function.
 """
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ ROWS = (
 )
 ASIDE = {"demo": ("data", "models", "evaluation", "cli"), "slimvlm_tools": ("runs", "cli")}
 """Who may import what stands aside, inside a function."""
+LAZY = {("slimvlm.runs.report", "slimvlm.runs.report.charts"): "matplotlib loads only to draw"}
+"""Imports inside a function that may close a circle of files, each with its reason."""
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets"}
 
 
@@ -86,6 +89,24 @@ def test_a_package_imports_only_what_stands_above_it(package):
         for path in sorted((SOURCE / package).rglob("*.py"))
     }
     assert not {name: why for name, why in complaints.items() if why is not None}
+
+
+def test_no_imports_of_files_form_a_circle():
+    names = {path: path.relative_to(SOURCE.parent).with_suffix("") for path in SOURCE.rglob("*.py")}
+    texts = {
+        ".".join(name.parts).removesuffix(".__init__"): path.read_text()
+        for path, name in names.items()
+    }
+    graph = {name: set() for name in texts}
+    for name, text in texts.items():
+        for target, is_lazy in dotted(text):
+            file = target if target in texts else target.rpartition(".")[0]
+            if file in texts and not (is_lazy and (name, file) in LAZY):
+                graph[name] |= {file} - {name}
+    TopologicalSorter(graph).prepare()  # otherwise the exception names the files
+    graph["slimvlm.models.files"].add("slimvlm.pruning.layout")
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph).prepare()
 
 
 RULES = yaml.safe_load(Path(__file__).with_name("layers.yaml").read_text())

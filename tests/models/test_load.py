@@ -14,15 +14,14 @@ from slimvlm.core.documents import asked
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, LoadConfig, RecoverConfig
 from slimvlm.core.progress import silent
-from slimvlm.models.cost import free_memory
-from slimvlm.models.load import (
-    check_models,
+from slimvlm.models.devices import (
     computes_bfloat16,
     default_device,
     device_named,
-    load_as,
+    free_memory,
     with_float64,
 )
+from slimvlm.models.load import check_models, load_as
 from slimvlm.models.parts import text_config_of
 from slimvlm.runs.compress import compress_command, config_text, read_config
 from slimvlm.runs.study import prepared
@@ -195,7 +194,7 @@ def test_bfloat16_and_float64_are_used_where_they_are_native(monkeypatch):
     values = torch.zeros(2, device="meta")
     assert with_float64(values) is values
     moved = []
-    monkeypatch.setattr("slimvlm.models.load.has_float64", lambda device: False)
+    monkeypatch.setattr("slimvlm.models.devices.has_float64", lambda device: False)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append("cpu") or self)
     with_float64(values)
     assert moved == ["cpu"]
@@ -203,7 +202,7 @@ def test_bfloat16_and_float64_are_used_where_they_are_native(monkeypatch):
 
 def test_free_memory_counts_a_containers_limit_and_what_torch_keeps(tmp_path, monkeypatch):
     limit, used = tmp_path / "most", tmp_path / "taken"
-    monkeypatch.setattr("slimvlm.models.cost.CONTAINER_LIMITS", [(limit, used)])
+    monkeypatch.setattr("slimvlm.models.devices.CONTAINER_LIMITS", [(limit, used)])
     whole = free_memory(CPU)
     limit.write_text("1000\n")
     used.write_text("400\n")

@@ -17,7 +17,7 @@ from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.evaluation.bench import stored_bytes
 from slimvlm.models import load as models
-from slimvlm.models.cost import free_memory
+from slimvlm.models.devices import device_named, free_memory
 from slimvlm.models.files import alone, unreadable, weight_files
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.layout import write_processor
@@ -70,7 +70,7 @@ def quantize(
         arXiv:2305.14314, Section 3.
     """
     require_free(out, force)
-    target, name = models.device_named(device), models.resolve(model)
+    target, name = device_named(device), models.resolve(model)
     config = models.load_config(model)
     models.require_buildable(name, config)
     chosen = _backend_for(to, backend, target)

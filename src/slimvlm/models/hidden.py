@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.progress import is_first_rank, num_ranks
+from slimvlm.models.devices import weight_of
 from slimvlm.models.losses import Head
 from slimvlm.models.parts import Parts, family_of
 
@@ -173,14 +174,6 @@ def head_on(device: torch.device, head: Head) -> Head:
         return head
     bias = None if head.bias is None else head.bias.to(device)
     return replace(head, weight=head.weight.to(device), bias=bias)
-
-
-def weight_of(owner: Any, name: str = "weight") -> Tensor:
-    """Return a parameter, fetched to its module's device if accelerate has offloaded it."""
-    weight: Tensor = getattr(owner, name).detach()
-    if weight.is_meta:
-        weight = owner._hf_hook.weights_map[name].to(owner._hf_hook.execution_device)
-    return weight
 
 
 def head_weights_of(model: PreTrainedModel) -> HeadWeights:

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import inspect
 import logging
 import shutil
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import metadata_load, metadata_save, snapshot_download
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, import_utils
 
@@ -24,11 +23,12 @@ from slimvlm.core.documents import digest, identity_of_files, read_object
 from slimvlm.core.errors import ConfigError, UnsupportedModelError, shortened
 from slimvlm.core.files import cache_dir, file_name, held, new_folder, path_of
 from slimvlm.core.options import LoadConfig
-from slimvlm.core.progress import local_rank, num_ranks, to_log
+from slimvlm.core.progress import num_ranks, to_log
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.templates import check_tokenizer
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.devices import device_named
 from slimvlm.models.families import BACKBONES, FAMILIES
 from slimvlm.models.files import (
     ADAPTER,
@@ -45,7 +45,7 @@ from slimvlm.models.files import (
     weight_files,
     write_merged,
 )
-from slimvlm.models.hidden import shard_config, weight_of
+from slimvlm.models.hidden import shard_config
 from slimvlm.models.modeling_pruned import PREFIX, cut_layers_, standardise_
 from slimvlm.models.parts import Parts, backbone_of, family_of, text_config_of
 
@@ -174,8 +174,6 @@ def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrain
             module.__class__ = getattr(target, new_prefix + name.removeprefix(old_prefix))
 
 
-_SAMPLED = 64
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PACKED, _SPARE = 16, 2**20
 """Weights that one stored number can hold, quantised, and weights that files may lack."""
 _OF_PROCESSORS = {*TABLES["of_processors"]}  # every processor and tokenizer has one of them
@@ -442,42 +440,6 @@ def check_attention(model: str | Path, config: PreTrainedConfig, name: str | Non
         empty_model(config)
 
 
-def default_device() -> torch.device:
-    """Return this process's accelerator (CUDA, MPS, XPU, ...) if there is one, else the CPU."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    found: Any = torch.accelerator.current_accelerator()
-    return torch.device(found.type, local_rank() % torch.accelerator.device_count())
-
-
-def device_named(name: str | torch.device | None) -> torch.device:
-    """Find the device of a user's name; by default, and for a kind alone, this process's."""
-    usual = default_device()
-    if name is None or str(name) == usual.type:
-        return usual
-    cards = [] if usual.type == "cpu" else [usual.type]
-    cards += [f"{usual.type}:{index}" for index in range(torch.accelerator.device_count())]
-    if str(name) not in ("cpu", *cards):
-        raise ConfigError(f"device {str(name)!r} must be one of: {', '.join(['cpu', *cards])}")
-    if num_ranks() > 1 and str(name) in cards:
-        raise ConfigError(
-            f"device {str(name)!r}: each of {num_ranks()} processes takes one of its own. Give cpu "
-            f"or {usual.type}"
-        )
-    return torch.device(name)
-
-
-def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64."""
-    lacks = device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64
-    return device.type != "mps" and not lacks
-
-
-def with_float64(values: Tensor) -> Tensor:
-    """Move values to where float64 sums are possible: their device, or else the CPU."""
-    return values if has_float64(values.device) else values.cpu()
-
-
 def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
     """Read the processor of a model that sees, else its tokenizer; None if absent."""
     sees = family_of(config.model_type).vision is not None
@@ -510,48 +472,3 @@ def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
     with unreadable(config._name_or_path, "config"):
         check_widths_(config)
         return read_anatomy(empty_model(config))
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices natively, and does not emulate that."""
-    if device.type == "mps":
-        return False  # float32 is as fast on the first chips, and torch cannot tell which one it is
-    if device.type == "cuda":  # it answers for the current card
-        with torch.cuda.device(device):
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
-        supported: Any = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-        if supported is None:
-            return False
-        knows_emulation = "including_emulation" in inspect.signature(supported).parameters
-        return bool(supported(including_emulation=False) if knows_emulation else supported())
-    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.8 on
-    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
-
-
-def digest_of_weights(model: nn.Module) -> str:
-    """Hash shapes, data types, sums of the bits and 64 evenly spaced values of every weight."""
-    parts = []
-    for name, tensor in model.state_dict().items():
-        if tensor.is_meta:  # accelerate has offloaded it
-            place, _, own = name.rpartition(".")
-            tensor = weight_of(model.get_submodule(place), own)
-        flat = tensor.detach().flatten()
-        bits = flat.view(_INTEGERS[flat.itemsize]).split(2**24)
-        total = sum(int(part.sum()) for part in bits)  # any one change changes it
-        parts.append(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}".encode())
-        parts.append(flat[:: max(len(flat) // _SAMPLED, 1)].float().cpu().numpy().tobytes())
-    return digest(parts)
-
-
-def digest_of_tensors(values: Mapping[str, Any]) -> str:
-    """Hash the tensors among some named values, such as a batch."""
-    tensors = ((name, each) for name, each in sorted(values.items()) if isinstance(each, Tensor))
-    return digest(
-        part
-        for name, each in tensors
-        for part in (
-            f"{name} {each.dtype} {list(each.shape)}".encode(),
-            each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data,
-        )
-    )

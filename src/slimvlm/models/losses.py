@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slimvlm.core.options import Divergence
 from slimvlm.data.roles import IGNORE
-from slimvlm.models.cost import free_memory
+from slimvlm.models.devices import free_memory
 
 Hidden = Float[Tensor, "B T D"]
 Rows = Float[Tensor, "N V"]

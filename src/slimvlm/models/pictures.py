@@ -18,9 +18,8 @@ from transformers.utils.generic import ModelOutput
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.data.read import picture_tokens
 from slimvlm.data.samples import Sample, open_image
-from slimvlm.models.cost import free_memory
+from slimvlm.models.devices import digest_of_tensors, free_memory
 from slimvlm.models.families import Knob
-from slimvlm.models.load import digest_of_tensors
 from slimvlm.models.parts import family_of
 
 SHOWN = 32  # pictures, spread over the data, whose sizes decide

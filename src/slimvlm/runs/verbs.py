@@ -31,8 +31,9 @@ from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as models
 from slimvlm.models import pictures
 from slimvlm.models.cost import kv_cache_bytes, params_of_target
+from slimvlm.models.devices import device_named
 from slimvlm.models.hidden import evaluating, gathered_weights, head_weights_of
-from slimvlm.models.load import check_models, device_named, load_as
+from slimvlm.models.load import check_models, load_as
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
