@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from slimvlm.core.errors import ConfigError, NumericalError
-from slimvlm.core.progress import is_first_rank, num_ranks
+from slimvlm.core.errors import NumericalError
+from slimvlm.core.progress import is_first_rank
 from slimvlm.models.devices import weight_of
 from slimvlm.models.losses import Head
-from slimvlm.models.parts import Parts, family_of
+from slimvlm.models.parts import Parts
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -195,16 +195,6 @@ def _capped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
     if scale != 1:
         logits = logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def shard_config(config: PreTrainedConfig) -> Any:
-    """Configure FSDP2: each layer is gathered when it runs, everything else once for each step."""
-    from transformers.distributed.configuration_utils import DistributedConfig
-
-    if num_ranks() < 2:
-        raise ConfigError("shard needs several processes: start the command with torchrun")
-    layers = f"{family_of(config.model_type).backbone}.layers.*"
-    return DistributedConfig(fsdp_size=num_ranks(), fsdp_plan={layers: "free_full_weight"})
 
 
 def is_sharded(model: nn.Module) -> bool:
