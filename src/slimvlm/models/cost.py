@@ -44,18 +44,15 @@ def kv_cache_bytes(anatomy: Anatomy, tokens: int, dtype: str = "bfloat16") -> in
     return int(values * getattr(torch, dtype).itemsize)
 
 
-def prefill_flops(anatomy: Anatomy, tokens: int, batch_size: int = 1) -> int:
-    """Count FLOPs of the backbone for the first answer token; ``tokens`` includes image tokens."""
-    return batch_size * _forward_flops(anatomy, tokens, tokens)
+def prefill_flops(
+    anatomy: Anatomy, tokens: int, batch_size: int = 1, context: int | None = None
+) -> int:
+    """Count FLOPs of the backbone for the first answer token; ``tokens`` includes image tokens.
 
-
-def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:
-    """Count FLOPs of the backbone for one more token that attends to ``context``, itself too."""
-    return batch_size * _forward_flops(anatomy, 1, context)
-
-
-def _forward_flops(anatomy: Anatomy, tokens: int, context: int) -> int:
-    """Count FLOPs of tokens that attend to a context, with the head for one of them."""
+    ``context`` is the number of tokens that these attend to, themselves too; by default themselves
+    alone.
+    """
+    context = tokens if context is None else context
     flops = 2 * anatomy.hidden_size * anatomy.vocab_size
     rows, experts = (*anatomy.backbone.attention, *anatomy.backbone.mlp), anatomy.backbone.experts
     if experts is not None:
@@ -69,7 +66,12 @@ def _forward_flops(anatomy: Anatomy, tokens: int, context: int) -> int:
         flops += tokens * 2 * shape.fixed_weights
         reach = max(tokens, min(context, shape.window or context))
         flops += 4 * tokens * reach * shape.num_heads * shape.head_dim  # scores and values
-    return flops
+    return batch_size * flops
+
+
+def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:
+    """Count FLOPs of the backbone for one more token that attends to ``context``, itself too."""
+    return prefill_flops(anatomy, 1, batch_size, context)
 
 
 def slow_widths(anatomy: Anatomy) -> list[str]:

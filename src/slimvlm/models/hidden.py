@@ -142,12 +142,12 @@ def hidden_states(
 
 def head_of(model: PreTrainedModel) -> Head:
     """Return the language-model head as a function, with Cohere 2's scale and Gemma 2's cap."""
-    module = Parts(model).head
+    parts = Parts(model)
+    module, scale, cap = parts.head, parts.logit_scale, parts.logit_cap
     head: Head = module
     if is_sharded(model):
         # the pass before left its weights gathered; its hooks would start another forward pass
         head = lambda hidden: F.linear(hidden, module.weight, module.bias)  # noqa: E731
-    scale, cap = _scale_and_cap(model)
     if scale == 1 and cap is None and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         return head
     # a tied head may lie on another device than the final norm
@@ -178,17 +178,9 @@ def head_on(device: torch.device, head: Head) -> Head:
 
 def head_weights_of(model: PreTrainedModel) -> HeadWeights:
     """Return the head of a model that is whole and in memory. Its tensors are the model's own."""
-    module = Parts(model).head
-    bias: Tensor | None = None if module.bias is None else module.bias.detach()
-    return HeadWeights(weight_of(module), bias, *_scale_and_cap(model))
-
-
-def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
     parts = Parts(model)
-    if not parts.family.caps_logits:
-        return 1.0, None
-    cap = getattr(parts.text_config, "final_logit_softcapping", None)
-    return getattr(parts.text_config, "logit_scale", 1.0), cap
+    bias: Tensor | None = None if parts.head.bias is None else parts.head.bias.detach()
+    return HeadWeights(weight_of(parts.head), bias, parts.logit_scale, parts.logit_cap)
 
 
 def _capped(logits: Tensor, scale: float, cap: float | None) -> Tensor:

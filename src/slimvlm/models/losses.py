@@ -121,39 +121,24 @@ def divergence(
         Huang et al. 2025, arXiv:2507.20749, Eqs. 7 and 8; Agarwal et al. 2024, arXiv:2306.13649,
         Eq. 1 with β = 0.5 (``jsd``).
     """
-    ours, theirs = _counted(mask, reduction, student, teacher.detach())
-    divisor = len(student) if reduction == "paper" else max(len(ours), 1)
-    found = row_divergences(ours, theirs, head, teacher_head, kind, temperature)
-    return found.sum() / divisor
+    rows = _counted(mask, reduction, student, teacher.detach())
 
-
-def row_divergences(
-    student: Float[Tensor, "N D"],
-    teacher: Float[Tensor, "N E"],
-    head: Head = _AS_IS,
-    teacher_head: Head = _AS_IS,
-    kind: Divergence = "kl",
-    temperature: float = 1.0,
-) -> Float[Tensor, " N"]:
-    """Compute the `divergence` of each position."""
-
-    def part(
-        student_rows: Float[Tensor, "N D"], teacher_rows: Float[Tensor, "N E"]
-    ) -> Float[Tensor, " N"]:
-        ours = F.log_softmax(head(student_rows).float() / temperature, dim=-1)
+    def part(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N E"]) -> Float[Tensor, " N"]:
+        ours = F.log_softmax(head(student).float() / temperature, dim=-1)
         with torch.no_grad():
-            theirs = F.log_softmax(teacher_head(teacher_rows).float() / temperature, dim=-1)
+            theirs = F.log_softmax(teacher_head(teacher).float() / temperature, dim=-1)
         if kind == "kl":
-            rows = _row_kl(theirs, ours)
+            found = _row_kl(theirs, ours)
         elif kind == "rkl":
-            rows = _row_kl(ours, theirs)
+            found = _row_kl(ours, theirs)
         else:
             half = torch.tensor(0.5, device=ours.device).log()
             mixture = torch.logaddexp(theirs + half, ours + half)
-            rows = 0.5 * _row_kl(theirs, mixture) + 0.5 * _row_kl(ours, mixture)
-        return rows * temperature**2
+            found = 0.5 * _row_kl(theirs, mixture) + 0.5 * _row_kl(ours, mixture)
+        return found * temperature**2
 
-    return by_chunks(part, student, teacher)
+    divisor = len(student) if reduction == "paper" else max(len(rows[0]), 1)
+    return by_chunks(part, *rows).sum() / divisor
 
 
 def by_chunks(part: Callable[..., Tensor], *rows: Tensor, share: int = 1) -> Tensor:

@@ -54,6 +54,9 @@ class Parts:
         self.layers: nn.ModuleList = layers
         self.norm: nn.Module = self.text_model.get_submodule(self.row.final_norm)
         self.head: Any = model.get_submodule(self.family.head)
+        obeyed = self.text_config if self.family.caps_logits else None
+        self.logit_scale: float = getattr(obeyed, "logit_scale", 1.0)
+        self.logit_cap: float | None = getattr(obeyed, "final_logit_softcapping", None)
 
     def token_matrices(self) -> tuple[nn.Embedding, nn.Linear]:
         """Return embedding and head, with a row for each token; tied ones share their weight."""

@@ -86,7 +86,8 @@ class PictureBudget:
 
     def apply_(self, model: PreTrainedModel, processor: Any) -> Any:
         """Change a model's configuration; return a processor that fits, the given one stays."""
-        vars(model.config).update(in_config(model.config, self.settings))
+        ours = vars(model.config)
+        ours.update({name: value for name, value in self.settings.items() if name in ours})
         return with_settings(processor, self.settings)
 
 
@@ -107,11 +108,6 @@ def with_settings(processor: Any, settings: Mapping[str, Any]) -> Any:
         values[name] = {**values[name], key: value} if key else value
     made.image_processor = type(processor.image_processor).from_dict(values)
     return made
-
-
-def in_config(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Take those settings that the model's configuration has, too."""
-    return {name: value for name, value in settings.items() if name in vars(config)}
 
 
 def steps_down(processor: Any, knobs: Sequence[Knob]) -> list[dict[str, Any]]:

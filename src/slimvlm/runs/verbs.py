@@ -469,7 +469,7 @@ def images(
             if (folder / IMAGE_PROCESSOR_NAME).is_file():  # which older readers read
                 changed.image_processor.save_pretrained(folder)
             values = read_object(folder / CONFIG_NAME, "model")
-            values |= pictures.in_config(config, budget.settings)
+            values |= {n: v for n, v in budget.settings.items() if n in vars(config)}
             files.write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
             again = models.load_processor(str(folder), models.load_config(folder, trusted), trusted)
             if again.image_processor.to_dict() != changed.image_processor.to_dict():
