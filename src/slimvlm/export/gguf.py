@@ -35,7 +35,7 @@ class Exported:
     text: Path
     pictures: Path | None
     losses: tuple[str, ...]
-    has_card: bool  # whether a model card was written beside them
+    has_card: bool  # whether a model card was written next to them
 
 
 def export_gguf(
@@ -48,7 +48,8 @@ def export_gguf(
 ) -> Exported:
     """Write the backbone as one GGUF file, and a tower that llama.cpp knows as ``mmproj-...``.
 
-    A model card goes beside them unless one is there; ``force`` replaces that of an earlier export.
+    A model card is written next to them unless one is there; ``force`` replaces that of an earlier
+    export.
     With ``text_only`` there is no tower, and the backbone is a text model of its own.
     """
     out = require_free(out, force)
@@ -104,7 +105,7 @@ def export_gguf(
         write_card(out.parent, empty, plan, facts, processor)
     losses = [f"{f.what}: {f.advice}" for f in findings if f.level == "warn"]
     if option := llama_cpp_option(processor, config):
-        losses.append(f"llama.cpp resizes pictures by itself: give it {option}")
+        losses.append(f"llama.cpp resizes images by itself: give it {option}")
     return Exported(out, pictures, tuple(losses), has_card)
 
 
@@ -112,7 +113,7 @@ def write_backbone(model: str | Path, folder: Path) -> None:
     """Write the language backbone of a vision-language model as a plain causal LM."""
     whole, processor = models.load(model, device="cpu")
     tokenizer = getattr(processor, "tokenizer", processor)
-    if tokenizer is not None:  # llama.cpp runs templates of pictures itself
+    if tokenizer is not None:  # llama.cpp runs templates of images itself
         template = getattr(processor, "chat_template", None)
         tokenizer.chat_template = tokenizer.chat_template or template
     write_model(folder, text_alone(whole), tokenizer)

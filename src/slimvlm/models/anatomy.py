@@ -1,7 +1,7 @@
 """Read a model's layers, head geometry, widths and parameter counts.
 
-An `Anatomy` is read off a model's modules, so that it is right for pruned models, too; a model on
-the meta device will do.
+An `Anatomy` is read off a model's modules and so also right for pruned models. A model on the meta
+device will do.
 
 Only this module turns head geometry into indices. Along its divided dimension a projection is a row
 of segments (`slimvlm.models.families.Projection`). In a segment, unit ``u`` owns the channels
@@ -38,12 +38,12 @@ class LayerShape:
     num_kv_heads: Width
     queries_per_group: Width  # query heads that share one KV head
     head_dim: Width  # channels of a head
-    # MLP neurons, with experts those of one; 0 if none of its neurons can go
+    # MLP neurons, with experts those of one; 0 if none of its neurons can be removed
     intermediate_size: Width
     kv_group_params: Count  # parameters of one KV group (its q, k, v rows and biases, o columns)
     neuron_params: Count  # parameters of one neuron (gate and up rows and biases, down column)
     fixed_params: Count  # parameters that no unit owns, such as norms and output biases
-    num_experts: Width = 0  # experts of which each token takes a few; 0 if none of them can go
+    num_experts: Width = 0  # experts of which each token takes a few; 0 if none can be removed
     # the part of ``neuron_params`` in one expert; 0 without experts
     expert_neuron_params: Count = 0
     # parameters of one expert that no neuron owns, such as the router's row
@@ -82,9 +82,10 @@ class LayerShape:
 
     def with_units(self, kv_groups: int, neurons: int, experts: int) -> "LayerShape":
         """Return the layer with other numbers of units; a neuron is smaller with fewer experts."""
-        lost = (self.num_experts - experts) * self.expert_neuron_params
+        removed = (self.num_experts - experts) * self.expert_neuron_params
         widths: dict[str, Any] = {"num_kv_heads": kv_groups, "intermediate_size": neurons}
-        return replace(self, **widths, num_experts=experts, neuron_params=self.neuron_params - lost)
+        neuron_params = self.neuron_params - removed
+        return replace(self, **widths, num_experts=experts, neuron_params=neuron_params)
 
     def block(self, segment: Segment) -> tuple[int, int]:
         """Return the number of units along a segment and the channels of each."""
@@ -254,7 +255,7 @@ class Anatomy:
 
     @property
     def why_tokens_stay(self) -> str | None:
-        """Why no token can go; None if some can."""
+        """Why no token can be removed; None if some can."""
         rows = self.vocab_size
         of_head = (0, rows, rows * self.hidden_size, rows * (self.hidden_size + 1))
         stacks = self.backbone.layer_stacks
@@ -293,11 +294,12 @@ class Anatomy:
 
     def with_tokens(self, count: int) -> "Anatomy":
         """Return the anatomy with another number of tokens."""
-        gone = self.vocab_size - count
+        removed = self.vocab_size - count
         return replace(
             self,
             layers=tuple(
-                replace(s, fixed_params=s.fixed_params - gone * s.token_params) for s in self.layers
+                replace(s, fixed_params=s.fixed_params - removed * s.token_params)
+                for s in self.layers
             ),
             vocab_size=count,
             embedding_params=self.embedding_params // self.vocab_size * count,

@@ -1,7 +1,7 @@
 """Count memory and FLOPs of an `Anatomy` from its shapes.
 
 FLOPs are those of the matrix products, two for each multiplication with its addition: weights, and
-attention scores and their weighted values, in prefill over the whole square of positions. Norms,
+attention scores and their weighted values, in prefill over the square of all positions. Norms,
 softmax, rotary embeddings, the look-up of tokens, convolutions, the scan of linear attention, cross
 attention, scores of Gemma 3n and 4 and matrices outside the layers are left out. The head counts
 for one position, as in generation. Otherwise this is what `torch.utils.flop_counter` counts;

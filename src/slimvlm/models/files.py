@@ -108,7 +108,7 @@ def _without_kernels(values: Any) -> Any:
 
 
 def split_revision(model: str | Path) -> tuple[str, dict[str, Any]]:
-    """Split ``OWNER/NAME@REVISION`` into a hub id and arguments; the name of a folder is whole."""
+    """Split ``OWNER/NAME@REVISION`` into a hub id and arguments; a folder keeps its name."""
     name, sign, revision = str(model).partition("@")
     if not sign or not re.fullmatch(_HUB_ID, name) or Path(model).exists():
         return str(model), {}

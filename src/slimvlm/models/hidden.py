@@ -1,4 +1,4 @@
-"""Run models without the logits of all positions, whole or divided among processes (FSDP2)."""
+"""Run models, also those divided among processes (FSDP2), without the logits of all positions."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,7 +39,7 @@ def layer_output(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, a model is in evaluation mode; afterwards each of its modules in its former mode."""
+    """Put a model in evaluation mode inside, and each of its modules back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -71,7 +71,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Move the tensors among inputs to the model's device; pictures to its data type."""
+    """Move the tensors among inputs to the model's device, and images to its data type."""
     moved, device = dict(inputs), device_of(model)
     for name, value in inputs.items():
         if isinstance(value, Tensor):
@@ -81,7 +81,7 @@ def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, An
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a module computes something else; its hooks run as before."""
+    """Let a module compute something else inside; its hooks run as before."""
     own = vars(module).get("forward")  # where accelerate or another replacement has put one
     try:
         setattr(module, "forward", forward)  # noqa: B010
@@ -177,7 +177,7 @@ def head_on(device: torch.device, head: Head) -> Head:
 
 
 def head_weights_of(model: PreTrainedModel) -> HeadWeights:
-    """Return the head of a model that is whole and in memory. Its tensors are the model's own."""
+    """Return the head of a model in memory that is not sharded. Its tensors are the model's own."""
     parts = Parts(model)
     bias: Tensor | None = None if parts.head.bias is None else parts.head.bias.detach()
     return HeadWeights(weight_of(parts.head), bias, parts.logit_scale, parts.logit_cap)

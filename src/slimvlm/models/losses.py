@@ -64,7 +64,7 @@ def token_cross_entropy(
 ) -> Float[Tensor, "B T-1"]:
     """Compute the cross-entropy of each next token in float32; 0 where it does not count.
 
-    The forward pass computes the gradient, too: nothing is computed twice and no logits are stored.
+    The forward pass also computes the gradient: nothing is computed twice and no logits are stored.
     Parameters of the head get no gradient; in `cross_entropy` they do.
     """
     rows, wanted, counted = predictions(hidden, labels)
@@ -74,7 +74,7 @@ def token_cross_entropy(
 
 
 def cross_entropy(hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Compute the mean cross-entropy over the tokens that count (SFT loss); the head learns, too.
+    """Compute the mean cross-entropy over the tokens that count (SFT loss); the head also learns.
 
     A head that is an ``nn.Linear`` in the data type of the hidden states goes through Liger's
     fused kernel on a CUDA device, where that package is installed. Other heads have any soft cap
@@ -113,7 +113,7 @@ def divergence(
 
     ``student`` and ``teacher`` are final hidden states, or without heads logits already. No
     gradient flows into the teacher's or its head. ``mask`` says which positions count; all if None.
-    The reduction ``token_mean`` averages over these; ``paper`` is what the study's trainer
+    The reduction ``token_mean`` averages over these; ``paper`` is what the paper's trainer
     computes: the sum over *all* positions, divided by the batch size. The paper of ``jsd`` has no
     factor of temperature².
 
@@ -159,10 +159,10 @@ def hidden_l2(
     """Compute the squared distance of hidden states, a mean over channels and positions that count.
 
     No gradient flows into the teacher's. ``mask`` says which positions count; the reduction
-    ``paper`` averages over *all* of them, padding included, as the study's trainer does.
+    ``paper`` averages over *all* of them, padding included, as the paper's trainer does.
 
     Reference:
-        Huang et al. 2025, arXiv:2507.20749, Eq. 9 (its code takes the mean over channels, too).
+        Huang et al. 2025, arXiv:2507.20749, Eq. 9 (its code also takes the mean over channels).
     """
     ours, theirs = _counted(mask, reduction, student, teacher.detach())
     return (ours.float() - theirs.float()).square().mean(-1).sum() / max(len(ours), 1)

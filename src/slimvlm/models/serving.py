@@ -146,7 +146,7 @@ def _shown(case: Case) -> dict[str, str]:
     runs = [(kind, len(list(run))) for kind, run in groupby(s.kind for s in shape.layers)]
     return {
         **{f"kind in {target}": model for target in RAN},
-        "kind in gguf": f"{model}{', without pictures' * case.is_blind_in_gguf}",
+        "kind in gguf": f"{model}{', without images' * case.is_blind_in_gguf}",
         "tower": f"{shape.vision_params / 1e6:.1f} M vision parameters in {shape.model_type!r}",
         "model": f"model {shape.model_type!r}",
         "language model": f"language model {shape.text_type!r}",
