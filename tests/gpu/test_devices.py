@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import slimvlm as sv
 from slimvlm import cli
 from slimvlm.evaluation.bench import bench
-from slimvlm.models.devices import computes_bfloat16, default_device, free_memory, peak_memory
+from slimvlm.models.devices import computes_bfloat16, device_named, free_memory, peak_memory
 from slimvlm.scoring.criteria import CRITERIA
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
@@ -35,7 +35,7 @@ def data(tmp_path_factory):
 
 
 def test_a_model_goes_where_the_user_says_and_the_card_has_a_name(card, llava):
-    assert default_device() == card
+    assert device_named() == card
     for named, place in ((None, card), (card.type, card), (str(card), card), ("cpu", "cpu")):
         assert sv.load(llava, device=named)[0].device == torch.device(place)
     model = tiny.build("llama").to(card)

@@ -1,7 +1,4 @@
-"""Counted FLOPs are those that torch counts, for every kind of backbone and after pruning.
-
-Cores are those that a container has.
-"""
+"""Counted FLOPs are those that torch counts, for every kind of backbone and after pruning."""
 
 import pytest
 import torch

@@ -16,7 +16,6 @@ from slimvlm.core.options import CompressConfig, LoadConfig, RecoverConfig
 from slimvlm.core.progress import silent
 from slimvlm.models.devices import (
     computes_bfloat16,
-    default_device,
     device_named,
     free_memory,
     with_float64,
@@ -46,7 +45,7 @@ def two_of(monkeypatch, request):
 
 @pytest.mark.parametrize("two_of", ["cuda", "xpu", "mps"], indirect=True)
 def test_each_process_has_an_accelerator_of_its_own(two_of, monkeypatch):
-    assert default_device() == torch.device(two_of, 0)
+    assert device_named() == torch.device(two_of, 0)
     assert device_named("cpu") == CPU
     assert device_named(f"{two_of}:1") == torch.device(two_of, 1)
     for rank in (0, 1, 2):

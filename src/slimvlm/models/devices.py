@@ -29,17 +29,16 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLED = 64  # values of a weight that are hashed one by one
 
 
-def default_device() -> torch.device:
-    """Return this process's accelerator (CUDA, MPS, XPU, ...) if there is one, else the CPU."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    found: Any = torch.accelerator.current_accelerator()
-    return torch.device(found.type, local_rank() % torch.accelerator.device_count())
+def device_named(name: str | torch.device | None = None) -> torch.device:
+    """Find the device of a user's name.
 
-
-def device_named(name: str | torch.device | None) -> torch.device:
-    """Find the device of a user's name; by default, and for a kind alone, this process's."""
-    usual = default_device()
+    By default, and for a kind alone, it is this process's accelerator (CUDA, MPS, XPU, ...), or the
+    CPU where there is none.
+    """
+    usual = torch.device("cpu")
+    if torch.accelerator.is_available():
+        found: Any = torch.accelerator.current_accelerator()
+        usual = torch.device(found.type, local_rank() % torch.accelerator.device_count())
     if name is None or str(name) == usual.type:
         return usual
     cards = [] if usual.type == "cpu" else [usual.type]

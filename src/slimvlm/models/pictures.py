@@ -80,7 +80,7 @@ class PictureBudget:
     size: tuple[int, int]  # of the median image
 
     def __str__(self) -> str:
-        """Complete a sentence that such as "images take 64 tokens ..."."""
+        """Complete a sentence such as "images take 64 tokens ..."."""
         said = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         return f"{self.tokens:.0f} tokens in place of {self.tokens_before:.0f}, by {said}"
 

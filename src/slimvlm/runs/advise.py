@@ -17,7 +17,7 @@ from slimvlm.data.samples import Sample
 from slimvlm.data.vocabulary import TokenizerFile
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, params_of_target, weight_bytes
-from slimvlm.models.devices import default_device, device_named, free_memory
+from slimvlm.models.devices import device_named, free_memory
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.load import load_config, load_processor, resolve
 from slimvlm.models.pictures import PictureBudget, with_settings
@@ -108,7 +108,7 @@ def advise(
         vocabulary=tokens,
         beside=bytes_of_picture(load_config(model), pictures, dtype) if pictures else 0.0,
     )
-    device = default_device()
+    device = device_named()
     if gpu is not None and gpu == (device.type == "cpu"):
         device = torch.device("cuda" if gpu else "cpu")
 

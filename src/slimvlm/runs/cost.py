@@ -24,7 +24,7 @@ from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.cost import BYTES, weight_bytes
 from slimvlm.models.devices import (
     computes_bfloat16,
-    default_device,
+    device_named,
     free_memory,
     load_of_others,
     usable_cores,
@@ -270,7 +270,7 @@ def optimizer_steps(config: RecoverConfig, samples: int, gone: float) -> int:
 
 def _is_here(device: torch.device) -> bool:
     """Whether this machine has a device; advice can be for another machine."""
-    return device.type in ("cpu", default_device().type)
+    return device.type in ("cpu", device_named().type)
 
 
 def _is_walked(request: Request) -> bool:
