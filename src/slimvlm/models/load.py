@@ -205,7 +205,7 @@ def load(
     place = device_named(device)
     config = load_config(model, trust_remote_code)
     check_attention(model, config, attn_implementation)
-    name = resolve(model)
+    name, kind = resolve(model), class_of(config)
     repository, how = split_revision(name)
     how |= {key: value for key, value in requested.items() if value is not None} | {"dtype": dtype}
     if is_quantized(config):  # some quantisers take the current card by default
@@ -222,7 +222,7 @@ def load(
     was_disabled, reporter.disabled = reporter.disabled, True  # it would print names in the files
     try:
         with unreadable(model, "weights"), alone(repository, trust_remote_code):
-            loaded, report = class_of(config).from_pretrained(
+            loaded, report = kind.from_pretrained(
                 repository,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
