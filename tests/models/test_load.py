@@ -14,12 +14,7 @@ from slimvlm.core.documents import asked
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, LoadConfig, RecoverConfig
 from slimvlm.core.progress import silent
-from slimvlm.models.devices import (
-    computes_bfloat16,
-    device_named,
-    free_memory,
-    with_float64,
-)
+from slimvlm.models.devices import computes_bfloat16, device_named, free_memory, with_float64
 from slimvlm.models.load import check_models, load_as
 from slimvlm.models.parts import text_config_of
 from slimvlm.runs.compress import compress_command, config_text, read_config
@@ -178,10 +173,8 @@ def test_attention_that_a_class_lacks_is_refused_in_one_line(monkeypatch):
 
 
 def test_bfloat16_and_float64_are_used_where_they_are_native(monkeypatch):
-    emulating = SimpleNamespace(
-        is_bf16_supported=lambda including_emulation=True: including_emulation
-    )
-    monkeypatch.setattr(torch, "get_device_module", lambda device: emulating)
+    card = SimpleNamespace(is_bf16_supported=lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: card)
     assert not computes_bfloat16(torch.device("xpu"))
     assert not computes_bfloat16(torch.device("mps"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
