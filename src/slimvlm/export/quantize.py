@@ -80,16 +80,16 @@ def quantize(
     plan, empty = plan_of(model), models.empty_model(config)
     for _, projection, linear in Parts(empty).projections():
         if to == "int4" and linear.in_features % GROUP:
-            told = f"rows of {projection.path} have {linear.in_features} weights, which is no"
-            told += f" multiple of {GROUP}. Plan with --round-to {GROUP}, or use --to int8"
-            raise ConfigError(f"to {to!r}: {told}")
+            message = f"rows of {projection.path} have {linear.in_features} weights, which is no"
+            message += f" multiple of {GROUP}. Plan with --round-to {GROUP}, or use --to int8"
+            raise ConfigError(f"to {to!r}: {message}")
     skipped = _unquantized(empty)
     dtype, source = getattr(config, "dtype", None) or torch.bfloat16, models.folder_of(name)
     needed = sum(file.stat().st_size for file in set(weight_files(source).values()))
     if target.type != "cpu" and needed > (free := free_memory(target)):
-        told = f"{needed / 2**30:.2f} GiB of weights do not fit into {free / 2**30:.2f} GiB"
-        told += " that are free. Give cpu, or a device with more"
-        raise ConfigError(f"device {str(target)!r}: {told}")
+        message = f"{needed / 2**30:.2f} GiB of weights do not fit into {free / 2**30:.2f} GiB"
+        message += " that are free. Give cpu, or a device with more"
+        raise ConfigError(f"device {str(target)!r}: {message}")
     kind = models.class_of(config)
     with unreadable(name, "weights"), alone(source):
         small: PreTrainedModel = kind.from_pretrained(
@@ -163,13 +163,13 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
         backend = others.get(to, "torchao")
     if backend not in METHODS.get(to, ()):
         known = sorted(f"{bits} with {each}" for bits in METHODS for each in METHODS[bits])
-        told = f"must be one of: {', '.join(known)}"
-        raise ConfigError(f"to {to!r} with backend {backend!r} {told}")
+        message = f"must be one of: {', '.join(known)}"
+        raise ConfigError(f"to {to!r} with backend {backend!r} {message}")
     if find_spec(backend.replace("-", "_")) is None:
         raise ConfigError(f"backend {backend!r} is not installed: pip install 'slimvlm[quant]'")
     if (to, backend) == ("int4", "torchao") and not on_gpu:
-        told = f"{backend} packs {to} for a GPU only, and the device is {device}"
-        raise ConfigError(f"to {to!r}: {told}. Use --backend bitsandbytes, or --to int8")
+        message = f"{backend} packs {to} for a GPU only, and the device is {device}"
+        raise ConfigError(f"to {to!r}: {message}. Use --backend bitsandbytes, or --to int8")
     return backend
 
 

@@ -34,8 +34,8 @@ def text_config_alone(config: PreTrainedConfig) -> PreTrainedConfig:
         raise ConfigError(f"text_only: model_type {kind!r} is a text model already")
     text_type, fields = STAND_INS.get(text.model_type, (text.model_type, {}))
     if not has_own_class(text_type):
-        told = f"transformers has its language model {text.model_type!r} inside of it only"
-        why = f"cannot be written as text alone, because {told}"
+        message = f"transformers has its language model {text.model_type!r} inside of it only"
+        why = f"cannot be written as text alone, because {message}"
         raise UnsupportedModelError(f"text_only: model_type {kind!r} {why}")
     outer = {"model_type", "auto_map", "architectures", *type(text).sub_configs}
     values = {name: value for name, value in text.to_dict().items() if name not in outer}

@@ -260,8 +260,8 @@ def _check_loaded(
         if model is not None
     ]
     if ties == [True, False]:
-        told = "config.json says tie_word_embeddings, but the files hold two different matrices"
-        raise ConfigError(f"{where}: {told}; say false to keep both")
+        message = "config.json says tie_word_embeddings, but the files hold two different matrices"
+        raise ConfigError(f"{where}: {message}; say false to keep both")
 
 
 def load_as(

@@ -81,8 +81,8 @@ class PictureBudget:
 
     def __str__(self) -> str:
         """Complete a sentence such as "images take 64 tokens ..."."""
-        said = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        return f"{self.tokens:.0f} tokens in place of {self.tokens_before:.0f}, by {said}"
+        changes = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"{self.tokens:.0f} tokens in place of {self.tokens_before:.0f}, by {changes}"
 
     def apply_(self, model: PreTrainedModel, processor: Any) -> Any:
         """Change a model's configuration; return a processor that fits, the given one stays."""
@@ -155,15 +155,15 @@ def budgets_for(
         order = sorted(order, key=lambda step: -sum(counts(step)))
     full, least = sum(counts(0)), sum(counts(order[-1]))
     if least == full:
-        told = f"its processor has no {names} by which images take fewer tokens"
-        raise UnsupportedModelError(f"{config.model_type} has no image-token budget: {told}")
+        message = f"its processor has no {names} by which images take fewer tokens"
+        raise UnsupportedModelError(f"{config.model_type} has no image-token budget: {message}")
 
     def choose(share: float) -> PictureBudget:
         if not least <= share * full <= full:
             lowest = ceil(1000 * least / full) / 1000
             of = f"{full / len(sizes):.0f} tokens of this data's images"
-            told = f"must be from {lowest} to 1: {names} leave that of the {of}"
-            raise ConfigError(f"image-token budget {share} {told}")
+            message = f"must be from {lowest} to 1: {names} leave that of the {of}"
+            raise ConfigError(f"image-token budget {share} {message}")
         step = order[bisect_left(order, -share * full, key=lambda i: -sum(counts(i)))]
         means = sum(counts(step)) / len(sizes), full / len(sizes)
         return PictureBudget(share, steps[step], *means, sorted(sizes)[len(sizes) // 2])
