@@ -176,8 +176,8 @@ def read_adapter(folder: Path) -> tuple[str, dict[str, Any]]:
     odd += [] if values.get("peft_type") == "LORA" else ["peft_type"]
     odd += [] if start in TABLES["keeps_base"] else ["init_lora_weights"]
     if odd:
-        message = shortened(values.get(odd[0]))
-        raise ConfigError(f"{where}: {ADAPTER}: {odd[0]} {message} is not merged here; use PEFT")
+        value = shortened(values.get(odd[0]))
+        raise ConfigError(f"{where}: {ADAPTER}: {odd[0]} {value} is not merged here; use PEFT")
     weights = {f.name for f in folder.iterdir() if f.suffix in (".bin", ".safetensors")}
     if others := weights - {*TABLES["beside_adapter"]}:
         raise ConfigError(f"{where}: beside {ADAPTER} lies {min(others)!r}, which is not merged")
