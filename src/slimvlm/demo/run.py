@@ -10,7 +10,7 @@ from slimvlm.core.options import Axis, CompressConfig, Dtype, RecoverConfig
 from slimvlm.core.progress import Say
 from slimvlm.demo.questions import TASKS
 from slimvlm.demo.scenes import DATA
-from slimvlm.models.load import computes_bfloat16, device_named
+from slimvlm.models.devices import computes_bfloat16, device_named
 from slimvlm.runs import compress, tables
 
 RATIO = 0.3

@@ -30,8 +30,9 @@ from slimvlm.evaluation.bench import stored_bytes, times_of
 from slimvlm.evaluation.on_data import answer_losses
 from slimvlm.evaluation.results import Result, TaskResult, asked_of
 from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.models.devices import digest_of_weights
 from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
-from slimvlm.models.load import anatomy, digest_of_weights
+from slimvlm.models.load import anatomy
 from slimvlm.models.parts import context_of
 
 Reached = Callable[[float], None]  # receives the share of a task's questions that are answered

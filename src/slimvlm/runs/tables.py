@@ -256,7 +256,8 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     if anatomy.expert_counts:
         taken, most = anatomy.experts_per_token, anatomy.expert_counts[-1]
         expert = [f"{s.expert_params:,}" if s.num_experts else "none" for s in shapes]
-        share_of_all = f"{anatomy.expert_share:.0%} of the backbone (compress --experts)"
+        share = sum(s.num_experts * s.expert_params for s in shapes) / anatomy.backbone_params
+        share_of_all = f"{share:.0%} of the backbone (compress --experts)"
         experts = [*_by_layer("    one expert", expert), ["    all experts", share_of_all]]
         legal_experts = [
             *_by_layer("experts in a layer", [f"{s.num_experts or 'none'}" for s in shapes]),

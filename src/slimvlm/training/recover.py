@@ -27,9 +27,8 @@ from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import free_memory, release_memory
+from slimvlm.models.devices import computes_bfloat16, digest_of_weights, free_memory, release_memory
 from slimvlm.models.hidden import evaluating, frozen, is_sharded
-from slimvlm.models.load import digest_of_weights
 from slimvlm.models.losses import layer_map
 from slimvlm.models.parts import Parts, part_at
 from slimvlm.planning.plan import Plan
@@ -335,7 +334,7 @@ def _training_arguments(
             num_train_epochs=config.epochs_over(num_samples, gone),
             max_steps=config.max_steps,
             learning_rate=peak_rate(config, model, plan),
-            bf16=models.computes_bfloat16(device) if config.bf16 is None else config.bf16,
+            bf16=computes_bfloat16(device) if config.bf16 is None else config.bf16,
             use_cpu=device.type == "cpu",
             save_strategy="steps" if is_resumable else "no",
             dataloader_pin_memory=is_pinned,
