@@ -72,7 +72,7 @@ def test_every_question_is_of_one_kind(pairs):
     }
     assert sum(task.counts.values()) == len(pairs)
     change = 100 * (task.counts["gained"] - task.counts["lost"]) / len(pairs)
-    assert task.difference.points == pytest.approx(change)
+    assert task.difference.value == pytest.approx(change)
     assert task.score_b - task.score_a == pytest.approx(change)
 
 
@@ -82,7 +82,7 @@ def test_counts_of_all_tasks_add_up_and_others_are_named():
     b = result("b", one=answered(one, "1010"), two=answered(other, "1110"))
     found = compare(a, b, {})
     assert found.counts == {"lost": 2, "gained": 1, "both wrong": 1, "both right": 4}
-    assert found.difference.points == pytest.approx(-12.5)
+    assert found.difference.value == pytest.approx(-12.5)
     worded = [
         result(n, one=answered(one, ["dog", word] * 2)) for n, word in (("a", "cat"), ("b", "cow"))
     ]
@@ -96,8 +96,8 @@ def test_counts_of_all_tasks_add_up_and_others_are_named():
         for n, s in (("a", 20.0), ("b", 18.0))
     }
     found = compare(halves["a"], halves["b"], {})  # 2000 and 1800 of 2000 points
-    assert found.difference.points == pytest.approx(-10)
-    assert found.tasks["mme_perception"].difference.points == pytest.approx(-200)
+    assert found.difference.value == pytest.approx(-10)
+    assert found.tasks["mme_perception"].difference.value == pytest.approx(-200)
     kinds = [pair.kind for pair in graded().tasks["pets"].pairs]
     assert kinds == ["both right", "lost"]  # graded answers are right from one half
     both = answered(TWO, "10")

@@ -2,7 +2,7 @@
 
 Benchmarks are small versions of the published ones, all generated, always in the same order.
 ``--data demo`` gives the conversations, on which the demo model was trained. The two share no
-composition, digit picture or text question.
+composition, digit image or text question.
 """
 
 import ast
@@ -25,13 +25,10 @@ from slimvlm.demo.scenes import CELLS, COLORS, Scene, SceneKind, Split, load_art
 
 NUM_QUESTIONS = 320
 _LETTERS = ("a", "b", "c", "d")
-_SIDES = ("left", "right", "above", "below")
-_MAX_SUMMAND = 60
-_MAX_SORTED = 99
 _TEST_SEED = 20240
 _TEST_PASSAGE_CHARS = 600
-_KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)  # of the training pictures, of each of `SCENE_KINDS`
-_TEXT_SHARE = 0.16  # share of conversations without a picture
+_KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)  # of the training images, of each of `SCENE_KINDS`
+_TEXT_SHARE = 0.16  # share of conversations without an image
 _PASSAGE_SHARE = 0.35  # share of those that are passages of English
 _PASSAGE_CHARS = 420
 
@@ -52,8 +49,8 @@ def _with_letters(question: str, right: str, wrong: Sequence[str], rng: Generato
     return _Asked(f"{question} {listed}", _LETTERS[options.index(right)], _LETTERS)
 
 
-def _sample(rng: Generator, items: Sequence[str], count: int) -> list[str]:
-    return [items[int(i)] for i in rng.permutation(len(items))[:count]]
+def _three(rng: Generator, items: Sequence[str]) -> list[str]:
+    return [items[int(i)] for i in rng.permutation(len(items))[:3]]
 
 
 def neighbours(scene: Scene) -> list[tuple[str, str, str]]:
@@ -82,11 +79,11 @@ def _ask(what: str, scene: Scene, rng: Generator, detail: str = "") -> _Asked:
             return _Asked("what kind of thing is this?", art.category_of(names[0]))
         case "category_letter":
             right = art.category_of(names[0])
-            wrong = _sample(rng, [c for c in dict.fromkeys(art.categories) if c != right], 3)
+            wrong = _three(rng, [c for c in dict.fromkeys(art.categories) if c != right])
             return _with_letters("what kind of thing is this?", right, wrong, rng)
         case "object_letter":
             others = [n for n in art.members(art.category_of(names[0])) if n != names[0]]
-            return _with_letters("which one is this?", names[0], _sample(rng, others, 3), rng)
+            return _with_letters("which one is this?", names[0], _three(rng, others), rng)
         case "presence":
             groups = ("positive", "positive", "random", "adversarial")
             if detail in ("", "absent"):
@@ -106,7 +103,7 @@ def _ask(what: str, scene: Scene, rng: Generator, detail: str = "") -> _Asked:
         case "relation":
             name, reference, side = pick(rng, neighbours(scene))
             prompt = f"where is the {name}, seen from the {reference}: left, right, above or below?"
-            return _Asked(prompt, side, _SIDES)
+            return _Asked(prompt, side, ("left", "right", "above", "below"))
         case "count":
             name = detail or max(names, key=names.count)
             prompt, count = f"how many times is the {name} shown?", str(names.count(name))
@@ -147,14 +144,14 @@ def _ask_text(task: str, rng: Generator, split: Split) -> _Asked:
         if task == "text_odd":
             kind = pick(rng, art.categories)
             others = [n for n, c in zip(art.names, art.categories, strict=True) if c != kind]
-            wrong = _sample(rng, art.members(kind), 3)
+            wrong = _three(rng, art.members(kind))
             asked = _with_letters(f"which is not a {kind}?", pick(rng, others), wrong, rng)
         elif task == "text_sort":
-            numbers = rng.choice(_MAX_SORTED, size=int(rng.integers(3, 5)), replace=False) + 1
+            numbers = rng.choice(99, size=int(rng.integers(3, 5)), replace=False) + 1
             given, ordered = (" ".join(map(str, each)) for each in (numbers, sorted(numbers)))
             asked = _Asked(f"sort these numbers: {given}", ordered)
         else:
-            a, b = (int(v) for v in rng.integers(1, _MAX_SUMMAND + 1, size=2))
+            a, b = (int(v) for v in rng.integers(1, 61, size=2))
             asked = _Asked(f"what is {a} + {b}?", str(a + b))
         if (zlib.crc32(asked.prompt.encode()) % scenes.TEST_SHARE == 0) == (split == "test"):
             return asked
@@ -163,7 +160,7 @@ def _ask_text(task: str, rng: Generator, split: Split) -> _Asked:
 def _item(
     task: str, kind: SceneKind, ask: str, styles: Sequence[str], index: int
 ) -> tuple[Scene, _Asked]:
-    """Make the scene and the question with this number of a picture benchmark."""
+    """Make the scene and the question with this number of an image benchmark."""
     rng, lone = np.random.default_rng([_TEST_SEED, *task.encode(), index]), None
     if kind == "single":
         names = load_art().names
@@ -252,7 +249,7 @@ _TURNS: dict[SceneKind, str] = {
     "digits": "digits locate",
     "shapes": "shape_open shape_open shape_open shape_yesno shape_yesno shape_yesno locate list",
 }
-"""The questions of `_ask` about a picture of each kind, with their details."""
+"""The questions of `_ask` about an image of each kind, with their details."""
 
 
 def docstrings(path: Path) -> Iterator[tuple[str, str]]:

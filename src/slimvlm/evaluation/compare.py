@@ -9,7 +9,7 @@ from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.ask import with_other_pictures
-from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Difference, normalise, signed
+from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Estimate, normalise, signed
 from slimvlm.evaluation.results import Kind, Result, average_of, require_same_task, task_difference
 
 Change = Literal["lost", "gained", "both wrong", "both right"]
@@ -40,7 +40,7 @@ class _Answered:
     """Questions that both models answered, in the task's order."""
 
     pairs: tuple[Pair, ...]
-    difference: Difference  # B - A, in points; of several tasks that of AVG
+    difference: Estimate  # B - A, in points; of several tasks that of AVG
     note: str = ""  # why questions and pictures are missing, or which model was asked blind
 
     @property
@@ -158,7 +158,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """Give the figures of a comparison as plain values, and the ids lost and gained."""
 
     def figures(of: TaskComparison | Comparison) -> dict[str, Any]:
-        change = {**vars(of.difference), "significant": of.difference.significant}
+        change = {**of.difference.as_points(), "significant": of.difference.significant}
         return {**change, "flips": of.flips, "counts": of.counts}
 
     tasks = {}

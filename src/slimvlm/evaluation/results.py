@@ -152,7 +152,7 @@ class Result:
             if any(any(baseline.tasks[n].scores) for n in part.tasks if n in baseline.tasks)
         }
 
-    def difference(self, baseline: "Result") -> metrics.Difference:
+    def difference(self, baseline: "Result") -> metrics.Estimate:
         """Compute AVG minus that of another model, over the tasks that both answered."""
         return average_of(*self._shared_tasks(baseline))
 
@@ -244,19 +244,21 @@ def comparable(ours: Result, baseline: Result, names: Sequence[str] | None = Non
 
 def task_difference(
     name: str, ours: TaskResult, theirs: TaskResult | None = None
-) -> metrics.Difference:
+) -> metrics.Estimate:
     """Compute a score, minus the baseline's if given, on the task's scale; of losses 100 times."""
-    base = None if theirs is None else theirs.scores
-    bounded = ours.metric not in metrics.LIKELIHOODS
-    return metrics.paired_difference(base, ours.scores, ours.pictures, name, bounded)
+    found = average_of({name: ours}, None if theirs is None else {name: theirs})
+    scale = metrics.MME_FULL_SCORES.get(name, 100.0) / 100
+    return metrics.Estimate(*(scale * each for each in vars(found).values()))
 
 
 def average_of(
     ours: Mapping[str, TaskResult], theirs: Mapping[str, TaskResult] | None = None
-) -> metrics.Difference:
+) -> metrics.Estimate:
     """Compute AVG over tasks, minus the baseline's if given."""
     base = None if theirs is None else _each(theirs, "scores")
-    return metrics.average_difference(base, _each(ours, "scores"), _each(ours, "pictures"))
+    bounded = all(task.metric not in metrics.LIKELIHOODS for task in ours.values())
+    scores, pictures = _each(ours, "scores"), _each(ours, "pictures")
+    return metrics.average_difference(base, scores, pictures, bounded)
 
 
 def guessed(result: Result) -> dict[str, str]:
@@ -264,8 +266,8 @@ def guessed(result: Result) -> dict[str, str]:
     found = {}
     for name, task in result.tasks.items():
         level = max(task.floor, metrics.average({name: task.blind or 0.0}))
-        if task.in_average and (share := average_of({name: task})).low <= level:
-            found[name] = f"{share.points:.1f} %, guessing {level:.1f} %"
+        if task.in_average and ((share := average_of({name: task})).low or 0.0) <= level:
+            found[name] = f"{share.value:.1f} %, guessing {level:.1f} %"
     return found
 
 
