@@ -43,7 +43,7 @@ def answered(asked, replies, metric="exact_match"):
 
 
 def result(model, **tasks):
-    return Result(model, 2_000_000, 1_000_000, tasks, 1.0, 1.0)
+    return Result(model, 2_000_000, 1_000_000, tasks, prefill_ms=1.0, decode_ms=1.0)
 
 
 def two(a, b, size=None):

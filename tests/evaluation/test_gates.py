@@ -69,7 +69,7 @@ def on_tasks(*rights):
     for model, right in zip(("baseline", "model"), rights, strict=True):
         scores, ids = ((1.0,) * right + (0.0,) * (10 - right)) * 10, tuple(map(str, range(100)))
         task = TaskResult("exact_match", 10.0 * right, 0.0, True, ids, ("",) * 100, scores)
-        found[model] = Result(model, 20, 10, {"pets": task}, 1.0, 1.0)
+        found[model] = Result(model, 20, 10, {"pets": task}, prefill_ms=1.0, decode_ms=1.0)
     return found
 
 

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ from slimvlm.core.progress import progress
 from slimvlm.data import chat
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.metrics import Estimate
-from slimvlm.evaluation.results import Times
+from slimvlm.evaluation.results import TIMES, Times
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import decode_flops, kv_cache_bytes, prefill_flops, slow_widths
 from slimvlm.models.hidden import as_inputs, evaluating, hidden_states, require_finite_values
@@ -38,10 +37,6 @@ from slimvlm.models.parts import Parts
 REPEATS, NEW_TOKENS = 6, 8  # runs of each model, and new tokens after the first
 
 Run = tuple[float, ...]  # milliseconds of a generation: to the first token, then of each other one
-
-
-def _decode_ms(run: Run) -> float:
-    return median(run[1:])
 
 
 def timed_run(model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens: int) -> Run:
@@ -76,11 +71,18 @@ def in_turn(runs: Sequence[Callable[[], Run]], repeats: int) -> list[list[Run]]:
     return found
 
 
-def _shares(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[Estimate]:
-    """Divide times to read and to write by those of the same rounds: median, smallest, largest."""
-    for time_of in (itemgetter(0), _decode_ms):
-        shares = [time_of(a) / time_of(b) for a, b in zip(ours, theirs, strict=True)]
-        yield Estimate(median(shares), min(shares), max(shares))
+def _by_phase(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
+    """Return the prefill time and the median time of a decoding step of each run."""
+    return [run[0] for run in runs], [median(run[1:]) for run in runs]
+
+
+def _shares(ours: Sequence[Run], theirs: Sequence[Run]) -> list[Estimate]:
+    """Divide both times by those of the same rounds: median, smallest and largest share."""
+    found = []
+    for times in zip(_by_phase(ours), _by_phase(theirs), strict=True):
+        shares = [a / b for a, b in zip(*times, strict=True)]
+        found.append(Estimate(median(shares), min(shares), max(shares)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class PairedTimes:
     def __str__(self) -> str:
         """Complete a sentence that begins "the smaller model"."""
         read, write = (f"{ms:.1f} ms" for ms in (self.pruned.prefill_ms, self.pruned.decode_ms))
-        told = f"reads a question in {self.prefill} of the original's time ({read})"
-        return f"{told}, writes a token in {self.decode} ({write})"
+        told = f"prefills in {self.prefill} of the original's time ({read})"
+        return f"{told}, decodes a token in {self.decode} ({write})"
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON."""
@@ -110,7 +112,8 @@ class PairedTimes:
 
 def times_of(model: PreTrainedModel, processor: Any, question: Question) -> Times:
     """Time one model by itself."""
-    return _summary(*_runs([(model, processor)], question))
+    (found,), _ = _timed([(model, processor)], question)
+    return found
 
 
 def paired_times(
@@ -122,23 +125,26 @@ def paired_times(
 ) -> PairedTimes:
     """Time a smaller model and its original in turn, each with its own processor."""
     pairs = [(original, original_processor), (model, processor)]
-    theirs, ours = _runs(pairs, chat.plain_question(original_processor, size))
-    return PairedTimes(_summary(theirs), _summary(ours), *_shares(ours, theirs))
+    found, (theirs, ours) = _timed(pairs, chat.plain_question(original_processor, size))
+    return PairedTimes(*found, *_shares(ours, theirs))
 
 
-def _runs(pairs: Sequence[tuple[PreTrainedModel, Any]], question: Question) -> list[list[Run]]:
+def _timed(
+    pairs: Sequence[tuple[PreTrainedModel, Any]], question: Question
+) -> tuple[list[Times], list[list[Run]]]:
+    """Time models with their processors in turn on one question."""
     models = [model for model, _ in pairs]
     inputs = [as_inputs(m, chat.encode_questions(p, [question])) for m, p in pairs]
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
-        return timed_runs(models, inputs, 1 + NEW_TOKENS, REPEATS)
-
-
-def _summary(runs: Sequence[Run]) -> Times:
-    reading, writing = [run[0] for run in runs], list(map(_decode_ms, runs))
-    ends = (min(reading), max(reading)), (min(writing), max(writing))
-    return Times(median(reading), median(writing), *ends)
+        runs = timed_runs(models, inputs, 1 + NEW_TOKENS, REPEATS)
+    found = []
+    for prefill, decode in map(_by_phase, runs):
+        ends = [(min(times), max(times)) for times in (prefill, decode)]
+        values = (median(prefill), median(decode), *ends)
+        found.append(Times(**dict(zip(TIMES, values, strict=True))))
+    return found, runs
 
 
 def stored_bytes(*modules: nn.Module) -> int:
@@ -324,7 +330,7 @@ def summarised(
         speeds = []
         for size, its in runs.items():
             whole = [1e3 * size * workload.new_tokens / sum(run) for run in its[i]]
-            times = median(run[0] for run in its[i]), median(map(_decode_ms, its[i]))
+            times = map(median, _by_phase(its[i]))
             speeds.append(Speed(size, *times, median(whole), peaks[size][i]))
         footprint = Footprint(
             model=side.name,

@@ -80,36 +80,32 @@ def kind_of(name: str, task: TaskResult) -> Kind:
     return "chosen" if is_chosen else "free"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Times:
     """Median times of one question at batch size 1; fastest and slowest of six: 97 % intervals."""
 
-    prefill_ms: float
-    decode_ms: float
-    prefill_range_ms: tuple[float, float]
-    decode_range_ms: tuple[float, float]
+    prefill_ms: float  # to the first new token
+    decode_ms: float  # of one further token
+    prefill_range_ms: tuple[float, float] | None = None  # None if unknown
+    decode_range_ms: tuple[float, float] | None = None
 
 
-TIMES = tuple(each.name for each in fields(Times))  # fields of a `Result` that are times
+TIMES = tuple(each.name for each in fields(Times))
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Times):
     """Scores of one model on some tasks."""
 
     model: str  # name or path
     total_params: int
     backbone_params: int
     tasks: Mapping[str, TaskResult]
-    prefill_ms: float  # median time to the first new token of one question
-    decode_ms: float  # median time of one further token
     blind: bool = False  # whether every question was asked with the pictures of another one
     limit: int | None = None  # only the first so many questions of each task; None for all
     batch_size: int | None = None  # questions answered at once; None if unknown
     dtype: str = ""  # of the weights; empty if unknown
     weight_bytes: int | None = None  # of all weights in memory; None if unknown
-    prefill_range_ms: tuple[float, float] | None = None  # fastest and slowest run; None if unknown
-    decode_range_ms: tuple[float, float] | None = None
 
     @property
     def average(self) -> float:
