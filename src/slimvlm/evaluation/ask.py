@@ -70,14 +70,7 @@ def evaluate(
         raise ConfigError("floors: a blind result is the floor; leave out one of blind and floors")
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     folder = None if log_folder is None else Path(log_folder)
-    weights = ""
-    if folder is not None:  # replies depend on settings that lie beside the weights as well
-        of_chat = (getattr(processor, name, None) for name in ("chat_template", "template_args"))
-        own = (each.to_json_string() for each in (model.config, model.generation_config))
-        settings = [*own, *of_chat, documents.identity_of_code()]
-        if chat.can_see(processor):
-            settings.append(processor.image_processor.to_json_string())
-        weights = digest([digest_of_weights(model).encode(), settings])
+    weights = "" if folder is None else _digest_of_model(model, processor)
     first: list[Question] = []
     results = {}
     with evaluating(model), steps("evaluate", len(tasks)) as reached:
@@ -107,6 +100,16 @@ def evaluate(
             reached(number + 1)
     how = {"blind": blind, "limit": limit, "batch_size": batch_size}
     return with_costs(model, processor, results, first[0], name, **how)
+
+
+def _digest_of_model(model: PreTrainedModel, processor: Any) -> str:
+    """Hash all of a model that replies depend on: weights, settings, template and our own code."""
+    settings = [each.to_json_string() for each in (model.config, model.generation_config)]
+    settings += [getattr(processor, name, None) for name in ("chat_template", "template_args")]
+    settings.append(documents.identity_of_code())
+    if chat.can_see(processor):
+        settings.append(processor.image_processor.to_json_string())
+    return digest([digest_of_weights(model).encode(), settings])
 
 
 def _score_replies(
@@ -154,32 +157,30 @@ def _score_likelihoods(
     reached: Reached,
 ) -> TaskResult:
     """Compute loss or perplexity of the given answers (``answers[0]``) over all their tokens."""
-
-    def logged(question: Question) -> tuple[float, int] | None:  # mean loss, number of tokens
-        try:
-            loss, count = parse_json(log.replies[question.id][0])
-        except (KeyError, TypeError, ValueError):
-            return None
-        is_pair = type(loss) is float and type(count) is int
-        return (loss, count) if is_pair and math.isfinite(loss) and count >= 0 else None
-
+    means, counts = list[float](), list[int]()
     for question in progress(questions, task.name, reached=reached):
-        if logged(question) is not None:
-            continue
-        text = question.answers[0]
-        if question.prompt or question.images:
-            encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
-            _require_context(model, encoded, [question])
-        else:  # a plain passage has no chat template
-            encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
-            encoded = {n: each[:, : context_of(model.config)] for n, each in encoded.items()}
-            encoded["labels"] = encoded["input_ids"]
-        where = f"the loss of passage {question.id!r} of {task.name!r}"
-        found, counted = answer_losses(model, encoded, where)
-        count = int(counted.sum())
-        mean = float(found[..., 0].contiguous().sum()) / max(count, 1)
-        log.add([question], [(json.dumps([mean, count]), False)])
-    means, counts = zip(*(logged(question) or (0.0, 0) for question in questions), strict=True)
+        try:  # the mean loss and the number of tokens, if an earlier run logged them
+            mean, count = parse_json(log.replies[question.id][0])
+            is_known = type(mean) is float and math.isfinite(mean)
+            is_known &= type(count) is int and count >= 0
+        except (KeyError, TypeError, ValueError):
+            is_known = False
+        if not is_known:
+            text = question.answers[0]
+            if question.prompt or question.images:
+                encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
+                _require_context(model, encoded, [question])
+            else:  # a plain passage has no chat template
+                encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
+                encoded = {n: each[:, : context_of(model.config)] for n, each in encoded.items()}
+                encoded["labels"] = encoded["input_ids"]
+            where = f"the loss of passage {question.id!r} of {task.name!r}"
+            found, counted = answer_losses(model, encoded, where)
+            count = int(counted.sum())
+            mean = float(found[..., 0].contiguous().sum()) / max(count, 1)
+            log.add([question], [(json.dumps([mean, count]), False)])
+        means.append(mean)
+        counts.append(count)
     total = sum(mean * count for mean, count in zip(means, counts, strict=True))
     loss = total / max(sum(counts), 1)
     return TaskResult(
@@ -189,7 +190,7 @@ def _score_likelihoods(
         in_average=False,
         **asked_of(questions),
         replies=("",) * len(questions),
-        scores=means,
+        scores=tuple(means),
     )
 
 
@@ -348,17 +349,14 @@ def identities_of_tasks(asked: Questions) -> tuple[str, ...]:
         if path.endswith((".yaml", ".yml")):
             (task,) = find_tasks(path)
             questions = digest_of_questions("", task, task.load(asked.limit))
-            found += [identity_of_files(path, path), questions, *_code_of(task.metric)]
+            found += [identity_of_files(path, path), questions]
+            # the whole package, or the one file, in which the user's own metric is
+            module, is_own, _ = task.metric.partition(":")
+            spec = find_spec(module.partition(".")[0]) if is_own else None
+            places = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
+            found += [identity_of_files(task.metric, place) for place in places]
     folder = asked.task_folder
     return (*found, *([] if folder is None else [identity_of_files(folder, folder)]))
-
-
-def _code_of(metric: str) -> list[str]:
-    """Hash the whole package, or the one file, in which a user's own metric stands."""
-    module, is_own, _ = metric.partition(":")
-    found = find_spec(module.partition(".")[0]) if is_own else None
-    places = [] if found is None else found.submodule_search_locations or [found.origin or ""]
-    return [identity_of_files(metric, place) for place in places]
 
 
 class AnswerLog:
