@@ -175,12 +175,12 @@ def test_mistakes_are_found_before_a_model_is_read(home, monkeypatch):
         *("compress", "--config", home / "run.yaml", "--out", home / "no"),
         *("--report-samples", "0"),
     )
-    assert "those of --tasks, or of --data with unseen samples" in told
+    assert "those of --tasks, or of --data with test samples" in told
     few = str(folders.write_llava_data(home / "few", count=8))  # of which none stays unseen
     (home / "run.yaml").write_text(yaml.safe_dump({**values, "data": few, "require": "loss <= 1x"}))
     for more in ([], ["--dry-run"]):
         told = refused("compress", "--config", home / "run.yaml", "--out", home / "no", *more)
-        assert "those of --tasks, or of --data with unseen samples" in told
+        assert "those of --tasks, or of --data with test samples" in told
 
 
 @pytest.mark.slow

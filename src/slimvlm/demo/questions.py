@@ -232,7 +232,7 @@ def _task(
 
 
 TASKS = {row["name"]: _task(**row) for row in scenes.DATA["tasks"]}
-"""Every benchmark by name. Those in an unseen art style and perplexity stay out of the average."""
+"""Every benchmark by name. Those in an unseen art style and perplexity are not in the average."""
 
 
 class Conversation(NamedTuple):
@@ -321,7 +321,7 @@ def demo_samples(count: int, seed: int = 0, pictures: bool = True) -> list[Sampl
     for index, conversation in itertools.islice(chosen, count):
         images = () if conversation.scene is None else (scenes.render(conversation.scene),)
         messages = list[Message]()
-        for prompt, answer in conversation.turns:  # the first one shows the picture
+        for prompt, answer in conversation.turns:  # the first one shows the image
             asked = Question("", prompt, (answer,), () if messages else images)
             messages += answered_sample(asked, answer).messages
         samples.append(Sample(f"demo-{seed}-{index}", tuple(messages), images))

@@ -1,4 +1,4 @@
-"""Ask a model a benchmark's questions and score its answers: model + tasks → `Result`."""
+"""Evaluate a model on tasks, question by question: model + tasks → `Result`."""
 
 import json
 import math
@@ -48,20 +48,20 @@ def evaluate(
     log_folder: str | Path | None = None,
     floors: bool = False,
 ) -> Result:
-    """Answer every question greedily and score the answers.
+    """Reply greedily to every question and score the replies.
 
     Questions are batched by length with left padding; the result does not depend on the batch
     size beyond rounding, and is the same at every call.
 
-    Of each task, given itself or by its name in a list with commas, the first ``limit`` questions
-    are asked. With ``blind``, each is shown the pictures of another one. The score is then the
-    model's blind floor: a task that is not clearly above it measures no sight. With ``floors``,
-    every question that has pictures is asked a second time, blind, and these scores are kept with
-    those of the right pictures. Replies are appended to files in ``log_folder``, one JSON line
-    each: a stopped evaluation resumes from them, and a finished one is not repeated.
+    Tasks are given themselves or as a list of names with commas; ``limit`` takes the first
+    questions of each. With ``blind``, each question has the images of another one. The score is
+    then the model's blind floor: a task that is not clearly above it does not measure vision. With
+    ``floors``, questions with images are also evaluated blind, and both scores are stored. Replies
+    are appended to files in ``log_folder``, one JSON line each: a stopped evaluation resumes from
+    them, and a finished one is not repeated.
 
     Raises:
-        ConfigError: If an option is out of range, or pictures cannot be exchanged.
+        ConfigError: If an option is out of range, or images cannot be exchanged.
     """
     for option, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -238,14 +238,14 @@ def with_costs(
 
 
 def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
-    """Give each question those of one half a list further on, or of the next that has others."""
+    """Give each question the images of one half a list further on, or of the next with others."""
     seeing = [question for question in questions if question.images]
     half, found = len(seeing) // 2, {}
     for i, question in enumerate(seeing):
         others = (seeing[(half + i + step) % len(seeing)].images for step in range(len(seeing)))
         images = next((each for each in others if each != question.images), None)
         if images is None:
-            told = "finds no other pictures to be asked with (see --limit)"
+            told = "finds no other images to be evaluated with (see --limit)"
             raise ConfigError(f"blind: question {question.id!r} {told}")
         found[id(question)] = replace(question, images=images)
     return [found.get(id(question), question) for question in questions]
@@ -254,7 +254,7 @@ def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
 def answer(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
-    """Reply greedily to a batch of questions; say which replies are cut off at the token limit."""
+    """Reply greedily to a batch of questions; flag replies that are cut off at the token limit."""
     inputs = as_inputs(model, chat.encode_questions(processor, questions))
     _require_context(model, inputs, questions)
     tokenizer, generator = chat.tokenizer_of(processor), cast(Any, model)
@@ -334,7 +334,7 @@ def batches_by_length(
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
-    """Hash all that a task's replies depend on: the model, its questions, pictures, options."""
+    """Hash all that a task's replies depend on: the model, its questions, images, options."""
     how |= {"max_new_tokens": task.max_new_tokens, "by_likelihood": task.by_likelihood}
     rows = ([q.id, q.prompt, q.answers, q.choices] for q in questions)
     images = (map(identifying_bytes, q.images) for q in questions)
@@ -343,7 +343,7 @@ def digest_of_questions(weights: str, task: Task, questions: Sequence[Question],
 
 
 def identities_of_tasks(asked: Questions) -> tuple[str, ...]:
-    """Hash what own tasks are made of: files, questions, pictures, metrics, the folder of tasks."""
+    """Hash what own tasks are made of: files, questions, images, metrics, the folder of tasks."""
     found = []
     for path in (part.strip() for part in asked.tasks.split(",")):
         if path.endswith((".yaml", ".yml")):

@@ -55,7 +55,7 @@ def timed_runs(
     models: Sequence[Any], inputs: Sequence[Mapping[str, Any]], new_tokens: int, repeats: int
 ) -> list[list[Run]]:
     """Time several models in turn, each with its batch, after one run to warm up."""
-    # a machine that is slow for a while then slows all of them, and their ratios stay
+    # a machine that is slow for a while then slows all of them, and their ratios do not change
     pairs = list(zip(models, inputs, strict=True))
     for model, batch in pairs:
         timed_run(model, batch, 2)
@@ -87,7 +87,7 @@ def _shares(ours: Sequence[Run], theirs: Sequence[Run]) -> list[Estimate]:
 
 @dataclass(frozen=True)
 class PairedTimes:
-    """Times of an original and a smaller model that ran in turn, and their shares."""
+    """Times of an original and a compressed model that ran in turn, and their shares."""
 
     original: Times
     pruned: Times
@@ -123,7 +123,7 @@ def paired_times(
     original_processor: Any,
     size: tuple[int, int] = chat.USUAL_SIZE,
 ) -> PairedTimes:
-    """Time a smaller model and its original in turn, each with its own processor."""
+    """Time a compressed model and its original in turn, each with its own processor."""
     pairs = [(original, original_processor), (model, processor)]
     found, (theirs, ours) = _timed(pairs, chat.plain_question(original_processor, size))
     return PairedTimes(*found, *_shares(ours, theirs))
@@ -274,10 +274,9 @@ def bench(
 ) -> Bench:
     """Time prefill and decoding; with a baseline, both in turn in this process.
 
-    Prompts are random tokens, so the vision tower, which pruning does not change, is not timed.
-    Answers have a fixed length. A shared machine that is slow for a while slows both models, and a
-    speed-up is the median of the ratios of neighbouring runs. ``names`` are those of model and
-    baseline in the result.
+    Prompts are random tokens, so the vision tower is not timed. Replies have a fixed length. A
+    shared machine that is slow for a while slows both models, and a speed-up is the median of the
+    ratios of neighbouring runs. ``names`` are those of model and baseline in the result.
 
     Raises:
         ConfigError: If the workload is out of range or the two are on different devices.
@@ -362,8 +361,8 @@ def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
         ["all parameters", *(f"{m.total_params / 1e6:.1f} M" for m in models), *pad],
         ["backbone parameters", *(f"{m.backbone_params / 1e6:.1f} M" for m in models), *pad],
         ["weights MiB", *(f"{m.weight_bytes / 2**20:.1f}" for m in models), *pad],
-        ["GFLOP to read a prompt", *(f"{m.prefill_flops / 1e9:.2f}" for m in models), *pad],
-        ["GFLOP of a further token", *(f"{m.decode_flops / 1e9:.3f}" for m in models), *pad],
+        ["GFLOP of prefill", *(f"{m.prefill_flops / 1e9:.2f}" for m in models), *pad],
+        ["GFLOP per decoded token", *(f"{m.decode_flops / 1e9:.3f}" for m in models), *pad],
     ]
     for index, size in enumerate(speed.batch_size for speed in result.model.speeds):
         speeds, read, write = [m.speeds[index] for m in models], pad, pad
@@ -374,7 +373,7 @@ def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
         at = f"batch {size}: "
         rows += [
             [at + "prefill ms", *(f"{s.prefill_ms:.1f}" for s in speeds), *read],
-            [at + "decode ms a token", *(f"{s.decode_ms:.1f}" for s in speeds), *write],
+            [at + "decode ms per token", *(f"{s.decode_ms:.1f}" for s in speeds), *write],
             [at + "new tokens/s", *(f"{s.tokens_per_second:.1f}" for s in speeds), *pad],
             [at + "peak MiB", *(f"{s.peak_bytes / 2**20:.1f}" for s in speeds), *pad],
         ]

@@ -1,4 +1,4 @@
-"""Run the study's nine benchmarks through lmms-eval: model + names → the same `TaskResult`s."""
+"""Run the paper's nine benchmarks through lmms-eval: model + names → the same `TaskResult`s."""
 
 import contextlib
 import os
@@ -76,7 +76,7 @@ class LmmsRow:
 
 
 LMMS_TASKS = {key: LmmsRow(**row) for key, row in read_table(__file__, "lmms.yaml").items()}
-"""The study's benchmarks; ``mme`` names both of its halves."""
+"""The paper's benchmarks; ``mme`` names both of its halves."""
 
 
 def split_names(names: str) -> tuple[str, list[str]]:
@@ -235,7 +235,7 @@ def evaluate_all(
     found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
     if result is not None:
         return replace(result, tasks={**result.tasks, **found})
-    # without a question of our own, times are measured on a grey picture
+    # without a question of our own, times are measured on a grey image
     return with_costs(model, processor, found, plain_question(processor), name, **how)
 
 
@@ -332,7 +332,7 @@ def _batches(
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Let lmms-eval log nothing and print to stderr, and Pillow accept truncated pictures."""
+    """Let lmms-eval log nothing and print to stderr, and Pillow accept truncated images."""
     from loguru import logger
 
     before = ImageFile.LOAD_TRUNCATED_IMAGES

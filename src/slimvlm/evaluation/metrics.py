@@ -1,4 +1,4 @@
-"""Score a reply, average scores, and estimate the retention of a smaller model."""
+"""Score a reply, average scores, and estimate the retention of a compressed model."""
 
 import inspect
 import math
@@ -24,7 +24,7 @@ from slimvlm.core.tables import read_table
 from slimvlm.data.samples import Question
 
 MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
-"""Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
+"""Scores that the paper rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
 
 _PATTERNS = read_table(__file__, "replies.yaml")
 _LETTERS = {k: v.replace("LETTER", _PATTERNS["letter"]) for k, v in _PATTERNS["letters"].items()}
@@ -300,11 +300,11 @@ def kept_text(percent: float | None, low: float | None, high: float | None) -> s
     return f"{Estimate(percent, low, high):.1f}"
 
 
-# Intervals: Student's t on a delete-one jackknife over pictures; wider than a bootstrap's for few.
+# Intervals: Student's t on a delete-one jackknife over images; wider than a bootstrap's for few.
 
 Values = NDArray[np.float64]
 Groups = Mapping[str, Sequence[str]]
-"""By task, the picture of each question: questions of one picture are no independent evidence."""
+"""By task, the image of each question: questions about one image are no independent evidence."""
 
 
 def t_quantile(freedom: int) -> float:
@@ -336,7 +336,7 @@ def _shares(
 
     Two questions are added on which the first ``answered`` rows differ (Bonett and Price 2012):
     else answers that are all alike would leave no doubt, however few they are. They are divided
-    among the ``parts`` of an average, and weigh more where questions share pictures.
+    among the ``parts`` of an average, and weigh more where questions share images.
     """
     table = _by_group(rows, groups)
     sums, sizes, scale = table[:-1], table[-1], np.ones(table.shape[1])

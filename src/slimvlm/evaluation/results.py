@@ -18,7 +18,7 @@ from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.evaluation import metrics
 
 Kind = Literal["chosen", "free"]
-KINDS: tuple[Kind, ...] = ("chosen", "free")  # out of given answers; in the model's own words
+KINDS: tuple[Kind, ...] = ("chosen", "free")  # multiple-choice; open-ended
 CHOICE_BENCHMARKS = ("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception")
 """Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
 
@@ -37,7 +37,7 @@ class TaskResult:
     scores: tuple[float, ...]
     details: Mapping[str, float] = field(default_factory=dict)  # in percent
     majority: float | None = None  # the best constant answer, in percent; None if not ours to score
-    blind_scores: tuple[float, ...] = ()  # with the pictures of other questions; empty if unknown
+    blind_scores: tuple[float, ...] = ()  # with the images of other questions; empty if unknown
     offered: bool = False  # every question gives the answers to choose from
     asked: str = ""  # a digest of prompts and answers; empty if unknown
     pictures: tuple[str, ...] = ()  # a digest of those of each question; empty if unknown
@@ -61,7 +61,7 @@ class TaskResult:
 
 
 def digest_of_pictures(images: Sequence[Image.Image | Path]) -> str:
-    """Identify the pictures of a question or sample; nothing for none."""
+    """Identify the images of a question or sample; nothing for none."""
     shown = [identifying_bytes(image, may_move=True) for image in images]
     return digest(shown)[:12] if shown else ""
 
@@ -101,7 +101,7 @@ class Result(Times):
     total_params: int
     backbone_params: int
     tasks: Mapping[str, TaskResult]
-    blind: bool = False  # whether every question was asked with the pictures of another one
+    blind: bool = False  # whether every question was evaluated with the images of another one
     limit: int | None = None  # only the first so many questions of each task; None for all
     batch_size: int | None = None  # questions answered at once; None if unknown
     dtype: str = ""  # of the weights; empty if unknown
@@ -133,7 +133,7 @@ class Result(Times):
         return metrics.retention(scores, base, chance, floor_of, pictures)
 
     def by_kind(self) -> "dict[Kind, Result]":
-        """Split the tasks that count: a result for each kind of answers that was asked for."""
+        """Split the tasks that count: a result for each kind of answers that occurs."""
         kinds = {n: kind_of(n, task) for n, task in self.tasks.items() if task.in_average}
         return {
             kind: replace(self, tasks={n: self.tasks[n] for n in kinds if kinds[n] == kind})
@@ -207,7 +207,7 @@ def _mistake(name: str, task: TaskResult) -> str:
 def require_same_task(
     name: str, ours: TaskResult, theirs: TaskResult, same_pictures: bool = True
 ) -> None:
-    """Refuse to compare a task with a baseline's that asked or scored anything else."""
+    """Refuse to compare a task with a baseline's of other questions, images or metric."""
     told = {"ids": "other questions", "metric": "another metric"}
     told |= {"asked": "other prompts or answers"}
     told |= {"pictures": "other images"} if same_pictures else {}
@@ -218,14 +218,14 @@ def require_same_task(
 
 
 def comparable(ours: Result, baseline: Result, names: Sequence[str] | None = None) -> Sequence[str]:
-    """Refuse a baseline that was asked or scored otherwise on these tasks, and return them.
+    """Refuse a baseline of other questions or metrics on these tasks, and return them.
 
     Without ``names`` they are the tasks of AVG that both answered.
     """
     if ours.blind != baseline.blind:
         blind, other = ("this", "that") if ours.blind else ("that", "this")
-        told = f"{blind} result was asked blind, with the pictures of other questions, and {other}"
-        raise ConfigError(f"baseline: {told} one was not; their scores do not measure the same")
+        told = f"{blind} result is blind, with the images of other questions, and {other}"
+        raise ConfigError(f"baseline: {told} one is not; their scores do not measure the same")
     tasks, known = ours.tasks, baseline.tasks
     if names is None:
         names = [name for name, task in tasks.items() if task.in_average and name in known]
@@ -258,7 +258,7 @@ def average_of(
 
 
 def guessed(result: Result) -> dict[str, str]:
-    """Name the tasks of AVG on which a model is not clearly above guessing, and say its score."""
+    """Name the tasks of AVG on which a model is not clearly above guessing, and give its score."""
     found = {}
     for name, task in result.tasks.items():
         level = max(task.floor, metrics.average({name: task.blind or 0.0}))

@@ -37,7 +37,7 @@ class TaskRow:
     metric: str = "exact_match"
     # by default test, or validation, or else train
     split: Literal["test", "validation", "train"] | None = None
-    # column with the picture, its path, or a list of them (``image``, if there is one); else text
+    # column with the image, its path, or a list of them (``image``, if there is one); else text
     image: str | None = None
     images: str = "."  # folder that image paths start from; relative to the YAML file
     choices: str = ""  # column with the list of choices
@@ -53,7 +53,7 @@ class TaskRow:
         elif self.by_likelihood:
             raise ConfigError(f"task {self.name!r}: {self.metric} chooses nothing by_likelihood")
         if self.name in CHOICE_BENCHMARKS:  # some have scores of their own scale
-            raise ConfigError(f"task {self.name!r}: a benchmark of the study has this name")
+            raise ConfigError(f"task {self.name!r}: a benchmark of the paper has this name")
         if self.by_likelihood and not self.choices:
             raise ConfigError(f"task {self.name!r}: by_likelihood needs choices")
         if "{" in (rest := re.sub(_COLUMN, "", self.prompt)) or "}" in rest:
@@ -162,5 +162,5 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
         found = [v for v in chain(given, rows) if isinstance(v, dict)]
         if all(v.get(column) is None for v in found):
             names = shortened(", ".join(dict.fromkeys(chain(*found))))
-            raise DataError(f"{task}: no row has a picture in column {column!r}; columns: {names}")
+            raise DataError(f"{task}: no row has an image in column {column!r}; columns: {names}")
     return list(questions.values())
