@@ -78,16 +78,14 @@ def evaluate(
             questions = list(task.load(limit))
             if not questions:
                 raise DataError(f"task {task.name!r} has no questions")
-            ((name_, count),) = Counter(question.id for question in questions).most_common(1)
-            if count > 1:  # they would share one reply
-                raise DataError(f"task {task.name!r}: two questions have the id {shortened(name_)}")
             first.append(questions[0])
             by_loss = task.metric in metrics.LIKELIHOODS
             options: dict[str, Any] = {} if by_loss else {"batch_size": batch_size}
             score = partial(_score_likelihoods if by_loss else _score_replies, model, processor)
-            rounds, sees = [questions], any(q.images for q in questions)
-            has_floor = (blind or floors) and not by_loss and sees
-            if has_floor or (blind and sees):
+            rounds = [questions]
+            sees = any(question.images for question in questions)
+            has_floor = sees and (blind or floors) and not by_loss
+            if has_floor or (sees and blind):
                 rounds = [with_other_pictures(questions), *rounds * floors]
             found = []
             for turn, asked in enumerate(rounds):
@@ -95,8 +93,7 @@ def evaluate(
                 log, parts = AnswerLog(folder, task.name, key), len(rounds)
                 scaled = lambda x, n=parts, done=number + turn / parts: reached(done + x / n)  # noqa: E731
                 found.append(score(task, asked, log, scaled, **options))
-            floor = found[0].scores if has_floor else ()
-            results[task.name] = replace(found[-1], blind_scores=floor)
+            results[task.name] = replace(found[-1], blind_scores=found[0].scores * has_floor)
             reached(number + 1)
     how = {"blind": blind, "limit": limit, "batch_size": batch_size}
     return with_costs(model, processor, results, first[0], name, **how)
@@ -334,7 +331,14 @@ def batches_by_length(
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
-    """Hash all that a task's replies depend on: the model, its questions, images, options."""
+    """Hash all that a task's replies depend on: the model, its questions, images, options.
+
+    Raises:
+        DataError: If two questions have one id: they would share a reply.
+    """
+    for name, count in Counter(question.id for question in questions).items():
+        if count > 1:
+            raise DataError(f"task {task.name!r}: two questions have the id {shortened(name)}")
     how |= {"max_new_tokens": task.max_new_tokens, "by_likelihood": task.by_likelihood}
     rows = ([q.id, q.prompt, q.answers, q.choices] for q in questions)
     images = (map(identifying_bytes, q.images) for q in questions)
@@ -386,10 +390,10 @@ class AnswerLog:
             return
         with explained(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        with explained(self._path), self._path.open("a") as log:
-            log.write("\n" * self._cut_short)
-            self._cut_short = False
-            for q, (reply, is_cut) in zip(questions, replies, strict=True):
-                row: dict[str, Any] = {"id": q.id, "prompt": q.prompt, "answers": q.answers}
-                row |= {"reply": reply, **({"cut": True} if is_cut else {})}
-                log.write(json.dumps(row) + "\n")
+            with self._path.open("a") as log:
+                log.write("\n" * self._cut_short)
+                self._cut_short = False
+                for q, (reply, is_cut) in zip(questions, replies, strict=True):
+                    row: dict[str, Any] = {"id": q.id, "prompt": q.prompt, "answers": q.answers}
+                    row |= {"reply": reply, **({"cut": True} if is_cut else {})}
+                    log.write(json.dumps(row) + "\n")

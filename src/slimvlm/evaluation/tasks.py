@@ -24,7 +24,7 @@ class TaskRow:
     """A task of the user's own, as written in a YAML file.
 
     A question's id is the row's column ``id``, or without one the number of the row from 0.
-    Ids must differ, as results and logs keep answers under them.
+    Ids must differ: results and logs keep replies by id, and `evaluate` refuses equal ones.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=100)]  # unique
@@ -121,7 +121,7 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
     with raised_as(ConfigError, ConfigError, f"{task}:{where}"):
         given = list(islice(rows, limit))
     column = "image" if row.image is None else row.image
-    questions: dict[str, Question] = {}
+    questions = []
     for index, values in enumerate(given):
         if isinstance(values, DataError):
             raise DataError(f"{task}: {values}")
@@ -150,9 +150,7 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
             images=tuple(find_image(p, name, folder / row.images) for p in pictures),
             choices=tuple(map(str, choices)),
         )
-        if name in questions:
-            raise DataError(f"{task}: two questions have the id {shortened(name)}")
-        questions[name] = question
+        questions.append(question)
         if row.by_likelihood and ":" not in row.metric:
             score = metric_named(row.metric)
             if not any(score(choice, question) for choice in question.choices):
@@ -163,4 +161,4 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
         if all(v.get(column) is None for v in found):
             names = shortened(", ".join(dict.fromkeys(chain(*found))))
             raise DataError(f"{task}: no row has an image in column {column!r}; columns: {names}")
-    return list(questions.values())
+    return questions
