@@ -136,7 +136,7 @@ def test_a_run_times_every_token_and_times_lie_within_their_runs(llava):
     assert len(run) == 5
     assert min(run) > 0
     model, processor = llava
-    found = times_of(model, processor, plain_question(processor))
+    (found,), _ = times_of([(model, processor)], plain_question(processor))
     low, high = found.prefill_range_ms
     assert 0 < low <= found.prefill_ms <= high
     assert plain_question(processor).images

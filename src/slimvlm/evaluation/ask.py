@@ -222,12 +222,13 @@ def with_costs(
 ) -> Result:
     """Add parameter counts, the times for one question, and ``how`` (options) to task results."""
     shape = anatomy(model.config)  # of the configuration: quantised weights are packed
+    (times,), _ = times_of([(model, processor)], question)
     return Result(
         model=name or str(model.config._name_or_path),
         total_params=shape.total_params,
         backbone_params=shape.backbone_params,
         tasks=tasks,
-        **vars(times_of(model, processor, question)),
+        **vars(times),
         dtype=str(model.dtype).removeprefix("torch."),
         weight_bytes=stored_bytes(model),
         **how,

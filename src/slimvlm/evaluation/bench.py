@@ -110,12 +110,6 @@ class PairedTimes:
         return built(cls, read_object(path, "times"), f"times {str(path)!r}")
 
 
-def times_of(model: PreTrainedModel, processor: Any, question: Question) -> Times:
-    """Time one model by itself."""
-    (found,), _ = _timed([(model, processor)], question)
-    return found
-
-
 def paired_times(
     model: PreTrainedModel,
     processor: Any,
@@ -125,14 +119,14 @@ def paired_times(
 ) -> PairedTimes:
     """Time a compressed model and its original in turn, each with its own processor."""
     pairs = [(original, original_processor), (model, processor)]
-    found, (theirs, ours) = _timed(pairs, chat.plain_question(original_processor, size))
+    found, (theirs, ours) = times_of(pairs, chat.plain_question(original_processor, size))
     return PairedTimes(*found, *_shares(ours, theirs))
 
 
-def _timed(
+def times_of(
     pairs: Sequence[tuple[PreTrainedModel, Any]], question: Question
 ) -> tuple[list[Times], list[list[Run]]]:
-    """Time models with their processors in turn on one question."""
+    """Time models with their processors in turn on one question; also return all runs."""
     models = [model for model, _ in pairs]
     inputs = [as_inputs(m, chat.encode_questions(p, [question])) for m, p in pairs]
     with ExitStack() as stack:

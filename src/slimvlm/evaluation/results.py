@@ -122,7 +122,8 @@ class Result(Times):
         Raises:
             ConfigError: If they share no task, their questions differ, or only one was blind.
         """
-        ours, theirs = self._shared_tasks(baseline)
+        shared = comparable(self, baseline)
+        ours, theirs = ({name: of.tasks[name] for name in shared} for of in (self, baseline))
         floor_of: dict[str, float | Sequence[float]] = {}
         for name, other in theirs.items():
             floor_of[name] = level = max(ours[name].chance, ours[name].majority or 0, other.floor)
@@ -150,11 +151,8 @@ class Result(Times):
 
     def difference(self, baseline: "Result") -> metrics.Estimate:
         """Compute AVG minus that of another model, over the tasks that both answered."""
-        return average_of(*self._shared_tasks(baseline))
-
-    def _shared_tasks(self, baseline: "Result") -> list[dict[str, TaskResult]]:
         shared = comparable(self, baseline)
-        return [{name: of.tasks[name] for name in shared} for of in (self, baseline)]
+        return average_of(*({name: of.tasks[name] for name in shared} for of in (self, baseline)))
 
     def timed_as(self, other: "Result") -> "Result":
         """Take over the times of a result whose model is as large: measuring again adds noise."""
