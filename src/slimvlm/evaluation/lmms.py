@@ -224,19 +224,18 @@ def evaluate_all(
     blind: bool = False,
 ) -> Result:
     """Evaluate on our own tasks and on lmms-eval's; a log, floors and ``blind`` are for ours."""
-    (own, theirs), result = split_names(asked.tasks), None
+    own, theirs = split_names(asked.tasks)
     processor = with_arguments(processor, asked.template_args)
     how: dict[str, Any] = {"limit": asked.limit, "batch_size": asked.batch_size}
-    if own or not theirs:
-        ours = (name, blind, log_folder, asked.floors)
-        result = evaluate(model, processor, own, asked.limit, asked.batch_size, *ours)
-    if result is not None and not theirs:
-        return result
-    found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
-    if result is not None:
-        return replace(result, tasks={**result.tasks, **found})
-    # without a question of our own, times are measured on a grey image
-    return with_costs(model, processor, found, plain_question(processor), name, **how)
+    if not own and theirs:  # without a question of our own, times are measured on a grey image
+        found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
+        return with_costs(model, processor, found, plain_question(processor), name, **how)
+    ours = (asked.limit, asked.batch_size, name, blind, log_folder, asked.floors)
+    result = evaluate(model, processor, own, *ours)
+    if theirs:
+        found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
+        result = replace(result, tasks={**result.tasks, **found})
+    return result
 
 
 def _own_tasks(task_folder: str | Path | None) -> Any:
