@@ -27,7 +27,7 @@ from slimvlm.core.progress import progress
 from slimvlm.data import chat
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.metrics import Estimate
-from slimvlm.evaluation.results import TIMES, Times
+from slimvlm.evaluation.results import Times
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import decode_flops, kv_cache_bytes, prefill_flops, slow_widths
 from slimvlm.models.hidden import as_inputs, evaluating, hidden_states, require_finite_values
@@ -135,9 +135,13 @@ def times_of(
         runs = timed_runs(models, inputs, 1 + NEW_TOKENS, REPEATS)
     found = []
     for prefill, decode in map(_by_phase, runs):
-        ends = [(min(times), max(times)) for times in (prefill, decode)]
-        values = (median(prefill), median(decode), *ends)
-        found.append(Times(**dict(zip(TIMES, values, strict=True))))
+        times = Times(
+            prefill_ms=median(prefill),
+            decode_ms=median(decode),
+            prefill_range_ms=(min(prefill), max(prefill)),
+            decode_range_ms=(min(decode), max(decode)),
+        )
+        found.append(times)
     return found, runs
 
 
