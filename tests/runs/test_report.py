@@ -52,7 +52,8 @@ def result(name, right, reply="cat"):
     scores = (1.0,) * right + (0.0,) * (10 - right)
     ids = tuple(map(str, range(10)))
     task = TaskResult("exact_match", 10 * right, 0.0, True, ids, (reply,) * 10, scores)
-    return Result(name, 2_000_000, 1_000_000, dict.fromkeys(TASKS, task), 4.0, 2.0)
+    tasks = dict.fromkeys(TASKS, task)
+    return Result(name, 2_000_000, 1_000_000, tasks, prefill_ms=4.0, decode_ms=2.0)
 
 
 @pytest.fixture(scope="module")
