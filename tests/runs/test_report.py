@@ -532,7 +532,7 @@ def test_a_page_stays_below_five_megabytes_and_every_task_gets_pictures():
     shown = cards(html)
     assert len(shown) == 600
     bare = [card for card in shown if "<img" not in card]
-    assert f"Pictures of {len(bare)} answers are left out" in html
+    assert f"Images of {len(bare)} answers are left out" in html
     with_picture = [card for card in shown if "<img" in card]
     assert {'data-kind="lost"' in card for card in with_picture[:200]} == {True}
     asked = {name: questions(name, 300, (64, 64)) for name in ("one", "two")}
