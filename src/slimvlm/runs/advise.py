@@ -1,5 +1,6 @@
 """Tell before a run, without weights, what it would do and cost: `advise`, and a dry run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -92,11 +93,11 @@ def advise(
     recipe = recipe_for(gone, data, bool(shape.projector_params))
     row = next(row for row in known.fractions if gone <= row.up_to)
     fraction, why = row.fraction, f"{row.why} ({known.fractions_source})"
-    needed, given = round(fraction * known.full_set), known.full_set if samples is None else samples
-    if samples is not None:  # few are all used
-        fraction = 1.0 if samples <= needed else round(needed / samples, 4)
-        if samples <= needed:
-            why = f"train on all {samples:,} conversations: the study trained on {needed:,}"
+    given, needed = samples or known.full_set, round(fraction * known.full_set)
+    if samples is not None and samples <= needed:  # few are all used
+        fraction, why = 1.0, f"train on all {samples:,} samples: the paper trained on {needed:,}"
+    elif samples is not None:
+        fraction = round(needed / samples, 4)
     tokens, on_tokens = _tokens_first(model, shape, gone, data and target_latency is None)
     pictures = image_tokens(model) if shape.vision_params else 0
     sizes = Sizes(
@@ -144,19 +145,6 @@ def advise(
         notes.append(known.notes["experts"].format(shape=shape))
     share, config = sizes.decoder_share(gone), config_of(recipe)
     axis = request_of(model, replace(config, axis=None)).prune.axis or recipe.axis
-    promised = list[Expectation]()
-    # all weights were trained of the demo model only, LoRA of the study's
-    for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
-        for name, layers in known.decoder_shares.items():
-            factor, same = shape.backbone_params / known.backbone_params[name], name == subject
-            if same or 1 / known.alike_within <= factor <= known.alike_within:
-                promised += [
-                    Expectation(model=name, percent=value, source=curve.source, same=same)
-                    for curve, value in expected(recipe.axis, train, recipe.loss, share * layers)
-                    if curve.model == name
-                    and (train == recipe.train or curve.ours)
-                    and (curve.repaired or not curve.ours)  # the study's are of its own command
-                ]
     before, after = shape.total_params, shape.total_params - round(gone * shape.backbone_params)
     held = weight_bytes(shape, dtype)
     return Advice(
@@ -166,7 +154,7 @@ def advise(
         token_share=min(sizes.token_share, gone),
         decoder_ratio=share,
         recipe=recipe,
-        expected=tuple(sorted(promised, key=lambda each: not each.same)),
+        expected=_expectations(shape, subject, recipe, share),
         latency=_latency(recipe.axis, max(gone - sizes.token_share, 0.0), subject),
         params=(before, after),
         weight_bytes=(held, round(held * after / before)),
@@ -175,6 +163,26 @@ def advise(
         notes=tuple(notes),
         command=compress_command(model, replace(config, axis=axis), "run"),
     )
+
+
+def _expectations(
+    shape: Anatomy, subject: str | None, recipe: Recipe, share: float
+) -> tuple[Expectation, ...]:
+    """List what a recipe retained of models of about this size, this one first."""
+    known, found = rules(), list[Expectation]()
+    # all weights were trained of the demo model only, LoRA of the papers'
+    for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
+        for name, layers in known.decoder_shares.items():
+            factor, same = shape.backbone_params / known.backbone_params[name], name == subject
+            if same or 1 / known.alike_within <= factor <= known.alike_within:
+                found += [
+                    Expectation(model=name, percent=value, source=curve.source, same=same)
+                    for curve, value in expected(recipe.axis, train, recipe.loss, share * layers)
+                    if curve.model == name
+                    and (train == recipe.train or curve.ours)
+                    and (curve.repaired or not curve.ours)  # the papers' are of their own command
+                ]
+    return tuple(sorted(found, key=lambda each: not each.same))
 
 
 def _ratio(
@@ -247,35 +255,56 @@ def advice_rows(advice: Advice) -> list[list[str]]:
     """Make rows of a name and a value."""
     recipe, spent = advice.recipe, advice.cost
     axis = "the axis that the data chooses" if advice.axis == "auto" else advice.axis
-    layers = f"{advice.decoder_ratio:.1%} of its layers, along {axis}"
-    first = f"{advice.ratio:.1%} of the backbone"
-    if advice.token_share:
-        first += f": tokens first, about {advice.token_share:.1%}"
-    gone = [first] if advice.token_share and not advice.decoder_ratio else [first, layers]
+    removed = f"{advice.ratio:.1%} of the backbone"
+    of_layers = f"{advice.decoder_ratio:.1%} of its layers, along {axis}"
+    if not advice.token_share:
+        removed += f", {of_layers}"
+    else:
+        removed += f": tokens first, about {advice.token_share:.1%}"
+        removed += f"; then {of_layers}" if advice.decoder_ratio else ""
     kept = [
         f"{row.percent:.1f} % ({row.model}{', this model' if row.same else ''}; {row.source})"
         for row in advice.expected
     ]
-    before, after = advice.params
-    held, smaller = advice.weight_bytes
+    (before, after), (held, smaller) = advice.params, advice.weight_bytes
     rows = [
-        ["remove", ("; then " if advice.token_share else ", ").join(gone)],
+        ["remove", removed],
         ["train", f"{recipe.train}, loss {recipe.loss}" if recipe.train else "nothing"],
         ["parameters", f"{millions(after)} of {millions(before)}"],
         ["weights", f"{size(smaller)} of {size(held)}"],
         *_under("expected AVG-%", kept or [rules().notes["not_measured"]]),
     ]
     if advice.latency is not None:
-        rows.append(["time to read a question", f"{advice.latency:.0%} of the original's"])
-    rows += _needs("pruning", f"about {size(spent.calibration_bytes)}", spent.pruning_hours)
+        rows.append(["prefill time", f"{advice.latency:.0%} of the original's"])
     if recipe.train:
-        rows.append(["training data", f"{spent.samples:,} conversations"])
-        rows += _needs("training", f"about {size(spent.training_bytes)}", spent.training_hours)
-    return [*rows, *_under("why", advice.notes), *_basis(spent)]
+        rows.append(["training samples", f"{spent.samples:,}"])
+    return [*rows, *_needs(spent), *_under("why", advice.notes), *_basis(spent)]
 
 
-def _needs(stage: str, memory: str, hours: float) -> list[list[str]]:
-    return [[f"memory of {stage}", memory], [f"time of {stage}", f"about {duration(3600 * hours)}"]]
+def _needs(spent: Cost, device: str = "", free: float = math.inf) -> list[list[str]]:
+    """Make rows of memory and time; on a device, memory is compared with what is free there."""
+
+    def memory(needed: float, cure: str) -> str:
+        if needed > free:
+            return f"about {size(needed)}, more than the {size(free)} free on {device}: {cure}"
+        return f"about {size(needed)}" + f" on {device}" * bool(device)
+
+    def hours(count: float) -> str:
+        return f"about {duration(3600 * count)}"
+
+    less = rules().notes["less_to_prune"]
+    rows = [
+        ["memory of pruning", memory(spent.calibration_bytes, less)],
+        ["time of pruning", hours(spent.pruning_hours)],
+    ]
+    if device and spent.hidden_states:
+        rows.append(["hidden states", spent.hidden_states])
+    if spent.training_bytes:
+        rows.append(["memory of training", memory(spent.training_bytes, WORDS["cures"]["train"])])
+        rows.append(["time of training", hours(spent.training_hours)])
+    if spent.questions_hours:
+        rows.append(["time of questions", hours(spent.questions_hours)])
+    return rows
 
 
 def _basis(spent: Cost) -> list[list[str]]:
@@ -377,31 +406,17 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
     if found.tokens:
         samples += f"; about {found.tokens:.0f} tokens each"
 
-    def memory(needed: float, cure: str) -> str:
-        if needed <= found.free_bytes:
-            return f"about {size(needed)} on {found.device}"
-        free = f"{size(found.free_bytes)} free on {found.device}"
-        return f"about {size(needed)}, more than the {free}: {cure}"
-
-    less = rules().notes["less_to_prune"]
     rows = [
         ["plan", found.plan.summary()],
         ["parameters", f"{after.total_params:,} of {before.total_params:,}"],
         ["weights", f"{smaller} of {held} in {found.dtype}"],
         ["samples", samples],
-        *([["pictures", f"take {found.pictures}"]] if found.pictures is not None else []),
-        *_needs("pruning", memory(spent.calibration_bytes, less), spent.pruning_hours),
     ]
-    if spent.hidden_states:
-        rows.append(["hidden states", spent.hidden_states])
+    if found.pictures is not None:
+        rows.append(["images", f"take {found.pictures}"])
     if len(found.axes) > 1 or found.fewer_tokens:
         tried = f"{', '.join(found.axes)} are tried; the plan is of the first"
         if found.fewer_tokens:
             tried += f"; the best is tried again after trimming to {found.fewer_tokens:,} tokens"
         rows.insert(1, ["axes", tried])
-    if found.training:
-        needed = memory(spent.training_bytes, WORDS["cures"]["train"])
-        rows += _needs("training", needed, spent.training_hours)
-    if spent.questions_hours:
-        rows.append(["time of questions", f"about {duration(3600 * spent.questions_hours)}"])
-    return [*rows, *_basis(found.cost)]
+    return [*rows, *_needs(spent, found.device, found.free_bytes), *_basis(spent)]

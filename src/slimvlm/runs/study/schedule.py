@@ -39,6 +39,7 @@ from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.unit_scores import Scores
 
 STAGE_KINDS = ("calibrate", "prune", "recover", "evaluate")
+MAKING_MODELS = ("prune", "recover")  # kinds that leave a checkpoint for later stages
 PLAN, SCORES, RESULT = "plan.json", "scores", "result.json"
 HISTORY, WALK = "history.json", "walk.json"
 ENGINES = ("local", "ray")
@@ -56,11 +57,6 @@ class Stage:
     request: Any  # options; with ``inputs`` they determine the outcome
     inputs: "tuple[Stage, ...]"  # stages whose outcomes are read
     label: str = field(compare=False)
-
-    @property
-    def makes_model(self) -> bool:
-        """Whether it leaves a checkpoint for later stages."""
-        return self.kind in ("prune", "recover")
 
     @cached_property
     def name(self) -> str:
@@ -111,14 +107,15 @@ class Cache:
 
     def is_ready(self, stage: Stage) -> bool:
         """Whether another stage could read the outcome."""
-        is_whole = not stage.makes_model or self.path(stage, CHECKPOINT).is_dir()
+        is_whole = stage.kind not in MAKING_MODELS or self.path(stage, CHECKPOINT).is_dir()
         return self.is_done(stage) and is_whole
 
     def records(self, kind: str, name: str = "[!.]*") -> list[Record]:
         """Read the records of all outcomes of a kind, or of the one of this name."""
-        paths = sorted((self.root / "cache" / kind).glob(f"{name}/{RECORD}"))
-        read = [(documents.read_object(path, "stage"), f"stage {str(path)!r}") for path in paths]
-        return [documents.built(Record, *each) for each in read]
+        return [
+            documents.built(Record, documents.read_object(path, "stage"), f"stage {str(path)!r}")
+            for path in sorted((self.root / "cache" / kind).glob(f"{name}/{RECORD}"))
+        ]
 
     def error_of(self, stage: Stage) -> str:
         """Read the error that a stage's last attempt ended with; empty if there is none."""
@@ -217,12 +214,12 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     data += [_identity(config.vocab_text, config.vocab_text)] if config.vocab_text else []
     data += [identity_of_general_text()] if config.general_text else []
     whole = replace(whole, made_from=(_identity(cell.model, resolve(cell.model)), *data))
-    if config.loses_tokens:  # chosen as by `compress`: what is trained on counts, too
-        named = {n: getattr(config, n) for n in ("vocab_size", "vocab_text", "general_text")}
-        read = replace(whole, prune=replace(_reading(config), **named), hold_out=False)
-        read = replace(read, recover=RecoverConfig() if whole.trains else None)
+    if config.loses_tokens:  # chosen as by `compress`: training samples also count
+        reads = _reading(config, "vocab_size", "vocab_text", "general_text")
+        trained: dict[str, Any] = {"recover": RecoverConfig()}
         if not whole.trains:
-            read = replace(read, training_samples=None)
+            trained = {"recover": None, "training_samples": None}
+        read = replace(whole, prune=reads, hold_out=False, **trained)
         whole = replace(whole, tokens=_tokens(read, study.data is not None))
     base = replace(whole, recover=None, training_samples=None)
     scored = []  # ratio, allocation and repair change no scores
@@ -230,8 +227,8 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
         label = f"{name} {criterion}"
         known = criterion_options(base.prune, criterion)
         if CRITERIA[criterion].needs_data:
-            known |= {n: getattr(base.prune, n) for n in ("general_text", "token_weights")}
-            wanted = replace(_reading(base.prune), criterion=(criterion,), **known)
+            reads = _reading(base.prune, "general_text", "token_weights")
+            wanted = replace(reads, criterion=(criterion,), **known)
             request = replace(base, prune=wanted, tokens=None)
             label += f" seed {config.seed}"
         else:
@@ -250,10 +247,10 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     return CellStages(cell, original, tuple(scored), prune, recover, evaluate)
 
 
-def _reading(config: PruneConfig) -> PruneConfig:
-    """Keep only the options that say what is read, and in which order."""
-    source = vars(config.part(DataConfig))
-    return PruneConfig(samples=config.samples, seed=config.seed, **source)
+def _reading(config: PruneConfig, *more: str) -> PruneConfig:
+    """Keep only the options that say what is read, and in which order, and ``more`` of them."""
+    named = {name: getattr(config, name) for name in ("samples", "seed", *more)}
+    return PruneConfig(**named, **vars(config.part(DataConfig)))
 
 
 def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) -> Stage:
@@ -357,7 +354,7 @@ class Schedule:
             for stage in cell.all():
                 kept = smaller if stage in (cell.recover, cell.evaluate) else 1.0
                 flops = stage_flops(stage.kind, stage.request, sizes, kept)
-                times = 3 if stage.kind in ("prune", "recover") else 1
+                times = 3 if stage.kind in MAKING_MODELS else 1
                 counted[stage.name] = flops + disk * times
         return counted
 
@@ -375,11 +372,13 @@ class Schedule:
             own[cell.evaluate.name] = sum(self.flops[stage.name] for stage in after)
             of_plan[cell.prune.name] += own[cell.evaluate.name]
 
-        def place(cell: CellStages) -> tuple[Any, ...]:
-            of_model = models.index(cell.cell.model), of_plan[cell.prune.name], cell.prune.name
-            return *of_model, own[cell.evaluate.name], cell.evaluate.name
-
-        return sorted(self.cells, key=place)
+        return sorted(
+            self.cells,
+            key=lambda cell: (
+                *(models.index(cell.cell.model), of_plan[cell.prune.name], cell.prune.name),
+                *(own[cell.evaluate.name], cell.evaluate.name),
+            ),
+        )
 
     def missing(self, cache: Cache) -> list[Stage]:
         """List the open stages in order: those that lead to a missing evaluation."""
@@ -409,7 +408,7 @@ class Schedule:
     def clear_checkpoints(self, stage: Stage, cache: Cache) -> None:
         """Remove the models that a finished stage has read, where no open stage needs them."""
         for source in () if self.keeps_checkpoints else stage.inputs:
-            if source.makes_model and not self.is_needed(source, cache):
+            if source.kind in MAKING_MODELS and not self.is_needed(source, cache):
                 path = cache.path(source, CHECKPOINT)
                 with suppress(FileNotFoundError):  # unless another worker was faster
                     path.rename(path.with_name(f".{CHECKPOINT}.gone.{uuid4().hex}"))
