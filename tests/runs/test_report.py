@@ -150,7 +150,7 @@ def test_a_study_shows_every_cell(study):
     assert len(cells.rows) == len(done) == 9
     assert all(len(row) == len(cells.header) for row in cells.rows)
     assert not {"AVG-% chosen", "AVG-% free"} & {*cells.header}  # of an earlier version
-    published_for = {row[0]: row[cells.header.index("the study")] for row in cells.rows}
+    published_for = {row[0]: row[cells.header.index("published")] for row in cells.rows}
     bunny = float(published_for["tiny width 30%, untrained"].rpartition("/")[2])
     assert bunny == pytest.approx(75.58, abs=1)
     assert published_for["tiny original"] == ""
@@ -227,7 +227,7 @@ def test_cells_are_told_apart_by_original_ratio_share_of_the_data_and_options(st
     little = by_ratio(record.entries)[-1]
     assert [line.look for line in little.of("line")] == ["line depth", "line width"]
     cells = next(t for t in record.tables if t.caption == "All cells")
-    place, shown = cells.header.index("the study"), {}
+    place, shown = cells.header.index("published"), {}
     for (_, entry), row in zip(record.entries.iterrows(), cells.rows, strict=True):
         if entry["recovery"] == "tuned":
             shown[entry["fraction"]] = row[place]
@@ -279,12 +279,12 @@ def test_the_report_shows_the_numbers_of_the_files_and_refuses_broken_ones(run):
     assert list(kept["train"]) == ["none", "none", "lora"]
     assert kept["achieved_ratio"]["recovered"] == plan.ratio
     words = f"{expected.low:.1f} to {expected.high:.1f}, floor 0.0"
-    assert record.cards[1] == ("Kept of free answers", "80.0", words)
+    assert record.cards[1] == ("Retained of free answers", "80.0", words)
     assert not any("chosen" in label for label, *_ in record.cards)
     html = report_html(record)
     text = unescape(re.sub(r"<[^>]+>", " ", html))
     kept_text = f"80.0 [{expected.low:.1f}, {expected.high:.1f}]"
-    for needed in (kept_text, f"{plan.ratio:.1%}", "25.00%", "7 conversations"):
+    for needed in (kept_text, f"{plan.ratio:.1%}", "25.00%", "7 samples"):
         assert needed in text
     assert "training samples" in html
     page = assert_sound(html)

@@ -28,7 +28,6 @@ from slimvlm.runs import request as requests
 from slimvlm.runs.compress import compress_command, request_of
 from slimvlm.runs.cost import Cost, Sizes, bytes_of_picture, cost, image_tokens, kept_bytes
 from slimvlm.runs.recipes import Recipe, expected, recipe_for, rules, subject_of
-from slimvlm.runs.request import resolved
 from slimvlm.runs.stages import settled
 from slimvlm.runs.tables import millions, size
 
@@ -38,7 +37,7 @@ _ENCODED = 16  # samples that are encoded at most, to learn how long they are
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """AVG-% that was measured with a recipe where as large a share of the layers went."""
+    """AVG-% that was measured with a recipe where as large a share of the layers was removed."""
 
     model: str
     percent: float
@@ -53,11 +52,11 @@ class Advice:
     model: str
     ratio: float  # share of the backbone to remove
     axis: options.AxisChoice  # auto lets the data decide, before training
-    token_share: float  # share of the backbone that goes with tokens
-    decoder_ratio: float  # share of the decoder layers that goes with the rest
+    token_share: float  # share of the backbone removed with tokens
+    decoder_ratio: float  # share of the decoder layers removed with the rest
     recipe: Recipe
     expected: tuple[Expectation, ...]  # of this model first, then of others of about its size
-    latency: float | None  # time to read a question as a share of the original's
+    latency: float | None  # prefill time as a share of the original's
     params: tuple[int, int]  # of the whole model before and after
     weight_bytes: tuple[int, int]  # likewise
     fraction: float  # share of the data to train on
@@ -81,7 +80,7 @@ def advise(
     """Choose a recipe for a model and exactly one budget, which must be possible to meet.
 
     Arguments are the options of ``slimvlm advise``; ``gpu`` is by default whether this machine has
-    one, and ``samples`` as many as the study had.
+    one, and ``samples`` as many as the paper used.
     """
     shape, known = anatomy_of(model), rules()
     if samples is not None and samples < 1:
@@ -128,7 +127,9 @@ def advise(
     def cost_of(recipe: Recipe) -> Cost:
         tried = len(get_args(options.Axis)) if recipe.train else 0
         tried *= sizes.token_share < gone
-        return cost(resolved(request_of("", config_of(recipe))), sizes, device, dtype, tried)
+        return cost(
+            requests.resolved(request_of("", config_of(recipe))), sizes, device, dtype, tried
+        )
 
     found, notes = cost_of(recipe), list[str]()
     limit, hours = known.constants.max_hours_without_gpu, found.training_hours
@@ -137,7 +138,7 @@ def advise(
         gone = _ratio(shape, subject, budget, False, dtype)  # a latency's depends on the axis
         recipe = recipe_for(gone, False)
         found = cost_of(recipe)
-    notes.append(f"the study's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
+    notes.append(f"the paper's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
     if recipe.train and sizes.token_share < gone:
         notes += [known.notes["axis_auto"], why]
     notes += on_tokens
@@ -213,7 +214,7 @@ def _ratio(
 
 
 def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
-    """Estimate the time to read a question, as a share of the original's."""
+    """Estimate the prefill time as a share of the original's."""
     curves = [row for row in rules().latency if row.axis == axis]
     own = [row for row in curves if row.model == subject]
     others = [row for row in curves if not row.ours]
@@ -227,7 +228,7 @@ def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
 def _tokens_first(
     model: str, shape: Anatomy, ratio: float, is_open: bool
 ) -> tuple[int | None, list[str]]:
-    """Choose how many tokens stay where some go first, None for all; with notes."""
+    """Choose how many tokens to keep where some are removed first, None for all; with notes."""
     # is_open: there is data to count, and a budget that fewer tokens help to meet
     rule, fewest = rules().tokens_first, requests.tokens_to_try(shape, ratio)
     if fewest is None:
@@ -243,12 +244,12 @@ def _tokens_first(
             raise ConfigError("the model has no tokenizer")
         file = TokenizerFile.of(processor)
     except SlimError as error:
-        return None, [f"{alone}; no token can go: {error}"]
+        return None, [f"{alone}; no token can be removed: {error}"]
     if not is_open:
         return None, [f"{alone}; fewer tokens make it smaller: compress --vocab-size auto"]
     kept = max(fewest, len(file.with_parts(file.needed)))
     choice = "compress --vocab-size auto keeps as many as the data needs, all keeps every one"
-    return kept, [f"{many}, and {rule.why} ({rule.source}): {kept:,} stay; {choice}"]
+    return kept, [f"{many}, and {rule.why} ({rule.source}): {kept:,} are kept; {choice}"]
 
 
 def advice_rows(advice: Advice) -> list[list[str]]:
@@ -278,11 +279,11 @@ def advice_rows(advice: Advice) -> list[list[str]]:
         rows.append(["prefill time", f"{advice.latency:.0%} of the original's"])
     if recipe.train:
         rows.append(["training samples", f"{spent.samples:,}"])
-    return [*rows, *_needs(spent), *_under("why", advice.notes), *_basis(spent)]
+    return [*rows, *_under("why", advice.notes), *_needs(spent)]
 
 
 def _needs(spent: Cost, device: str = "", free: float = math.inf) -> list[list[str]]:
-    """Make rows of memory and time; on a device, memory is compared with what is free there."""
+    """Make rows of memory and time, compared with what is free on a device, and their basis."""
 
     def memory(needed: float, cure: str) -> str:
         if needed > free:
@@ -292,9 +293,8 @@ def _needs(spent: Cost, device: str = "", free: float = math.inf) -> list[list[s
     def hours(count: float) -> str:
         return f"about {duration(3600 * count)}"
 
-    less = rules().notes["less_to_prune"]
     rows = [
-        ["memory of pruning", memory(spent.calibration_bytes, less)],
+        ["memory of pruning", memory(spent.calibration_bytes, rules().notes["less_to_prune"])],
         ["time of pruning", hours(spent.pruning_hours)],
     ]
     if device and spent.hidden_states:
@@ -303,14 +303,10 @@ def _needs(spent: Cost, device: str = "", free: float = math.inf) -> list[list[s
         rows.append(["memory of training", memory(spent.training_bytes, WORDS["cures"]["train"])])
         rows.append(["time of training", hours(spent.training_hours)])
     if spent.questions_hours:
-        rows.append(["time of questions", hours(spent.questions_hours)])
-    return rows
-
-
-def _basis(spent: Cost) -> list[list[str]]:
-    """Make the rows of what an estimate leaves out and rests on."""
-    load = [["load", spent.load]] if spent.load else []
-    return [*load, *_under("estimates rest on", spent.rests_on)]
+        rows.append(["time of evaluation", hours(spent.questions_hours)])
+    if spent.load:
+        rows.append(["load", spent.load])
+    return [*rows, *_under("estimates rest on", spent.rests_on)]
 
 
 def _under(name: str, lines: Sequence[str]) -> list[list[str]]:
@@ -322,14 +318,14 @@ def _under(name: str, lines: Sequence[str]) -> list[list[str]]:
 class DryRun:
     """The plan of a compression that was not run, and its needs."""
 
-    plan: Plan  # how much stays; which units is drawn at random
+    plan: Plan  # how much is kept; which units is drawn at random
     axes: tuple[str, ...]  # that would be tried; one if it is decided
-    fewer_tokens: int  # that would stay in a further try of the best axis; 0 without one
+    fewer_tokens: int  # kept in a further try of the best axis; 0 without one
     calibration: int  # samples
     training: int
-    report: int  # samples held out for the end
+    report: int  # test samples
     tokens: float  # mean length of a sample
-    pictures: PictureBudget | None  # if pictures are to take fewer tokens
+    pictures: PictureBudget | None  # if images are to take fewer tokens
     dtype: str  # of the weights
     device: str
     free_bytes: int  # on the device now
@@ -339,12 +335,13 @@ class DryRun:
 def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     """Check a compression, as `compress` does, and estimate its plan, memory and time."""
     shape = anatomy_of(model)
-    request, _, samples = settled(request_of(model, config), None, say)
+    request, alone, samples = settled(request_of(model, config), None, say)
     by_axis: dict[Any, Any] = {request.prune.axis: request}
     if request.prune.axis == "auto":
         by_axis = dict(requests.requests_by_axis(request, shape))
     axes = tuple(by_axis)
     first = replace(by_axis[axes[0]], report_samples=len(samples.report))
+    axes = axes if alone is None else axes[:1]  # nothing is left to try
     described = load_config(model, config.trust_remote_code)
     processor = load_processor(resolve(model), described, config.trust_remote_code)
     if request.pictures is not None:
@@ -367,8 +364,6 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         stored = str(described.dtype).removeprefix("torch.")
         dtype = stored if stored in BYTES else "bfloat16"
     seen = described, image_tokens(model, config.trust_remote_code) if pictures else 0
-    alone = requests.tokens_alone(first, shape)
-    axes = axes if alone is None else axes[:1]  # nothing is left to try
     device, tries = models.device_named(config.device), len(axes) + bool(request.fewer_tokens)
     sizes = Sizes(
         shape=shape,
@@ -380,9 +375,8 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         vocabulary=None if request.tokens is None else len(request.tokens),
         beside=pictures / max(len(samples.calibration), 1) * bytes_of_picture(*seen, dtype),
     )
-    plan = alone or requests.dry_plan(first.prune, shape, first.tokens)
     return DryRun(
-        plan=plan,
+        plan=alone or requests.dry_plan(first.prune, shape, first.tokens),
         axes=axes,
         fewer_tokens=len(request.fewer_tokens or ()),
         calibration=sizes.calibration,
@@ -401,11 +395,10 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
     """Make rows of a name and a value."""
     before, after, spent = found.plan.before, found.plan.after, found.cost
     smaller, held = (size(weight_bytes(shape, found.dtype)) for shape in (after, before))
-    counts = {"calibrate": found.calibration, "train": found.training, "are held out": found.report}
-    samples = ", ".join(f"{count:,} {use}" for use, count in counts.items() if count) or "none"
+    uses = {"calibration": found.calibration, "training": found.training, "test": found.report}
+    samples = ", ".join(f"{count:,} {use}" for use, count in uses.items() if count) or "none"
     if found.tokens:
         samples += f"; about {found.tokens:.0f} tokens each"
-
     rows = [
         ["plan", found.plan.summary()],
         ["parameters", f"{after.total_params:,} of {before.total_params:,}"],
@@ -419,4 +412,4 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
         if found.fewer_tokens:
             tried += f"; the best is tried again after trimming to {found.fewer_tokens:,} tokens"
         rows.insert(1, ["axes", tried])
-    return [*rows, *_needs(spent, found.device, found.free_bytes), *_basis(spent)]
+    return [*rows, *_needs(spent, found.device, found.free_bytes)]

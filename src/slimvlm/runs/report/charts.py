@@ -225,14 +225,14 @@ def trade_offs(entries: pd.DataFrame) -> list[Chart]:
         return []
     unit, divisor = ("B", 1e9) if shown["total_params"].iloc[0] >= 2e9 else ("M", 1e6)
     costs = [
-        ("Kept against size", f"parameters of the model ({unit})", shown["total_params"] / divisor),
-        ("Kept against time to read a question", "prefill (ms)", shown["prefill_ms"]),
-        ("Kept against time to write", "decode (ms a token)", shown["decode_ms"]),
+        ("Retention by size", f"parameters of the model ({unit})", shown["total_params"] / divisor),
+        ("Retention by prefill time", "prefill (ms)", shown["prefill_ms"]),
+        ("Retention by decode time", "decode (ms per token)", shown["decode_ms"]),
     ]
     charts = []
     for title, label, cost in costs:
         points = [*zip(cost, shown["avg_percent"], strict=True)]
-        words = "no other model keeps more at this cost"
+        words = "no other model retains more at this cost"
         dotted = {"linestyle": (0, (2, 4)), "linewidth": 1.2}
         with drawing(title, (label, "AVG-%")) as chart:
             chart.line(frontier(points), "frontier", words, "soft", **dotted)
@@ -259,7 +259,7 @@ def by_ratio(entries: pd.DataFrame) -> list[Chart]:
         if shown["achieved_ratio"].round(1).nunique() < 2:
             continue
         way = "untrained" if shown["train"].iloc[0] == "none" else recovery
-        title = f"Kept at each ratio: {', '.join(filter(None, (way, variant)))}"
+        title = f"Retention at each ratio: {', '.join(filter(None, (way, variant)))}"
         limits: Any = {
             "x_limits": (0, None),
             "y_limits": (0, 1.08 * max(100, shown["avg_percent_high"].max())),
@@ -274,7 +274,7 @@ def by_ratio(entries: pd.DataFrame) -> list[Chart]:
                 there = {ratio: published(of.iloc[0], ratio) for ratio in ratios}
                 there = {100 * r: fmean(value for _, value in there[r]) for r in there if there[r]}
                 if there:
-                    name, dotted = f"{axis}, mean of the study's models", (0, (1, 2))
+                    name, dotted = f"{axis}, mean of the paper's models", (0, (1, 2))
                     chart.line([*there.items()], f"{axis} published", name, axis, linestyle=dotted)
             _dots(chart, shown, 100 * shown["achieved_ratio"])
         charts.append(chart)
@@ -321,7 +321,7 @@ def allocation(plan: Plan) -> Chart:
         if shape.num_experts:
             units += f", {kept.num_experts} of {shape.num_experts} experts"
         texts.append(f"layer {index}: {units if index in plan.layers else 'removed'}")
-    caption = "Height: parameters. Outline: before pruning. Layers that are gone are crossed."
+    caption = "Height: parameters. Outline: before pruning. Removed layers are crossed."
     size: Any = {"y_limits": (0, 1), "layers": len(shapes), "height": _BAR}
     with drawing("What each layer keeps", caption=caption, **size) as chart:
         for look, rows in bars.items():
@@ -374,7 +374,7 @@ def _heatmap(
     style = {"facecolors": colours, "edgecolors": COLOURS["paper"], "linewidths": 1.2}
     height, caption = _CELL, "Crossed: removed."
     if kind == "Neurons":
-        height, caption = _CELL // 2, "Each layer's neurons, best on top. Line: so many were kept."
+        height, caption = _CELL // 2, "Each layer's neurons, best on top. Line: number kept."
     caption = f"Strong colour: high score, kept first. {caption}"
     rows = 1 + max(row for _, row in cells)
     size: Any = {"y_limits": (rows, 0), "layers": len(columns), "height": rows * height}

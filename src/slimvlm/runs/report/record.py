@@ -115,7 +115,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
     if results:
         listed.append(Table("Scores in percent", *tables.result_rows(results), tables.LEGEND))
     if on_data:
-        title, note = "What was kept on unseen samples", "\n".join(tables.held_out_notes(on_data))
+        title, note = "Retained on test samples", "\n".join(tables.held_out_notes(on_data))
         listed.append(Table(title, *tables.held_out_rows(on_data), note))
     listed += _walk_tables(folder)
     there = [
@@ -161,17 +161,17 @@ def _cards(
         bounds = "no bounds: the original is not clearly above 0"
         if not math.isnan(kept.low):
             bounds = f"95 % interval {kept.low:.1f} to {kept.high:.1f}"
-        yield "Kept (AVG-%)", f"{kept.percent:.1f}", bounds
+        yield "Retained (AVG-%)", f"{kept.percent:.1f}", bounds
         for kind, kept in last.retention_by_kind(first).items():
             bounds = "no bounds" if math.isnan(kept.low) else f"{kept.low:.1f} to {kept.high:.1f}"
             told = f"{bounds}, floor {kept.floor:.1f}"
-            yield f"Kept of {kind} answers", f"{kept.percent:.1f}", told
-    asked = "" if plan.asked_ratio is None else f"asked for {plan.asked_ratio:.1%}"
+            yield f"Retained of {kind} answers", f"{kept.percent:.1f}", told
+    asked = "" if plan.asked_ratio is None else f"requested {plan.asked_ratio:.1%}"
     yield "Backbone removed", f"{plan.ratio:.1%}", asked
     before, after = plan.before.total_params / 1e6, plan.after.total_params / 1e6
     yield "Parameters", f"{after:,.1f} M", f"of {before:,.1f} M"
     if (times := runs.read_times(folder)) is not None:  # paired; else each model's own
-        for title, share in (("Time to read", times.prefill), ("Time to write", times.decode)):
+        for title, share in (("Prefill time", times.prefill), ("Decode time", times.decode)):
             bounds = f"of the original's, {share.low:.0%} to {share.high:.0%} in all rounds"
             yield title, f"{share.value:.0%}", bounds
     elif first is not None and last is not None:
@@ -179,7 +179,7 @@ def _cards(
         yield "Decode", f"{last.decode_ms:.1f} ms", f"a token, of {first.decode_ms:.1f} ms"
     same = list(on_data.values())[-1].figures.agreement if on_data else None
     if same is not None and same.low is not None and same.high is not None:
-        bounds = f"on unseen samples, 95 % interval {same.low:.1f} to {same.high:.1f}"
+        bounds = f"on test samples, 95 % interval {same.low:.1f} to {same.high:.1f}"
         yield "Same next token", f"{same.value:.1f} %", bounds
 
 
@@ -285,7 +285,7 @@ def _study_tables(
         **{name: done[name].astype(str).where(done["axis"] != ORIGINAL, "") for name in varied},
         "above floor": [interval(row, "above_floor") for row in rows],
         **{name: texts for name, texts in optional.items() if any(texts)},
-        "the study": [" / ".join(f"{value:.1f}" for _, value in published(row)) for row in rows],
+        "published": [" / ".join(f"{value:.1f}" for _, value in published(row)) for row in rows],
         "parameters": [f"{params / 1e6:.1f} M" for params in done["total_params"]],
         "prefill ms": done["prefill_ms"].map("{:.1f}".format),
         "decode ms": done["decode_ms"].map("{:.1f}".format),
@@ -363,7 +363,7 @@ def _training(path: Path, title: str) -> list[Training]:
         return []
     history = History.load(path)
     about = (
-        f"{history.num_samples} conversations; {history.trained_params / 1e6:.1f} M parameters "
+        f"{history.num_samples} samples; {history.trained_params / 1e6:.1f} M parameters "
         f"learned; teacher: {history.teacher}"
     )
     return [(title, about, history.steps)]

@@ -103,7 +103,7 @@ class StudyConfig(core.Questions, core.TrainingShare):
     resources: Resources = field(default_factory=Resources)
     """CPUs and GPUs of one stage, for ``--engine ray``."""
     keep_checkpoints: bool = False
-    """Keep the models of all cells; else a model goes when no open cell needs it any more."""
+    """Keep the models of all cells; else a model is removed once no open cell needs it."""
     reference: Reference | None = None
     """Published numbers to add to the table."""
 

@@ -282,7 +282,7 @@ def _samples(
 
 @lru_cache(maxsize=64)
 def _tokens(request: Request, has_data: bool) -> tuple[int, ...] | None:
-    """Choose the tokens that stay, from as many samples as `compress` reads."""
+    """Choose the tokens to keep, from as many samples as `compress` reads."""
     every = samples_of(request)[0] if has_data else []
     places = [sample.place for sample in every]
     ahead, behind = drawn(places, request.prune.seed, request.report_samples)
