@@ -227,12 +227,10 @@ def test_cells_are_told_apart_by_original_ratio_share_of_the_data_and_options(st
     little = by_ratio(record.entries)[-1]
     assert [line.look for line in little.of("line")] == ["line depth", "line width"]
     cells = next(t for t in record.tables if t.caption == "All cells")
-    place, shown = cells.header.index("published"), {}
-    for (_, entry), row in zip(record.entries.iterrows(), cells.rows, strict=True):
-        if entry["recovery"] == "tuned":
-            shown[entry["fraction"]] = row[place]
-    assert shown[0.05] == ""
-    assert shown[1.0] != ""
+    columns = record.entries["recovery"], record.entries["fraction"], cells.rows
+    shown = {(way, part): row for way, part, row in zip(*columns, strict=True)}
+    assert shown["tuned", 0.05][cells.header.index("published")] == ""
+    assert shown["tuned", 1.0][cells.header.index("published")] != ""
 
 
 class Page(HTMLParser):
@@ -271,8 +269,8 @@ def assert_sound(html):
 def test_the_report_shows_the_numbers_of_the_files_and_refuses_broken_ones(run):
     plan, record = Plan.load(run / "plan.json"), read_record(run)
     kept = record.entries.set_index("name")
-    assert list(kept.index) == ["original", "pruned", "recovered"]
-    assert list(kept["avg_percent"]) == pytest.approx([100, 40, 80])
+    right = {"original": 100, "pruned": 40, "recovered": 80}
+    assert dict(kept["avg_percent"]) == pytest.approx(right)
     expected = result("r", 8).retention(result("o", 10))
     bounds = kept.loc["recovered", ["avg_percent_low", "avg_percent_high"]]
     assert list(bounds) == [expected.low, expected.high]
