@@ -94,14 +94,9 @@ class Cost:
 
 def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried: int = 0) -> Cost:
     """Estimate memory and time of a resolved request, in which ``tried`` axes are tried first."""
-    constants, notes, config, prune = (
-        rules().constants,
-        rules().notes,
-        request.recover,
-        request.prune,
-    )
+    known, config, prune = rules(), request.recover, request.prune
     is_cpu, left = device.type == "cpu", 1 - ratio_of(prune)
-    process = constants.process_bytes * is_cpu
+    process = known.constants.process_bytes * is_cpu
     peak, states = _pruning_bytes(request, sizes, device, dtype)
     speed, timed = speed_of(device, dtype)
     brief = replace(request, prune=replace(prune, local_steps=0), report_samples=0)
@@ -114,20 +109,19 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         asking += stage_flops("evaluate", alone, sizes, left)
     about = [
         f"memory of {device}" + ", the process among it" * is_cpu,
-        notes["pruning_memory"].format(constants=constants),
+        known.notes["pruning_memory"].format(constants=known.constants),
         f"time: {timed}; {sizes.tokens:.0f} tokens per sample; the vision tower is not counted",
     ]
     training: dict[str, Any] = {}
     if config is not None:
         told = {"kept": sizes.token_bytes.get(dtype, 0.0) / 1000, "batch": config.batch_size}
-        about.append(notes["training_memory"].format(constants=constants, **told))
+        about.append(known.notes["training_memory"].format(constants=known.constants, **told))
+        peak_of_training = _training_bytes(request, config, sizes, device, dtype)
+        flops = stage_flops("recover", request, sizes, left)
         learning, _ = speed_of(device, "float32" if config.bf16 is False else "bfloat16")
-        seconds = stage_flops("recover", request, sizes, left) / learning
         training = {
-            "training_bytes": float(
-                process + _training_bytes(request, config, sizes, device, dtype)
-            ),
-            "training_hours": (1 + tried * TRIAL_SHARE) * seconds / 3600,
+            "training_bytes": float(process + peak_of_training),
+            "training_hours": (1 + tried * TRIAL_SHARE) * flops / (3600 * learning),
             "samples": sizes.learnt(config),
         }
     return Cost(

@@ -141,7 +141,8 @@ def prepared(
         decided.setdefault(replace(cell, options=""), cell)
     for line in told:
         say(line)
-    scheduling.forget_files()
+    for remembered in scheduling.REMEMBERED:  # another study may find other files in their place
+        remembered.cache_clear()
     planned = [scheduling.stages_of(config, cell) for cell in decided.values()]
     schedule = Schedule(planned, config.keep_checkpoints)
     if config.data is not None:

@@ -119,14 +119,14 @@ class Cache:
 
     def error_of(self, stage: Stage) -> str:
         """Read the error that a stage's last attempt ended with; empty if there is none."""
-        path = self._failure(stage)
+        path = self._state(stage, "failed", ".json")
         return str(documents.read_object(path, "stage").get("error")) if path.is_file() else ""
 
     def run(
         self, stage: Stage, flops: float, wait: bool, is_needed: Callable[[Stage], bool]
     ) -> Outcome | None:
         """Do a stage whose inputs are ready, unless done; None if another worker does it."""
-        failure, scratch = self._failure(stage), self._scratch(stage)
+        failure, scratch = self._state(stage, "failed", ".json"), self._state(stage, "work")
         try:
             with held(self.path(stage), wait=-1 if wait else 0):
                 if self.is_ready(stage) or (self.is_done(stage) and not is_needed(stage)):
@@ -154,7 +154,7 @@ class Cache:
     def failed(self, stage: Stage, error: Exception, seconds: float = 0.0) -> Outcome:
         """Record the error that ended a stage."""
         line = f"{type(error).__name__}: {one_line(error)}"[:_LONGEST_ERROR]
-        path = self._failure(stage)
+        path = self._state(stage, "failed", ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"label": stage.label, "error": line}) + "\n")
         return Outcome(stage.name, seconds, line)
@@ -162,16 +162,13 @@ class Cache:
     def sweep(self, stages: Iterable[Stage]) -> None:
         """Remove resume files of done stages, which killed workers left."""
         for stage in stages:
-            scratch = self._scratch(stage)
+            scratch = self._state(stage, "work")
             if scratch.is_dir() and self.is_ready(stage):
                 with suppress(InUseError), held(self.path(stage)):
                     shutil.rmtree(scratch, ignore_errors=True)
 
-    def _scratch(self, stage: Stage) -> Path:
-        return self.root / "work" / f"{stage.kind}-{stage.name}"
-
-    def _failure(self, stage: Stage) -> Path:
-        return self.root / "failed" / f"{stage.kind}-{stage.name}.json"
+    def _state(self, stage: Stage, folder: str, suffix: str = "") -> Path:
+        return self.root / folder / f"{stage.kind}-{stage.name}{suffix}"
 
 
 _identity = lru_cache(maxsize=64)(documents.identity_of_files)
@@ -179,12 +176,6 @@ _identity_of_data = lru_cache(maxsize=64)(identity_of_data)
 _identities_of_tasks = lru_cache(maxsize=64)(identities_of_tasks)
 _shape_of = lru_cache(maxsize=64)(anatomy)
 """Files are read once for all cells of a study."""
-
-
-def forget_files() -> None:
-    """Clear cached files: another study may find others in the same place."""
-    for remembered in (_identity, _identity_of_data, _identities_of_tasks, _shape_of, _tokens):
-        remembered.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -288,6 +279,9 @@ def _tokens(request: Request, has_data: bool) -> tuple[int, ...] | None:
     ahead, behind = drawn(places, request.prune.seed, request.report_samples)
     samples = [every[row] for row in [*behind, *ahead][: stages.rows_to_read(request)]]
     return with_tokens(request, stages.split(samples, request).counted(request)).tokens
+
+
+REMEMBERED = (_identity, _identity_of_data, _identities_of_tasks, _shape_of, _tokens)
 
 
 def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
