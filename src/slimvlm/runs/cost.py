@@ -96,7 +96,6 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
     """Estimate memory and time of a resolved request, in which ``tried`` axes are tried first."""
     known, config, prune = rules(), request.recover, request.prune
     is_cpu, left = device.type == "cpu", 1 - ratio_of(prune)
-    process = known.constants.process_bytes * is_cpu
     peak, states = _pruning_bytes(request, sizes, device, dtype)
     speed, timed = speed_of(device, dtype)
     brief = replace(request, prune=replace(prune, local_steps=0), report_samples=0)
@@ -116,16 +115,15 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
     if config is not None:
         told = {"kept": sizes.token_bytes.get(dtype, 0.0) / 1000, "batch": config.batch_size}
         about.append(known.notes["training_memory"].format(constants=known.constants, **told))
-        peak_of_training = _training_bytes(request, config, sizes, device, dtype)
         flops = stage_flops("recover", request, sizes, left)
         learning, _ = speed_of(device, "float32" if config.bf16 is False else "bfloat16")
         training = {
-            "training_bytes": float(process + peak_of_training),
+            "training_bytes": _training_bytes(request, config, sizes, device, dtype),
             "training_hours": (1 + tried * TRIAL_SHARE) * flops / (3600 * learning),
             "samples": sizes.learnt(config),
         }
     return Cost(
-        calibration_bytes=float(process + peak),
+        calibration_bytes=peak,
         pruning_hours=work / (3600 * speed),
         hidden_states=str(states or "") if _is_here(device) else "",
         questions_hours=asking / (3600 * speed),
@@ -187,7 +185,7 @@ def _pruning_bytes(
             rows_at_once(device, round(free)) * LOGITS_COPIES * BYTES["float32"] * shape.vocab_size
         )
         steps.append(held + batch + largest.params * BYTES[dtype] + logits)
-    return max(steps), states
+    return float(constants.process_bytes * is_cpu + max(steps)), states
 
 
 def _training_bytes(
@@ -232,7 +230,8 @@ def _training_bytes(
         * BYTES["float32"]
         * shape.vocab_size
     )
-    return float(models + constants.learning_bytes * learn + activations + logits)
+    beside = constants.learning_bytes * learn + activations
+    return float(constants.process_bytes * is_cpu + models + beside + logits)
 
 
 def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) -> float:
