@@ -98,7 +98,7 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
     is_cpu, left = device.type == "cpu", 1 - ratio_of(prune)
     peak, states = _pruning_bytes(request, sizes, device, dtype)
     speed, timed = speed_of(device, dtype)
-    brief = replace(request, prune=replace(prune, local_steps=0), report_samples=0)
+    brief = replace(request, prune=replace(prune, local_steps=0), test_samples=0)
     work = stage_flops("calibrate", request, sizes) + stage_flops("prune", request, sizes)
     work += tried * stage_flops("prune", brief, sizes)  # with the same scores
     asking = 0.0
@@ -250,7 +250,7 @@ def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) ->
             passes += 3 * PASSES * share
         elif prune.local_steps:
             passes += 3 * prune.local_steps / max(sizes.calibration / CALIBRATION_BATCH, 1)
-        passes += (2 - ratio) * request.report_samples / max(sizes.calibration, 1)
+        passes += (2 - ratio) * request.test_samples / max(sizes.calibration, 1)
         flops = passes * sizes.pass_flops * sizes.calibration
         if WALKING in prune.criterion:  # eliminates neurons one by one in the Gram matrix
             widths = [shape.intermediate_size for shape in sizes.shape.layers]
@@ -287,7 +287,7 @@ def optimizer_steps(config: RecoverConfig, samples: int, gone: float) -> int:
         return config.max_steps
     batches = -(-samples // config.batch_size)
     each = -(-batches // config.gradient_accumulation)
-    return math.ceil(config.passes(samples, gone) * each)
+    return math.ceil(config.epochs_over(samples, gone) * each)
 
 
 def _is_here(device: torch.device) -> bool:

@@ -71,17 +71,9 @@ class Chart:
     title: str
     caption: str  # how to read it; may be empty
     figure: Figure
+    axes: Axes  # its only ones
+    width: float  # in CSS pixels, before the page scales it
     marks: list[Marks] = field(default_factory=list)
-
-    @property
-    def axes(self) -> Axes:
-        """Its only axes."""
-        return self.figure.axes[0]
-
-    @property
-    def width(self) -> float:
-        """Width in CSS pixels, before the page scales it."""
-        return 72 * self.figure.get_figwidth()
 
     def of(self, look: str) -> list[Marks]:
         """Return the marks of a CSS class."""
@@ -182,7 +174,7 @@ def drawing(
         axes = figure.add_subplot()
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        yield Chart(title, caption, figure)
+        yield Chart(title, caption, figure, axes, width)
         if layers:
             figure.subplots_adjust(left=0, right=1, top=1, bottom=_BELOW / whole)
             named = range(0, layers, 5 if layers <= 40 else 10)

@@ -122,10 +122,31 @@ class Cache:
         path = self._state(stage, "failed", ".json")
         return str(documents.read_object(path, "stage").get("error")) if path.is_file() else ""
 
-    def run(
-        self, stage: Stage, flops: float, wait: bool, is_needed: Callable[[Stage], bool]
+    def attempt(
+        self,
+        stage: Stage,
+        flops: float,
+        failed: Collection[str],
+        left: Collection[str] = (),
+        wait: bool = True,
+        is_needed: Callable[[Stage], bool] = lambda stage: True,
+        started: Callable[[Stage], object] = lambda stage: None,
     ) -> Outcome | None:
-        """Do a stage whose inputs are ready, unless done; None if another worker does it."""
+        """Do a stage if its inputs are there; None if this worker must look again later.
+
+        Other workers may change the cache at any moment. This one saw ``failed`` stages fail, and
+        has still to do those ``left``; ``wait`` is for a stage that another worker is doing.
+        """
+        if self.is_done(stage) and not is_needed(stage):
+            return Outcome(stage.name)  # by another worker, and no open stage reads its checkpoint
+        absent = {source.name for source in stage.inputs if not self.is_ready(source)}
+        if not absent.isdisjoint(failed):
+            return Outcome(stage.name, error=f"{stage.inputs[0].kind} failed")
+        if not absent.isdisjoint(left) or (absent and self.is_done(stage)):
+            return None  # if done, then since the first look, and the next one sees it
+        if absent:
+            return Outcome(stage.name, error=f"{stage.inputs[0].kind} was removed meanwhile")
+        started(stage)
         failure, scratch = self._state(stage, "failed", ".json"), self._state(stage, "work")
         try:
             with held(self.path(stage), wait=-1 if wait else 0):
@@ -205,7 +226,7 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     data += [_identity(config.vocab_text, config.vocab_text)] if config.vocab_text else []
     data += [identity_of_general_text()] if config.general_text else []
     whole = replace(whole, made_from=(_identity(cell.model, resolve(cell.model)), *data))
-    if config.loses_tokens:  # chosen as by `compress`: training samples also count
+    if config.trims_vocabulary:  # chosen as by `compress`: training samples also count
         reads = _reading(config, "vocab_size", "vocab_text", "general_text")
         trained: dict[str, Any] = {"recover": RecoverConfig()}
         if not whole.trains:
@@ -276,7 +297,7 @@ def _tokens(request: Request, has_data: bool) -> tuple[int, ...] | None:
     """Choose the tokens to keep, from as many samples as `compress` reads."""
     every = samples_of(request)[0] if has_data else []
     places = [sample.place for sample in every]
-    ahead, behind = drawn(places, request.prune.seed, request.report_samples)
+    ahead, behind = drawn(places, request.prune.seed, request.test_samples)
     samples = [every[row] for row in [*behind, *ahead][: stages.rows_to_read(request)]]
     return with_tokens(request, stages.split(samples, request).counted(request)).tokens
 
@@ -423,7 +444,7 @@ def run_local(
     while left:
         for stage in left.values():
             flops = schedule.flops[stage.name]
-            outcome = _attempt(stage, cache, flops, failed, left, False, is_needed, started)
+            outcome = cache.attempt(stage, flops, failed, left, False, is_needed, started)
             if outcome is not None:
                 break
         else:
@@ -433,32 +454,6 @@ def run_local(
         failed |= {stage.name} if outcome.error else set()
         schedule.clear_checkpoints(stage, cache)
         finished(stage, outcome)
-
-
-def _attempt(
-    stage: Stage,
-    cache: Cache,
-    flops: float,
-    failed: Collection[str],
-    left: Collection[str] = (),
-    wait: bool = True,
-    is_needed: Callable[[Stage], bool] = lambda stage: True,
-    started: Callable[[Stage], object] = lambda stage: None,
-) -> Outcome | None:
-    """Do a stage if its inputs are there; None if this worker must look again later."""
-    # Other workers may change the cache at any moment. This one saw ``failed`` stages fail, and has
-    # still to do those ``left``.
-    if cache.is_done(stage) and not is_needed(stage):
-        return Outcome(stage.name)  # by another worker, and no open stage reads its checkpoint
-    absent = {source.name for source in stage.inputs if not cache.is_ready(source)}
-    if not absent:
-        started(stage)
-        return cache.run(stage, flops, wait, is_needed)
-    if not absent.isdisjoint(failed):
-        return Outcome(stage.name, error=f"{stage.inputs[0].kind} failed")
-    if not absent.isdisjoint(left) or cache.is_done(stage):
-        return None  # if done, then since the first look, and the next one sees it
-    return Outcome(stage.name, error=f"{stage.inputs[0].kind} was removed meanwhile")
 
 
 def run_ray(
@@ -506,4 +501,4 @@ def run_ray(
 def ray_task(stage: Stage, root: str, flops: float, *inputs: Outcome) -> Outcome:
     """Do a stage on a Ray worker; Ray calls this when the outcomes of its inputs are there."""
     failed = {done.name for done in inputs if done.error}
-    return _attempt(stage, Cache(root), flops, failed) or Outcome(stage.name)
+    return Cache(root).attempt(stage, flops, failed) or Outcome(stage.name)
