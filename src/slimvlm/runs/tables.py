@@ -252,28 +252,10 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         these = f"all {anatomy.vocab_size:,} are {share:.0%} of the backbone"
         token = f"{anatomy.token_params:,}; {these} (compress --vocab-size)"
     experts: list[list[str]] = []
-    legal_experts: list[list[str]] = []
     if anatomy.expert_counts:
-        taken, most = anatomy.experts_per_token, anatomy.expert_counts[-1]
         expert = [f"{s.expert_params:,}" if s.num_experts else "none" for s in shapes]
         share_of_all = f"{anatomy.expert_share:.0%} of the backbone (compress --experts)"
         experts = [*_by_layer("    one expert", expert), ["    all experts", share_of_all]]
-        legal_experts = [
-            *_by_layer("experts in a layer", [f"{s.num_experts or 'none'}" for s in shapes]),
-            ["legal experts", f"{taken} to {most}: each token takes {taken}"],
-        ]
-    groups = anatomy.legal_kv_heads()
-    legal = [["legal KV groups", ", ".join(map(str, groups)) or "none"]]
-    if anatomy.retypable and groups:
-        queries = anatomy.attention_shapes[-1][1]
-        if retyped := [n for n in groups if anatomy.hidden_size % (n * queries)]:
-            legal.append([f"  as {anatomy.backbone.retype}", ", ".join(map(str, retyped))])
-    neuron_counts, step = anatomy.legal_neurons(), anatomy.backbone.neuron_multiple
-    widths = ", ".join(map(str, neuron_counts)) or "none"
-    if len(neuron_counts) > 3:  # at equal steps; the last, the current width, may be no multiple
-        regular = [width for width in neuron_counts if width % step == 0]
-        widths = f"{regular[0]} to {regular[-1]}" + (f" in steps of {step}" if step > 1 else "")
-        widths += "" if regular[-1] == neuron_counts[-1] else f", and {neuron_counts[-1]}"
     pinned = ", ".join(map(str, anatomy.pinned_layers))
     rows = [
         ["model type", f"{anatomy.model_type} ({anatomy.text_type} backbone)"],
@@ -290,9 +272,7 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         ["layers", f"{anatomy.num_layers}" + (f" ({pinned} must stay)" if pinned else "")],
         *_by_layer("KV groups in a layer", groups_of),
         *_by_layer("neurons in a layer", neurons_of),
-        *legal_experts,
-        *legal,
-        ["legal neurons", widths],
+        *_legal_rows(anatomy),
         ["hidden size", f"{anatomy.hidden_size}"],
     ]
     for dtype in BYTES:
@@ -300,6 +280,29 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         cache = size(kv_cache_bytes(anatomy, 1024, dtype))
         rows.append([f"memory in {dtype}", f"{memory} weights, {cache} cache for 1024 tokens"])
     return rows
+
+
+def _legal_rows(anatomy: Anatomy) -> list[list[str]]:
+    """Make the rows of how many experts, KV groups and neurons a layer may keep."""
+    rows: list[list[str]] = []
+    if anatomy.expert_counts:
+        taken, most = anatomy.experts_per_token, anatomy.expert_counts[-1]
+        counts = [f"{shape.num_experts or 'none'}" for shape in anatomy.layers]
+        rows += _by_layer("experts in a layer", counts)
+        rows.append(["legal experts", f"{taken} to {most}: each token takes {taken}"])
+    groups = anatomy.legal_kv_heads()
+    rows.append(["legal KV groups", ", ".join(map(str, groups)) or "none"])
+    if anatomy.retypable and groups:
+        queries = anatomy.attention_shapes[-1][1]
+        if retyped := [n for n in groups if anatomy.hidden_size % (n * queries)]:
+            rows.append([f"  as {anatomy.backbone.retype}", ", ".join(map(str, retyped))])
+    neuron_counts, step = anatomy.legal_neurons(), anatomy.backbone.neuron_multiple
+    widths = ", ".join(map(str, neuron_counts)) or "none"
+    if len(neuron_counts) > 3:  # at equal steps; the last, the current width, may be no multiple
+        regular = [width for width in neuron_counts if width % step == 0]
+        widths = f"{regular[0]} to {regular[-1]}" + (f" in steps of {step}" if step > 1 else "")
+        widths += "" if regular[-1] == neuron_counts[-1] else f", and {neuron_counts[-1]}"
+    return [*rows, ["legal neurons", widths]]
 
 
 def _by_layer(label: str, texts: Sequence[str]) -> list[list[str]]:
