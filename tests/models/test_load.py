@@ -129,7 +129,7 @@ def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
         sv.compress(model, config, out, say=silent)
     said = []
     sv.compress(model, replace(config, device="cpu"), out, say=said.append)
-    assert any("going on" in line for line in said), said
+    assert any("resuming" in line for line in said), said
     found, again, _ = read_config(out / "run.yaml")
     assert (found, again.device) == (model, "cpu")
     assert read_config(out / "config.json")[1] == config

@@ -306,7 +306,7 @@ def test_what_force_replaces_stays_until_the_new_run_is_whole(short, data, tmp_p
     said = []
     monkeypatch.setattr(stages, "prune_", stops)  # done already
     compress(*request, out, force=True, say=said.append)
-    assert any(line.startswith("going on") for line in said)
+    assert any(line.startswith("resuming") for line in said)
     assert json.loads((out / "config.json").read_text())["ratio"] == 0.2
     assert Plan.load(out / "plan.json").ratio == pytest.approx(0.2, abs=0.01)
     assert not (out / "mine").exists()
@@ -349,7 +349,7 @@ def test_what_learns_by_default_is_there(kind, learns, tmp_path):
         if recover.train == "lora":
             compress(model, asked, tmp_path / "run", say=silent)
         else:
-            with pytest.raises(ConfigError, match=r"has no projector|learns from pictures"):
+            with pytest.raises(ConfigError, match=r"has no projector|needs images"):
                 compress(model, asked, tmp_path / "no", say=silent)
             assert not (tmp_path / "no").exists()
 
