@@ -273,7 +273,7 @@ def test_a_dry_run_says_the_tokens_of_a_picture_and_counts_them(more, tmp_path, 
     assert found.pictures.tokens <= 0.5 * found.pictures.tokens_before
     fewer = found.pictures.tokens_before - found.pictures.tokens
     assert whole.tokens - found.tokens == pytest.approx(fewer, abs=1)
-    assert ["pictures", f"take {found.pictures}"] in dry_run_rows(found)
+    assert ["images", f"take {found.pictures}"] in dry_run_rows(found)
     assert whole.pictures is None
     given = ["--data", str(more), "--ratio", "0.15", "--samples", "4", "--train", "none"]
     given += ["--image-tokens", "0.5", "--dry-run", "--json", "--out", str(tmp_path / "run")]
