@@ -362,7 +362,7 @@ def test_a_system_turn_is_not_learnt_and_rewritten_words_are_refused(monkeypatch
     for changed in (plain.replace(C, f"({C} | upper)"), plain.replace("messages", "messages[1:]")):
         assert changed != plain
         words = with_template(monkeypatch, changed)
-        with pytest.raises(DataError, match=r"'multi'.*rewrites or leaves out what was said"):
+        with pytest.raises(DataError, match=r"'multi'.*rewrites or leaves out a text"):
             chat.rendered(words, samples_of("text")["multi"])
 
 
