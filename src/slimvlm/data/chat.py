@@ -108,13 +108,13 @@ def batches_by_kind(order: Sequence[int], sees: Sequence[bool], size: int) -> li
 
 def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Encode conversations as right-padded inputs with ``labels`` on the assistant turns."""
-    located = [_located(processor, sample) for sample in samples]
-    texts = [text for text, _ in located]
+    found = [located(processor, sample) for sample in samples]
+    texts = [text for text, _ in found]
     names = ", ".join(repr(sample.id) for sample in samples)
     with raised_as(DataError, DataError, f"sample {names}:"):
         inputs = process(processor, texts, [sample.images for sample in samples], "right")
     labels, tokenizer = torch.full_like(inputs["input_ids"], IGNORE), tokenizer_of(processor)
-    for row, (sample, (text, answers)) in enumerate(zip(samples, located, strict=True)):
+    for row, (sample, (text, answers)) in enumerate(zip(samples, found, strict=True)):
         ids = inputs["input_ids"][row, : int(inputs["attention_mask"][row].sum())].tolist()
         adds = adds_special_tokens(tokenizer, text)
         plain = tokenizer(text, return_offsets_mapping=True, add_special_tokens=adds)
@@ -133,13 +133,13 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
                 # its first token may differ next to an image
                 since = int((left < answer.since).sum())
                 places = range(least, len(ids) - stop + 1)
-                found = (
+                fitting = (
                     n
                     for first in range(since, min(since + 2, start) + 1)
                     for n in places
                     if ids[first + n : stop + n] == tokens[first:stop]
                 )
-                more = next(found, None)
+                more = next(fitting, None)
             if more is None:
                 raise DataError(f"sample {sample.id!r}: an answer cannot be found among its tokens")
             least = added[answer.images] = more
@@ -154,14 +154,9 @@ def encode_samples(processor: Any, samples: Sequence[Sample]) -> dict[str, Tenso
 
 def length_of(processor: Any, sample: Sample) -> int:
     """Count the tokens of a sample, with those of its images."""
-    text = rendered(processor, sample)
+    text, _ = located(processor, sample)
     with raised_as(DataError, DataError, f"sample {sample.id!r}:"):
         return int(process(processor, [text], [sample.images], "right")["input_ids"].shape[1])
-
-
-def rendered(processor: Any, sample: Sample) -> str:
-    """Render a sample, with the token that ends an answer behind each; refuse an unfit text."""
-    return _located(processor, sample)[0]
 
 
 def encode_questions(processor: Any, questions: Sequence[Question]) -> dict[str, Tensor]:
@@ -277,8 +272,11 @@ class _Answer(NamedTuple):
     since: int  # where the text behind the last of these begins
 
 
-def _located(processor: Any, sample: Sample) -> tuple[str, list[_Answer]]:
-    """Render a sample, with an end token behind each answer, and find the answers in the text."""
+def located(processor: Any, sample: Sample) -> tuple[str, list[_Answer]]:
+    """Render a sample, with an end token behind each answer, and find the answers in the text.
+
+    Raises a `DataError` if the template refuses it or changes its texts.
+    """
     with raised_as(DataError, DataError, f"sample {sample.id!r}:"):
         text = render(processor, sample.messages)
     # two renders of the whole conversation are enough, however many turns it has

@@ -340,7 +340,7 @@ def _fitting(
     """Return a sample that the processor can read, shortened if need be, with about its tokens."""
     if processor is None:
         return replace(sample, tokens=estimated_length(sample, 0))
-    chat.rendered(processor, sample)  # refuses what cannot be learnt from
+    chat.located(processor, sample)  # refuses what cannot be learnt from
     said = "".join(part.get("text", "") for m in sample.messages for part in m["content"])
     if word := next((each for each in marks if each in said), None):
         raise DataError(f"sample {sample.id!r}: a text has the model's own {word!r}")
@@ -492,7 +492,7 @@ def fitted(
     A limit that no user asked for is the model's context. Pictures are processed, which is slow,
     only where an estimate is above it.
     """
-    text = chat.rendered(processor, sample)
+    text, _ = chat.located(processor, sample)
     shown = sum(_most_tokens(processor, size_of(image)) for image in sample.images)
     if len(text.encode()) + 8 + shown <= most:  # no token is shorter than a byte; a few are added
         return sample

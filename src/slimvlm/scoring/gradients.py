@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimvlm.models.anatomy import Anatomy, read_anatomy, spread, unit_of
+from slimvlm.models.anatomy import read_anatomy, spread, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
 from slimvlm.models.hidden import frozen, layer_input, require_finite_values, weight_of
 from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts
 from slimvlm.scoring.batches import Batch, Pass, TokenWeights, batches_with_targets
 from slimvlm.scoring.forward import linear_matrices
-from slimvlm.scoring.unit_scores import Place, Statistics, Values, per_layer, per_unit
+from slimvlm.scoring.unit_scores import Place, Statistics
 
 _BLOCK = 2**19  # numbers of a block that fits a CPU's cache; other devices take whole matrices
 
@@ -183,9 +183,3 @@ def capture_gates(
         seen.backward(model, data, after_batch)
     means = {place: total.float() / float(seen.num_samples) for place, total in sums.items()}
     return Statistics(parts=means, **seen.totals)
-
-
-def score_taylor(statistics: Statistics, anatomy: Anatomy) -> Values:
-    """Add ``|w g|`` over each unit, and for layers over all matrices that units own, each once."""
-    layer = per_layer(statistics.parts, anatomy)
-    return {**per_unit(statistics.parts, anatomy), "layer": layer}

@@ -149,7 +149,9 @@ class _State:
             if self.count * 8 < size or stop * self.width * 3 < size:
                 continue
             # enough removals follow to pay for applying u and dropping removed units
-            u, stays = self.u[: self.count], self._remaining_places()
+            u = self.u[: self.count]
+            # their known number avoids a read of the device
+            stays = self.gone.byte().argsort(stable=True)[: self.remaining]
             add_product_(self.inverse, u, u, -1)
             mirror_(self.inverse)
             channels = self._channels(stays)
@@ -159,7 +161,7 @@ class _State:
             self.product_blocks = self.product_blocks[stays]
             self.left, self.gone = self.left[stays], self.gone[stays]
             self.prices = self.prices[stays]
-        stays = self._remaining_places()
+        stays = self.gone.byte().argsort(stable=True)[: self.remaining]
         prices = self.prices[stays].double()
         if not prices.isfinite().all():
             return None
@@ -229,10 +231,6 @@ class _State:
         order = torch.cat(chosen)
         factors = [torch.cat(each)[:, order].mT for each in (us, vs)]
         return order.double(), torch.stack(costs), (factors[0], factors[1])
-
-    def _remaining_places(self) -> Int64[Tensor, " N"]:
-        """Find the remaining units; their known number avoids a read of the device."""
-        return self.gone.byte().argsort(stable=True)[: self.remaining]
 
     def _channels(self, units: Int64[Tensor, " N"]) -> Int64[Tensor, " _"]:
         if self.width == 1:
