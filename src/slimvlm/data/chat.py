@@ -24,8 +24,8 @@ from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Message, Question, Sample, open_image
 from slimvlm.data.templates import check_texts, limited
 
-TOKENS_PER_BYTE = 64  # tokens that a byte of text may become, beside a thousand for the whole text
-USUAL_SIZE = (336, 336)  # of a picture that stands for any
+TOKENS_PER_BYTE = 64  # tokens that a byte of text may become, plus a thousand for the whole text
+USUAL_SIZE = (336, 336)  # of a typical image
 _MARK = "\ue000{}\ue001"
 """Placeholder of a text, between two characters of Unicode's private use area."""
 _MARKS = _MARK.format(r"(\d+)")
@@ -43,8 +43,8 @@ def can_see(processor: Any) -> bool:
 
 def question_messages(question: Question) -> list[Message]:
     """Make the user turn of a question: images first, then the text."""
-    pictures = [{"type": "image"} for _ in question.images]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": question.prompt}]}]
+    images = [{"type": "image"} for _ in question.images]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": question.prompt}]}]
 
 
 def plain_question(processor: Any, size: tuple[int, int] = USUAL_SIZE) -> Question:
@@ -91,7 +91,7 @@ def _picture_word(processor: Any) -> str | None:
     """Return what stands for an image in a text, if no template says so; None if nothing does."""
     if getattr(processor, "chat_template", None) is not None or not can_see(processor):
         return None
-    if type(processor).__name__ == "Kosmos2_5Processor":  # puts the picture before the text
+    if type(processor).__name__ == "Kosmos2_5Processor":  # puts the image before the text
         return ""
     for name in ("boi_token", "image_token"):  # Gemma 3 makes the second of the first
         if word := getattr(processor, name, None):
@@ -174,7 +174,7 @@ def process(
     """Run the processor over a batch of rendered conversations."""
     opened = [[open_image(image) for image in each] for each in images]
     tokenizer = tokenizer_of(processor)
-    side, pad = tokenizer.padding_side, tokenizer.pad_token  # the model's own, written beside it
+    side, pad = tokenizer.padding_side, tokenizer.pad_token  # the model's own, restored below
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     padding = None if backend is None else backend.padding
     tokenizer.pad_token, tokenizer.padding_side = pad or tokenizer.eos_token, padding_side
@@ -194,7 +194,7 @@ def process(
         if not 1 <= inputs["input_ids"].shape[1] <= most:
             raise ValueError(f"its tokenizer makes {inputs['input_ids'].shape[1]:,} tokens of it")
         return inputs
-    except Exception as error:  # a text with the model's own token for pictures, wrong settings
+    except Exception as error:  # a text with the model's own token for images, wrong settings
         reason = one_line(error)[:LONGEST]
         raise DataError(f"the processor refuses the conversation ({reason})") from error
     finally:

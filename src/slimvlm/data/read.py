@@ -50,9 +50,9 @@ def drawn(places: Sequence[int], seed: int, last: int = 0) -> tuple[list[int], l
 def read_rows(
     data: str | Path, outlined: bool = False, splits: Sequence[str] = TRAIN, say: Say = silent
 ) -> Iterator[Any]:
-    """Yield rows as plain values, or errors; a table's ``outlined`` ones without pictures.
+    """Yield rows as plain values, or errors; those of a table without images if ``outlined``.
 
-    Of a folder or a hub dataset, the first of ``splits`` is read that it has, which ``say`` gets.
+    A folder or a hub dataset gives the first of ``splits`` that it has, which ``say`` receives.
     """
     path = path_of(data, "data")
     if path.exists():
@@ -188,12 +188,12 @@ def plain_rows(part: Any, outlined: bool) -> Any:
 
 
 _ROLES = {"human": "user", "gpt": "assistant"} | {n: n for n in ("system", "user", "assistant")}
-IMAGE_WORD = "<image>"  # placeholder of a picture in plain text
-MOST_PICTURES = 1024  # pictures of a sample
+IMAGE_WORD = "<image>"  # placeholder of an image in plain text
+MOST_PICTURES = 1024  # images of a sample
 NAMED = 20  # broken rows that are named one by one; the others are counted
 _USED = ("messages", "conversations", "image", "images", "system")
 _WEIGHTS = {"weight", "loss_weight", "loss", "train", "training"}  # 1 is understood
-_CONTENT = {  # fields of rows and turns that change what is said, and that no sample holds
+_CONTENT = {  # fields of rows and turns that change the content, and that no sample holds
     *("video", "videos", "audio", "audios", "tools", "functions", "tool_calls", "function_call"),
     *("documents", "refusal", "reasoning_content", "reasoning", "thinking"),
 }
@@ -351,7 +351,7 @@ def _fitting(
 
 
 def _known(fields: dict[str, Any], used: set[str], where: str, unknown: set[str]) -> dict[str, Any]:
-    """Keep the fields of a row, turn or part that have values and are read; refuse lost content."""
+    """Keep the fields of a row, turn or part that are read; refuse those with other content."""
     given = {field: value for field, value in fields.items() if value not in (None, "", [], {})}
     for field, value in given.items():
         if field in _CONTENT or (field in _WEIGHTS and value != 1):
@@ -361,7 +361,7 @@ def _known(fields: dict[str, Any], used: set[str], where: str, unknown: set[str]
 
 
 def _sample(index: int, row: Any, root: Path, unknown: set[str]) -> Sample:
-    """Convert a row. Pictures without a placeholder come before the first user turn's text."""
+    """Convert a row. Images without a placeholder come before the first user turn's text."""
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, dict):
@@ -398,7 +398,7 @@ def _sample(index: int, row: Any, root: Path, unknown: set[str]) -> Sample:
 
 
 def _messages(turns: list[Any], where: str, unknown: set[str]) -> tuple[list[Message], list[Any]]:
-    """Convert turns to chat form; return also each placeholder's picture, None if it has none."""
+    """Convert turns to chat form; also return each placeholder's image, None if it has none."""
     messages: list[Message] = []
     sources: list[Any] = []
     for turn in turns:
@@ -463,7 +463,7 @@ def _parts(
 
 
 def picture_tokens(processor: Any, size: tuple[int, int]) -> int:
-    """Count the tokens by which a picture of a size lengthens a question."""
+    """Count the tokens that an image of a size adds to a question."""
     shown = chat.plain_question(processor, size)
     asked = [chat.encode_questions(processor, [q]) for q in (shown, replace(shown, images=()))]
     return int(asked[0]["input_ids"].shape[1] - asked[1]["input_ids"].shape[1])
@@ -471,7 +471,7 @@ def picture_tokens(processor: Any, size: tuple[int, int]) -> int:
 
 @lru_cache(maxsize=2**14)
 def _most_tokens(processor: Any, size: tuple[int, int] | None) -> int:
-    """Count a picture's tokens, which may be stored turned, never too few; None: a usual one."""
+    """Bound an image's tokens, which may be stored turned, from above; None: a usual one."""
     if size is None:
         return picture_tokens(processor, chat.USUAL_SIZE)
     ways = (size, size[::-1])
@@ -489,7 +489,7 @@ def fitted(
 ) -> Sample:
     """Return a sample of at most so many tokens; to cut it, drop last turns, then its answer's end.
 
-    A limit that no user asked for is the model's context. Pictures are processed, which is slow,
+    A limit that no user requested is the model's context. Images are processed, which is slow,
     only where an estimate is above it.
     """
     text, _ = chat.located(processor, sample)
@@ -531,7 +531,7 @@ def fitted(
 
 
 def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
-    """Draw a seeded share, nested, in order, stratified by number of pictures and their folder."""
+    """Draw a seeded share, nested, in order, stratified by number of images and their folder."""
     strata: dict[tuple[int, str], list[int]] = {}
     for index, sample in enumerate(samples):
         first = sample.images[0] if sample.images else None
@@ -547,7 +547,7 @@ def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
 
 
 def estimated_length(sample: Sample, image_tokens: int) -> int:
-    """Estimate a sample's tokens: 4 characters each; 576 a picture (LLaVA-1.5's number)."""
+    """Estimate a sample's tokens: 4 characters each; 576 an image (LLaVA-1.5's number)."""
     parts = (part for message in sample.messages for part in message["content"])
     characters = sum(len(part.get("text", "")) for part in parts)
     return characters // 4 + image_tokens * len(sample.images)

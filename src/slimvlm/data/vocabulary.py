@@ -52,20 +52,20 @@ class TokenizerFile:
 
     @classmethod
     def of(cls, processor: Any) -> "TokenizerFile":
-        """Read it from a processor or tokenizer; refuse a kind that cannot lose tokens."""
+        """Read it from a processor or tokenizer; refuse a kind that cannot be trimmed."""
         tokenizer = tokenizer_of(processor)
         name = type(tokenizer).__name__
         if not getattr(tokenizer, "is_fast", False):
-            told = "is no fast tokenizer; only one with a tokenizer.json can lose some"
+            told = "is no fast tokenizer; only one with a tokenizer.json can be trimmed"
             raise UnsupportedModelError(f"tokens: {name} {told}")
         values = json.loads(tokenizer.backend_tokenizer.to_str())
         model = values["model"]
         if model["type"] not in _MODELS:
-            told = f"is of type {model['type']!r}, and only {', '.join(_MODELS)} can lose some"
+            told = f"is of type {model['type']!r}, and only {', '.join(_MODELS)} can be trimmed"
             raise UnsupportedModelError(f"tokens: {name} {told}")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
-                told = f"has {option} {model[option]!r}, with which none can go"
+                told = f"has {option} {model[option]!r}, with which it cannot be trimmed"
                 raise UnsupportedModelError(f"tokens: {name} {told}")
         _with_ids(values["post_processor"], int, name)  # refuses an unknown kind
         return cls(name, values, frozenset(tokenizer.all_special_ids))
@@ -231,7 +231,7 @@ def choose_tokens(
 
     Raises:
         ConfigError: If ``size`` is smaller than what must stay, or a path cannot be read.
-        UnsupportedModelError: If the tokenizer is of a kind that cannot lose tokens.
+        UnsupportedModelError: If the tokenizer is of a kind that cannot be trimmed.
     """
     return choose_vocabulary(processor, samples, size, texts, keep).tokens
 

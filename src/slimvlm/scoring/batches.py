@@ -94,7 +94,7 @@ def batches_with_targets(
     """Yield each batch without its labels, and the tokens whose predictions count.
 
     Without ``token_weights`` labelled tokens count 1 each (without labels all of the text). With
-    them a prompt or answer token counts the weight of its role, labelled or not; tokens of pictures
+    them a prompt or answer token counts the weight of its role, labelled or not; image tokens
     are never predicted, nor are any by padding.
     """
     for batch in _all_on_device(model, batches):
@@ -132,7 +132,7 @@ def mean_answer_loss(
         counted = (label_counts(labels) if given is None else next(given)).to(found.device)
         means += (found / counted)[counted > 0].tolist()
     if not means:
-        raise DataError("held-out batches have no labelled token: nothing to judge by")
+        raise DataError("validation batches have no labelled token to take a loss of")
     return sum(means) / len(means)
 
 
@@ -161,13 +161,13 @@ def without_labels(batch: Batch) -> Batch:
 
 
 def labels_of(config: Any, batch: Batch) -> Tensor:
-    """Return the given labels or the whole text, but pictures and what padding would predict."""
+    """Return the given labels or the whole text, without images and what padding would predict."""
     labels: Tensor | None = batch.get("labels")
     if labels is None:
         if "input_ids" not in batch:
             raise DataError("a batch of inputs_embeds needs labels for this criterion")
-        is_picture = role_masks(config, batch)["image"]
-        labels = batch["input_ids"].masked_fill(is_picture, IGNORE)
+        is_image = role_masks(config, batch)["image"]
+        labels = batch["input_ids"].masked_fill(is_image, IGNORE)
     mask = valid_tokens(batch)  # of tokens, and of those that predict them
     return labels.masked_fill(mask * mask.roll(1, 1) == 0, IGNORE)
 

@@ -58,8 +58,8 @@ def score_magnitude(statistics: Statistics, anatomy: Anatomy, reduction: str = "
 def score_spacing(statistics: Statistics, anatomy: Anatomy) -> Values:
     """Place removed layers as far apart as possible, whatever their number.
 
-    Layers are taken in farthest-point order: the next to go is the one farthest from all gone so
-    far and from both ends. Ties go to the later layer.
+    Layers are taken in farthest-point order: the next one is farthest from all removed so far
+    and from both ends. Ties go to the later layer.
     """
     L = anatomy.num_layers
     distance = torch.minimum(torch.arange(L) + 1, L - torch.arange(L)).double()

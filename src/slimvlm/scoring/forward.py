@@ -65,7 +65,7 @@ def capture_hidden_states(
     token_weights: TokenWeights | None = None,
     angles: bool = True,
 ) -> Statistics:
-    """Sum block influences over tokens by weight, and angular distances over samples if asked.
+    """Sum block influences over tokens by weight, and angular distances over samples if requested.
 
     The last entry of ``influence_sum`` is that of the last layer with the final norm, which the
     last layer also has in ``postnorm``. Entry ``[n - 1, i]`` of ``angular_sum`` is the distance
@@ -124,7 +124,7 @@ def capture_hidden_states(
 def score_block_influence(
     statistics: Statistics, anatomy: Anatomy, reduction: str = "mean", last_layer: str = "prenorm"
 ) -> Values:
-    """Take the block influence of each layer; the least influential layers go first.
+    """Take the block influence of each layer; the least influential layers are removed first.
 
     ``reduction`` is the ``mean`` over valid tokens by weight, or their ``sum`` as in the reference
     code (same order; long samples weigh more in both). ``last_layer`` takes the last layer's own
@@ -137,7 +137,7 @@ def score_block_influence(
 
 
 def score_angular(statistics: Statistics, anatomy: Anatomy, last_layer: str = "prenorm") -> Values:
-    """Take the angular distance over runs of layers at the last valid token; the least one goes."""
+    """Take the angular distance over runs of layers at the last valid token."""
     totals, count = statistics.parts["angular_sum"].clone(), anatomy.num_layers
     lengths = torch.arange(count)
     if last_layer == "postnorm":  # only runs that end with the last layer differ

@@ -36,7 +36,7 @@ from slimvlm.models.hidden import (
 )
 from slimvlm.models.parts import Parts, shares_keys
 from slimvlm.scoring.batches import Batch, forward_backbone
-from slimvlm.scoring.stores import Store, packed
+from slimvlm.scoring.stores import Store
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _KEPT = ("input_ids", "labels", "image_embeds_position_mask")
@@ -49,7 +49,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class LayerCalls:
     """The arguments to run one batch through the decoder, layer by layer."""
 
-    arguments: dict[int, Arguments]  # by layer; none where a batch skips one (Mllama, no picture)
+    arguments: dict[int, Arguments]  # by layer; none where a batch skips one (Mllama, no image)
     # by layer: features added to the states before it (deepstack), and the tokens that get them
     added: dict[int, tuple[Tensor, Tensor]]
 
@@ -80,7 +80,7 @@ class LayerCalls:
 
 @dataclass(frozen=True)
 class LazyCheckpoint:
-    """A native model without weights, and the files that they are read from when asked for."""
+    """A native model without weights, and the files that they are read from on request."""
 
     folder: Path
     model: PreTrainedModel  # parameters have no storage, buffers that files lack are there
@@ -112,7 +112,7 @@ class LazyCheckpoint:
         """Give a part of the model its values inside, mapped from the files on a CPU.
 
         It is a layer, by its number; all ``before`` the layers: towers, projector and embeddings;
-        or the norm and the head ``after`` them. On another device this holds for its buffers, too,
+        or the norm and the head ``after`` them. On another device also its buffers are moved,
         and those of no layer, which any may read.
         """
         parts = Parts(self.model)
@@ -203,6 +203,21 @@ class Live:
 Source = Live | LazyCheckpoint
 
 
+def _named(tensors: dict[str, Tensor], part: Any) -> dict[Any, Any]:
+    """Name a tensor among a layer's arguments in their JSON, and put it into ``tensors``."""
+    if isinstance(part, Mapping):
+        return dict(part)
+    if not isinstance(part, Tensor):
+        raise UnsupportedModelError(
+            f"low memory: decoder layers are called with a {type(part).__name__}, which cannot be "
+            "kept"
+        )
+    known = (name for name, tensor in tensors.items() if tensor is part)
+    name = next(known, f"call.{len(tensors):03}")
+    tensors[name] = part
+    return {"tensor": name}
+
+
 @dataclass(frozen=True)
 class LayerwiseModel:
     """A model that runs one layer at a time, over one set of batches that are stored between."""
@@ -261,8 +276,8 @@ class LayerwiseModel:
                 tensors = {f"batch.{name}": moved[name] for name in _KEPT if name in moved}
                 tensors["batch.attention_mask"] = valid_tokens(moved)
                 tree = {
-                    str(index): given if keeps_objects else packed(given, tensors)
-                    for index, _, given in noted
+                    str(i): g if keeps_objects else json.dumps(g, default=partial(_named, tensors))
+                    for i, _, g in noted
                 }
                 tensors["hidden"] = hidden
                 added = list[int]()

@@ -43,7 +43,7 @@ def collect(
     ``token_weights`` are weights of tokens by role (``image``, ``prompt``, ``answer``; roles that
     are not named weigh 1), for any criterion that needs data. Without them sums run over all valid
     tokens, losses over the labelled ones. With them sums and losses are weighted; losses are those
-    of prompt and answer tokens, since tokens of pictures are never predicted.
+    of prompt and answer tokens, since image tokens are never predicted.
 
     Raises:
         ConfigError: If the criterion, an option or a role is unknown, or a weight cannot be used.
@@ -265,7 +265,7 @@ def _joined(parts: Sequence[Scores]) -> Scores:
 def calibration_batches(
     processor: Any, samples: Sequence[Sample], batch_size: int = 1, description: str = "calibrate"
 ) -> Iterable[dict[str, Tensor]]:
-    """Encode samples batch by batch, with pictures or without; show progress on stderr."""
+    """Encode samples batch by batch, with images or without; show progress on stderr."""
     if not samples:
         raise DataError("no calibration sample was given")
     sees = [bool(sample.images) for sample in samples]

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slimvlm.core.documents import digest, is_begun_for, note_request
-from slimvlm.core.errors import OutputError, SlimError, UnsupportedModelError
+from slimvlm.core.errors import OutputError, SlimError
 from slimvlm.core.files import explained, held, new_file, working_folder
 from slimvlm.core.progress import Say, silent
 from slimvlm.models.cost import free_memory
@@ -38,7 +38,7 @@ class Memory:
 
     def __init__(self, device: torch.device | None = None, pinned: bool = False) -> None:
         self.device, self.pinned = device, pinned
-        self.keeps_objects = device is None  # what a layer changes among its arguments stays
+        self.keeps_objects = device is None  # so layers may change their arguments
         self._sets: dict[str, dict[int, tuple[dict[str, Tensor], Any]]] = {}
         self._whole: set[str] = set()
 
@@ -61,7 +61,7 @@ class Memory:
         self._sets.setdefault(name, {})[place] = stored, about
 
     def read(self, name: str, place: int, device: torch.device, begin: Names = "") -> Tensors:
-        """Read the tensors of an entry whose names begin so."""
+        """Read the tensors of an entry, or those whose names begin with ``begin``."""
         return {
             key: value.to(device, non_blocking=device.type in PINNING)
             for key, value in self._sets[name][place][0].items()
@@ -186,25 +186,6 @@ class Scratch:
 Store = Memory | Scratch
 
 
-def packed(value: Any, tensors: dict[str, Tensor]) -> str:
-    """Turn a layer's arguments into JSON with names of tensors, which go into ``tensors``."""
-
-    def named(part: Any) -> dict[Any, Any]:
-        if isinstance(part, Tensor):
-            known = (name for name, tensor in tensors.items() if tensor is part)
-            name = next(known, f"call.{len(tensors):03}")
-            tensors[name] = part
-            return {"tensor": name}
-        if isinstance(part, Mapping):
-            return dict(part)
-        kind = type(part).__name__
-        raise UnsupportedModelError(
-            f"low memory: decoder layers are called with a {kind}, which cannot be kept"
-        )
-
-    return json.dumps(value, default=named)
-
-
 @dataclass(frozen=True)
 class StatesPlace:
     """Where hidden states between layers are kept, decided from free memory."""
@@ -255,7 +236,7 @@ def scratch_folder(scratch: str | Path | None) -> Iterator[Path]:
             yield Path(made)
         return
     folder = Path(scratch).absolute() / "slimvlm-scratch"
-    if folder.is_symlink():  # a lock would be written beside its target
+    if folder.is_symlink():  # a lock would be written next to its target
         working_folder(folder)  # refuses it
     try:
         with held(folder), explained(folder):
