@@ -211,7 +211,6 @@ def adds_special_tokens(tokenizer: Any, text: str) -> bool:
 class _Text(NamedTuple):
     """Where a text of a conversation is in its rendering, and what the template wrote around it."""
 
-    turn: int
     images: int  # so many images stand before it
     start: int
     stop: int
@@ -219,41 +218,44 @@ class _Text(NamedTuple):
     behind: str  # up to the text behind it
 
 
-def _texts(processor: Any, sample: Sample, text: str) -> tuple[list[Message], list[_Text], str]:
-    """Find the texts of a sample in its rendering; return also what stands behind the last one.
+def _texts(
+    processor: Any, sample: Sample, text: str
+) -> tuple[list[Message], list[list[_Text]], str]:
+    """Find the texts of each turn in a sample's rendering.
 
-    Also returns the turns with marks as their texts.
+    Returns the turns with marks as their texts, the texts, and what stands behind the last one.
     """
-    marked, texts, images = list[Message](), list[tuple[int, int, str]](), 0
-    for turn, message in enumerate(sample.messages):
-        content, parts = message["content"], []
+    marked, turns, texts, images = list[Message](), list[range](), list[tuple[int, str]](), 0
+    for message in sample.messages:
+        first, content, parts = len(texts), message["content"], []
         for part in [{"text": content}] if isinstance(content, str) else content:
             if "text" in part:
-                texts.append((turn, images, part["text"]))
+                texts.append((images, part["text"]))
                 part = {**part, "text": _MARK.format(len(texts) - 1)}
             images += part.get("type") == "image"
             parts.append(part)
         marks = parts[0]["text"] if isinstance(content, str) else parts
         marked.append({**message, "content": marks})
+        turns.append(range(first, len(texts)))
     pieces = re.split(_MARKS, render(processor, marked))
     around, order = pieces[::2], [int(number) for number in pieces[1::2]]
     found, position = dict[int, _Text](), len(around[0])
     is_same = sorted(order) == [*range(len(texts))] and text.startswith(around[0])
     for number, before, behind in zip(order, around, around[1:], strict=False) if is_same else ():
-        turn, images, raw = texts[number]
+        images, raw = texts[number]
         forms = (raw, raw.rstrip(), raw.lstrip(), raw.strip())  # templates may strip it
         form = next((f for f in forms if text.startswith(f + behind, position)), None)
         if form is None:
             break
         stop = position + len(form)
-        found[number] = _Text(turn, images, position, stop, before, behind)
+        found[number] = _Text(images, position, stop, before, behind)
         position = stop + len(behind)
     if len(found) < len(texts) or position != len(text):
         raise DataError(
             f"sample {sample.id!r}: the chat template rewrites or leaves out a text, so answers "
             "cannot be located"
         )
-    return marked, [found[number] for number in range(len(texts))], around[-1]
+    return marked, [[found[number] for number in turn] for turn in turns], around[-1]
 
 
 @lru_cache(4)  # of Gemma's tokenizer it takes 27 ms
@@ -280,25 +282,25 @@ def located(processor: Any, sample: Sample) -> tuple[str, list[_Answer]]:
     with raised_as(DataError, DataError, f"sample {sample.id!r}:"):
         text = render(processor, sample.messages)
     # two renders of the whole conversation are enough, however many turns it has
-    marked, texts, last = _texts(processor, sample, text)
+    marked, turns, last = _texts(processor, sample, text)
     tokenizer, picture = tokenizer_of(processor), _picture_word(processor)
     special = _special_tokens(tokenizer, len(tokenizer))
     prompt, end = _around_answers(processor, marked, last, special)
     answers, since = list[_Answer](), dict[int, int]()
     made, done = "", 0  # the text up to a character, with end tokens
     final = max((n for n, m in enumerate(marked) if m["role"] == "assistant"), default=0)
-    for turn, message in enumerate(marked):
-        added, own = len(made) - done, [each for each in texts if each.turn == turn]
-        for each in own:
+    for number, (message, texts) in enumerate(zip(marked, turns, strict=True)):
+        added = len(made) - done
+        for each in texts:
             since.setdefault(each.images, each.start + added)
-        if message["role"] != "assistant" or not own:
+        if message["role"] != "assistant" or not texts:
             continue
-        start, stop, shown = own[0].start, own[-1].stop, own[0].images
-        header, after = own[0].before, own[-1].behind
+        start, stop, shown = texts[0].start, texts[-1].stop, texts[0].images
+        header, after = texts[0].before, texts[-1].behind
         if (prompted := header.rfind(prompt)) >= 0:
             start -= len(header) - prompted - len(prompt)
         since[shown] = min(since[shown], start - len(prompt) * (prompted >= 0) + added)
-        if not (sample.is_cut and turn == final):
+        if not (sample.is_cut and number == final):
             rest = after.lstrip()
             following = next((word for word in special if rest.startswith(word)), picture)
             if end and after.startswith(end):
