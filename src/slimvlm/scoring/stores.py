@@ -98,7 +98,9 @@ class Scratch:
     def has(self, name: str) -> bool:
         """As `Memory.has`; entries that are damaged or missing, as after a kill, are noticed."""
         whole = self.folder / name
-        if whole not in self._whole and (whole / "whole").exists():
+        if not (whole / "whole").exists():
+            return False
+        if whole not in self._whole:
             entries = [*whole.glob("*.safetensors")]
             count = (whole / "whole").read_text(encoding="utf-8")
             if count == str(len(entries)) and all(self._note(e) is not None for e in entries):
@@ -180,7 +182,7 @@ class Scratch:
                 its = [path.parent.name, path.name, digest_of_tensors(tensors), noted["about"]]
                 if noted["digest"] == digest(its):
                     self._notes[path] = noted["about"]
-        return self._notes.get(path)
+        return self._notes.get(path) if path.is_file() else None
 
 
 Store = Memory | Scratch
