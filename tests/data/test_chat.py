@@ -345,7 +345,7 @@ def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
 def test_a_template_that_refuses_is_the_sample_s_fault(name, monkeypatch):
     words = with_template(monkeypatch, TEMPLATES[name][0])
     item = Sample("briefed", (turn("system", "Be brief."), *samples_of("text")["single"].messages))
-    for read in (chat.rendered, lambda words, item: chat.encode_samples(words, [item])):
+    for read in (chat.located, lambda words, item: chat.encode_samples(words, [item])):
         with pytest.raises(DataError, match=r"sample 'briefed': .*System role not supported"):
             read(words, item)
 
