@@ -97,9 +97,7 @@ def test_where_and_how_a_model_is_read_is_no_part_of_what_is_asked(how, tmp_path
         with pytest.raises(ConfigError, match=f"'{name}' changes no result"):
             prepared(study, silent)
     if "device_map" in how:
-        with pytest.raises(
-            ConfigError, match="device_map 'auto' cannot be used with training"
-        ):
+        with pytest.raises(ConfigError, match="device_map 'auto' cannot be used with training"):
             replace(chosen, recover=RecoverConfig())
 
 

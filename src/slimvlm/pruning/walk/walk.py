@@ -28,9 +28,9 @@ from slimvlm.pruning.walk.engine import Steps, Walk, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import Streams
 from slimvlm.scoring.batches import Batch, TokenWeights
-from slimvlm.scoring.criteria import DEFAULT_CRITERIA
+from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named
 from slimvlm.scoring.layerwise import LayerwiseModel, Live, Source, open_checkpoint
-from slimvlm.scoring.score_model import check_token_weights, score, score_by_layer
+from slimvlm.scoring.score_model import score, score_by_layer
 from slimvlm.scoring.stores import Memory, Scratch, StatesPlace, Store, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
 
@@ -158,7 +158,7 @@ def _check(plan: Plan | None, weights: TokenWeights | None, **options: Any) -> N
         if plan is not None and value is not None:
             raise ConfigError(f"{name} {value}: the plan says that already")
     if weights is not None:
-        check_token_weights(WALKING, weights)
+        criterion_named(WALKING, {}, weights)
 
 
 def _prepared(
