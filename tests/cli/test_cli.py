@@ -328,10 +328,10 @@ def test_with_data_a_plan_s_weights_are_repaired(run, home, llava, data):
     assert "no --scores: using obs on the demo's conversations" in made.out + made.err
     bare = run("prune", llava, "--plan", "plan.json", "--out", "bare")
     assert "removes" in bare.out
-    assert "held-out loss" not in bare.out
+    assert "validation loss" not in bare.out
     mended = run("prune", llava, "--plan", "plan.json", "--data", data, "--out", "mended")
     assert mended.code == 0, mended.err
-    assert "held-out loss" in mended.out
+    assert "validation loss" in mended.out
     for name in ("none", "width"):
         arguments = ["prune", llava, "--plan", "plan.json", "--repair", name, "--out", name]
         assert run(*arguments).code == (0 if name == "none" else 2)

@@ -27,7 +27,7 @@ MULTI_TOKEN_FIELDS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 """Fields with the number of multi-token prediction layers, which transformers does not read."""
 
 _FROM_PYTHON = (
-    "from Python any number by prune_(model, plan, allow_uneven=True), whose files need "
+    "from Python any number by prune_(model, plan, allow_uneven=True): such files need "
     "trust_remote_code=True"
 )
 
@@ -48,7 +48,7 @@ def smaller_text_config(
         kept = {name: value for name, value in new.to_dict().items() if name in known}
         new = target(**{**kept, **row.retype_fields})
         new._attn_implementation = old._attn_implementation
-    # what holds a value for each layer, or names layers
+    # fields with a value for each layer, or with numbers of layers
     new.num_hidden_layers = len(plan.layers)
     if row.shared_tail is not None:
         first = old.num_hidden_layers - getattr(old, row.shared_tail)
@@ -62,8 +62,9 @@ def smaller_text_config(
     for name in row.layer_maps:
         given = {int(index): value for index, value in old.to_dict().get(name, {}).items()}
         setattr(new, name, {place: given[i] for place, i in enumerate(plan.layers) if i in given})
-    for name in multi_token_fields(old):
-        setattr(new, name, 0)
+    for name in MULTI_TOKEN_FIELDS:
+        if getattr(old, name, None):
+            setattr(new, name, 0)
     renumber_config_(new, plan)
     if uneven:
         own = [_changed_widths(new, after.with_layers([shape])) for shape in after.layers]
@@ -88,20 +89,16 @@ def with_renumbered(
     return config
 
 
-def multi_token_fields(text_config: Any) -> list[str]:
-    """List the set fields of `MULTI_TOKEN_FIELDS`; a pruned checkpoint lacks their weights."""
-    return [name for name in MULTI_TOKEN_FIELDS if getattr(text_config, name, None)]
-
-
 def lost_heads(config: PreTrainedConfig) -> str | None:
-    """Describe the multi-token heads that pruning drops; None if there are none."""
-    if fields := multi_token_fields(text_config_of(config)):
-        return f"multi-token heads: transformers does not read them, so {fields[0]} becomes 0"
+    """Describe the multi-token heads that pruning removes; None if there are none."""
+    for name in MULTI_TOKEN_FIELDS:
+        if getattr(text_config_of(config), name, None):
+            return f"multi-token heads: transformers does not read them, so {name} becomes 0"
     return None
 
 
 def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
-    """Fields whose values differ from the widths of the layers."""
+    """Return the fields, with new values, that differ from the widths of the layers."""
     changed: dict[str, Any] = {}
     for kv_heads, queries_per_group, head_dim in after.attention_shapes:
         heads = {"num_attention_heads": kv_heads * queries_per_group}
@@ -131,19 +128,18 @@ _COUNTS = {
 
 
 def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> None:
-    """Cut a model down to a plan, in place: afterwards it is an ordinary smaller model.
+    """Prune a model by a plan, in place: afterwards it is an ordinary smaller model.
 
-    The new configuration is built and checked before any weight is touched. Query heads go with
-    their KV head, fused matrices are cut inside their blocks, biases follow their rows and the
-    biases of output projections stay whole. Layers are renumbered for the cache.
+    The new configuration is built and checked before any weight is touched. Query heads are removed
+    with their KV head, fused matrices are cut inside their blocks, biases are cut with their rows,
+    and the biases of output projections remain. Layers are renumbered for the cache. If the head
+    count needs it (`Plan.needs_retype`), the language model is retyped: Llama to Mistral, which
+    computes the same.
 
-    If the head count needs it, the language model is retyped (Llama → Mistral, which computes the
-    same); `Plan.needs_retype` tells beforehand.
-
-    Layers of different widths cannot be said in a plain configuration. The model then becomes the
-    subclass of its class that ``modeling_pruned.py`` defines, and ``save_pretrained`` writes that
-    file too. With ``allow_uneven``, equal layers may be written like that if their head count
-    cannot be configured. Loading such files needs ``trust_remote_code=True``.
+    A plain configuration cannot express layers of different widths. The model then becomes the
+    subclass of its class in ``modeling_pruned.py``, and ``save_pretrained`` also writes that file.
+    With ``allow_uneven``, so do equal layers whose head count cannot be configured. Loading such
+    files needs ``trust_remote_code=True``.
 
     Raises:
         ConfigError: If the plan is for another model.
@@ -190,7 +186,7 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
 def require_expressible(
     model: PreTrainedModel, plan: Plan, allow_uneven: bool = False
 ) -> PreTrainedConfig:
-    """Build the configuration of the smaller language model; refuse plans as `prune_` does."""
+    """Build the pruned language model's configuration; refuse the plans that `prune_` refuses."""
     models.require_full_precision(model.config, "pruned")
     require_match(model, plan)
     require_named_tokens(model, plan)
@@ -263,7 +259,7 @@ def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
 def cuts_of_layer(
     model: nn.Module, plan: Plan, index: int, units: Collection[str] = LAYER_UNITS
 ) -> Iterator[Cut]:
-    """List the cuts of a layer that stays; a weight of experts may have two."""
+    """List the cuts of a kept layer; a weight of experts may have two."""
     layer, row = Parts(model).layers[index], plan.before.backbone
     for matrix in chain(*layer_matrices(layer, row)):
         projection = matrix.projection
@@ -311,9 +307,9 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
     """Switch off the removed units of a plan without changing any shape, in place.
 
     The columns of ``o_proj`` and ``down_proj`` that read removed units become zero. Removed layers
-    become zero altogether, and a hook passes their input on. Routers score removed experts with
-    minus infinity. Removed tokens are zero in the embedding, and a hook sets their logits to minus
-    infinity. This is the slow and obvious meaning of a plan, against which `prune_` is tested.
+    become zero altogether, and a hook returns their input. Routers score removed experts with minus
+    infinity. Removed tokens are zero in the embedding, and a hook sets their logits to minus
+    infinity. `prune_` is tested against this slow and obvious form of a plan.
     """
 
     def pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -342,16 +338,16 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
                     _route_without(layer.get_submodule(path), matrix.weight, plan.experts[index])
         if plan.tokens is not None:
             embedding, head = parts.token_matrices()
-            gone = _removed(len(embedding.weight), plan.tokens)
+            lost = _removed(len(embedding.weight), plan.tokens)
             for holder in (embedding, *(holder for stack, holder in parts.stacks() if stack.rows)):
-                holder.weight[gone.to(holder.weight.device)] = 0
+                holder.weight[lost.to(holder.weight.device)] = 0
             head.register_forward_hook(
-                lambda module, args, logits: logits.masked_fill(gone.to(logits.device), -torch.inf)
+                lambda module, args, logits: logits.masked_fill(lost.to(logits.device), -torch.inf)
             )
 
 
 def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
-    """Let a router score the experts that are not kept with minus infinity."""
+    """Let a router score removed experts with minus infinity."""
     removed, forward = _removed(len(weight), kept).to(weight.device), router.forward
 
     class Masked(TorchFunctionMode):
@@ -380,7 +376,8 @@ def require_match(model: nn.Module, plan: Plan) -> None:
     for stack, holder in Parts(model).stacks():
         if plan.tokens is not None and stack.rows and len(holder.weight) != count:
             rows = f"{stack.path} has {len(holder.weight):,} rows"
-            raise ConfigError(f"plan: no token can go: {rows}, the vocabulary {count:,} tokens")
+            told = f"{rows}, the vocabulary {count:,} tokens"
+            raise ConfigError(f"plan: no token can be removed: {told}")
 
 
 def _shape_line(anatomy: Anatomy) -> str:
@@ -392,13 +389,13 @@ def _shape_line(anatomy: Anatomy) -> str:
 
 
 def kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:
-    """The channels of a matrix of layer ``index`` that a plan keeps along its divided dimension."""
+    """List the channels of a matrix of layer ``index`` that a plan keeps along its axis."""
     units = plan.kept(unit_of(projection))[index]
     return channels_of(projection, plan.before.layers[index], units)
 
 
 def _removed(count: int, kept: Kept | Tensor) -> Tensor:
-    """A mask of the indices that are not kept."""
+    """Return a mask of the indices that are not kept."""
     removed = torch.ones(count, dtype=torch.bool)
     removed[torch.as_tensor(kept, dtype=torch.long)] = False
     return removed

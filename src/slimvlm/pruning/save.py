@@ -52,33 +52,33 @@ _CARDS = read_table(__file__, "cards.yaml")
 class CardFacts:
     """Facts for a model card that the checkpoint itself does not hold."""
 
-    base: str  # what the model was made from: a hub id or a folder
+    base: str  # the model that this one was made from: a hub id or a folder
     name: str
     command: str = ""
     share: Mapping[str, float | None] | None = None  # AVG-%: percent, low, high
     kinds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the same of each kind
-    held_out: str = ""  # a Markdown table of results on held-out samples
+    held_out: str = ""  # a Markdown table of results on test samples
     results: str = ""  # a Markdown table
     scores: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # metric, percent
-    training: tuple[str, str, int] | None = None  # what learned, loss, number of conversations
+    training: tuple[str, str, int] | None = None  # trained parts, loss, number of samples
     data: str | None = None  # as the user named it; only a hub id is written
     format: tuple[str, ...] = ()  # type of rounded weights, and the library that reads them
     files: tuple[str, ...] = ()  # GGUF files: the language model, and the vision tower if written
     is_text_of: str = ""  # type of the whole model, where only its language model is written
-    pictures: PictureBudget | None = None  # if pictures take fewer tokens than the base's
+    pictures: PictureBudget | None = None  # if images take fewer tokens than the base's
     copied: bool = False  # whether weights and configuration are the base's files
 
 
 def write_card(
     folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts, processor: Any = None
 ) -> None:
-    """Write a model's card; original, license and data go on from the card of its base."""
+    """Write a model's card; original, license and data are inherited from its base's card."""
     config, shape, handed_on = model.config, read_anatomy(model), base_card(facts.base)
     copy_licenses(facts.base, folder)
     first = _first_plan(facts.base, plan, folder)
     data = handed_on.pop("datasets", [])
     if "slimvlm" not in handed_on.pop("tags", ()):
-        data = []  # of the original's own training
+        data = []  # those of the original's own training
     if facts.data is not None and "/" in facts.data and is_hub_id(facts.data):
         data = [*dict.fromkeys([*data, facts.data])]
     if is_hub_id(facts.base):
@@ -130,7 +130,7 @@ def write_card(
 
 
 def copy_licenses(base: str, folder: Path) -> None:
-    """Copy the license and notices of a model beside what is made of it, as most ask for."""
+    """Copy the license and notices of a model into a folder made from it, as most require."""
     for name in _CARDS["licenses"] if base and (is_hub_id(base) or Path(base).is_dir()) else ():
         with suppress(ConfigError, OSError):  # the hub may be out of reach
             path, target = Path(file_if_reachable(base, name) or ""), folder / name
@@ -140,9 +140,9 @@ def copy_licenses(base: str, folder: Path) -> None:
 
 
 def _first_plan(base: str, plan: Plan | None, folder: Path) -> Plan | None:
-    """Return the plan whose ``before`` is the original; keep it where an earlier one pruned."""
+    """Return the plan whose ``before`` is the original; store it if an earlier run pruned."""
     for name in (FIRST_PLAN_FILE, PLAN_FILE) if base else ():
-        with suppress(SlimError):  # one that cannot be read ends no finished work
+        with suppress(SlimError):  # an unreadable one must not end finished work
             if (path := Path(base) / name).is_file() and (earlier := Plan.load(path)) != plan:
                 earlier.save(folder / FIRST_PLAN_FILE)
                 return earlier
@@ -150,7 +150,7 @@ def _first_plan(base: str, plan: Plan | None, folder: Path) -> Plan | None:
 
 
 def base_card(model: str) -> dict[str, Any]:
-    """Read what a model's card hands on; empty if it has none or cannot be reached."""
+    """Read what a model's card passes on; empty if there is none or it cannot be reached."""
     is_some = bool(model) and (is_hub_id(model) or Path(model).is_dir())
     try:
         if not is_some or (path := file_if_reachable(model, CARD_FILE)) is None:
@@ -178,7 +178,7 @@ Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no 
 PLAN_FILE = "slimvlm_plan.json"
 FIRST_PLAN_FILE = "slimvlm_first_plan.json"  # of the original, where a later plan pruned further
 SHARD_BYTES = 10**9  # largest weight file written tensor by tensor: one is in memory at a time
-_MOST = 2**14  # tokens of a probe: a picture of 96 x 96 has a few thousand at most
+_MOST = 2**14  # tokens of a probe: an image of 96 x 96 has a few thousand at most
 _COMPARED = 24  # tensors that are compared bit by bit when a folder is read back
 PROBE_TEXT = " Plain words, žluťoučký kůň,\n\t日本語, ελληνικά, 🙂 and  1234567890"
 
@@ -198,25 +198,23 @@ def save(
     also: Callable[[Path], None] | None = None,
     facts: CardFacts | None = None,
 ) -> None:
-    """Write a checkpoint that plain ``from_pretrained`` loads, and prove it.
+    """Write a checkpoint that plain ``from_pretrained`` loads, and check that it does.
 
     If the layers have different widths, ``from_pretrained`` needs ``trust_remote_code=True``: the
     folder then holds ``modeling_pruned.py``, which cuts the native class to these widths. Where a
     layout is known that older transformers and engines read, the files have it (`pruning.layout`).
 
-    The folder ``out`` is written beside its place and read back; logits on a probe (with a picture,
-    if the model sees) must agree before it is renamed. ``force`` lets it replace an existing one.
+    The folder is written under a temporary name and read back; logits on a probe (with an image for
+    a VLM) must agree before it is renamed to ``out``. With ``force`` it replaces an existing one.
 
-    Without a ``processor`` none is written. The ``plan`` that made the model is stored as
-    ``slimvlm_plan.json``; if it removed tokens, the processor is written without them, and the one
-    that is given stays as it is. ``also`` writes what else belongs into the folder. ``facts`` are
-    what the model card says beside what was removed; by default the original is what the model was
-    loaded from.
+    The ``plan`` that pruned the model is stored as ``slimvlm_plan.json``; if it removed tokens, a
+    copy of the ``processor`` without them is written. ``also`` may write further files into the
+    folder. ``facts`` are for the model card; by default the original is the model's own source.
 
     Raises:
         ConfigError: If the folder exists.
         OutputError: If another run writes there, or the disk is full or read-only.
-        ReloadError: If what was written does not load back to the same model.
+        ReloadError: If the folder does not load back to the same model.
     """
     models.set_class_(model)
     processor = trimmed_processor(processor, plan)
@@ -243,16 +241,14 @@ def prune_checkpoint(
 ) -> None:
     """`slimvlm.prune_` and `slimvlm.save` for a checkpoint that does not fit in memory.
 
-    Each tensor is cut out of the original's safetensors files when its turn to be written comes, so
-    that one weight file of the new checkpoint (1 GB) is in memory at a time. The folder is the same
-    as `slimvlm.save` writes, in more files. It is read back before it takes its name: every
+    Tensors are cut out of the original's safetensors files one by one; one weight file of the new
+    checkpoint (1 GB) is in memory at a time. The folder is read back before it gets its name: every
     name and shape is compared with the configuration, some tensors bit by bit.
 
-    ``model`` is a folder, a hub id or ``demo``, with weights as safetensors; ``dtype`` is the data
-    type to write (``auto``: as stored). ``plan`` and ``allow_uneven`` are as for `slimvlm.prune_`,
-    ``out`` and ``force`` as for `slimvlm.save`. With ``trust_remote_code``, code in the checkpoint
-    runs. ``weights`` are parameters that are no slices of the original's, as a walk gives them;
-    ``describe`` looks at the written files and returns facts for the model card.
+    ``model`` is a folder, a hub id or ``demo``; ``dtype`` is the data type to write (``auto``: as
+    stored). With ``trust_remote_code``, code in the checkpoint runs. ``weights`` are parameters
+    that are no slices of the original's, such as a walk's; ``describe`` gets the written folder and
+    returns facts for the model card. All else is as for `slimvlm.prune_` and `slimvlm.save`.
 
     Raises:
         SlimError: As `slimvlm.prune_` and `slimvlm.save` do, or if files cannot be read.
@@ -293,7 +289,7 @@ def prune_checkpoint(
             raise ReloadError(f"{str(folder)!r} holds weights that nothing reads: {unused}")
         found = read_anatomy(again.model)
         if (found.layers, found.backbone_params) != (plan.after.layers, plan.after.backbone_params):
-            raise ReloadError(f"{str(folder)!r} has other shapes than the plan says")
+            raise ReloadError(f"{str(folder)!r} has other shapes than the plan")
         names = list(smaller.state_dict())
         for name in random.Random(0).sample(names, min(_COMPARED, len(names))):
             if not torch.equal(again.read(name), read(name)):
@@ -313,7 +309,7 @@ def write_folder(
     read: Reader | None = None,
     force: bool = False,
 ) -> None:
-    """Write a checkpoint folder, which takes its name when ``check`` has read it back."""
+    """Write a checkpoint folder, which gets its name after ``check`` has read it back."""
     with new_folder(out, force) as folder:
         where = repr(str(folder))
         write_model(folder, model, processor, read)
@@ -338,7 +334,7 @@ def write_folder(
 def write_model(
     folder: Path, model: PreTrainedModel, processor: Any, read: Reader | None = None
 ) -> None:
-    """Write configuration, weights, code and processor in the layout that most readers know."""
+    """Write configuration, weights, code and processor in the layout that most libraries read."""
     if read is None:
         model.save_pretrained(folder)
     else:
@@ -362,7 +358,7 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
         found = last_logits(again, {name: value.cpu() for name, value in batch.items()})
     elif 1.2 * model.get_memory_footprint() < free_memory(device):
         found = last_logits(again.to(device), batch)
-    else:  # the live one goes aside for a while
+    else:  # the live one leaves the device for a while
         live.to("cpu")
         try:
             found = last_logits(again.to(device), batch)
@@ -374,14 +370,14 @@ def check_reload(model: PreTrainedModel, processor: Any, folder: str | Path) -> 
 
 
 def read_back(folder: str | Path, model: PreTrainedModel) -> PreTrainedModel:
-    """Load a folder that was written from a model with the plain Auto class, every key of it."""
+    """Load a written folder with the plain Auto class; refuse missing and unexpected keys."""
     kinds = (OSError, RuntimeError, ValueError, SafetensorError)
     with raised_as(ReloadError, kinds, f"{str(folder)!r} does not load back:"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         place = {"device_map": {"": str(model.device)}} if models.is_quantized(config) else {}
         code = Path(modeling_pruned.__file__)
         copied = Path(folder) / code.name
-        # the only code that the folder may hold, and that runs here, is slimvlm's own
+        # the only code that may be in the folder, and that runs here, is slimvlm's own
         named = getattr(config, "auto_map", None)
         is_ours = models.is_uneven(config) and named == models.auto_map_of(config)
         is_ours = is_ours and copied.is_file() and copied.read_bytes() == code.read_bytes()
@@ -428,7 +424,7 @@ def probe(model: PreTrainedModel, processor: Any) -> dict[str, Tensor]:
 
 
 def probe_messages(processor: Any) -> tuple[Message, ...]:
-    """Make a question and its answer, with a picture for a processor that takes some."""
+    """Make a question and its answer, with an image if the processor takes some."""
     parts = [{"type": "image"}] * chat.can_see(processor)
     return (
         {"role": "user", "content": [*parts, {"type": "text", "text": "What is shown here?"}]},

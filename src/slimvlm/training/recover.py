@@ -1,10 +1,12 @@
 """Train a pruned model back towards its teacher: one loop, the loss a weighted sum."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -121,37 +123,18 @@ def recover(
     teacher = teacher if config.needs_teacher else None
     tokens = _tokens_of_teacher(model, teacher, dataset, config, work, plan)
     learnt = subset(list(dataset), config.fraction, config.seed)
-    layer_pairs: list[tuple[int, int]] = []
-    if teacher is not None:
-        if plan is not None and not plan_fits(plan, model, teacher):
-            plan = None
+    their_layers: Sequence[int] = ()
+    if plan is not None and teacher is not None:
+        plan = plan if plan_fits(plan, model, teacher) else None
         terms = config.loss_weights.keys()
-        is_alone = "sft" not in terms and not config.paper_exact  # the study compares the end
+        is_alone = "sft" not in terms and not config.paper_exact  # the paper compares the end
         if plan is not None and terms & set(HIDDEN_LOSSES) and is_alone:
-            # nothing is learnt from answers: hidden states are compared after every kept layer
-            layer_pairs = list(enumerate(layer_map(plan.layers, plan.before.num_layers)))
-    dtype = model.dtype
+            # no answers are learnt: hidden states are compared after every kept layer
+            their_layers = layer_map(plan.layers, plan.before.num_layers)
+    dtype, about_teacher = model.dtype, "none"
     with TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(work) if work is not None else Path(temporary)
-        # only an equal request may resume in the folder; no process holds a sharded model whole
-        both = (("model", model), ("teacher", teacher))
-        images = [each for sample in learnt for each in sample.images]
-        request = {
-            "config": asked(config),
-            "processes": num_ranks(),
-            **{n: None if m is None or is_sharded(m) else digest_of_weights(m) for n, m in both},
-            "samples": [sample.id for sample in learnt],
-            "conversations": digest([[sample.messages for sample in learnt]]),
-            "pictures": digest(identifying_bytes(each, may_move=True) for each in images),
-            "plan": None if plan is None else digest([plan.to_dict()]),
-        }
-        what = f"training folder {str(folder)!r} belongs to a run"
-        cure = "Remove it, or give those options and data again"
-        noted = documents.noted_request(folder / REQUEST_FILE)
-        documents.require_same_request(noted, request, what, cure)
-        if is_first_rank():
-            folder.mkdir(parents=True, exist_ok=True)
-            documents.note_request(folder / REQUEST_FILE, request)
+        _require_same_run(folder, config, model, teacher, learnt, plan)
         torch.manual_seed(config.seed)
         is_resumable = work is not None and not is_sharded(model)
         arguments = _training_arguments(config, model, plan, folder, len(learnt), is_resumable)
@@ -161,16 +144,6 @@ def recover(
         stack.enter_context(training.training_precision(model, teacher, device, arguments.bf16))
         trained = training.prepare_training(model, config)
         trained_params = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-        given = {
-            "model": trained,
-            "teacher": teacher,
-            "config": config,
-            "layer_pairs": layer_pairs,
-            "tokens": tokens,
-            "train_dataset": learnt,
-            "data_collator": training.Collator(processor, config.positions),
-        }
-        about_teacher = "none"
         with training.projector_in_every_graph(model), ExitStack() as teaching, stage("train"):
             if teacher is not None:
                 about_teacher = "separate, sharded"
@@ -183,6 +156,15 @@ def recover(
                     teaching.callback(nn.Module.to, teacher, "meta")
                 teacher.to(device)  # type: ignore[arg-type]
                 teaching.enter_context(seeing_once(model, teacher, config.paper_exact))
+            given = {
+                "model": trained,
+                "teacher": teacher,
+                "config": config,
+                "their_layers": their_layers,
+                "tokens": tokens,
+                "train_dataset": learnt,
+                "data_collator": partial(training.collate, processor, config.positions),
+            }
             trainer = _trained(given, arguments, folder)
         plain = training.without_autocast(trainer)
         if config.keep_adapter and is_first_rank():
@@ -199,6 +181,35 @@ def recover(
         trained_params=trained_params,
         teacher=about_teacher,
     )
+
+
+def _require_same_run(
+    folder: Path,
+    config: RecoverConfig,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    learnt: Sequence[Sample],
+    plan: Plan | None,
+) -> None:
+    """Note the request in the training folder; refuse a folder that another request began."""
+    both = (("model", model), ("teacher", teacher))  # no process holds a sharded model whole
+    images = [each for sample in learnt for each in sample.images]
+    request = {
+        "config": asked(config),
+        "processes": num_ranks(),
+        **{n: None if m is None or is_sharded(m) else digest_of_weights(m) for n, m in both},
+        "samples": [sample.id for sample in learnt],
+        "conversations": digest([[sample.messages for sample in learnt]]),
+        "pictures": digest(identifying_bytes(each, may_move=True) for each in images),
+        "plan": None if plan is None else digest([plan.to_dict()]),
+    }
+    what = f"training folder {str(folder)!r} belongs to a run"
+    cure = "Remove it, or give those options and data again"
+    noted = documents.noted_request(folder / REQUEST_FILE)
+    documents.require_same_request(noted, request, what, cure)
+    if is_first_rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        documents.note_request(folder / REQUEST_FILE, request)
 
 
 def _trained(
@@ -327,7 +338,7 @@ def _training_arguments(
     gone = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
     is_pinned = device.type not in ("cpu", "mps")  # MPS shares the memory of its host
     wrong = raised_as(ConfigError, (ValueError, TypeError), f"trainer {dict(config.trainer)}:")
-    with wrong, training.old_names_allowed():
+    with wrong, warnings.catch_warnings(action="ignore", category=FutureWarning):  # old names
         arguments = TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=config.batch_size,
