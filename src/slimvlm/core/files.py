@@ -114,10 +114,9 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
                 holder = "just ended"
                 with suppress(OSError, UnicodeDecodeError):
                     holder = file.read_text(encoding="utf-8") or "not yet known which"
-                raise errors.InUseError(
-                    f"output {str(path)!r} is in use by another run ({holder}). Wait for its "
-                    "end, or choose another place"
-                ) from error
+                told = f"output {str(path)!r} is in use by another run ({holder})"
+                cure = "Wait for its end, or choose another place"
+                raise errors.InUseError(f"{told}. {cure}") from error
         try:
             with explained(path):
                 file.write_text(f"pid {os.getpid()} on {socket.gethostname()}", encoding="utf-8")

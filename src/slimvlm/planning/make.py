@@ -42,10 +42,8 @@ class Budget(Options):
         super().__post_init__()
         first, last = self.protected
         if min(first, last) < 0 or first + last >= self.anatomy.num_layers:
-            raise ConfigError(
-                f"protect {(first, last)} must leave at least one of "
-                f"{self.anatomy.num_layers} layers"
-            )
+            count = self.anatomy.num_layers
+            raise ConfigError(f"protect {(first, last)} must leave at least one of {count} layers")
         if self.counting == "per_layer" and self.axis == "both":  # layers and units are two counts
             raise ConfigError("counting 'per_layer' is for axis 'width' or 'depth', not 'both'")
         if not self.units or not set(self.units) <= set(WIDTH_UNITS):
@@ -63,10 +61,9 @@ class Budget(Options):
             raise ConfigError(f"experts {self.experts}: {kind!r} has none that can be removed")
         taken, left = self.anatomy.experts_per_token, self.left_experts
         if left < taken:
-            raise ImpossiblePlanError(
-                f"experts {self.experts} leaves {left} in a layer, but each token takes {taken}: "
-                f"at most {1 - taken / self.anatomy.expert_counts[0]:g}"
-            )
+            told = f"leaves {left} in a layer, but each token takes {taken}"
+            most = 1 - taken / self.anatomy.expert_counts[0]
+            raise ImpossiblePlanError(f"experts {self.experts} {told}: at most {most:g}")
 
     @property
     def left_experts(self) -> int:
@@ -179,10 +176,8 @@ def make_plan(
     else:
         step = 0
     if abs(plan.ratio - ratio) > step / anatomy.backbone_params + 1e-9:
-        raise ImpossiblePlanError(
-            f"ratio {ratio:g} cannot be reached on axis {axis!r}: the nearest legal "
-            f"shape has ratio {plan.ratio:.4f} ({plan.summary()})"
-        )
+        nearest = f"the nearest legal shape has ratio {plan.ratio:.4f} ({plan.summary()})"
+        raise ImpossiblePlanError(f"ratio {ratio:g} cannot be reached on axis {axis!r}: {nearest}")
     return plan
 
 
@@ -193,10 +188,8 @@ def ratio_for_params(anatomy: Anatomy, target_params: int) -> float:
     if target_params > whole:
         raise ConfigError(f"{where}: the model has only {whole:,} parameters")
     if target_params <= whole - backbone:
-        raise ImpossiblePlanError(
-            f"{where}: only the backbone is pruned, and the rest alone has "
-            f"{whole - backbone:,} parameters"
-        )
+        told = f"only the backbone is pruned, and the rest has {whole - backbone:,}"
+        raise ImpossiblePlanError(f"{where}: {told}")
     return (whole - target_params) / backbone
 
 
@@ -218,10 +211,8 @@ def make_plan_for_params(
         if excess <= 0:
             return plan
         if ratio >= 1 - 1e-9:
-            raise ImpossiblePlanError(
-                f"target of {target_params:,} parameters: the smallest legal shape has "
-                f"{plan.after.total_params:,}"
-            )
+            told = f"the smallest legal shape has {plan.after.total_params:,}"
+            raise ImpossiblePlanError(f"target of {target_params:,} parameters: {told}")
         ratio = min(ratio + max(excess / anatomy.backbone_params, 1e-4), 1 - 1e-9)
 
 
@@ -284,10 +275,8 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
         rest = [{s.kind for i, s in enumerate(anatomy.layers) if i not in run} for run in runs]
         possible = [run for run, kinds in zip(runs, rest, strict=True) if kinds == {*stay}]
         if not possible:
-            raise ImpossiblePlanError(
-                f"plan: no {count} layers in a row can be removed; score layers one by one, such "
-                "as by 'block_influence'"
-            )
+            told = f"plan: no {count} layers in a row can be removed"
+            raise ImpossiblePlanError(f"{told}; score them one by one, as 'block_influence' does")
         removed = min(possible, key=lambda run: float(costs[min(run)]))
     else:
         removed = set(order[:count])
@@ -311,10 +300,8 @@ def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
         found = [len(row) for row in rows]
         expected = [len(shapes)] if unit == "layer" else [shape.units(unit) for shape in shapes]
         if found != expected:
-            raise ConfigError(
-                f"{where} are for another model: {unit} counts {found[:3]}..., "
-                f"expected {expected[:3]}..."
-            )
+            told = f"{unit} counts {found[:3]}..., expected {expected[:3]}..."
+            raise ConfigError(f"{where} are for another model: {told}")
         if not all(map(all_finite, rows)):
             raise NumericalError(f"{where}: NaN or infinity among {unit} scores")
         return scores
@@ -345,9 +332,7 @@ def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan
         return plan
     equal = budget.anatomy.with_layers(list(shapes.values()))
     if not equal.is_uniform:
-        raise ConfigError(
-            f"allocation {budget.allocation!r} needs a model whose layers are equally wide"
-        )
+        raise ConfigError(f"allocation {budget.allocation!r} needs layers of equal widths")
     counts = _widths(equal, plan, scored.keys(), budget)
     kept = {unit: list(plan.kept(unit)) for unit in scored}
     best = cache(best_units)  # by the tensor, which layers may share

@@ -192,10 +192,8 @@ def require_expressible(
     require_named_tokens(model, plan)
     uneven = not plan.after.is_uniform or (allow_uneven and plan.file_format == "uneven")
     if uneven and not plan.before.backbone.can_be_uneven:
-        raise ImpossiblePlanError(
-            f"plan: layers of {plan.before.text_type!r} must stay equally wide, since "
-            "modeling_pruned.py cannot cut them one by one. Plan with allocation 'uniform'"
-        )
+        told = f"plan: layers of {plan.before.text_type!r} must stay equally wide"
+        raise ImpossiblePlanError(f"{told}. Plan with allocation 'uniform'")
     config, text_config = model.config, smaller_text_config(model.config, plan, uneven)
     if not uneven:
         legal = plan.before.legal_neurons()
@@ -203,11 +201,9 @@ def require_expressible(
             if neurons not in legal:
                 nearest = sorted(sorted(legal, key=lambda count: abs(count - neurons))[:2])
                 near = ", ".join(map(str, nearest))
-                also = f", or {_FROM_PYTHON}" if plan.before.backbone.can_be_uneven else ""
-                raise ImpossiblePlanError(
-                    f"plan: {plan.before.model_type!r} cannot be configured with {neurons} neurons "
-                    f"in a layer; the nearest that it can have: {near}{also}"
-                )
+                near += f", or {_FROM_PYTHON}" if plan.before.backbone.can_be_uneven else ""
+                told = f"{plan.before.model_type!r} cannot be configured with {neurons} neurons"
+                raise ImpossiblePlanError(f"plan: {told} in a layer. Possible near it: {near}")
     cause: Exception | None = None
     try:
         checked = type(text_config).from_dict(text_config.to_dict())
@@ -220,12 +216,10 @@ def require_expressible(
         if (found.layers, found.backbone_params) == shapes:
             return text_config
         why = "a model built from the new configuration has other shapes"
-    counts = [shape[0] for shape in plan.after.attention_shapes] or [0]
-    legal_heads = ", ".join(map(str, plan.before.legal_kv_heads()))
-    raise ImpossiblePlanError(
-        f"plan: {plan.before.text_type!r} cannot be configured with {counts[0]} KV groups "
-        f"({why}). KV groups that it can have: {legal_heads}, or {_FROM_PYTHON}"
-    ) from cause
+    groups, *_ = [shape[0] for shape in plan.after.attention_shapes] or [0]
+    told = f"plan: {plan.before.text_type!r} cannot be configured with {groups} KV groups ({why})"
+    possible = ", ".join(map(str, plan.before.legal_kv_heads()))
+    raise ImpossiblePlanError(f"{told}. Possible: {possible}, or {_FROM_PYTHON}") from cause
 
 
 @dataclass(frozen=True)

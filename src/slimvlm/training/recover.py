@@ -1,4 +1,4 @@
-"""Train a pruned model back towards its teacher: one loop, the loss a weighted sum."""
+"""Train a pruned model towards its teacher: one loop, the loss a weighted sum."""
 
 import json
 import warnings
@@ -30,14 +30,14 @@ from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, release_memory
-from slimvlm.models.hidden import evaluating, frozen, is_sharded
+from slimvlm.models.hidden import is_sharded
 from slimvlm.models.load import digest_of_weights
 from slimvlm.models.losses import layer_map
 from slimvlm.models.parts import Parts, part_at
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.training import trainer as training
-from slimvlm.training.teacher import plan_fits, seeing_once, share_
+from slimvlm.training.teacher import plan_fits, teaching
 from slimvlm.training.trainer import TRAINED_FILE, DistillationTrainer, merge, num_workers
 
 RATE, RATE_OF_ALL = 2e-4, 4e-4
@@ -56,13 +56,13 @@ class History:
     steps: tuple[Mapping[str, int | float], ...]
     """Log rows: step, loss, its components, learning rate."""
     num_samples: Count
-    """Samples that were learnt from; fewer than ``sample_ids`` if the steps ended earlier."""
+    """Samples that were trained on; fewer than ``sample_ids`` if the steps ended earlier."""
     sample_ids: tuple[str, ...]
-    """Names of those that they were drawn from, in order."""
+    """Names of all training samples, in order."""
     trained_params: Count
-    """Parameters that learned."""
+    """Parameters that were trained."""
     teacher: str = "none"
-    """Where the teacher's answers came from, and how much memory it shared."""
+    """How the teacher was held, and how much memory it shared."""
 
     @classmethod
     def load(cls, path: str | Path) -> "History":
@@ -94,13 +94,13 @@ def recover(
 
     ``teacher`` is the original, on any device; for the loss ``sft`` alone None. The ``processor``
     is by default that of the folder or hub id that the model was read from, without the tokens that
-    ``plan`` removes. A folder ``work`` holds resumable checkpoints; training goes on from the last
-    one to the same result, and it also gets an adapter to keep and a tracker's files.
+    ``plan`` removes. A folder ``work`` holds resumable checkpoints (training resumes from the last
+    one with the same result), an adapter to keep and a tracker's files.
 
-    ``plan`` is what pruned the model: for comparing inner layers, a teacher's numbers of tokens,
-    and a teacher that reads the model's own weights wherever these are frozen and equal
-    (`training.teacher.share_`). Such a teacher is used up: its weights are gone when training ends.
-    With ``share`` False it keeps its own weights and is not changed.
+    ``plan`` is the one that pruned the model. It serves to compare inner layers, to find the
+    teacher's token ids, and to let the teacher read the model's own weights wherever these are
+    frozen and equal (`training.teacher.share_`). Such a teacher has no weights after training. With
+    ``share`` False it keeps its own and does not change.
 
     Raises:
         ConfigError: If a teacher or processor is needed and missing, or the teacher does not fit.
@@ -144,18 +144,11 @@ def recover(
         stack.enter_context(training.training_precision(model, teacher, device, arguments.bf16))
         trained = training.prepare_training(model, config)
         trained_params = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-        with training.projector_in_every_graph(model), ExitStack() as teaching, stage("train"):
+        with training.projector_in_every_graph(model), ExitStack() as inner, stage("train"):
             if teacher is not None:
-                about_teacher = "separate, sharded"
-                for state in (evaluating, frozen):
-                    teaching.enter_context(state(teacher))
-            if teacher is not None and not is_sharded(model):
-                about_teacher = "separate"
-                if plan is not None and share:
-                    about_teacher = share_(teacher, trained, plan).line()
-                    teaching.callback(nn.Module.to, teacher, "meta")
-                teacher.to(device)  # type: ignore[arg-type]
-                teaching.enter_context(seeing_once(model, teacher, config.paper_exact))
+                shared = plan if share else None
+                how = (shared, device, config.paper_exact)
+                about_teacher = inner.enter_context(teaching(teacher, model, trained, *how))
             given = {
                 "model": trained,
                 "teacher": teacher,
@@ -215,7 +208,7 @@ def _require_same_run(
 def _trained(
     given: Mapping[str, Any], arguments: TrainingArguments, folder: Path
 ) -> DistillationTrainer:
-    """Train from the last checkpoint on; batches that do not fit are divided and accumulated."""
+    """Train from the last checkpoint on; batches too large for memory are divided, accumulated."""
     is_alone = arguments.device.type != "cpu" and num_ranks() == 1
     before: dict[str, Tensor] | None = None  # needed where memory ends after the first step
     learning = dict(training.learning_parameters(given["model"]))
@@ -257,7 +250,7 @@ def _trained(
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """Find the newest checkpoint that was written to its end; None if there is none."""
+    """Find the newest complete checkpoint; None if there is none."""
     written = (path.parent for path in folder.glob(f"checkpoint-*/{TRAINED_FILE}"))
     by_step = {path.name.removeprefix("checkpoint-"): path for path in written}
     for step in sorted(filter(str.isdecimal, by_step), key=int, reverse=True):
@@ -275,7 +268,7 @@ def _tokens_of_teacher(
     work: str | Path | None,
     plan: Plan | None,
 ) -> Tensor | None:
-    """Refuse what does not go together; find the teacher's number of each token, by the plan."""
+    """Refuse conflicting requests; find the teacher's id of each token by the plan."""
     if teacher is None and config.needs_teacher:
         raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
     if config.keep_adapter:
@@ -290,13 +283,11 @@ def _tokens_of_teacher(
         for name in ("keep_adapter", "paper_exact"):
             if getattr(config, name):
                 raise ConfigError(f"{name} True is not possible with a sharded model")
-        # processes of a divided model run its tower together: all see pictures in a step, or none
+        # processes of a divided model run its tower together: all see images in a step, or none
         blind = [sample for sample in dataset if not sample.images]
         if blind and len(blind) < len(dataset):
-            raise ConfigError(
-                f"data: sample {blind[0].id!r} has no picture and others have. A model that "
-                "--shard divides needs pictures in all samples or in none"
-            )
+            told = f"data: sample {blind[0].id!r} has no image and others have"
+            raise ConfigError(f"{told}. --shard needs images in all samples or in none")
     ours, theirs = (None if each is None else read_anatomy(each) for each in (model, teacher))
     tokens = None
     if plan is not None and plan.tokens is not None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.models.anatomy import channels_by_segment, read_anatomy, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS
-from slimvlm.models.hidden import replaced_forward
+from slimvlm.models.hidden import evaluating, frozen, is_sharded, replaced_forward
 from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.training.trainer import plain_model
@@ -32,15 +32,6 @@ class Sharing:
     shared_params: int
     own_params: int  # pruned, or trainable in the student, or different
     differing: tuple[str, ...] = ()  # teacher's tensors, frozen in the student with other values
-
-    def line(self) -> str:
-        """Summarise it in one line."""
-        total = self.shared_params + self.own_params
-        shares = f"the teacher shares {self.shared_params / total:.0%} of its weights"
-        if not self.differing:
-            return f"{shares} with the model"
-        more = f" and {len(self.differing) - 1} more" * (len(self.differing) > 1)
-        return f"{shares} with the model; copied are {self.differing[0]!r}{more}, which differ"
 
 
 class Joined(nn.Module):
@@ -73,8 +64,37 @@ class Joined(nn.Module):
         return torch.cat([part for pair in zip(*parts, strict=True) for part in pair], -1)
 
 
+@contextmanager
+def teaching(
+    teacher: PreTrainedModel,
+    model: PreTrainedModel,
+    trained: Any,
+    plan: Plan | None,
+    device: torch.device,
+    through_students_projector: bool,
+) -> Iterator[str]:
+    """Prepare a teacher on a device, by `share_` if there is a plan; yield a line on its memory."""
+    with evaluating(teacher), frozen(teacher), ExitStack() as stack:
+        if is_sharded(model):
+            yield "separate, sharded"
+            return
+        told = "separate"
+        if plan is not None:
+            sharing = share_(teacher, trained, plan)
+            stack.callback(nn.Module.to, teacher, "meta")
+            share = sharing.shared_params / (sharing.shared_params + sharing.own_params)
+            told = f"the teacher shares {share:.0%} of its weights with the model"
+            if sharing.differing:
+                first, *others = sharing.differing
+                more = f" and {len(others)} more" * bool(others)
+                told += f"; copied are {first!r}{more}, which differ"
+        teacher.to(device)  # type: ignore[arg-type]
+        stack.enter_context(seeing_once(model, teacher, through_students_projector))
+        yield told
+
+
 def plan_fits(plan: Plan, model: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Check that a plan has the shapes of both, so that it says how one came from the other."""
+    """Check that a plan is for the teacher's shapes and leaves the model's."""
     pairs = ((teacher, plan.before), (model, plan.after))
     shapes = ((read_anatomy(whole), expected) for whole, expected in pairs)
     return all((a.hidden_size, a.layers) == (b.hidden_size, b.layers) for a, b in shapes)
@@ -117,7 +137,7 @@ def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
 def _share_cut_matrices(
     teacher: PreTrainedModel, plan: Plan, ours: dict[str, Tensor]
 ) -> Iterator[str]:
-    """Divide or reorder what the plan cuts; yields frozen matrices of the student that differ."""
+    """Divide or reorder what a plan cuts; yield frozen matrices of the student that differ."""
     for index, projection, linear in list(Parts(teacher).projections()):
         if index not in plan.layers:
             continue

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from slimvlm.core.documents import built
 from slimvlm.core.errors import NumericalError, raised_as
 from slimvlm.core.options import AT_LEAST_0, Options, Repair
 from slimvlm.core.progress import progress
@@ -316,14 +317,11 @@ class Walk:
                     results.finish(entry_of(index))
             about = results.about(entry_of(index), 0)
             stored = results.read(entry_of(index), 0, torch.device("cpu"), "scores.")
-            pair, rows = about["report"]["distilled"], about["report"]["refits"].items()
-            refits = {path: MatrixReport(**row) for path, row in rows}
-            reports.append(LayerReport(index, refits, None if pair is None else tuple(pair)))
+            reports.append(built(LayerReport, about["report"], f"layer {index} of the walk"))
             of_layers += about["notes"]
             for name, values in stored.items():
                 scored.setdefault(name.removeprefix("scores."), {})[index] = values
-            kept = {unit: tuple(units) for unit, units in about["kept"].items()}
-            plan = plan.with_units(index, kept)
+            plan = plan.with_units(index, {u: tuple(units) for u, units in about["kept"].items()})
         notes = []
         if idle := sorted(set(plan.layers) - streams.layers_run):
             numbers = ", ".join(map(str, idle))

@@ -259,7 +259,6 @@ def require_choosable(plan: Plan) -> None:
     for index in plan.layers:
         shape = plan.before.layers[index]
         if shape.expert_neuron_params and len(plan.neurons[index]) < shape.intermediate_size:
-            raise UnsupportedModelError(
-                f"layer {index} has experts, whose neurons no walk chooses: score width by "
-                "activation, wanda, flap, magnitude or random, or prune depth or experts"
-            )
+            cure = "activation, wanda, flap, magnitude or random, or prune depth or experts"
+            told = f"layer {index} has experts, whose neurons no walk chooses"
+            raise UnsupportedModelError(f"{told}: score width by {cure}")
