@@ -1,7 +1,7 @@
 """Apply a plan to a live model, and express it as a Hugging Face configuration beforehand."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -148,8 +148,7 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
     text_config = require_expressible(model, plan, allow_uneven)
     embedding, head = Parts(model).token_matrices()
     is_tied = head.weight is embedding.weight
-    for cut in list(cuts_of(model, plan)):
-        _cut_(cut)
+    _cut_(cuts_of(model, plan))
     if is_tied:
         head.weight = embedding.weight
     parts = Parts(model)
@@ -157,10 +156,10 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
     text_model.layers = nn.ModuleList(kept)
     for name in plan.before.backbone.live_lists:
         setattr(text_model, name, [getattr(text_model, name)[i] for i in plan.layers])
-    modules = ((index, module) for index, layer in enumerate(kept) for module in layer.modules())
-    for index, module in modules:  # numbered anew for the cache
-        if "layer_idx" in vars(module):
-            module.layer_idx = index  # type: ignore[assignment]
+    for index, layer in enumerate(kept):
+        for module in layer.modules():  # renumbered for the cache
+            if "layer_idx" in vars(module):
+                module.layer_idx = index  # type: ignore[assignment]
     # every module gets the new configuration, and copies of counts
     old = text_config_of(model.config)
     model.config = with_renumbered(model.config, text_config, plan)
@@ -271,8 +270,7 @@ def cut_layer_(
     model: nn.Module, plan: Plan, index: int, units: Collection[str] = LAYER_UNITS
 ) -> None:
     """Cut one layer, in place; the model runs only layer by layer until all of it is cut."""
-    for cut in list(cuts_of_layer(model, plan, index, units)):
-        _cut_(cut)
+    _cut_(cuts_of_layer(model, plan, index, units))
     shape, groups = plan.before.layers[index], len(plan.kv_groups[index])
     if groups < shape.num_kv_heads and "kv_group" in units:
         attention: Any = Parts(model).layers[index].get_submodule("self_attn")
@@ -282,18 +280,18 @@ def cut_layer_(
         set_counts_(attention, config, heads, groups)
 
 
-def _cut_(cut: Cut) -> None:
-    owner: Any = cut.owner
-    parameter = getattr(owner, cut.name)
-    kept = parameter.detach().index_select(cut.dim, cut.keep.to(parameter.device))
-    setattr(owner, cut.name, nn.Parameter(kept, parameter.requires_grad))
-    if isinstance(owner, nn.Linear):
-        owner.out_features, owner.in_features = owner.weight.shape
-    elif isinstance(owner, nn.Embedding):
-        owner.num_embeddings, owner.embedding_dim = owner.weight.shape
-    if cut.count is not None:
-        unit, count = cut.count
-        for name in set(_COUNTS[unit]) & set(vars(owner)):
+def _cut_(cuts: Iterable[Cut]) -> None:
+    for cut in list(cuts):
+        owner: Any = cut.owner
+        parameter = getattr(owner, cut.name)
+        kept = parameter.detach().index_select(cut.dim, cut.keep.to(parameter.device))
+        setattr(owner, cut.name, nn.Parameter(kept, parameter.requires_grad))
+        if isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = owner.weight.shape
+        elif isinstance(owner, nn.Embedding):
+            owner.num_embeddings, owner.embedding_dim = owner.weight.shape
+        unit, count = cut.count or ("", 0)
+        for name in set(_COUNTS.get(unit, ())) & set(vars(owner)):
             setattr(owner, name, count)
 
 
@@ -362,8 +360,14 @@ def require_match(model: nn.Module, plan: Plan) -> None:
     models.require_undivided(model, "pruned")
     anatomy = read_anatomy(model)
     if anatomy.layers != plan.before.layers or anatomy.model_type != plan.before.model_type:
-        before, found = _shape_line(plan.before), _shape_line(anatomy)
-        raise ConfigError(f"plan: made for {before}, but the model is {found}")
+        shapes: list[str] = []
+        for each in (plan.before, anatomy):
+            groups = max(shape.num_kv_heads for shape in each.layers)
+            neurons = max(shape.intermediate_size for shape in each.layers)
+            experts = "".join(f", {count} experts" for count in each.expert_counts)
+            layers = f"{each.model_type} with {each.num_layers} layers"
+            shapes.append(f"{layers}, {groups} KV groups, {neurons} neurons{experts}")
+        raise ConfigError("plan: made for {}, but the model is {}".format(*shapes))
     expected, count = plan.before.vocab_size, anatomy.vocab_size
     if plan.tokens is not None and count != expected:
         raise ConfigError(f"plan: made for {expected:,} tokens, but the model has {count:,}")
@@ -372,14 +376,6 @@ def require_match(model: nn.Module, plan: Plan) -> None:
             rows = f"{stack.path} has {len(holder.weight):,} rows"
             told = f"{rows}, the vocabulary {count:,} tokens"
             raise ConfigError(f"plan: no token can be removed: {told}")
-
-
-def _shape_line(anatomy: Anatomy) -> str:
-    groups = max(shape.num_kv_heads for shape in anatomy.layers)
-    neurons = max(shape.intermediate_size for shape in anatomy.layers)
-    experts = "".join(f", {count} experts" for count in anatomy.expert_counts)
-    layers = f"{anatomy.model_type} with {anatomy.num_layers} layers"
-    return f"{layers}, {groups} KV groups, {neurons} neurons{experts}"
 
 
 def kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:

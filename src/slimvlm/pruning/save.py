@@ -45,7 +45,15 @@ from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.layerwise import open_checkpoint
 
 CARD_FILE = "README.md"
+PLAN_FILE = "slimvlm_plan.json"
+FIRST_PLAN_FILE = "slimvlm_first_plan.json"  # of the original, where a later plan pruned further
+SHARD_BYTES = 10**9  # largest weight file written tensor by tensor: one is in memory at a time
+PROBE_TEXT = " Plain words, žluťoučký kůň,\n\t日本語, ελληνικά, 🙂 and  1234567890"
+_MOST = 2**14  # tokens of a probe: an image of 96 x 96 has a few thousand at most
+_COMPARED = 24  # tensors that are compared bit by bit when a folder is read back
 _CARDS = read_table(__file__, "cards.yaml")
+
+Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no storage for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,126 +75,6 @@ class CardFacts:
     is_text_of: str = ""  # type of the whole model, where only its language model is written
     pictures: PictureBudget | None = None  # if images take fewer tokens than the base's
     copied: bool = False  # whether weights and configuration are the base's files
-
-
-def write_card(
-    folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts, processor: Any = None
-) -> None:
-    """Write a model's card; original, license and data are inherited from its base's card."""
-    config, shape, handed_on = model.config, read_anatomy(model), base_card(facts.base)
-    copy_licenses(facts.base, folder)
-    first = _first_plan(facts.base, plan, folder)
-    data = handed_on.pop("datasets", [])
-    if "slimvlm" not in handed_on.pop("tags", ()):
-        data = []  # those of the original's own training
-    if facts.data is not None and "/" in facts.data and is_hub_id(facts.data):
-        data = [*dict.fromkeys([*data, facts.data])]
-    if is_hub_id(facts.base):
-        handed_on["base_model"] = split_revision(facts.base)[0]
-    if "base_model" in handed_on:
-        handed_on["base_model_relation"] = "quantized" if facts.format else "finetune"
-    is_smaller = bool(plan or facts.format or facts.pictures or facts.is_text_of)
-    is_rounded = (bool(facts.format) or models.is_quantized(config)) and not facts.files
-    sees = Parts(model).family.vision is not None and len(facts.files) != 1
-    task = "image-text-to-text" if sees else "text-generation"
-    tags = ["slimvlm", *["pruned"] * (plan is not None), *["compressed"] * is_smaller]
-    tags += [config.model_type, *["text-only"] * bool(facts.is_text_of)]
-    results = [  # name and type of the data are the same
-        EvalResult(task, name, name, metric, round(value, 2))
-        for name, (metric, value) in facts.scores.items()
-    ]
-    words = [  # a card may be published: paths are shortened to their last part
-        ",".join(w if is_hub_id(w) else Path(w).name or w for w in word.split(","))
-        for word in shlex.split(facts.command)
-    ]
-    card = ModelCard.from_template(
-        ModelCardData(
-            **handed_on,
-            datasets=data or None,
-            library_name="gguf" if facts.files else "transformers",
-            pipeline_tag=task,
-            tags=[*tags, *facts.format, *["gguf"] * bool(facts.files)],
-            model_name=facts.name if facts.scores else None,
-            eval_results=results or None,
-        ),
-        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
-        facts=facts,
-        base=Path(facts.base).name,
-        command=shlex.join(words),
-        shape=shape,
-        plan=plan,
-        first=first,
-        is_smaller=is_smaller,
-        criteria=CRITERIA,
-        found=check_serving(shape, ("vllm", "sglang", "gguf"), is_rounded),
-        llama_cpp_option=llama_cpp_option(processor, config),
-        auto_class=models.auto_class(config).__name__,
-        needs_code=models.is_uneven(config),
-        layout=None if facts.format else layout_of(config),
-        heads=[n for n in MULTI_TOKEN_FIELDS if plan and hasattr(text_config_of(config), n)],
-        transformers=transformers.__version__,
-    )
-    write_text(folder / CARD_FILE, re.sub(r"\n{3,}", "\n\n", card.content).strip() + "\n")
-
-
-def copy_licenses(base: str, folder: Path) -> None:
-    """Copy the license and notices of a model into a folder made from it, as most require."""
-    for name in _CARDS["licenses"] if base and (is_hub_id(base) or Path(base).is_dir()) else ():
-        with suppress(ConfigError, OSError):  # the hub may be out of reach
-            path, target = Path(file_if_reachable(base, name) or ""), folder / name
-            leads_out = Path(base).is_dir() and path.resolve().parent != Path(base).resolve()
-            if path.is_file() and not leads_out and not target.exists():
-                write_text(target, read_text(path, "license", 2**22))
-
-
-def _first_plan(base: str, plan: Plan | None, folder: Path) -> Plan | None:
-    """Return the plan whose ``before`` is the original; store it if an earlier run pruned."""
-    for name in (FIRST_PLAN_FILE, PLAN_FILE) if base else ():
-        with suppress(SlimError):  # an unreadable one must not end finished work
-            if (path := Path(base) / name).is_file() and (earlier := Plan.load(path)) != plan:
-                earlier.save(folder / FIRST_PLAN_FILE)
-                return earlier
-    return plan
-
-
-def base_card(model: str) -> dict[str, Any]:
-    """Read what a model's card passes on; empty if there is none or it cannot be reached."""
-    is_some = bool(model) and (is_hub_id(model) or Path(model).is_dir())
-    try:
-        if not is_some or (path := file_if_reachable(model, CARD_FILE)) is None:
-            return {}
-        head = read_text(path, "card", 2**22).lstrip("\ufeff \n").split("\n---", 1)[0]
-        values = parse_yaml(head.removeprefix("---")) if head.startswith("---") else {}
-    except (ConfigError, ValueError, OSError):
-        return {}
-    found: dict[str, Any] = {}
-    for name, pattern in _CARDS["inherited"].items() if isinstance(values, dict) else ():
-        value = values.get(name)  # a short text, or a list of some
-        texts = value if isinstance(value, list) and 0 < len(value) < 100 else [value]
-        if all(isinstance(t, str) and re.fullmatch(pattern, t, re.ASCII) for t in texts):
-            found[name] = texts if name in ("datasets", "tags") else value
-    return found
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name is that of a model or a data set on the hub, and not a path here."""
-    pattern, repository = _CARDS["inherited"]["base_model"], split_revision(name)[0]
-    return bool(re.fullmatch(pattern, repository, re.ASCII)) and not Path(name).exists()
-
-
-Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no storage for them
-PLAN_FILE = "slimvlm_plan.json"
-FIRST_PLAN_FILE = "slimvlm_first_plan.json"  # of the original, where a later plan pruned further
-SHARD_BYTES = 10**9  # largest weight file written tensor by tensor: one is in memory at a time
-_MOST = 2**14  # tokens of a probe: an image of 96 x 96 has a few thousand at most
-_COMPARED = 24  # tensors that are compared bit by bit when a folder is read back
-PROBE_TEXT = " Plain words, žluťoučký kůň,\n\t日本語, ελληνικά, 🙂 and  1234567890"
-
-
-def plan_of(model: str | Path) -> Plan | None:
-    """Read the plan that pruned a model from its folder; None if there is none."""
-    path = Path(models.resolve(model)) / PLAN_FILE
-    return Plan.load(path) if path.is_file() else None
 
 
 def save(
@@ -430,3 +318,114 @@ def probe_messages(processor: Any) -> tuple[Message, ...]:
         {"role": "user", "content": [*parts, {"type": "text", "text": "What is shown here?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A field of colours."}]},
     )
+
+
+def plan_of(model: str | Path) -> Plan | None:
+    """Read the plan that pruned a model from its folder; None if there is none."""
+    path = Path(models.resolve(model)) / PLAN_FILE
+    return Plan.load(path) if path.is_file() else None
+
+
+def write_card(
+    folder: Path, model: PreTrainedModel, plan: Plan | None, facts: CardFacts, processor: Any = None
+) -> None:
+    """Write a model's card; original, license and data are inherited from its base's card."""
+    config, shape, handed_on = model.config, read_anatomy(model), base_card(facts.base)
+    copy_licenses(facts.base, folder)
+    first = _first_plan(facts.base, plan, folder)
+    data = handed_on.pop("datasets", [])
+    if "slimvlm" not in handed_on.pop("tags", ()):
+        data = []  # those of the original's own training
+    if facts.data is not None and "/" in facts.data and is_hub_id(facts.data):
+        data = [*dict.fromkeys([*data, facts.data])]
+    if is_hub_id(facts.base):
+        handed_on["base_model"] = split_revision(facts.base)[0]
+    if "base_model" in handed_on:
+        handed_on["base_model_relation"] = "quantized" if facts.format else "finetune"
+    is_smaller = bool(plan or facts.format or facts.pictures or facts.is_text_of)
+    is_rounded = (bool(facts.format) or models.is_quantized(config)) and not facts.files
+    sees = Parts(model).family.vision is not None and len(facts.files) != 1
+    task = "image-text-to-text" if sees else "text-generation"
+    tags = ["slimvlm", *["pruned"] * (plan is not None), *["compressed"] * is_smaller]
+    tags += [config.model_type, *["text-only"] * bool(facts.is_text_of)]
+    results = [  # name and type of the data are the same
+        EvalResult(task, name, name, metric, round(value, 2))
+        for name, (metric, value) in facts.scores.items()
+    ]
+    words = [  # a card may be published: paths are shortened to their last part
+        ",".join(w if is_hub_id(w) else Path(w).name or w for w in word.split(","))
+        for word in shlex.split(facts.command)
+    ]
+    card = ModelCard.from_template(
+        ModelCardData(
+            **handed_on,
+            datasets=data or None,
+            library_name="gguf" if facts.files else "transformers",
+            pipeline_tag=task,
+            tags=[*tags, *facts.format, *["gguf"] * bool(facts.files)],
+            model_name=facts.name if facts.scores else None,
+            eval_results=results or None,
+        ),
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
+        facts=facts,
+        base=Path(facts.base).name,
+        command=shlex.join(words),
+        shape=shape,
+        plan=plan,
+        first=first,
+        is_smaller=is_smaller,
+        criteria=CRITERIA,
+        found=check_serving(shape, ("vllm", "sglang", "gguf"), is_rounded),
+        llama_cpp_option=llama_cpp_option(processor, config),
+        auto_class=models.auto_class(config).__name__,
+        needs_code=models.is_uneven(config),
+        layout=None if facts.format else layout_of(config),
+        heads=[n for n in MULTI_TOKEN_FIELDS if plan and hasattr(text_config_of(config), n)],
+        transformers=transformers.__version__,
+    )
+    write_text(folder / CARD_FILE, re.sub(r"\n{3,}", "\n\n", card.content).strip() + "\n")
+
+
+def copy_licenses(base: str, folder: Path) -> None:
+    """Copy the license and notices of a model into a folder made from it, as most require."""
+    for name in _CARDS["licenses"] if base and (is_hub_id(base) or Path(base).is_dir()) else ():
+        with suppress(ConfigError, OSError):  # the hub may be out of reach
+            path, target = Path(file_if_reachable(base, name) or ""), folder / name
+            leads_out = Path(base).is_dir() and path.resolve().parent != Path(base).resolve()
+            if path.is_file() and not leads_out and not target.exists():
+                write_text(target, read_text(path, "license", 2**22))
+
+
+def _first_plan(base: str, plan: Plan | None, folder: Path) -> Plan | None:
+    """Return the plan whose ``before`` is the original; store it if an earlier run pruned."""
+    for name in (FIRST_PLAN_FILE, PLAN_FILE) if base else ():
+        with suppress(SlimError):  # an unreadable one must not end finished work
+            if (path := Path(base) / name).is_file() and (earlier := Plan.load(path)) != plan:
+                earlier.save(folder / FIRST_PLAN_FILE)
+                return earlier
+    return plan
+
+
+def base_card(model: str) -> dict[str, Any]:
+    """Read what a model's card passes on; empty if there is none or it cannot be reached."""
+    is_some = bool(model) and (is_hub_id(model) or Path(model).is_dir())
+    try:
+        if not is_some or (path := file_if_reachable(model, CARD_FILE)) is None:
+            return {}
+        head = read_text(path, "card", 2**22).lstrip("\ufeff \n").split("\n---", 1)[0]
+        values = parse_yaml(head.removeprefix("---")) if head.startswith("---") else {}
+    except (ConfigError, ValueError, OSError):
+        return {}
+    found: dict[str, Any] = {}
+    for name, pattern in _CARDS["inherited"].items() if isinstance(values, dict) else ():
+        value = values.get(name)  # a short text, or a list of some
+        texts = value if isinstance(value, list) and 0 < len(value) < 100 else [value]
+        if all(isinstance(t, str) and re.fullmatch(pattern, t, re.ASCII) for t in texts):
+            found[name] = texts if name in ("datasets", "tags") else value
+    return found
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is that of a model or a data set on the hub, and not a path here."""
+    pattern, repository = _CARDS["inherited"]["base_model"], split_revision(name)[0]
+    return bool(re.fullmatch(pattern, repository, re.ASCII)) and not Path(name).exists()
