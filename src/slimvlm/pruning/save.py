@@ -24,7 +24,6 @@ from slimvlm.core.errors import ConfigError, ReloadError, SlimError, raised_as
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free, write_text
 from slimvlm.core.tables import read_table
 from slimvlm.data import chat
-from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.samples import Message, Sample
 from slimvlm.models import load as models
 from slimvlm.models import modeling_pruned
@@ -204,8 +203,8 @@ def write_folder(
         if plan is not None:
             plan.save(folder / PLAN_FILE)
             if processor is not None and plan.tokens is not None:
-                again = tokenizer_of(models.load_processor(str(folder), model.config))
-                ours, count = tokenizer_of(processor), len(plan.tokens)
+                again = chat.tokenizer_of(models.load_processor(str(folder), model.config))
+                ours, count = chat.tokenizer_of(processor), len(plan.tokens)
                 if again.get_vocab() != ours.get_vocab() or len(again) != count:
                     raise ReloadError(f"{where}: the tokenizer reads back with other tokens")
                 texts = [PROBE_TEXT]

@@ -31,7 +31,6 @@ from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory, release_memory
 from slimvlm.models.hidden import is_sharded
-from slimvlm.models.load import digest_of_weights
 from slimvlm.models.losses import layer_map
 from slimvlm.models.parts import Parts, part_at
 from slimvlm.planning.plan import Plan
@@ -190,7 +189,7 @@ def _require_same_run(
     request = {
         "config": asked(config),
         "processes": num_ranks(),
-        **{n: None if m is None or is_sharded(m) else digest_of_weights(m) for n, m in both},
+        **{n: None if m is None or is_sharded(m) else models.digest_of_weights(m) for n, m in both},
         "samples": [sample.id for sample in learnt],
         "conversations": digest([[sample.messages for sample in learnt]]),
         "pictures": digest(identifying_bytes(each, may_move=True) for each in images),
