@@ -73,15 +73,6 @@ class Streams:
         # the layers that some fitted batch runs
         self.layers_run = {i for place in self.fitted for i in self.runner.layers_of(place)}
 
-    def calls(self, stream: str, index: int, place: int) -> LayerCalls:
-        """Return the call of a layer for a batch; streams do not share dictionaries of keys."""
-        # layers of Gemma 3n and Gemma 4 put keys and values for later layers into these
-        if not shares_keys(self.runner.model.config):
-            return self.runner.calls(place, index)
-        if (stream, place) not in self._own_calls:
-            self._own_calls[stream, place] = self.runner.calls(place).with_own_dictionaries()
-        return self._own_calls[stream, place]
-
     def state(self, stream: str, index: int, place: int) -> Tensor:
         """Input of a layer, or of the final norm."""
         name = f"{stream}-{index}"
@@ -92,11 +83,17 @@ class Streams:
     def output(self, stream: str, index: int, place: int) -> Tensor:
         """Run a layer on a stream."""
         layer, hidden = Parts(self.runner.model).layers[index], self.state(stream, index, place)
+        if not shares_keys(self.runner.model.config):
+            calls = self.runner.calls(place, index)
+        elif (stream, place) in self._own_calls:
+            calls = self._own_calls[stream, place]
+        else:  # layers of Gemma 3n and 4 store keys and values for later layers of their stream
+            calls = self.runner.calls(place).with_own_dictionaries()
+            self._own_calls[stream, place] = calls
         with ExitStack() as stack:
             for inputs in self.kept if stream == PREFIX else ():
                 answer = partial(inputs.answer, place)
                 stack.enter_context(replaced_forward(inputs.block, answer))
-            calls = self.calls(stream, index, place)
             return calls.after(index, calls.run(layer, index, hidden))
 
     def pass_on(self, stream: str, index: int, end: int, places: Sequence[int]) -> None:
