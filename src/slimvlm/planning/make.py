@@ -71,11 +71,6 @@ class Budget(Options):
         count = max(self.anatomy.expert_counts, default=0)
         return count - round(count * self.experts)
 
-    def left(self, plan: Plan) -> float:
-        """Count the parameters to remove in addition to those that a plan removes already."""
-        params = self.anatomy.backbone_params
-        return self.ratio * params - plan.ratio * params
-
     @property
     def multiple(self) -> int:
         """Multiple for the number of kept neurons; a larger one if the model needs it."""
@@ -264,7 +259,8 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     if budget.counting == "per_layer":
         count = channels_to_remove(len(candidates), budget.ratio)
     else:  # so many that their parameters come nearest; layers may differ in size
-        wanted = budget.left(plan) * (budget.depth_share if budget.axis == "both" else 1.0)
+        wanted = budget.ratio * anatomy.backbone_params - plan.ratio * anatomy.backbone_params
+        wanted *= budget.depth_share if budget.axis == "both" else 1.0
         sums = list(accumulate((shapes[i].params for i in order), initial=0))
         count = min(range(len(sums)), key=lambda n: abs(sums[n] - wanted))
     count = min(count, len(order))
@@ -363,7 +359,9 @@ def _widths(equal: Anatomy, plan: Plan, scored: Collection[str], budget: Budget)
     if budget.kv_heads is not None and legal:
         legal = [budget.kv_heads]
     legal = legal or [all_groups]
-    params, multiple = budget.left(plan), budget.multiple if "neuron" in scored else 0
+    # parameters that are still to be removed, and the step of neurons
+    params = (budget.ratio * plan.before.backbone_params) - plan.ratio * plan.before.backbone_params
+    multiple = budget.multiple if "neuron" in scored else 0
     attention = all_groups * group_params if len(legal) > 1 else 0
     mlp = all_neurons * neuron_params if multiple else 0
     share = min(params / (attention + mlp), 1.0) if attention + mlp else 0.0

@@ -79,18 +79,15 @@ def lay_out(folder: Path, config: Any) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
     if not layout.tower_level:
         return
-
-    def rename(name: str) -> str:
-        return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
-
+    old, new = re.compile(r"^vision_tower\.(?!vision_model\.)"), "vision_tower.vision_model."
     for path in sorted(folder.glob("*.safetensors")):
         with new_file(path) as written:  # from mapped memory: no tensor is held
-            renamed = {rename(name): tensor for name, tensor in load_file(path).items()}
+            renamed = {old.sub(new, name): tensor for name, tensor in load_file(path).items()}
             save_file(renamed, written, {"format": "pt"})
     index = folder / "model.safetensors.index.json"
     if index.exists():
         values = json.loads(index.read_text())
-        values["weight_map"] = {rename(k): v for k, v in values["weight_map"].items()}
+        values["weight_map"] = {old.sub(new, k): v for k, v in values["weight_map"].items()}
         write_text(index, json.dumps(values, indent=2) + "\n")
 
 

@@ -311,8 +311,8 @@ def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) 
     # measured on a model with 576 channels (``docs/log.md``); a wider one takes less in proportion,
     # as the hidden matrices of μP do (arXiv:2203.03466, Table 3)
     width = read_anatomy(model).hidden_size
-    gone = plan.decoder_ratio if plan is not None and plan.cuts_layers else UNKNOWN_SHARE
-    return RATE_OF_ALL * gone * min(MEASURED_CHANNELS / width, 1.0)
+    removed = plan.decoder_ratio if plan is not None and plan.cuts_layers else UNKNOWN_SHARE
+    return RATE_OF_ALL * removed * min(MEASURED_CHANNELS / width, 1.0)
 
 
 def _training_arguments(
@@ -325,7 +325,7 @@ def _training_arguments(
 ) -> TrainingArguments:
     """Make the Trainer's arguments; bfloat16 autocast by default where the device is fast at it."""
     device = model.device
-    gone = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
+    removed = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
     is_pinned = device.type not in ("cpu", "mps")  # MPS shares the memory of its host
     wrong = raised_as(ConfigError, (ValueError, TypeError), f"trainer {dict(config.trainer)}:")
     with wrong, warnings.catch_warnings(action="ignore", category=FutureWarning):  # old names
@@ -333,7 +333,7 @@ def _training_arguments(
             output_dir=str(folder),
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation,
-            num_train_epochs=config.passes(num_samples, gone),
+            num_train_epochs=config.passes(num_samples, removed),
             max_steps=config.max_steps,
             learning_rate=peak_rate(config, model, plan),
             bf16=models.computes_bfloat16(device) if config.bf16 is None else config.bf16,

@@ -57,19 +57,15 @@ class WalkReport:
         """All refitted matrices, named ``<original layer>.<path>``."""
         return {f"{r.index}.{path}": row for r in self.layers for path, row in r.refits.items()}
 
-    @property
-    def kept(self) -> dict[str, float]:
-        """How much of each kind of repair is kept, on average over its matrices."""
+    def summary(self) -> str:
+        """Summarize in one line how much of each kind of repair is kept, and the errors."""
         rows = self.refits.values()
         kinds = dict.fromkeys(row.kind for row in rows)
-        return {kind: fmean(row.share for row in rows if row.kind == kind) for kind in kinds}
-
-    def summary(self) -> str:
-        """Summarize repairs and errors before and after, in one line."""
-        parts = [f"{kind} {share:.2g}" for kind, share in self.kept.items() if share]
+        kept = {kind: fmean(row.share for row in rows if row.kind == kind) for kind in kinds}
+        parts = [f"{kind} {share:.2g}" for kind, share in kept.items() if share]
         line = f"repair: {', '.join(parts) or 'nothing kept'}"
-        if refits := self.refits.values():
-            sliced, repaired = fmean(r.sliced for r in refits), fmean(r.repaired for r in refits)
+        if rows:
+            sliced, repaired = fmean(r.sliced for r in rows), fmean(r.repaired for r in rows)
             line += f"; mean output error {sliced:.2%} -> {repaired:.2%}"
         distilled = [report.distilled for report in self.layers if report.distilled is not None]
         if distilled:
