@@ -255,5 +255,5 @@ def _are_indices(kept: Sequence[Any], count: int) -> bool:
 
 
 def _span(values: Sequence[Any]) -> str:
-    ends = dict.fromkeys(values[:1] + values[-1:])
+    ends = dict.fromkeys((*values[:1], *values[-1:]))
     return "-".join(f"{value:,}" for value in ends) or "0"

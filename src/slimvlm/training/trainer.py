@@ -203,13 +203,12 @@ def collate(processor: Any, positions: Positions, samples: list[Sample]) -> dict
     for has_images in (True, False):
         if not (group := [each for each in samples if bool(each.images) == has_images]):
             continue
-        inputs = encode_samples(processor, group)
+        inputs: dict[str, Any] = {**encode_samples(processor, group)}
         labels = inputs.pop("labels")
         compared = valid_tokens(inputs).bool() if positions == "all" else predicts_label(labels)
         ids = tuple(sample.id for sample in group)
-        kinds.append(
-            {**inputs, SUPERVISION: Supervision(ids=ids, labels=labels, compared=compared)}
-        )
+        inputs[SUPERVISION] = Supervision(ids=ids, labels=labels, compared=compared)
+        kinds.append(inputs)
     return {**kinds[0], REST: kinds[1:]}
 
 
