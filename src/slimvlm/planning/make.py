@@ -259,7 +259,8 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     if budget.counting == "per_layer":
         count = channels_to_remove(len(candidates), budget.ratio)
     else:  # so many that their parameters come nearest; layers may differ in size
-        wanted = budget.ratio * anatomy.backbone_params - plan.ratio * anatomy.backbone_params
+        backbone = anatomy.backbone_params
+        wanted = budget.ratio * backbone - plan.ratio * backbone
         wanted *= budget.depth_share if budget.axis == "both" else 1.0
         sums = list(accumulate((shapes[i].params for i in order), initial=0))
         count = min(range(len(sums)), key=lambda n: abs(sums[n] - wanted))
@@ -359,8 +360,8 @@ def _widths(equal: Anatomy, plan: Plan, scored: Collection[str], budget: Budget)
     if budget.kv_heads is not None and legal:
         legal = [budget.kv_heads]
     legal = legal or [all_groups]
-    # parameters that are still to be removed, and the step of neurons
-    params = (budget.ratio * plan.before.backbone_params) - plan.ratio * plan.before.backbone_params
+    backbone = plan.before.backbone_params
+    params = budget.ratio * backbone - plan.ratio * backbone  # that are still to be removed
     multiple = budget.multiple if "neuron" in scored else 0
     attention = all_groups * group_params if len(legal) > 1 else 0
     mlp = all_neurons * neuron_params if multiple else 0
