@@ -10,17 +10,22 @@ class and the fields that both know, whatever the model.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimvlm.core.files import new_file, write_text
 from slimvlm.core.tables import read_table
 from slimvlm.data.chat import tokenizer_of
+from slimvlm.models.files import write_weights
+
+Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no storage for them
+SHARD_BYTES = 10**9  # largest weight file written tensor by tensor: one is in memory at a time
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,19 @@ def lay_out(folder: Path, config: Any) -> None:
         values = json.loads(index.read_text())
         values["weight_map"] = {old.sub(new, k): v for k, v in values["weight_map"].items()}
         write_text(index, json.dumps(values, indent=2) + "\n")
+
+
+def write_model(
+    folder: Path, model: PreTrainedModel, processor: Any, read: Reader | None = None
+) -> None:
+    """Write configuration, weights, code and processor in the layout that most libraries read."""
+    if read is None:
+        model.save_pretrained(folder)
+    else:
+        write_weights(model, read, folder, SHARD_BYTES)
+    lay_out(folder, model.config)
+    if processor is not None:
+        write_processor(processor, folder)
 
 
 def write_processor(processor: Any, folder: Path) -> None:

@@ -29,7 +29,7 @@ from slimvlm.models import load as models
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import free_memory
-from slimvlm.models.files import file_if_reachable, split_revision, write_weights
+from slimvlm.models.files import file_if_reachable, split_revision
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.losses import CHUNK
 from slimvlm.models.parts import Parts, context_of, text_config_of
@@ -37,7 +37,7 @@ from slimvlm.models.pictures import PictureBudget, llama_cpp_option
 from slimvlm.models.serving import check as check_serving
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import MULTI_TOKEN_FIELDS, Cut, cuts_of, prune_
-from slimvlm.pruning.layout import lay_out, layout_of, write_processor
+from slimvlm.pruning.layout import Reader, layout_of, write_model
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Weights
 from slimvlm.scoring.criteria import CRITERIA
@@ -46,13 +46,10 @@ from slimvlm.scoring.layerwise import open_checkpoint
 CARD_FILE = "README.md"
 PLAN_FILE = "slimvlm_plan.json"
 FIRST_PLAN_FILE = "slimvlm_first_plan.json"  # of the original, where a later plan pruned further
-SHARD_BYTES = 10**9  # largest weight file written tensor by tensor: one is in memory at a time
 PROBE_TEXT = " Plain words, žluťoučký kůň,\n\t日本語, ελληνικά, 🙂 and  1234567890"
 _MOST = 2**14  # tokens of a probe: an image of 96 x 96 has a few thousand at most
 _COMPARED = 24  # tensors that are compared bit by bit when a folder is read back
 _CARDS = read_table(__file__, "cards.yaml")
-
-Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no storage for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,19 +213,6 @@ def write_folder(
                         raise ReloadError(f"{where}: the tokenizer that reads back changes texts")
         write_card(folder, model, plan, check(folder), processor)
         mark_checkpoint(folder)
-
-
-def write_model(
-    folder: Path, model: PreTrainedModel, processor: Any, read: Reader | None = None
-) -> None:
-    """Write configuration, weights, code and processor in the layout that most libraries read."""
-    if read is None:
-        model.save_pretrained(folder)
-    else:
-        write_weights(model, read, folder, SHARD_BYTES)
-    lay_out(folder, model.config)
-    if processor is not None:
-        write_processor(processor, folder)
 
 
 @torch.no_grad()
