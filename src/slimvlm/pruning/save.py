@@ -208,8 +208,8 @@ def write_folder(
                 with suppress(SlimError):
                     texts.append(chat.render(processor, probe_messages(processor)))
                 for text in texts:
-                    read, known = (t.decode(t(text)["input_ids"]) for t in (again, ours))
-                    if read != known:
+                    found, known = (t.decode(t(text)["input_ids"]) for t in (again, ours))
+                    if found != known:
                         raise ReloadError(f"{where}: the tokenizer that reads back changes texts")
         write_card(folder, model, plan, check(folder), processor)
         mark_checkpoint(folder)
