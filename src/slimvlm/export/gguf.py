@@ -20,7 +20,8 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.models.pictures import llama_cpp_option
 from slimvlm.models.serving import GGUF_PICTURES, check
-from slimvlm.pruning.save import CARD_FILE, CardFacts, base_card, plan_of, write_card, write_model
+from slimvlm.pruning.layout import write_model
+from slimvlm.pruning.save import CARD_FILE, CardFacts, base_card, plan_of, write_card
 
 CONVERTER = "convert_hf_to_gguf"
 QUANTIZE_PROGRAM = "llama-quantize"

@@ -385,7 +385,7 @@ class ShownTraining(ProgressCallback):
         """Start at the first step, or after those of a stopped run."""
         self._stage = None
         if sys.stderr.isatty():
-            super().on_train_begin(args, state, *rest, **kwargs)
+            super().on_train_begin(args, state, *rest, **kwargs)  # type: ignore[no-untyped-call]
         else:
             self._stage = LoggedStage("train", state.max_steps, state.global_step)
 
@@ -393,7 +393,7 @@ class ShownTraining(ProgressCallback):
         """Show how far the training is; request a log row after the last step."""
         control.should_log |= state.global_step >= state.max_steps
         if self._stage is None:
-            super().on_step_end(args, state, control, **kwargs)
+            super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         else:
             known = [row["loss"] for row in state.log_history if "loss" in row]
             self._stage.reached(state.global_step, f", loss {known[-1]:.4f}" if known else "")
@@ -406,7 +406,7 @@ class ShownTraining(ProgressCallback):
     def on_train_end(self, *call: Any, **kwargs: Any) -> None:
         """End the bar or the log."""
         if self._stage is None:
-            super().on_train_end(*call, **kwargs)
+            super().on_train_end(*call, **kwargs)  # type: ignore[no-untyped-call]
         else:
             self._stage.end()
 
