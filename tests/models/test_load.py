@@ -105,7 +105,7 @@ def test_where_and_how_a_model_is_read_is_no_part_of_what_is_asked(how, tmp_path
             prepared(study, silent)
     if "device_map" in how:
         with pytest.raises(
-            ConfigError, match="device_map 'auto': a model that is trained is whole"
+            ConfigError, match="device_map 'auto' cannot be used with training"
         ):
             replace(chosen, recover=RecoverConfig())
 
@@ -129,7 +129,7 @@ def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
         sv.compress(model, config, out, say=silent)
     said = []
     sv.compress(model, replace(config, device="cpu"), out, say=said.append)
-    assert any("going on" in line for line in said), said
+    assert any("resuming" in line for line in said), said
     found, again, _ = read_config(out / "run.yaml")
     assert (found, again.device) == (model, "cpu")
     assert read_config(out / "config.json")[1] == config

@@ -131,12 +131,12 @@ def test_impossible_budgets_are_refused(model, budget, message):
 
 
 def test_the_verb_prints_json_and_refuses_contradictions(model, capsys):
-    cli.main(["advise", model, "--ratio", "0.3", "--data", "--gpu", "--json"])
+    cli.main(["advise", model, "--ratio", "0.3", "--gpu", "--json"])
     values = json.loads(capsys.readouterr().out)
     assert set(values) == {field.name for field in fields(Advice)}
     cli.main(["advise", model, "--ratio", "0.3", "--no-data", "--no-gpu"])
     assert "arXiv:2604.24380, Table 2" in capsys.readouterr().out
-    for words in (["--gpu", "--no-gpu"], ["--data", "--no-data"], ["--data", "mine.jsonl"]):
+    for words in (["--gpu", "--no-gpu"], ["--data", "mine.jsonl"]):
         assert refused("advise", model, "--ratio", "0.3", *words)
 
 

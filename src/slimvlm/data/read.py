@@ -218,12 +218,12 @@ def load_samples(
     data: str | Path,
     images: str | Path | None = None,
     limit: int | None = None,
-    max_bad: int = 0,
+    max_bad_rows: int = 0,
     warn: Say = print,
     processor: Any = None,
     max_length: int | None = None,
     context: int | None = None,
-    too_long: TooLong = "refuse",
+    too_long: TooLong = "error",
     seed: int = 0,
     test: int = 0,
 ) -> list[Sample]:
@@ -234,13 +234,13 @@ def load_samples(
             (or ``conversations``); a folder that ``datasets`` saved; or a hub dataset id.
         images: Folder that image paths start from and lie in; by default that of the data.
         limit: Read only so many good samples, drawn from the whole source.
-        max_bad: Up to so many broken rows are skipped, the first ones named; one more is an error.
+        max_bad_rows: Bad rows to skip at most, the first ones named; one more is an error.
         warn: Receives one line for each row that was skipped, and one that names unknown columns.
         processor: A model's processor or tokenizer. Rows that it cannot read are broken, too, and
             those with its own tokens for media in a text.
         max_length: Rows with more tokens, counted by the processor, are too long.
         context: Tokens that the model reads at most; rows with more are too long, too.
-        too_long: ``refuse``: rows that are too long are broken; ``cut``: they are shortened.
+        too_long: ``error``: rows that are too long are bad rows; ``truncate``: they are shortened.
         seed: Other ones draw other samples.
         test: So many of the limit are the same for all seeds and limits (but of ``demo``).
 
@@ -255,7 +255,7 @@ def load_samples(
         raise ConfigError(f"max_length {max_length} needs a processor to count tokens with")
     given = [value for value in (max_length, context) if value is not None]
     most = min(given, default=None) if processor is not None else None
-    is_asked, cuts = most == max_length, too_long == "cut"
+    is_asked, cuts = most == max_length, too_long == "truncate"
     added = {} if processor is None else chat.tokenizer_of(processor).added_tokens_decoder
     stands = getattr(processor, "image_token", "")  # no text may have it, nor those of other media
     marks = [word for word in map(str, added.values()) if word == stands or _MEDIA.search(word)]
@@ -263,7 +263,7 @@ def load_samples(
     root = _root_of(data, images)
     rows, places = _placed(data, limit, seed, processor is None or chat.can_see(processor))
     ahead, behind = drawn(places, seed, 0 if limit is None else min(test, limit))
-    order = [*behind, *ahead[: None if limit is None else limit - len(behind) + max_bad]]
+    order = [*behind, *ahead[: None if limit is None else limit - len(behind) + max_bad_rows]]
     for number, sample in _samples(rows, set(order), root, unknown):
         try:
             if isinstance(sample, DataError):
@@ -280,8 +280,10 @@ def load_samples(
             cut[number] = short is not sample
         except DataError as error:
             bad += 1
-            if bad > max_bad:
-                raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
+            if bad > max_bad_rows:
+                raise DataError(
+                    f"data {str(data)!r}: {error} (--max-bad-rows {max_bad_rows})"
+                ) from error
             (warn if bad <= NAMED else silent)(f"skipped: {error}")
     _most_tokens.cache_clear()  # it holds the processor
     read = [row for row in order if row in found][:limit]
@@ -502,7 +504,7 @@ def fitted(
     which = "--max-length is" if is_asked else "the model reads"
     told = f"sample {sample.id!r} has {length} tokens, {which} {most}"
     if not cuts:
-        raise DataError(f"{told} (--too-long cut shortens it)")
+        raise DataError(f"{told} (--too-long truncate shortens it)")
     answered = [n for n, message in enumerate(sample.messages, 1) if message["role"] == "assistant"]
     for kept in reversed(answered):
         turns = sample.messages[:kept]
