@@ -185,7 +185,9 @@ def test_a_stopped_run_does_not_try_again(data, tmp_path, monkeypatch):
     said = []
     compress(model, config, out, say=said.append)
     assert any("depth, width and both are tried" in line for line in said)
-    assert any(f"axis {Plan.load(out / 'plan.json').axis}: validation loss" in line for line in said)
+    assert any(
+        f"axis {Plan.load(out / 'plan.json').axis}: validation loss" in line for line in said
+    )
 
 
 def test_the_chart_decides_without_data_and_the_data_before_training(data):

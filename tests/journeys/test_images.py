@@ -138,7 +138,7 @@ def test_a_kept_budget_has_a_card_that_goes_on_from_the_originals(data, tmp_path
     for needed in (
         "The weights of [some/original]",
         "Weights and all other settings are copied from some/original.",
-        f"| tokens of a picture | {whole} | {fewer} |",
+        f"| tokens per image | {whole} | {fewer} |",
         f"`size.longest_edge` {size}",
         "This was not measured.",
         "AutoModelForImageTextToText.from_pretrained(folder)",
@@ -221,7 +221,7 @@ def test_a_run_chooses_the_budget_first_and_writes_it(name, more, tmp_path, monk
         for config in configs:
             assert config.image_grid_pinpoints == plain.image_processor.image_grid_pinpoints
     texts = [card_of(run.folder / "checkpoint"), (run.folder / "summary.md").read_text()]
-    assert f"| tokens of a picture | {before} | {after} |" in texts[0]
+    assert f"| tokens per image | {before} | {after} |" in texts[0]
     assert f"{after} tokens in place of {before}" in texts[1]
     assert any(f"{after} tokens in place of {before}" in line for line in said)
     unseen, model = load_samples(more)[-2:], load(asked[0])

@@ -201,7 +201,11 @@ def fails(error):
     [
         ("free_memory", lambda _: 1000, r"not measured: .* exceed the 0\.0 MiB of free memory"),
         ("paired_times", fails(ConfigError("no template")), "not measured: no template"),
-        ("paired_times", fails(RuntimeError("no kernel")), r"not measured: RuntimeError\('no kernel"),
+        (
+            "paired_times",
+            fails(RuntimeError("no kernel")),
+            r"not measured: RuntimeError\('no kernel",
+        ),
         (
             *("paired_times", fails(torch.OutOfMemoryError("2 GiB more"))),
             r"both models do not fit on cpu together \(2 GiB",

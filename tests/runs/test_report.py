@@ -52,7 +52,8 @@ def result(name, right, reply="cat"):
     scores = (1.0,) * right + (0.0,) * (10 - right)
     ids = tuple(map(str, range(10)))
     task = TaskResult("exact_match", 10 * right, 0.0, True, ids, (reply,) * 10, scores)
-    return Result(name, 2_000_000, 1_000_000, dict.fromkeys(TASKS, task), 4.0, 2.0)
+    tasks = dict.fromkeys(TASKS, task)
+    return Result(name, 2_000_000, 1_000_000, tasks, prefill_ms=4.0, decode_ms=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -531,7 +532,7 @@ def test_a_page_stays_below_five_megabytes_and_every_task_gets_pictures():
     shown = cards(html)
     assert len(shown) == 600
     bare = [card for card in shown if "<img" not in card]
-    assert f"Pictures of {len(bare)} answers are left out" in html
+    assert f"Images of {len(bare)} answers are left out" in html
     with_picture = [card for card in shown if "<img" in card]
     assert {'data-kind="lost"' in card for card in with_picture[:200]} == {True}
     asked = {name: questions(name, 300, (64, 64)) for name in ("one", "two")}

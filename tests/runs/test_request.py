@@ -209,5 +209,7 @@ def test_a_run_is_asked_what_evaluate_asks(monkeypatch):
 def test_published_benchmarks_are_not_asked_blind(how, monkeypatch):
     monkeypatch.setattr(requests, "check_names", lambda *given: {})
     questions = Questions(tasks="pope", floors=how.pop("floors", False))
-    with pytest.raises(ConfigError, match="--blind, --floors and --replies do not work with 'pope'"):
+    with pytest.raises(
+        ConfigError, match="--blind, --floors and --replies do not work with 'pope'"
+    ):
         check_questions(questions, **how)

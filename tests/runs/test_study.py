@@ -306,7 +306,7 @@ def test_a_study_of_which_nothing_could_be_measured_is_reported(
 
     def fails(stage):
         if stage.kind == "evaluate":
-            raise ConfigError("blind: question 'a' finds no other pictures")
+            raise ConfigError("blind: question 'a' finds no other images")
 
     watch_work(monkeypatch, fails)
     config = study(data, {"recovery": "none", "axis": "depth"}, limit=1)

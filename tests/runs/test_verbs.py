@@ -41,7 +41,7 @@ def test_prune_gives_the_same_figures_in_memory_and_from_files(data, pruned):
     for out, (_, held_out) in pruned.items():
         assert list(held_out) == ["original", "pruned"]
         assert DataResult.load(out / "slimvlm_held_out.json") == held_out["pruned"]
-        assert "## What was kept" in (out / "README.md").read_text()
+        assert "## Retained quality" in (out / "README.md").read_text()
     for stage in ("original", "pruned"):
         samples = (held_out[stage].samples for _, held_out in pruned.values())
         for here, there in zip(*samples, strict=True):

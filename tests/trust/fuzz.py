@@ -94,7 +94,8 @@ def make_task(folder):
 ANSWERED = TaskResult(
     "exact_match", 50.0, 25.0, True, ("a", "b"), ("r", "s"), (1.0, 0.0), {"f1": 1.0}, 50.0
 )
-RESULT = Result("model", 1000, 800, {"one": ANSWERED, "two": ANSWERED}, 1.0, 2.0)
+ASKED, TIMES = {"one": ANSWERED, "two": ANSWERED}, {"prefill_ms": 1.0, "decode_ms": 2.0}
+RESULT = Result("model", 1000, 800, ASKED, **TIMES)
 
 
 def make_result(folder):

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.options import AT_LEAST_0
 from slimvlm.models.anatomy import read_anatomy, segments, unit_of
+from slimvlm.models.devices import with_float64
 from slimvlm.models.families import INPUT_COLUMNS, Backbone, Projection
 from slimvlm.models.hidden import all_finite
-from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, layer_matrices
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import kept_channels

@@ -28,7 +28,7 @@ from slimvlm.data.samples import Message, Sample
 from slimvlm.models import load as models
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import free_memory
+from slimvlm.models.devices import free_memory
 from slimvlm.models.files import file_if_reachable, split_revision
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.losses import CHUNK

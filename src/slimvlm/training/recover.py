@@ -29,7 +29,7 @@ from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import free_memory, release_memory
+from slimvlm.models.devices import computes_bfloat16, digest_of_weights, free_memory, release_memory
 from slimvlm.models.hidden import is_sharded
 from slimvlm.models.losses import layer_map
 from slimvlm.models.parts import Parts, part_at
@@ -189,7 +189,7 @@ def _require_same_run(
     request = {
         "config": asked(config),
         "processes": num_ranks(),
-        **{n: None if m is None or is_sharded(m) else models.digest_of_weights(m) for n, m in both},
+        **{n: None if m is None or is_sharded(m) else digest_of_weights(m) for n, m in both},
         "samples": [sample.id for sample in learnt],
         "conversations": digest([[sample.messages for sample in learnt]]),
         "pictures": digest(identifying_bytes(each, may_move=True) for each in images),
@@ -336,7 +336,7 @@ def _training_arguments(
             num_train_epochs=config.epochs_over(num_samples, removed),
             max_steps=config.max_steps,
             learning_rate=peak_rate(config, model, plan),
-            bf16=models.computes_bfloat16(device) if config.bf16 is None else config.bf16,
+            bf16=computes_bfloat16(device) if config.bf16 is None else config.bf16,
             use_cpu=device.type == "cpu",
             save_strategy="steps" if is_resumable else "no",
             dataloader_pin_memory=is_pinned,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from slimvlm.models.anatomy import channels_by_segment, read_anatomy, unit_of
+from slimvlm.models.anatomy import channels_of, read_anatomy, segments, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS
 from slimvlm.models.hidden import evaluating, frozen, is_sharded, replaced_forward
 from slimvlm.models.parts import Parts
@@ -145,7 +145,9 @@ def _share_cut_matrices(
         units = plan.kept(unit_of(projection))[index]
         lost = sorted({*range(shape.block(projection.segments[0])[0])} - {*units})
         kept, removed = (
-            [part.to(device) for part in channels_by_segment(projection, shape, some)]
+            channels_of(projection, shape, some)
+            .to(device)
+            .split([len(some) * width for *_, width in segments(projection, shape)])
             for some in (units, lost)
         )
         if not any(len(part) for part in removed):

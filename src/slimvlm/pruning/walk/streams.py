@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
-from slimvlm.models.cost import free_memory
+from slimvlm.models.devices import free_memory, with_float64
 from slimvlm.models.hidden import all_finite, head_of, replaced_forward, require_finite_values
-from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, shares_keys
 from slimvlm.pruning.repair import Writer
 from slimvlm.scoring.batches import TokenWeights, labels_of, mean_answer_loss

@@ -17,6 +17,7 @@ from slimvlm.data.roles import valid_tokens
 from slimvlm.data.samples import split_validation
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
+from slimvlm.models.devices import device_named, digest_of_tensors
 from slimvlm.models.hidden import device_of, evaluating, frozen
 from slimvlm.models.parts import text_config_of
 from slimvlm.planning.make import make_plan, width_candidates
@@ -125,7 +126,7 @@ def walk_checkpoint(
     `slimvlm.score_checkpoint`, all other arguments as in `walk_`. Errors are those of these three.
     """
     require_free(out, force)
-    place = models.device_named(device)
+    place = device_named(device)
     how = (repair, ridge, local_steps, plan, token_weights)
     fitted, judges, steps = _prepared(batches, held_out, *how, ratio=ratio, **options)
     given = [scores] if isinstance(scores, Scores) else scores
@@ -133,9 +134,9 @@ def walk_checkpoint(
     with scratch_folder(scratch) as folder:
         request = {
             **opened.identity,
-            "batches": [[*map(models.digest_of_tensors, part)] for part in (fitted, judges)],
+            "batches": [[*map(digest_of_tensors, part)] for part in (fitted, judges)],
             "asked": repr((ratio, axis, plan, allocation, token_weights, steps, options)),
-            "scores": [models.digest_of_tensors(each.tensors()) for each in given],
+            "scores": [digest_of_tensors(each.tensors()) for each in given],
         }
         Scratch(folder).keep_if_same("request.json", request)
         by: dict[str, Any] = {DEFAULT_CRITERIA["depth"][0]: {}}
