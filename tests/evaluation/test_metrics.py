@@ -16,11 +16,6 @@ def asking(*answers):
     return Question("q", "?", answers)
 
 
-@given(st.sampled_from(sorted(metrics.METRICS)), st.text(max_size=12), st.text(max_size=12))
-def test_every_metric_is_a_share(metric, reply, answer):
-    assert 0 <= metrics.METRICS[metric](reply, asking(answer)) <= 1
-
-
 def test_yes_no_details_are_those_of_pope_and_the_average_rescales_mme():
     replies = ["yes", "yes", "no", "no", "Yes.", "perhaps"]
     answers = ["yes", "no", "no", "yes", "yes", "yes"]

@@ -84,7 +84,7 @@ def train_twice(home, name, batch, options, file):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [(), ("--shard",), ("--shard", "--train", "full"), ("--shard", "--train", "projector")],
+    [(), ("--shard",), ("--shard", "--train", "full")],
     ids=" ".join,
 )
 def test_two_processes_are_one_with_twice_the_batch(options, home):

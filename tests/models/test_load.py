@@ -1,6 +1,7 @@
 """Where models run: any accelerator that torch finds, or the device that a user names."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from slimvlm.runs.study import prepared
 from slimvlm.runs.study.config import Grid, StudyConfig
 from tests import tiny_folder as folders
 from tests.handmade import logits
+from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close
 
 CPU = torch.device("cpu")
@@ -126,8 +128,10 @@ def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
     assert read_config(out / "config.json")[1] == config
 
 
-@pytest.mark.parametrize("kind", ["text", "llava"])
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    tiered(product(["text", "llava"], ["eager", "sdpa"]), lambda *case: case == ("llava", "eager")),
+)
 def test_attention_and_device_map_are_those_that_were_asked_for(kind, name, tmp_path):
     model, words = sv.load(folders.folder(kind), device="cpu")
     chosen, _ = load_as(LoadConfig(attn_implementation=name, device="cpu"), folders.folder(kind))

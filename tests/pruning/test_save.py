@@ -84,6 +84,7 @@ def read_back(tmp_path_factory):
     return {k: (works[k], values) for k, values in zip(works, found, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_transformers_reads_the_same_model(kind, read_back):
     work, (class_name, text) = read_back[kind]

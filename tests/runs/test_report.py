@@ -12,7 +12,7 @@ from itertools import pairwise, product
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -427,18 +427,6 @@ def test_nothing_beats_the_frontier(points):
     for cost, benefit in points:
         assert any(c <= cost and b >= benefit for c, b in found)
     assert all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(found))
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=9))
-def test_axes_hold_their_values_with_a_few_ticks(values):
-    steps = [{"step": i, "loss": value} for i, value in enumerate(map(abs, values))]
-    (chart,) = loss_curves(steps)
-    low, high = chart.axes.get_ylim()
-    assert low == 0
-    assert all(value <= high for value in map(abs, values))
-    for ticks in (chart.axes.get_xticks(), chart.axes.get_yticks()):
-        assert 2 <= len(ticks) <= 9
 
 
 @given(st.lists(st.tuples(st.floats(0, 400), st.floats(0, 270)), max_size=5))

@@ -65,13 +65,6 @@ def test_the_command_line_prints_them(data, tmp_path, capsys):
     assert "same next token" not in capsys.readouterr().out
     with pytest.raises(ConfigError, match="test_samples -1"):
         FinalEvaluation(test_samples=-1)
-    words = ["compress", MODEL, *COMMON, "--data", str(data), "--train", "none", "--json"]
-    main([*words, "--out", str(tmp_path / "run")])
-    found = json.loads(capsys.readouterr().out)["held_out"]
-    assert list(found) == ["original", "pruned"]
-    assert found["original"]["agreement"] is None
-    assert found["pruned"]["samples"] == 4
-    assert 0 <= found["pruned"]["agreement"]["value"] <= 100
 
 
 def test_a_model_is_evaluated_on_data_without_a_task(data, pruned, tmp_path, capsys):

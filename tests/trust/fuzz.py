@@ -518,6 +518,7 @@ def run(command, folder, errors, name="", draw=random):
         if name == "full disk":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (draw.choice((0, 10**4, 10**5)),) * 2)
+        sys.dont_write_bytecode = True  # which would be a file elsewhere
         watch(folder.parent.parent, errors)
         if name == "closed streams":
             for number in draw.sample(range(3), draw.randrange(1, 4)):
