@@ -305,7 +305,7 @@ def test_a_study_of_which_nothing_could_be_measured_is_reported(
     config = study(data, {"recovery": "none", "axis": "depth"}, limit=1)
     table = run_study(config, tmp_path / "out", console=QUIET)
     assert set(table["status"]) == {"failed"}
-    assert "other pictures" in str(table["failed"][0])
+    assert "other images" in str(table["failed"][0])
     for as_json in (False, True):
         print_study(table, as_json)
         assert "failed" in capsys.readouterr().out
