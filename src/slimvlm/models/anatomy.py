@@ -231,6 +231,11 @@ class Anatomy:
         return sorted({s.num_experts for s in self.layers} - {0})
 
     @property
+    def expert_share(self) -> float:
+        """Share of the backbone that is experts which can be removed; ``recipes.yaml`` shows it."""
+        return sum(s.num_experts * s.expert_params for s in self.layers) / self.backbone_params
+
+    @property
     def family(self) -> families.Family:
         """The row of `FAMILIES` that describes the whole model."""
         return families.FAMILIES[self.model_type]

@@ -254,8 +254,7 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     experts: list[list[str]] = []
     if anatomy.expert_counts:
         expert = [f"{s.expert_params:,}" if s.num_experts else "none" for s in shapes]
-        share = sum(s.num_experts * s.expert_params for s in shapes) / anatomy.backbone_params
-        share_of_all = f"{share:.0%} of the backbone (compress --experts)"
+        share_of_all = f"{anatomy.expert_share:.0%} of the backbone (compress --experts)"
         experts = [*_by_layer("    one expert", expert), ["    all experts", share_of_all]]
     pinned = ", ".join(map(str, anatomy.pinned_layers))
     rows = [
