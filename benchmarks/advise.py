@@ -45,7 +45,7 @@ RECIPES = {
 def config_of(recipe: str, data: Path, conversations: int) -> CompressConfig:
     """What is measured."""
     options = {"ratio": RATIO, "axis": "width", "data": str(data), "samples": conversations // 2}
-    return CompressConfig(**options, report_samples=conversations // 8, **RECIPES[recipe])
+    return CompressConfig(**options, test_samples=conversations // 8, **RECIPES[recipe])
 
 
 def said(model: Path, config: CompressConfig) -> tuple[float, float]:

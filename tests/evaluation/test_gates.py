@@ -173,7 +173,7 @@ def test_mistakes_are_found_before_a_model_is_read(home, monkeypatch):
     (home / "run.yaml").write_text(yaml.safe_dump({**values, "require": "loss <= 1x"}))
     told = refused(
         *("compress", "--config", home / "run.yaml", "--out", home / "no"),
-        *("--report-samples", "0"),
+        *("--test-samples", "0"),
     )
     assert "those of --tasks, or of --data with unseen samples" in told
     few = str(folders.write_llava_data(home / "few", count=8))  # of which none stays unseen

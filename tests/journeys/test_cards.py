@@ -14,7 +14,7 @@ from tests import tiny_folder as folders
 pytestmark = pytest.mark.slow
 
 CARD = "---\nlicense: apache-2.0\nbase_model: some/original\ndatasets: [its/own]\n---\n# Original\n"
-QUICK = ["--samples", "4", "--local-steps", "0", "--report-samples", "2"]
+QUICK = ["--samples", "4", "--local-steps", "0", "--test-samples", "2"]
 TRAIN = ["--train", "projector", "--loss", "sft", "--max-steps", "1", "--batch-size", "1"]
 
 

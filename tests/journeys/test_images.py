@@ -143,7 +143,7 @@ def test_a_kept_budget_has_a_card_that_goes_on_from_the_originals(data, tmp_path
         "This was not measured.",
         "AutoModelForImageTextToText.from_pretrained(folder)",
         f"`--image-max-tokens {size // 16**2}`",
-        f"slimvlm images {source.name} --data data.json --budgets --keep 0.5 --out out",
+        f"slimvlm image-tokens {source.name} --data data.json --no-measure --keep 0.5 --out out",
     ):
         assert needed in text
     assert "Theirs" not in text

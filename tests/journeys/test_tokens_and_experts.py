@@ -184,7 +184,7 @@ RECOVER = sv.RecoverConfig(
 
 
 def test_a_run_trains_and_asks_with_fewer_tokens(tmp_path, data, text):
-    shown = {"data": data, "samples": 8, "local_steps": 0, "report_samples": 3}
+    shown = {"data": data, "samples": 8, "local_steps": 0, "test_samples": 3}
     asked = {"ratio": 0.35, "axis": "width", "vocab_size": FEW, "vocab_text": text}
     config = sv.CompressConfig(recover=RECOVER, **shown, **asked)
     heard = []
@@ -198,7 +198,7 @@ def test_a_run_trains_and_asks_with_fewer_tokens(tmp_path, data, text):
 
 
 def test_a_run_trains_with_fewer_experts(models, tmp_path, seen):
-    shown = {"data": seen, "samples": 6, "local_steps": 0, "report_samples": 0}
+    shown = {"data": seen, "samples": 6, "local_steps": 0, "test_samples": 0}
     config = sv.CompressConfig(experts=0.25, recover=RECOVER, **shown)
     sv.compress(models["qwen3_moe"], config, tmp_path / "run", say=[].append)
     assert anatomy(tmp_path / "run").expert_counts == [3]
@@ -266,7 +266,7 @@ def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(data)
 def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(tmp_path, data, lost, monkeypatch):
     tried = {"depth": 1.5, "width": 1.0, "width" + stages.BEHIND: lost}
     monkeypatch.setattr(stages, "try_axes", lambda *_, **__: tried)
-    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, "report_samples": 3}
+    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, "test_samples": 3}
     sv.compress(model(), sv.CompressConfig(data=data, **asked), tmp_path / "run", say=[].append)
     plan = sv.Plan.load(tmp_path / "run" / "plan.json")
     assert (plan.axis, plan.tokens is not None) == ("width", lost < 1)
@@ -275,7 +275,7 @@ def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(tmp_path, data, 
 
 
 def test_a_dry_run_says_how_many_tokens_go_and_never_more_than_the_ratio(data):
-    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "report_samples": 0, "general_text": 0.0}
+    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "test_samples": 0, "general_text": 0.0}
     found = dry_run(model(), sv.CompressConfig(data=data, **asked), [].append)
     assert found.fewer_tokens == len(opened(data)[0].fewer_tokens or ())
     told = dict(row for row in dry_run_rows(found) if row[0])["axes"]

@@ -105,7 +105,7 @@ def test_where_and_how_a_model_is_read_is_no_part_of_what_is_asked(how, tmp_path
             prepared(study, silent)
     if "device_map" in how:
         with pytest.raises(
-            ConfigError, match="device_map 'auto': a model that is trained is whole"
+            ConfigError, match="device_map 'auto' cannot be used with training"
         ):
             replace(chosen, recover=RecoverConfig())
 

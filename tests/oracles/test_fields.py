@@ -74,7 +74,7 @@ def test_a_field_is_used(what, name, home):
 @pytest.mark.parametrize("what", TABLES["refused"])
 def test_what_no_sample_holds_is_refused_by_name(what, home):
     row, named = TABLES["refused"][what]
-    with pytest.raises(DataError, match=r"--max-bad 0") as refusal:
+    with pytest.raises(DataError, match=r"--max-bad-rows 0") as refusal:
         load_samples(write(row, home, "data.jsonl"), warn=lambda line: None)
     assert named in str(refusal.value)
 
@@ -95,7 +95,7 @@ def test_columns_that_are_not_read_are_said_once(home):
 def test_a_model_s_own_token_for_pictures_is_broken_data(image, home):
     """It would train without a picture, or stop the training."""
     path = write([llava(f"<|image_pad|>{ASK}", image=image), llava()], home, "data.json")
-    lines, how = [], {"processor": folders.processor("qwen2_5_vl"), "max_bad": 1}
+    lines, how = [], {"processor": folders.processor("qwen2_5_vl"), "max_bad_rows": 1}
     assert len(load_samples(path, warn=lines.append, **how)) == 1
     assert "'<|image_pad|>'" in lines[0]
 
@@ -124,7 +124,7 @@ def sorted_mix(tmp_path_factory):
 
 def divided(data, test=16, samples=32, seed=0):
     config = PruneConfig(ratio=0.3, data=str(data), samples=samples, seed=seed, general_text=0.0)
-    request = Request(model=str(folders.folder("text")), prune=config, report_samples=test)
+    request = Request(model=str(folders.folder("text")), prune=config, test_samples=test)
     return stages.read_split(request, lambda line: None)
 
 

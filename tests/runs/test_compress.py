@@ -103,7 +103,7 @@ def short(unhurried, tmp_path_factory):
     """The shortest run: the demo calibrates, nothing is trained. Tests must not change it."""
     out, said = tmp_path_factory.mktemp("runs") / "run", []
     compress(*pruning(), out, say=said.append)
-    assert "no --data: calibrating on the demo's conversations" in said
+    assert "no --data: calibrating on the demo's samples" in said
     assert any(re.match("axis width: .*arXiv", line) for line in said)
     assert not (out / "history.json").exists()
     assert Plan.load(out / "plan.json").axis == "width"
@@ -199,9 +199,9 @@ def fails(error):
 @pytest.mark.parametrize(
     ("name", "replaced", "told"),
     [
-        ("free_memory", lambda _: 1000, r"not paired: .* exceed 0\.0 MiB of memory"),
-        ("paired_times", fails(ConfigError("no template")), "not paired: no template"),
-        ("paired_times", fails(RuntimeError("no kernel")), r"not paired: RuntimeError\('no kernel"),
+        ("free_memory", lambda _: 1000, r"not measured: .* exceed the 0\.0 MiB of free memory"),
+        ("paired_times", fails(ConfigError("no template")), "not measured: no template"),
+        ("paired_times", fails(RuntimeError("no kernel")), r"not measured: RuntimeError\('no kernel"),
         (
             *("paired_times", fails(torch.OutOfMemoryError("2 GiB more"))),
             r"both models do not fit on cpu together \(2 GiB",

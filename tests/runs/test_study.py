@@ -248,7 +248,7 @@ def test_cells_that_come_to_the_same_are_one_and_others_are_told_apart(data, tmp
     assert len(forecast(study(data, grid), tmp_path / "out").cells) == 4
     capsys.readouterr()
     prepared(study(None, {"axis": "width", "recovery": "none"}), print)
-    assert "no --data: calibrating on the demo's conversations" in capsys.readouterr().out
+    assert "no --data: calibrating on the demo's samples" in capsys.readouterr().out
 
 
 def test_the_table_grows_while_the_study_runs(data, tmp_path, monkeypatch):

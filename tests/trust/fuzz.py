@@ -366,7 +366,7 @@ def many_rows(folder, draw):
     row, count = draw.choice(((json.dumps(ROW), 10**4), ("{}", 10**6), ("x", 10**6), ("", 10**6)))
     (folder / "d.jsonl").write_text(f"{row}\n" * count)
     command = f"compress {MODEL} --ratio 0.3 --dry-run --out {{folder}}/o --data {{folder}}/d.jsonl"
-    return f"{command} --max-bad {draw.choice((0, 10**7))}"
+    return f"{command} --max-bad-rows {draw.choice((0, 10**7))}"
 
 
 def racing(folder, draw):
@@ -408,7 +408,7 @@ def words(folder, draw):
 
 def of_data(make, kind):
     command = f"compress {folders.folder(kind)} --ratio 0.3 --dry-run --out {{folder}}/out --data "
-    return lambda folder, draw: command + str(make(folder, draw)) + " --max-bad 2"
+    return lambda folder, draw: command + str(make(folder, draw)) + " --max-bad-rows 2"
 
 
 def then(make, command):

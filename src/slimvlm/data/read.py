@@ -206,12 +206,12 @@ def load_samples(
     data: str | Path,
     images: str | Path | None = None,
     limit: int | None = None,
-    max_bad: int = 0,
+    max_bad_rows: int = 0,
     warn: Say = print,
     processor: Any = None,
     max_length: int | None = None,
     context: int | None = None,
-    too_long: TooLong = "refuse",
+    too_long: TooLong = "error",
     seed: int = 0,
     test: int = 0,
 ) -> list[Sample]:
@@ -222,13 +222,13 @@ def load_samples(
             (or ``conversations``); a folder that ``datasets`` saved; or a hub dataset id.
         images: Folder that image paths start from and lie in; by default that of the data.
         limit: Number of good samples, drawn from the whole source; None for all.
-        max_bad: Maximum number of broken rows to skip.
+        max_bad_rows: Maximum number of bad rows to skip.
         warn: Receives a line for each of the first broken rows, and one for unknown columns.
         processor: A model's processor or tokenizer. Rows that it cannot read are broken, and those
             with its own tokens for media in a text.
         max_length: Maximum tokens per sample, counted by the processor.
         context: Tokens that the model reads at most; another maximum.
-        too_long: ``refuse``: rows over a maximum are broken; ``cut``: they are shortened.
+        too_long: ``error``: rows over a maximum are bad rows; ``truncate``: they are shortened.
         seed: Random seed of the draw.
         test: Number of samples of the limit that no seed and no limit changes (but of ``demo``).
 
@@ -247,13 +247,13 @@ def load_samples(
     root = (root if root.is_dir() else root.parent).absolute()
     given = [value for value in (max_length, context) if value is not None]
     most = min(given, default=None) if processor is not None else None
-    limits = most, most == max_length, too_long == "cut"
+    limits = most, most == max_length, too_long == "truncate"
     added = {} if processor is None else chat.tokenizer_of(processor).added_tokens_decoder
     stands = getattr(processor, "image_token", "")  # no text may have it, nor those of other media
     marks = [word for word in map(str, added.values()) if word == stands or _MEDIA.search(word)]
     rows, places = _placed(data, limit, seed, processor is None or chat.can_see(processor))
     ahead, behind = drawn(places, seed, 0 if limit is None else min(test, limit))
-    order = [*behind, *ahead[: None if limit is None else limit - len(behind) + max_bad]]
+    order = [*behind, *ahead[: None if limit is None else limit - len(behind) + max_bad_rows]]
     found, unknown, bad = dict[int, tuple[Sample, bool]](), set[str](), 0
     for number, sample in _samples(rows, set(order), root, unknown):
         try:
@@ -263,8 +263,10 @@ def load_samples(
             found[number] = replace(short, place=places[number]), short.messages != sample.messages
         except DataError as error:
             bad += 1
-            if bad > max_bad:
-                raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
+            if bad > max_bad_rows:
+                raise DataError(
+                    f"data {str(data)!r}: {error} (--max-bad-rows {max_bad_rows})"
+                ) from error
             (warn if bad <= NAMED else silent)(f"skipped: {error}")
     _most_tokens.cache_clear()  # it holds the processor
     read = [found[row] for row in order if row in found][:limit]
@@ -504,7 +506,7 @@ def fitted(
     which = "--max-length is" if is_asked else "the model reads"
     told = f"sample {sample.id!r} has {length} tokens, {which} {most}"
     if not cuts:
-        raise DataError(f"{told} (--too-long cut shortens it)")
+        raise DataError(f"{told} (--too-long truncate shortens it)")
     answered = [n for n, message in enumerate(sample.messages, 1) if message["role"] == "assistant"]
     for kept in reversed(answered):
         turns = sample.messages[:kept]

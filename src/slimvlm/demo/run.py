@@ -50,7 +50,7 @@ def run_demo(
         device=device,
         samples=16 if short else 64,
         training_samples=16 if short else 64,
-        report_samples=8 if short else 32,
+        test_samples=8 if short else 32,
         local_steps=0,  # with few samples they take long and gain little (docs/log.md)
         recover=RECOVERY,
         tasks=",".join(ASKED),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from itertools import accumulate
@@ -22,18 +22,17 @@ from slimvlm.scoring.unit_scores import Scores
 _PROTECTED_OF_32 = (4, 2)  # first and last layers that the study's code leaves whole
 
 
-@dataclass(frozen=True)
 class Budget(Options):
     """Check the arguments of `make_plan`; a `ConfigError` names the one that is out of range."""
 
     anatomy: Anatomy
     ratio: Annotated[float, SHARE]
-    axis: Axis | str
+    axis: Axis
     protect: tuple[int, int] = (0, 0)
-    counting: Literal["parameters", "per_layer"] | str = "parameters"
+    counting: Literal["parameters", "per_layer"] = "parameters"
     round_to: Annotated[int | None, AT_LEAST_1] = None
     depth_share: Annotated[float, Range(lambda share: 0 <= share <= 1, "between 0 and 1")] = 0.5
-    allocation: Literal["uniform", "protect"] | str = "uniform"
+    allocation: Literal["uniform", "protect"] = "uniform"
     units: tuple[str, ...] = WIDTH_UNITS
     kv_heads: int | None = None
     experts: Annotated[float, SHARE] = 0.0
@@ -150,8 +149,10 @@ def make_plan(
     Reference:
         Protected layers: Huang et al. 2025, arXiv:2507.20749, in the released code for InternVL.
     """
-    rest: Any = (axis, protect, counting, round_to, depth_share, allocation)
-    budget = Budget(anatomy, ratio, *(*rest, tuple(units), kv_heads, experts))
+    values: Any = {"axis": axis, "counting": counting, "allocation": allocation}
+    values |= {"protect": tuple(protect), "round_to": round_to, "depth_share": depth_share}
+    values |= {"units": tuple(units), "kv_heads": kv_heads, "experts": experts}
+    budget = Budget(anatomy=anatomy, ratio=ratio, **values)
     given = [scores] if isinstance(scores, Scores) else list(scores)
     kept = None if tokens is None else tuple(sorted(set(tokens)))
     plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio, tokens=kept)

@@ -315,7 +315,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     if request.prune.axis == "auto":
         by_axis = dict(requests.requests_by_axis(request, shape))
     axes = tuple(by_axis)
-    first = replace(by_axis[axes[0]], report_samples=len(samples.report))
+    first = replace(by_axis[axes[0]], test_samples=len(samples.test))
     described = load_config(model, config.trust_remote_code)
     processor = load_processor(resolve(model), described, config.trust_remote_code)
     if request.pictures is not None:
@@ -358,7 +358,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         fewer_tokens=len(request.fewer_tokens or ()),
         calibration=sizes.calibration,
         training=sizes.samples,
-        report=len(samples.report),
+        report=len(samples.test),
         tokens=sizes.tokens,
         pictures=request.pictures,
         dtype=dtype,

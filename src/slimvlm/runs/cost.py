@@ -138,7 +138,7 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
     if any(CRITERIA[name].capture.backward for name in prune.criterion):
         logits = rows_at_once(device, round(free)) * of_logits
         steps.append(held + batch + largest.params * BYTES[dtype] + logits)
-    brief = replace(request, prune=replace(prune, local_steps=0), report_samples=0)
+    brief = replace(request, prune=replace(prune, local_steps=0), test_samples=0)
     work = stage_flops("calibrate", request, sizes) + stage_flops("prune", request, sizes)
     work += tried * stage_flops("prune", brief, sizes)  # with the same scores
     asking = 0.0
@@ -221,7 +221,7 @@ def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) ->
             passes += 3 * PASSES * share
         elif prune.local_steps:
             passes += 3 * prune.local_steps / max(sizes.calibration / CALIBRATION_BATCH, 1)
-        passes += (2 - ratio) * request.report_samples / max(sizes.calibration, 1)
+        passes += (2 - ratio) * request.test_samples / max(sizes.calibration, 1)
         flops = passes * sizes.pass_flops * sizes.calibration
         if WALKING in prune.criterion:  # eliminates neurons one by one in the Gram matrix
             widths = [shape.intermediate_size for shape in sizes.shape.layers]
@@ -258,7 +258,7 @@ def optimizer_steps(config: RecoverConfig, samples: int, gone: float) -> int:
         return config.max_steps
     batches = -(-samples // config.batch_size)
     each = -(-batches // config.gradient_accumulation)
-    return math.ceil(config.passes(samples, gone) * each)
+    return math.ceil(config.epochs_over(samples, gone) * each)
 
 
 def _is_here(device: torch.device) -> bool:

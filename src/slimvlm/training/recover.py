@@ -332,7 +332,7 @@ def _training_arguments(
             output_dir=str(folder),
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation,
-            num_train_epochs=config.passes(num_samples, gone),
+            num_train_epochs=config.epochs_over(num_samples, gone),
             max_steps=config.max_steps,
             learning_rate=peak_rate(config, model, plan),
             bf16=models.computes_bfloat16(device) if config.bf16 is None else config.bf16,

@@ -141,7 +141,6 @@ def _blend_(
         parameter.copy_(before[name].lerp(after[name], share) if share else before[name])
 
 
-@dataclass(frozen=True, kw_only=True)
 class Steps(Options):
     """Steps of a walk in one layer; a `ConfigError` if a value is not allowed."""
 

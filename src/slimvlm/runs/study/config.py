@@ -72,7 +72,6 @@ class Reference:
     rows: Listed[ReferenceRow] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
 class Resources(Options):
     """CPUs and GPUs of one stage, where an engine divides a machine or a cluster."""
 
@@ -82,7 +81,6 @@ class Resources(Options):
     """GPUs, or a share of one: 0.5 lets two stages share it."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class StudyConfig(core.Questions, core.TrainingShare):
     """A study: grids of cells, and what they share: questions among others."""
 

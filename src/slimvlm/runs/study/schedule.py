@@ -217,7 +217,7 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     data += [_identity(config.vocab_text, config.vocab_text)] if config.vocab_text else []
     data += [identity_of_general_text()] if config.general_text else []
     whole = replace(whole, made_from=(_identity(cell.model, resolve(cell.model)), *data))
-    if config.loses_tokens:  # chosen as by `compress`: what is trained on counts, too
+    if config.trims_vocabulary:  # chosen as by `compress`: what is trained on counts, too
         named = {n: getattr(config, n) for n in ("vocab_size", "vocab_text", "general_text")}
         read = replace(whole, prune=replace(_reading(config), **named), hold_out=False)
         read = replace(read, recover=RecoverConfig() if whole.trains else None)
@@ -288,7 +288,7 @@ def _tokens(request: Request, has_data: bool) -> tuple[int, ...] | None:
     """Choose the tokens that stay, from as many samples as `compress` reads."""
     every = samples_of(request)[0] if has_data else []
     places = [sample.place for sample in every]
-    ahead, behind = drawn(places, request.prune.seed, request.report_samples)
+    ahead, behind = drawn(places, request.prune.seed, request.test_samples)
     samples = [every[row] for row in [*behind, *ahead][: stages.rows_to_read(request)]]
     return with_tokens(request, stages.split(samples, request).counted(request)).tokens
 
