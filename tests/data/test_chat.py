@@ -259,16 +259,14 @@ def test_a_model_without_eyes_or_words_is_refused():
         chat.encode_samples(None, seen)
 
 
-def template(opening, system, user, assistant, prompt="''", otherwise="''"):
-    """A chat template in the shape that most have, of Jinja expressions; a header may prompt."""
-    prompt = f"'{prompt % 'assistant'}'" if "%s" in prompt else prompt
+def template(opening, system, user, assistant, prompt):
+    """A chat template in the shape that most have, of Jinja expressions; a header prompts."""
     return (
         f"{{{{ {opening} }}}}{{% for m in messages %}}"
         f"{{% if m['role'] == 'system' %}}{{{{ {system} }}}}"
         f"{{% elif m['role'] == 'user' %}}{{{{ {user} }}}}"
         f"{{% else %}}{{{{ {assistant} }}}}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {prompt} }}}}"
-        f"{{% else %}}{{{{ {otherwise} }}}}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '{prompt % 'assistant'}' }}}}{{% endif %}}"
     )
 
 
@@ -281,24 +279,12 @@ def turns(before, after, content="m['content']"):
 
 C, TRIMMED = "m['content']", "(m['content'] | trim)"
 IM, HEADER = "<|im_start|>%s\\n", "<|start_header_id|>%s<|end_header_id|>\\n\\n"
-BARS, START = "<|%s|>\\n", "<start_of_turn>%s\\n"
+START = "<start_of_turn>%s\\n"
 REFUSAL = "raise_exception('System role not supported')"
 TODAY = "bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\n' + strftime_now('%d %b %Y')"
 # Each with what the labels of an answer are.
 TEMPLATES = {
-    "vicuna": (
-        template(
-            *("bos_token", f"{C} + ' '", f"'USER: ' + {C} + ' '"),
-            *(f"'ASSISTANT: ' + {C} + eos_token", "'ASSISTANT:'"),
-        ),
-        " {}</s>",
-    ),
-    "mistral": (
-        template("bos_token", REFUSAL, f"'[INST] ' + {C} + ' [/INST]'", f"' ' + {C} + eos_token"),
-        " {}</s>",
-    ),
     "chatml": (template("''", *turns(IM, "<|im_end|>\\n"), IM), "{}<|im_end|>"),
-    "phi-3": (template("bos_token", *turns(BARS, "<|end|>\\n"), BARS, "eos_token"), "{}<|end|>"),
     "gemma": (
         template("bos_token", REFUSAL, *turns(START, "<end_of_turn>\\n", TRIMMED)[1:], START),
         "{}<end_of_turn>",
@@ -306,7 +292,7 @@ TEMPLATES = {
     "llama-3": (template(TODAY, *turns(HEADER, "<|eot_id|>", TRIMMED), HEADER), "{}<|eot_id|>"),
 }
 ADDED = [
-    *("<|im_start|>", "<|im_end|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"),
+    *("<|im_start|>", "<|im_end|>"),
     *("<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 ]
 
@@ -321,7 +307,9 @@ def with_template(monkeypatch, chat_template):
     return plain_words()
 
 
-@pytest.mark.parametrize(("name", "strips"), [("gemma", True), ("llama-3", True), ("phi-3", False)])
+@pytest.mark.parametrize(
+    ("name", "strips"), [("gemma", True), ("llama-3", True), ("chatml", False)]
+)
 def test_an_answer_may_be_stripped_and_repeat_what_was_asked(name, strips, monkeypatch):
     chat_template, answer = TEMPLATES[name]
     words = with_template(monkeypatch, chat_template)
@@ -341,9 +329,8 @@ def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
         fitted(words, item, 1)
 
 
-@pytest.mark.parametrize("name", ["gemma", "mistral"])
-def test_a_template_that_refuses_is_the_sample_s_fault(name, monkeypatch):
-    words = with_template(monkeypatch, TEMPLATES[name][0])
+def test_a_template_that_refuses_is_the_sample_s_fault(monkeypatch):
+    words = with_template(monkeypatch, TEMPLATES["gemma"][0])
     item = Sample("briefed", (turn("system", "Be brief."), *samples_of("text")["single"].messages))
     for read in (chat.located, lambda words, item: chat.encode_samples(words, [item])):
         with pytest.raises(DataError, match=r"sample 'briefed': .*System role not supported"):
@@ -351,7 +338,7 @@ def test_a_template_that_refuses_is_the_sample_s_fault(name, monkeypatch):
 
 
 def test_a_system_turn_is_not_learnt_and_rewritten_words_are_refused(monkeypatch):
-    for name in ("chatml", "llama-3", "vicuna"):
+    for name in ("chatml", "llama-3"):
         chat_template, answer = TEMPLATES[name]
         words = with_template(monkeypatch, chat_template)
         item = samples_of("text")["multi"]

@@ -59,7 +59,7 @@ def test_it_is_a_share_of_what_calibrates_and_nothing_else(tmp_path):
     assert len(texts) == 2
     usual = median(encode_samples(words, [s])["input_ids"].numel() for s in plain.calibration)
     assert all(len(s.messages[-1]["content"][0]["text"]) <= 6 * usual for s in texts)
-    assert (mixed.training, mixed.report) == (plain.training, plain.report)
+    assert (mixed.training, mixed.test) == (plain.training, plain.test)
     assert said[-1] == "added 2 general-text passages to the calibration set (general_text)"
 
 
@@ -73,7 +73,7 @@ def test_by_default_a_fifth_where_weights_are_repaired(data, repair, share):
     assert resolved(Request(model="m", prune=asked)).prune.general_text == 0.1
 
 
-@pytest.mark.parametrize("name", sorted(tiny_pictures.FAMILIES))
+@pytest.mark.parametrize("name", tiny_pictures.BY_DEFAULT)
 @torch.no_grad()
 def test_every_family_reads_it_beside_pictures(name):
     model, processor = tiny_pictures.made(name)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import DataError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
 from slimvlm.data.roles import token_weights as weights_by_role
+from slimvlm.models.devices import with_float64
 from slimvlm.models.hidden import (
     all_finite,
     as_inputs,
@@ -22,7 +23,6 @@ from slimvlm.models.hidden import (
     layer_output,
     require_finite_values,
 )
-from slimvlm.models.load import with_float64
 from slimvlm.models.losses import Head, Hidden, label_counts, token_cross_entropy
 from slimvlm.models.parts import Parts
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from slimvlm.core.errors import ConfigError
 from slimvlm.data.roles import require_token_weights
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy
-from slimvlm.models.hidden import weight_of
-from slimvlm.models.load import with_float64
+from slimvlm.models.devices import weight_of, with_float64
 from slimvlm.models.parts import Parts, layer_matrices
 from slimvlm.scoring import forward, gradients
 from slimvlm.scoring.batches import Batch

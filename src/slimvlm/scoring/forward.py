@@ -16,15 +16,9 @@ from torch.nn import functional as F
 
 from slimvlm.core.errors import UnsupportedModelError
 from slimvlm.models.anatomy import Anatomy, read_anatomy, unit_of
+from slimvlm.models.devices import weight_of, with_float64
 from slimvlm.models.families import INPUT_COLUMNS, Projection
-from slimvlm.models.hidden import (
-    layer_input,
-    layer_output,
-    main_stream,
-    require_finite_values,
-    weight_of,
-)
-from slimvlm.models.load import with_float64
+from slimvlm.models.hidden import layer_input, layer_output, main_stream, require_finite_values
 from slimvlm.models.parts import Matrix, Parts, backbone_of
 from slimvlm.scoring.batches import Batch, Pass, TokenWeights
 from slimvlm.scoring.moments import Moments

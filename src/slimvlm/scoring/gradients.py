@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.models.anatomy import read_anatomy, spread, unit_of
+from slimvlm.models.devices import weight_of, with_float64
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
-from slimvlm.models.hidden import frozen, layer_input, require_finite_values, weight_of
-from slimvlm.models.load import with_float64
+from slimvlm.models.hidden import frozen, layer_input, require_finite_values
 from slimvlm.models.parts import Parts
 from slimvlm.scoring.batches import Batch, Pass, TokenWeights, batches_with_targets
 from slimvlm.scoring.forward import linear_matrices

@@ -26,6 +26,7 @@ from slimvlm.core.documents import digest
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, raised_as
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models import load as models
+from slimvlm.models.devices import digest_of_tensors
 from slimvlm.models.files import Origin, origins_in_files, unreadable, weight_files
 from slimvlm.models.hidden import (
     all_finite,
@@ -264,7 +265,7 @@ class LayerwiseModel:
             for index, layer in enumerate(Parts(self.model).layers):
                 stack.enter_context(replaced_forward(layer, partial(note, index)))
             for place, batch in enumerate(batches):
-                code = models.digest_of_tensors(batch)
+                code = digest_of_tensors(batch)
                 self._digests.append(code)
                 stored = self.store.about("batches", place)
                 if stored is not None and stored["digest"] == code:

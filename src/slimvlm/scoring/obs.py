@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.models.anatomy import Anatomy, unit_of
-from slimvlm.models.load import with_float64
+from slimvlm.models.devices import with_float64
 from slimvlm.scoring.moments import add_product_, invert_, mirror_
 from slimvlm.scoring.unit_scores import Statistics, Values, strictly_increasing, with_shapes
 

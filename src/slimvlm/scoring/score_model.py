@@ -15,8 +15,9 @@ from slimvlm.data.chat import batches_by_kind, encode_samples
 from slimvlm.data.roles import valid_tokens
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import LAYER_UNITS, read_anatomy
+from slimvlm.models.devices import device_named
 from slimvlm.models.hidden import evaluating
-from slimvlm.models.load import device_named, require_full_precision
+from slimvlm.models.load import require_full_precision
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.scoring.batches import Batch, first_spoilt_layer
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named, require_low_memory

@@ -24,8 +24,7 @@ from slimvlm.core.documents import digest, is_begun_for, note_request
 from slimvlm.core.errors import OutputError, SlimError
 from slimvlm.core.files import explained, held, new_file, working_folder
 from slimvlm.core.progress import Say, silent
-from slimvlm.models.cost import free_memory
-from slimvlm.models.load import digest_of_tensors
+from slimvlm.models.devices import digest_of_tensors, free_memory
 
 Tensors = Mapping[str, Tensor]
 Names = str | tuple[str, ...]
