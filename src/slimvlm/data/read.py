@@ -222,7 +222,7 @@ def load_samples(
             (or ``conversations``); a folder that ``datasets`` saved; or a hub dataset id.
         images: Folder that image paths start from and lie in; by default that of the data.
         limit: Number of good samples, drawn from the whole source; None for all.
-        max_bad_rows: Maximum number of broken rows to skip.
+        max_bad_rows: Maximum number of bad rows to skip.
         warn: Receives a line for each of the first broken rows, and one for unknown columns.
         processor: A model's processor or tokenizer. Rows that it cannot read are broken, and those
             with its own tokens for media in a text.
