@@ -10,6 +10,7 @@ from transformers.models.smolvlm import processing_smolvlm
 
 from tests import tiny
 from tests.tables import tables
+from tests.tiers import tiered
 from tests.tiny_folder import CHATML, VOCAB, root, tokenizer
 
 # a package that numbers the frames of videos
@@ -30,6 +31,11 @@ class Seeing(NamedTuple):
 
 
 FAMILIES = {name: Seeing(**row) for name, row in tables(__file__)["families"].items()}
+BY_DEFAULT = tiered(
+    FAMILIES,
+    {"qwen2_5_vl", "internvl", "gemma4", "llava_onevision", "idefics2", "molmo2"}.__contains__,
+)
+"""Parameters: by default one of each knob (pixels, tiles, soft tokens, grids, a switch, crops)."""
 
 
 def _built(row: Mapping[str, Any], **more: Any) -> Any:

@@ -137,6 +137,13 @@ def test_python_in_the_documents_compiles(page, block):
     compile(f"{{{text}}}" if is_table_row else text, page, "exec")
 
 
+def test_the_first_hour_s_example_is_a_row_of_data(tmp_path):
+    hour = (ROOT / "docs" / "quickstart.md").read_text().split("## The first hour")[1]
+    (row,) = re.findall(r"```json\n(.*?)```", hour.split("\n## ")[0], re.DOTALL)
+    (tmp_path / "mine.jsonl").write_text(row)
+    assert len(sv.load_samples(tmp_path / "mine.jsonl")) == 1
+
+
 @pytest.mark.slow
 def test_the_site_has_every_verb_and_no_warning(tmp_path):
     pytest.importorskip("mkdocs")

@@ -126,7 +126,8 @@ def test_cutting_is_masking(name):
     assert "needs trust_remote_code=True" in case.plan.summary()
 
 
-@every_family
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_plain_transformers_and_slimvlm_read_the_same_model(name, read_back):
     case, (work, report) = case_of(name), read_back[name]
     found = load_file(work / "found.safetensors")
@@ -151,7 +152,8 @@ def test_plain_transformers_and_slimvlm_read_the_same_model(name, read_back):
     assert [path.name for path in out.glob("*.py")] == [copied.name]
 
 
-@every_family
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_cutting_again(name, read_back):
     """Once more to different widths, then to equal ones, which need no code."""
     work, inputs = read_back[name][0], case_of(name).inputs
@@ -190,7 +192,7 @@ def assert_cut_as_masked(model, masked, plan, inputs):
     assert_close(logits(model, inputs), logits(masked, inputs), FORWARD)
 
 
-@pytest.mark.parametrize("name", EVEN_ONLY)
+@pytest.mark.parametrize("name", tiered(EVEN_ONLY))
 def test_layers_that_must_be_equal_are_refused(name):
     model = tiny.build(name)
     before = snapshot(model)
@@ -202,7 +204,7 @@ def test_layers_that_must_be_equal_are_refused(name):
 
 
 # Equal layers whose head count the configuration class cannot express.
-@pytest.mark.parametrize("name", [*FIXED_HEADS, "gemma2"])
+@pytest.mark.parametrize("name", tiered([*FIXED_HEADS, "gemma2"], lambda name: name == "qwen2_vl"))
 def test_inexpressible_heads_need_permission(name, tmp_path):
     model = tiny.build(name)
     inputs = tiny.batch(model, TEXT_TOKENS)
@@ -272,7 +274,8 @@ def test_widths_that_no_layer_can_have_are_named(tmp_path):
 
 
 # What files say.
-@every_family
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_layers_have_their_own_configuration_in_transformers_form(name, read_back):
     case, out = case_of(name), read_back[name][0] / "out"
     text_config = AutoConfig.from_pretrained(out, trust_remote_code=False).get_text_config()

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from slimvlm.core.errors import ConfigError, InUseError, OutputError, SlimError
 from slimvlm.core.files import file_name, held, new_file, new_folder, require_free, write_text
 from slimvlm.scoring.unit_scores import Scores
-from tests.handmade import in_python
 
 
 def contents(folder):
@@ -220,29 +219,6 @@ def test_a_full_disk_leaves_an_old_file(small_disk):
     with pytest.raises(OutputError, match=r"file\.json.*the disk is full"):
         write_text(path, "new" * 1_000_000)
     assert contents(small_disk) == {"file.json": "old"}
-
-
-LIMITED = """
-import resource, sys
-from slimvlm.core.errors import OutputError
-from slimvlm.core.files import new_folder
-from tests.core.test_files import WRITERS
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-for what, write in WRITERS.items():
-    try:
-        with new_folder(sys.argv[1], force=True) as folder:
-            write(folder)
-    except OutputError as error:
-        print(what, error)
-"""
-
-
-def test_a_file_that_may_not_grow_is_told(old, tmp_path):
-    """What a full disk does to each library, on machines where none can be mounted."""
-    told = in_python(LIMITED, str(old)).splitlines()
-    assert [line.split()[0] for line in told] == list(WRITERS)
-    assert all("cannot be written" in line and "unchanged" in line for line in told)
-    assert contents(tmp_path) == {"out/file": "old", "out/stage.json": OURS}
 
 
 REASONS = {

@@ -122,7 +122,7 @@ def test_a_tokenizer_that_cannot_end_an_answer_is_refused():
     words = copy.deepcopy(folders.processor("llava"))
     words.tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="has no eos_token, so the end of an answer cannot"):
-        chat.rendered(words, samples_of("llava")["single"])
+        chat.located(words, samples_of("llava")["single"])
 
 
 CASES = [(kind, name) for kind in KINDS for name in samples_of(kind)]
@@ -162,7 +162,7 @@ def test_labels_are_the_answers_and_lengths_those_of_the_encoded_sample(kind, na
     labelled = batch["labels"] != IGNORE
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
     length = batch["input_ids"].shape[1]
-    chat.rendered(processor, item)
+    chat.located(processor, item)
     assert chat.length_of(processor, item) == length
     assert fitted(processor, item, length) is item
     with pytest.raises(
@@ -259,16 +259,14 @@ def test_a_model_without_eyes_or_words_is_refused():
         chat.encode_samples(None, seen)
 
 
-def template(opening, system, user, assistant, prompt="''", otherwise="''"):
-    """A chat template in the shape that most have, of Jinja expressions; a header may prompt."""
-    prompt = f"'{prompt % 'assistant'}'" if "%s" in prompt else prompt
+def template(opening, system, user, assistant, prompt):
+    """A chat template in the shape that most have, of Jinja expressions; a header prompts."""
     return (
         f"{{{{ {opening} }}}}{{% for m in messages %}}"
         f"{{% if m['role'] == 'system' %}}{{{{ {system} }}}}"
         f"{{% elif m['role'] == 'user' %}}{{{{ {user} }}}}"
         f"{{% else %}}{{{{ {assistant} }}}}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {prompt} }}}}"
-        f"{{% else %}}{{{{ {otherwise} }}}}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '{prompt % 'assistant'}' }}}}{{% endif %}}"
     )
 
 
@@ -281,24 +279,12 @@ def turns(before, after, content="m['content']"):
 
 C, TRIMMED = "m['content']", "(m['content'] | trim)"
 IM, HEADER = "<|im_start|>%s\\n", "<|start_header_id|>%s<|end_header_id|>\\n\\n"
-BARS, START = "<|%s|>\\n", "<start_of_turn>%s\\n"
+START = "<start_of_turn>%s\\n"
 REFUSAL = "raise_exception('System role not supported')"
 TODAY = "bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\n' + strftime_now('%d %b %Y')"
 # Each with what the labels of an answer are.
 TEMPLATES = {
-    "vicuna": (
-        template(
-            *("bos_token", f"{C} + ' '", f"'USER: ' + {C} + ' '"),
-            *(f"'ASSISTANT: ' + {C} + eos_token", "'ASSISTANT:'"),
-        ),
-        " {}</s>",
-    ),
-    "mistral": (
-        template("bos_token", REFUSAL, f"'[INST] ' + {C} + ' [/INST]'", f"' ' + {C} + eos_token"),
-        " {}</s>",
-    ),
     "chatml": (template("''", *turns(IM, "<|im_end|>\\n"), IM), "{}<|im_end|>"),
-    "phi-3": (template("bos_token", *turns(BARS, "<|end|>\\n"), BARS, "eos_token"), "{}<|end|>"),
     "gemma": (
         template("bos_token", REFUSAL, *turns(START, "<end_of_turn>\\n", TRIMMED)[1:], START),
         "{}<end_of_turn>",
@@ -306,7 +292,7 @@ TEMPLATES = {
     "llama-3": (template(TODAY, *turns(HEADER, "<|eot_id|>", TRIMMED), HEADER), "{}<|eot_id|>"),
 }
 ADDED = [
-    *("<|im_start|>", "<|im_end|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"),
+    *("<|im_start|>", "<|im_end|>"),
     *("<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 ]
 
@@ -321,7 +307,9 @@ def with_template(monkeypatch, chat_template):
     return plain_words()
 
 
-@pytest.mark.parametrize(("name", "strips"), [("gemma", True), ("llama-3", True), ("phi-3", False)])
+@pytest.mark.parametrize(
+    ("name", "strips"), [("gemma", True), ("llama-3", True), ("chatml", False)]
+)
 def test_an_answer_may_be_stripped_and_repeat_what_was_asked(name, strips, monkeypatch):
     chat_template, answer = TEMPLATES[name]
     words = with_template(monkeypatch, chat_template)
@@ -341,17 +329,16 @@ def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
         fitted(words, item, 1)
 
 
-@pytest.mark.parametrize("name", ["gemma", "mistral"])
-def test_a_template_that_refuses_is_the_sample_s_fault(name, monkeypatch):
-    words = with_template(monkeypatch, TEMPLATES[name][0])
+def test_a_template_that_refuses_is_the_sample_s_fault(monkeypatch):
+    words = with_template(monkeypatch, TEMPLATES["gemma"][0])
     item = Sample("briefed", (turn("system", "Be brief."), *samples_of("text")["single"].messages))
-    for read in (chat.rendered, lambda words, item: chat.encode_samples(words, [item])):
+    for read in (chat.located, lambda words, item: chat.encode_samples(words, [item])):
         with pytest.raises(DataError, match=r"sample 'briefed': .*System role not supported"):
             read(words, item)
 
 
 def test_a_system_turn_is_not_learnt_and_rewritten_words_are_refused(monkeypatch):
-    for name in ("chatml", "llama-3", "vicuna"):
+    for name in ("chatml", "llama-3"):
         chat_template, answer = TEMPLATES[name]
         words = with_template(monkeypatch, chat_template)
         item = samples_of("text")["multi"]
@@ -362,8 +349,8 @@ def test_a_system_turn_is_not_learnt_and_rewritten_words_are_refused(monkeypatch
     for changed in (plain.replace(C, f"({C} | upper)"), plain.replace("messages", "messages[1:]")):
         assert changed != plain
         words = with_template(monkeypatch, changed)
-        with pytest.raises(DataError, match=r"'multi'.*rewrites or leaves out what was said"):
-            chat.rendered(words, samples_of("text")["multi"])
+        with pytest.raises(DataError, match=r"'multi'.*rewrites or leaves out a text"):
+            chat.located(words, samples_of("text")["multi"])
 
 
 def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(monkeypatch):

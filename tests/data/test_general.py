@@ -73,7 +73,7 @@ def test_by_default_a_fifth_where_weights_are_repaired(data, repair, share):
     assert resolved(Request(model="m", prune=asked)).prune.general_text == 0.1
 
 
-@pytest.mark.parametrize("name", sorted(tiny_pictures.FAMILIES))
+@pytest.mark.parametrize("name", tiny_pictures.BY_DEFAULT)
 @torch.no_grad()
 def test_every_family_reads_it_beside_pictures(name):
     model, processor = tiny_pictures.made(name)

@@ -19,7 +19,7 @@ from transformers.image_utils import load_image
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data import chat
 from slimvlm.data.chat import encode_samples, length_of
-from slimvlm.data.read import estimated_length, fitted, load_samples, subset
+from slimvlm.data.read import fitted, load_samples, subset
 from slimvlm.data.samples import Sample, find_image, identifying_bytes, open_image
 from slimvlm.models.load import load_config
 from slimvlm.models.parts import context_of
@@ -384,14 +384,7 @@ def test_subsets_are_stratified_nested_and_of_the_right_size(texts, ones, severa
     assert chosen == samples
 
 
-def test_lengths_are_estimated():
-    said = (turn("user", None, "x" * 40), turn("assistant", "y" * 40), turn("user", None, "z"))
-    picture_path = Path("a.png")
-    assert estimated_length(Sample("a", said[:2]), 576) == 20
-    assert estimated_length(Sample("a", said, (picture_path,) * 2), image_tokens=100) == 220
-
-
-@pytest.mark.parametrize("name", sorted(tiny_pictures.FAMILIES))
+@pytest.mark.parametrize("name", tiny_pictures.BY_DEFAULT)
 def test_long_pictures_are_counted_and_short_ones_not_processed(name, monkeypatch):
     """The estimate is never too low, in company and turned, and seldom much too high."""
     words = tiny_pictures.made(name)[1]

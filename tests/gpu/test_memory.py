@@ -11,7 +11,8 @@ import slimvlm as sv
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import silent
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import release_memory, weight_bytes
+from slimvlm.models.cost import weight_bytes
+from slimvlm.models.devices import release_memory
 from slimvlm.models.load import auto_class
 from slimvlm.pruning.walk.engine import Steps, WalkConfig
 from slimvlm.pruning.walk.walk import plans_for, states_bytes, walk

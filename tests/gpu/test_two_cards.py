@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import transformers as hf
 from accelerate import dispatch_model
 
 import slimvlm as sv
@@ -157,19 +156,6 @@ def test_a_model_that_cannot_be_pruned_or_trained_is_refused_by_name(card):
         config = sv.RecoverConfig(train="lora", loss=loss, max_steps=1)
         with pytest.raises(ConfigError, match=rf"^{field}: its device_map divides it over 0, 1"):
             sv.recover(student, teacher, samples, config, processor)
-
-
-def test_accelerates_own_division(card):
-    folder = folders.folder("llava")
-    model, processor = sv.load(str(folder), device="cpu")
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    ours = hf.AutoModelForImageTextToText.from_pretrained(
-        folder, device_map="auto", max_memory={0: int(0.7 * size), 1: size}, dtype=torch.float32
-    )
-    assert set(ours.hf_device_map.values()) == {0, 1}
-    data = list(sv.calibration_batches(processor, folders.short_samples(6)))
-    found = [sv.walk_(each, data, 0.25).plan for each in (ours, model.to(card))]
-    assert found[0] == found[1]
 
 
 def test_an_option_divides_a_model_that_is_read(card):

@@ -16,7 +16,7 @@ from slimvlm import cli
 from slimvlm.core.options import DIVERGENCES
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result
-from slimvlm.models.cost import release_memory
+from slimvlm.models.devices import release_memory
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 from slimvlm.runs.compress import read_times

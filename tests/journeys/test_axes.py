@@ -67,6 +67,7 @@ def test_the_axis_whose_smaller_model_answers_best_is_chosen(data):
     assert all(layer.distilled for layer in walked.report.layers)  # the trial alone is brief
 
 
+@pytest.mark.slow
 def test_each_picture_is_seen_once_for_all_axes_and_the_walk(data):
     request, model, calibration = opened(data)
     scores = list(stages.calibrate(request, model, calibration).values())
@@ -77,7 +78,8 @@ def test_each_picture_is_seen_once_for_all_axes_and_the_walk(data):
     assert len(runs) == sum("pixel_values" in batch for batch in batches) > 0
 
 
-@pytest.mark.parametrize("dtype", tiered(["float32", "bfloat16"], lambda name: name == "bfloat16"))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_where_training_follows_each_axis_is_trained_a_little(dtype, data):
     """The original keeps its data type and flags, also where training computes in float32."""
     how = {"learning_rate": 1e-3, "batch_size": 2, "epochs": 6, "bf16": False}
@@ -151,6 +153,7 @@ def test_a_latency_s_ratio_is_of_the_axis_and_the_tokens_that_are_taken(asked, d
     assert found.prune.ratio == resolved(named, shape=shape).prune.ratio
 
 
+@pytest.mark.slow
 def test_a_run_meets_its_latency(data, tmp_path, unhurried):
     model, said = str(folders.folder("llava")), []
     shown = {"data": str(data), "samples": 8, "local_steps": 0, "axis": "auto"}
@@ -173,6 +176,7 @@ def test_the_axis_that_lost_least_is_taken_and_width_of_two_that_are_even(losses
     assert note.startswith(f"axis {axis}: validation loss {losses[axis]:.4f} (")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_does_not_try_again(data, tmp_path, monkeypatch):
     shown = {"data": str(data), "samples": 8, "local_steps": 1}
     config = CompressConfig(ratio=0.3, axis="auto", vocab_size="all", **shown)
@@ -185,7 +189,9 @@ def test_a_stopped_run_does_not_try_again(data, tmp_path, monkeypatch):
     said = []
     compress(model, config, out, say=said.append)
     assert any("depth, width and both are tried" in line for line in said)
-    assert any(f"axis {Plan.load(out / 'plan.json').axis}: validation loss" in line for line in said)
+    assert any(
+        f"axis {Plan.load(out / 'plan.json').axis}: validation loss" in line for line in said
+    )
 
 
 def test_the_chart_decides_without_data_and_the_data_before_training(data):

@@ -5,6 +5,7 @@ is there for the other pages. `tests.contract.test_docs` checks that commands ar
 this one that they work.
 """
 
+import json
 import shlex
 import shutil
 from importlib.util import find_spec
@@ -16,7 +17,6 @@ import slimvlm as sv
 from slimvlm import cli
 from tests import tiny_folder
 from tests.contract.test_docs import COMMANDS, PYTHON
-from tests.journeys.test_first_hour import write_rows
 from tests.tables import tables
 
 TABLES = tables(__file__)
@@ -41,6 +41,17 @@ CAN_QUANTIZE = find_spec("torchao") is not None
 FIRST = ("README.md", "compress.md")
 PAGES = sorted({page for page, _ in COMMANDS} - set(FIRST))
 STUDY = TABLES["study"]
+
+
+def write_rows(path, count, first=0):
+    """Conversations of text in the form that the page shows."""
+    rows = []
+    for sample in tiny_folder.short_samples(first + count, sees=False)[first:]:
+        (question, answer) = (message["content"][0]["text"] for message in sample.messages)
+        asked = {"role": "user", "content": f"{sample.id}: {question}"}  # no two are the same
+        turns = [asked, {"role": "assistant", "content": answer}]
+        rows.append(json.dumps({"messages": turns}) + "\n")
+    path.write_text("".join(rows))
 
 
 @pytest.fixture(scope="module")

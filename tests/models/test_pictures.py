@@ -20,6 +20,7 @@ from slimvlm.models.pictures import (
     with_settings,
 )
 from tests import tiny, tiny_folder, tiny_pictures
+from tests.tiers import tiered
 
 SHARES = {  # all of a small picture goes through the tower once, however few tiles it has
     **dict.fromkeys(("llava_next", "llava_onevision"), (0.65,)),
@@ -54,7 +55,7 @@ def test_today_s_tokens_need_no_settings_although_fewer_tiles_can_take_more():
     assert budgets_for(model.config, many, [sample])(1.0).settings == {}
 
 
-@pytest.mark.parametrize("name", tiny_pictures.FAMILIES)
+@pytest.mark.parametrize("name", tiny_pictures.BY_DEFAULT)
 def test_a_family_keeps_the_most_tokens_within_each_budget_and_reads_them(name, tmp_path):
     model, processor = tiny_pictures.made(name)
     sample, config = sample_of(name), model.config
@@ -99,7 +100,7 @@ def test_a_family_without_a_knob_says_why(name):
 
 def test_text_has_no_budget():
     model, processor = tiny_pictures.made("qwen2_vl")
-    with pytest.raises(DataError, match="no sample has a picture"):
+    with pytest.raises(DataError, match="no sample has an image"):
         budgets_for(model.config, processor, tiny_folder.short_samples(2, False))
 
 
@@ -107,7 +108,7 @@ UNSEEN = {*tiny.TEXT_ONLY, "kosmos2_5"}  # no picture in their batches here
 SEEN = [n for n, config in tiny.CONFIGS.items() if n not in UNSEEN and tiny.is_multimodal(config())]
 
 
-@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("name", tiered(SEEN))
 @torch.no_grad()
 def test_each_picture_is_seen_once_and_gives_the_same_to_the_last_bit(name):
     """A model with other weights outside the backbone computes its own features."""

@@ -252,19 +252,18 @@ def assert_alike(options, tmp, at):
         assert not differing, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "at"),
     [
         ({"recover": "none", "test_samples": 0, "vocab_size": "auto", "seed": 1}, ("walk", True)),
-        pytest.param(
+        (
             {"test_samples": 0, "recover": {**LORA, "fraction": 0.5}, "seed": 3},
             ("recover_", True),
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
+        (
             {"axis": "auto", "floors": True, "recover": {**LORA, "lora": {"lora_alpha": 3}}},
             ("save", False),
-            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -285,7 +284,7 @@ def drawn(kind, known, most):
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     asked=drawn(CompressConfig, OTHERWISE, 4),
     recover=st.just("none") | drawn(RecoverConfig, LEARNT, 3).map(lambda given: {**LORA, **given}),

@@ -135,7 +135,7 @@ def ids(samples):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sorted_data_calibrates_validates_and_tests_on_all_sources(seed, sorted_mix):
     found = divided(sorted_mix, samples=128, test=32, seed=seed)
-    for part, least in ((found.calibration, 16), (found.report, 3), (found.calibration[3::4], 3)):
+    for part, least in ((found.calibration, 16), (found.test, 3), (found.calibration[3::4], 3)):
         counts = [sum(s.id.startswith(source) for s in part) for source in SOURCES]
         assert min(counts) >= least, counts
 
@@ -143,8 +143,8 @@ def test_sorted_data_calibrates_validates_and_tests_on_all_sources(seed, sorted_
 def test_runs_share_their_test_samples(sorted_mix):
     first, more = divided(sorted_mix), divided(sorted_mix, samples=80)
     other = divided(sorted_mix, seed=5)
-    assert ids(more.report) == ids(other.report) == ids(first.report)
-    assert ids(divided(sorted_mix, test=8).report) < ids(first.report)
+    assert ids(more.test) == ids(other.test) == ids(first.test)
+    assert ids(divided(sorted_mix, test=8).test) < ids(first.test)
     assert ids(first.calibration) < ids(more.calibration)
     assert ids(first.calibration) != ids(other.calibration)
     turned = write(json.loads(sorted_mix.read_text())[::-1], sorted_mix.parent, "turned.json")

@@ -82,6 +82,7 @@ def test_the_table_has_a_row_for_each_cell_with_published_numbers(finished, data
     assert list(given["reference_source"]) == ["the paper"]
 
 
+@pytest.mark.slow
 def test_models_go_and_results_stay(finished, data, tmp_path):
     assert files_named(finished, "model.safetensors") == []
     assert len(files_named(finished, "result.json")) == 5
@@ -107,6 +108,7 @@ def test_a_finished_study_does_nothing_but_tidy_up(again, data, monkeypatch):
     assert (again / "results.csv").read_text() == text
 
 
+@pytest.mark.slow
 def test_one_more_ratio_or_recovery_does_only_what_is_new(again, data, monkeypatch, capsys):
     """A log has a line where a stage begins and one where it ends, and none of what is inside."""
     done, log = watch_work(monkeypatch), StringIO()
@@ -163,21 +165,6 @@ def test_other_samples_or_other_files_are_other_work(data, tmp_path):
     assert len(found[0] & found[2]) == 1  # the original
 
 
-def test_other_questions_are_other_work(data, tmp_path):
-    rows = [{"question": "which?", "answer": "this"}, {"question": "what?", "answer": "that"}]
-    task = {"name": "mine", "data": "q.jsonl", "prompt": "{question}", "answer": "answer"}
-    (tmp_path / "mine.yaml").write_text(json.dumps(task))
-    names = []
-    for answer in ("that", "that", "those"):
-        rows[1]["answer"] = answer
-        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        config = study(data, tasks=str(tmp_path / "mine.yaml"))
-        found = prepared(config, print)[1].stages()
-        names.append({stage.name for stage in found if stage.kind == "evaluate"})
-    assert names[0] == names[1]
-    assert not names[0] & names[2]
-
-
 def test_a_change_anywhere_in_a_folder_is_noticed(tmp_path, monkeypatch):
     """One byte of a large file in its middle, with the time of the file set back."""
     monkeypatch.setenv("SLIMVLM_CACHE", str(tmp_path / "cache"))
@@ -199,6 +186,7 @@ def test_a_change_anywhere_in_a_folder_is_noticed(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache" / "hashes").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_mended_code_is_other_work(data, tmp_path, monkeypatch):
     """The version and the source itself name every stage; comments of other files do not."""
     copy = Path(shutil.copytree(Path(documents.__file__).parents[1], tmp_path / "slimvlm"))
@@ -217,7 +205,9 @@ def test_mended_code_is_other_work(data, tmp_path, monkeypatch):
     assert not names[0] & names[1]
 
 
-def test_a_metric_s_code_and_general_text_are_part_of_what_is_asked(data, tmp_path, monkeypatch):
+def test_answers_a_metric_s_code_and_general_text_are_part_of_what_is_asked(
+    data, tmp_path, monkeypatch
+):
     monkeypatch.syspath_prepend(str(tmp_path))
     task = {
         "name": "mine",
@@ -226,16 +216,18 @@ def test_a_metric_s_code_and_general_text_are_part_of_what_is_asked(data, tmp_pa
         "answer": "a",
         "metric": "own:score",
     }
-    (tmp_path / "q.jsonl").write_text(json.dumps({"q": "Which?", "a": "red"}))
     (tmp_path / "mine.yaml").write_text(json.dumps({**task, "metric": "own:score"}))
     config, names = study(data, tasks=str(tmp_path / "mine.yaml")), []
-    for value, text in ((1, "a"), (0, "a"), (0, "b")):
+    for value, text, answer in ((1, "a", "red"), (0, "a", "red"), (0, "b", "red"), (0, "b", "no")):
+        (tmp_path / "q.jsonl").write_text(json.dumps({"q": "Which?", "a": answer}))
         (tmp_path / "own.py").write_text(f"def score(reply, question):\n    return {value}\n")
         monkeypatch.setattr(schedule, "identity_of_general_text", lambda text=text: text)
         names.append({s.kind: s.name for s in prepared(config, print)[1].stages()})
-    first, other_code, other_text = names
+    first, other_code, other_text, other_answer = names
     assert first["prune"] == other_code["prune"] != other_text["prune"]
     assert first["evaluate"] != other_code["evaluate"]
+    assert other_text["prune"] == other_answer["prune"]
+    assert other_text["evaluate"] != other_answer["evaluate"]
 
 
 def test_cells_that_come_to_the_same_are_one_and_others_are_told_apart(data, tmp_path, capsys):
@@ -251,6 +243,7 @@ def test_cells_that_come_to_the_same_are_one_and_others_are_told_apart(data, tmp
     assert "no --data: calibrating on the demo's samples" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_table_grows_while_the_study_runs(data, tmp_path, monkeypatch):
     measured = []
 
@@ -306,18 +299,19 @@ def test_a_study_of_which_nothing_could_be_measured_is_reported(
 
     def fails(stage):
         if stage.kind == "evaluate":
-            raise ConfigError("blind: question 'a' finds no other pictures")
+            raise ConfigError("blind: question 'a' finds no other images")
 
     watch_work(monkeypatch, fails)
     config = study(data, {"recovery": "none", "axis": "depth"}, limit=1)
     table = run_study(config, tmp_path / "out", console=QUIET)
     assert set(table["status"]) == {"failed"}
-    assert "other pictures" in str(table["failed"][0])
+    assert "other images" in str(table["failed"][0])
     for as_json in (False, True):
         print_study(table, as_json)
         assert "failed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_to_the_same_table(finished, data, tmp_path, monkeypatch):
     def stops(stage):
         if stage.kind == "recover":

@@ -146,17 +146,6 @@ def test_tokens_of_weight_zero_change_no_bit(dtype, weights):
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
-def test_bfloat16_products_need_inputs_of_weight_one(monkeypatch):
-    products, seen = torch.backends.mkldnn.matmul, []
-    monkeypatch.setattr(moments, "add_product_", lambda *_: seen.append(products.fp32_precision))
-    before = products.fp32_precision
-    summed(ROWS.bfloat16(), WEIGHTS["ones and zeros"], torch.float32)
-    summed(ROWS.bfloat16(), WEIGHTS["any"], torch.float32)
-    summed(ROWS.half(), WEIGHTS["ones"], torch.float32)
-    assert seen == ["bf16"] * 2 + [before] * 4
-    assert products.fp32_precision == before != "bf16"
-
-
 # Symmetric matrices
 
 SIZES = (1, 7, 24, 61)

@@ -18,7 +18,6 @@ from slimvlm.core.options import RecoverConfig
 from slimvlm.data import chat
 from slimvlm.data.read import subset
 from slimvlm.data.vocabulary import choose_tokens
-from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import hold_in_
 from slimvlm.models.load import load
@@ -32,7 +31,7 @@ from slimvlm.training import trainer
 from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.handmade import Stopped, assert_equal, logits, plan_by_hand
+from tests.handmade import Stopped, assert_equal, logits, plan_by_hand, stops
 from tests.tables import tables
 from tests.tiers import tiered
 from tests.tiny_folder import KINDS, SEEING, short_samples
@@ -184,18 +183,6 @@ def test_batches_without_pictures_teach_the_projector_nothing(kind, bf16):
     assert changed(student, before)
     assert len(history.steps) == 4
     assert not student.get_input_embeddings()._forward_hooks
-
-
-def test_a_few_samples_can_be_learnt_by_heart():
-    student, _, processor = models()
-    options = config(train="full", loss="sft", max_steps=30, batch_size=4, learning_rate=1e-2)
-    history = recover(student, None, SAMPLES[:4], options, processor)
-    first, last = history.steps[0]["loss_sft"], history.steps[-1]["loss_sft"]
-    assert last < 0.2 * first
-    with torch.no_grad():
-        batch = chat.encode_samples(processor, SAMPLES[:4])
-        found = losses.cross_entropy(logits(student, batch), lambda rows: rows, batch["labels"])
-    assert float(found) < 0.3 * first
 
 
 def hidden_and_logits(model, inputs):
@@ -444,8 +431,10 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches():
     assert losses_of[1] == pytest.approx(losses_of[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("train", lora_by_default)
+@pytest.mark.parametrize(
+    ("train", "bf16"),
+    tiered(itertools.product(TRAINED, (False, True)), lambda *case: case == ("lora", True)),
+)
 def test_half_precision_learns_in_full_and_comes_back_as_it_was(train, bf16):
     student, teacher, processor = models()
     hold_in_(student, torch.bfloat16)
@@ -523,12 +512,13 @@ def test_every_loss_reaches_the_tracker(monkeypatch):
 @pytest.mark.parametrize(
     "end", tiered([{"max_steps": 3}, {"max_steps": -1, "epochs": 1}], lambda end: "epochs" in end)
 )
-def test_a_finished_training_is_not_trained_further(end, tmp_path):
+def test_a_finished_training_is_not_trained_further(end, tmp_path, monkeypatch):
     """Its output may still be missing: the disk was full, or an evaluation was stopped."""
     student, teacher, processor = models()
     options = config(trainer=STEADY, **end)
     first = recover(student, teacher, SAMPLES, options, processor, tmp_path)
     again, teacher, processor = models()
+    monkeypatch.setattr(recovery.DistillationTrainer, "train", stops)
     assert recover(again, teacher, SAMPLES, options, processor, tmp_path) == first
     assert_equal(weights(again), weights(student))
 
@@ -588,6 +578,10 @@ def test_few_samples_are_read_again_until_they_suffice(given, passes):
     assert len(history.steps) == 2 * passes
     assert optimizer_steps(asked, 4, plan.decoder_ratio) == 2 * passes
     if not given:
-        assert asked.passes(100_000, 0.5) == 1
-        assert asked.passes(1_000, 0.5) < asked.passes(1_000, 0.75) < asked.passes(500, 0.75)
-        assert asked.passes(1, 0.75) == asked.passes(100, 0.75)
+        assert asked.epochs_over(100_000, 0.5) == 1
+        assert (
+            asked.epochs_over(1_000, 0.5)
+            < asked.epochs_over(1_000, 0.75)
+            < asked.epochs_over(500, 0.75)
+        )
+        assert asked.epochs_over(1, 0.75) == asked.epochs_over(100, 0.75)

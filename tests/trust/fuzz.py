@@ -94,7 +94,8 @@ def make_task(folder):
 ANSWERED = TaskResult(
     "exact_match", 50.0, 25.0, True, ("a", "b"), ("r", "s"), (1.0, 0.0), {"f1": 1.0}, 50.0
 )
-RESULT = Result("model", 1000, 800, {"one": ANSWERED, "two": ANSWERED}, 1.0, 2.0)
+ASKED, TIMES = {"one": ANSWERED, "two": ANSWERED}, {"prefill_ms": 1.0, "decode_ms": 2.0}
+RESULT = Result("model", 1000, 800, ASKED, **TIMES)
 
 
 def make_result(folder):
@@ -517,6 +518,7 @@ def run(command, folder, errors, name="", draw=random):
         if name == "full disk":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (draw.choice((0, 10**4, 10**5)),) * 2)
+        sys.dont_write_bytecode = True  # which would be a file elsewhere
         watch(folder.parent.parent, errors)
         if name == "closed streams":
             for number in draw.sample(range(3), draw.randrange(1, 4)):

@@ -14,6 +14,7 @@ from slimvlm.models.load import load
 from tests import tiny_folder as folders
 from tests.handmade import refused
 from tests.tables import tables
+from tests.tiers import tiered
 
 TABLES = tables(__file__)
 
@@ -79,7 +80,9 @@ CARDS = {
 }
 
 
-@pytest.mark.parametrize("why", CARDS)
+@pytest.mark.parametrize(
+    "why", tiered(CARDS, lambda why: why in ("bytes", "results", "deep", "long"))
+)
 def test_an_odd_card_costs_no_work(why, tmp_path):
     model = folders.copied("text", tmp_path / "m")
     (model / "README.md").write_bytes(CARDS[why])
@@ -163,7 +166,11 @@ def stopped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["chat_template.jinja", "model.safetensors", "../checkpoint.sha256"]
+    "name",
+    tiered(
+        ["chat_template.jinja", "model.safetensors", "../checkpoint.sha256"],
+        lambda name: "." in name[:2] or "jinja" in name,
+    ),
 )
 def test_a_run_goes_on_only_with_what_it_wrote(name, stopped):
     run, words = stopped

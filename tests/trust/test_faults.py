@@ -133,7 +133,7 @@ def test_a_thousand_broken_rows_are_counted_and_named(name, tmp_path):
     assert len(told) == NAMED + 1
     assert all(line.startswith("skipped: ") and "\n" not in line for line in told[:-1])
     assert f"{ROWS} broken rows skipped, 1 samples read" in told[-1]
-    with pytest.raises(DataError, match=f"max-bad {ROWS - 1}"):
+    with pytest.raises(DataError, match=f"max-bad-rows {ROWS - 1}"):
         load_samples(path, max_bad_rows=ROWS - 1, warn=lambda line: None)
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from slimvlm.cli import VERBS, main
 from slimvlm.core.errors import PrintableStream
 from tests import tiny_folder as folders
 from tests.tables import tables
+from tests.tiers import tiered
 
 TABLES = tables(__file__)
 
@@ -24,9 +26,12 @@ def run(words, capsys):
 
 
 @pytest.mark.parametrize(
-    "path", [LONG, "a\0b", "loop", "\udcff"], ids=["long", "nul", "loop", "bytes"]
+    ("words", "path"),
+    tiered(
+        product(WORDS, [LONG, "a\0b", "loop", "\udcff"]),
+        lambda words, path: path == LONG or words == WORDS[0],
+    ),
 )
-@pytest.mark.parametrize("words", WORDS)
 def test_a_word_that_is_no_path_is_named(words, path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
@@ -48,6 +53,7 @@ def slimvlm(script, folder):
     return subprocess.run(["bash", "-c", program], cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed_or_full_and_a_folder_that_is_gone(tmp_path):
     model = folders.folder("text")
     assert slimvlm(f"slimvlm inspect {model} 2>&-", tmp_path).returncode == 0

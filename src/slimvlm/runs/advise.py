@@ -16,9 +16,9 @@ from slimvlm.data.chat import encode_samples
 from slimvlm.data.general import SHARE as GENERAL_TEXT
 from slimvlm.data.samples import Sample
 from slimvlm.data.vocabulary import TokenizerFile
-from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.cost import BYTES, free_memory, params_of_target, weight_bytes
+from slimvlm.models.cost import BYTES, params_of_target, weight_bytes
+from slimvlm.models.devices import device_named, free_memory
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.load import load_config, load_processor, resolve
 from slimvlm.models.pictures import PictureBudget, with_settings
@@ -108,7 +108,7 @@ def advise(
         vocabulary=tokens,
         beside=bytes_of_picture(load_config(model), pictures, dtype) if pictures else 0.0,
     )
-    device = models.default_device()
+    device = device_named()
     if gpu is not None and gpu == (device.type == "cpu"):
         device = torch.device("cuda" if gpu else "cpu")
 
@@ -364,7 +364,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         stored = str(described.dtype).removeprefix("torch.")
         dtype = stored if stored in BYTES else "bfloat16"
     seen = described, image_tokens(model, config.trust_remote_code) if pictures else 0
-    device, tries = models.device_named(config.device), len(axes) + bool(request.fewer_tokens)
+    device, tries = device_named(config.device), len(axes) + bool(request.fewer_tokens)
     sizes = Sizes(
         shape=shape,
         tokens=fmean(lengths) if lengths else 0.0,

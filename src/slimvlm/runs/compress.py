@@ -30,7 +30,8 @@ from slimvlm.evaluation.bench import PairedTimes, paired_times
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
+from slimvlm.models.cost import weight_bytes
+from slimvlm.models.devices import free_memory, peak_memory, release_memory
 from slimvlm.models.hidden import head_weights_of
 from slimvlm.models.load import anatomy, load_as, resolve
 from slimvlm.planning.plan import Plan

@@ -22,7 +22,14 @@ from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as loading
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.cost import BYTES, free_memory, load_of_others, usable_cores, weight_bytes
+from slimvlm.models.cost import BYTES, weight_bytes
+from slimvlm.models.devices import (
+    computes_bfloat16,
+    device_named,
+    free_memory,
+    load_of_others,
+    usable_cores,
+)
 from slimvlm.models.losses import rows_at_once
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.pruning.walk.engine import PASSES, aims_at_original
@@ -196,7 +203,7 @@ def _training_bytes(
     is_cpu, is_here = device.type == "cpu", _is_here(device)
     is_bfloat16 = config.bf16
     if is_bfloat16 is None:
-        is_bfloat16 = not is_here or loading.computes_bfloat16(device)
+        is_bfloat16 = not is_here or computes_bfloat16(device)
     held_in = dtype if is_bfloat16 else "float32"
     # on a CPU, attention that keeps its scores makes up for activations in bfloat16
     kept_in = "bfloat16" if is_bfloat16 and not is_cpu else held_in
@@ -292,7 +299,7 @@ def optimizer_steps(config: RecoverConfig, samples: int, gone: float) -> int:
 
 def _is_here(device: torch.device) -> bool:
     """Whether this machine has a device; advice can be for another machine."""
-    return device.type in ("cpu", loading.default_device().type)
+    return device.type in ("cpu", device_named().type)
 
 
 def _is_walked(request: Request) -> bool:
@@ -386,7 +393,7 @@ def device_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of a matrix product: the best of 12, as other work slows some."""
     # On a CPU it is that of one core in seconds of its own work, times the cores. So a busy machine
     # counts as an idle one, and no thread counts that waits for another one.
-    if dtype != torch.float32 and not loading.computes_bfloat16(device):
+    if dtype != torch.float32 and not computes_bfloat16(device):
         dtype = torch.float32
     is_cpu, threads = device.type == "cpu", torch.get_num_threads()
     clock, cores = (time.thread_time, usable_cores()) if is_cpu else (time.perf_counter, 1.0)

@@ -18,6 +18,7 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import prefill_flops
+from slimvlm.models.devices import device_named
 from slimvlm.models.pictures import PictureBudget
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
@@ -202,7 +203,7 @@ def scored_by(config: PruneConfig) -> tuple[str, ...]:
 
 def check_options(config: PruneConfig) -> None:
     """Check the options as far as possible without model and data."""
-    models.device_named(config.device)
+    device_named(config.device)
     rows = {name: scoring.criterion_named(name, {}) for name in criteria_of(config)}
     data_bound = [name for name, row in rows.items() if row.needs_data]
     given = [name for name in data_bound if name in config.criterion]

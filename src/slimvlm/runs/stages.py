@@ -265,7 +265,7 @@ def walk(
     given = config.local_steps
     count = steps_for(plans[0], len(calibration.fitted)) if given is None else given
     steps = Steps(repair=config.repair, count=count)
-    if not chooses and not steps.kinds and not count:
+    if not chooses and steps.repair == "none" and not count:
         return Walked(plans[0])
     held_out = calibration.held_out if request.hold_out else []
     weights = requests.token_weights_of(config)

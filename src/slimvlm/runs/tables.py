@@ -71,7 +71,7 @@ def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
                 require_same_task(task, each, theirs)
                 apart = task_difference(task, each, theirs)
                 if each.metric not in LIKELIHOODS:
-                    row["difference"] = vars(apart)
+                    row["difference"] = apart.as_points()
                 row["significant"] = apart.significant
         values: dict[str, Any] = {
             **{"model": result.model, "tasks": tasks},
@@ -82,7 +82,7 @@ def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
         if first is not None and found and not math.isnan(first.average):
             change = result.difference(first)
             values["retention"] = result.retention(first).as_json()
-            values["average_difference"] = vars(change)
+            values["average_difference"] = change.as_points()
             values["average_significant"] = change.significant
             for kind, kept in result.retention_by_kind(first).items():
                 values["by_kind"][kind]["retention"] = kept.as_json()
@@ -254,7 +254,8 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     experts: list[list[str]] = []
     if anatomy.expert_counts:
         expert = [f"{s.expert_params:,}" if s.num_experts else "none" for s in shapes]
-        share_of_all = f"{anatomy.expert_share:.0%} of the backbone (compress --experts)"
+        share = sum(s.num_experts * s.expert_params for s in shapes) / anatomy.backbone_params
+        share_of_all = f"{share:.0%} of the backbone (compress --experts)"
         experts = [*_by_layer("    one expert", expert), ["    all experts", share_of_all]]
     pinned = ", ".join(map(str, anatomy.pinned_layers))
     rows = [

@@ -31,8 +31,9 @@ from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as models
 from slimvlm.models import pictures
 from slimvlm.models.cost import kv_cache_bytes, params_of_target
+from slimvlm.models.devices import device_named
 from slimvlm.models.hidden import evaluating, gathered_weights, head_weights_of
-from slimvlm.models.load import check_models, device_named, load_as
+from slimvlm.models.load import check_models, load_as
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
@@ -471,7 +472,7 @@ def image_tokens(
             if (folder / IMAGE_PROCESSOR_NAME).is_file():  # which older readers read
                 changed.image_processor.save_pretrained(folder)
             values = read_object(folder / CONFIG_NAME, "model")
-            values |= pictures.in_config(config, budget.settings)
+            values |= {n: v for n, v in budget.settings.items() if n in vars(config)}
             files.write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
             again = models.load_processor(str(folder), models.load_config(folder, trusted), trusted)
             if again.image_processor.to_dict() != changed.image_processor.to_dict():

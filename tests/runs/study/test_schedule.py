@@ -20,6 +20,7 @@ from slimvlm.runs.study import schedule as scheduling
 from slimvlm.runs.study.schedule import Cache, Outcome, ray_task, run_local
 from tests import tiny_folder as folders
 from tests.runs.study.study_files import RECOVER, RECOVERIES, stable, study, watch_work
+from tests.tiers import tiered
 
 KILLS = int(os.environ.get("SLIMVLM_KILLS", "3"))
 """Kills at random moments; SLIMVLM_KILLS=10 for the long form."""
@@ -85,7 +86,9 @@ def test_an_error_of_another_worker_is_not_tried_again_at_once(schedule, tmp_pat
     assert tried.total() == 2 * first
 
 
-@pytest.mark.parametrize("kind", ["calibrate", "prune", "recover", "evaluate"])
+@pytest.mark.parametrize(
+    "kind", tiered(["calibrate", "prune", "recover", "evaluate"], lambda kind: kind == "prune")
+)
 def test_a_stop_costs_one_stage(kind, schedule, tmp_path, monkeypatch, done):
     def stops(stage):
         if stage.kind == kind:
@@ -129,7 +132,9 @@ def test_a_stage_is_done_after_its_inputs_and_before_dearer_ones(schedule):
     assert missing[0] is originals[0]
 
 
-@pytest.mark.parametrize("recovery", ["sft+hidden", ["none", "sft+hidden"]])
+@pytest.mark.parametrize(
+    "recovery", tiered(["sft+hidden", ["none", "sft+hidden"]], lambda it: isinstance(it, list))
+)
 def test_other_questions_make_removed_models_again(recovery, data, tmp_path, done):
     cache = Cache(tmp_path)
     for limit in (2, 1):

@@ -24,7 +24,8 @@ from slimvlm.evaluation.metrics import average
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.load import anatomy, device_named, load_config
+from slimvlm.models.devices import device_named
+from slimvlm.models.load import anatomy, load_config
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.cost import speed_of
 from slimvlm.runs.request import Request, check_options, check_questions, dry_plan, resolved

@@ -26,7 +26,7 @@ from slimvlm.data.read import drawn, estimated_length, identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.ask import identities_of_tasks
 from slimvlm.evaluation.lmms import evaluate_all
-from slimvlm.models.cost import release_memory
+from slimvlm.models.devices import release_memory
 from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import save
