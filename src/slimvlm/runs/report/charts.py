@@ -263,8 +263,8 @@ def by_ratio(entries: pd.DataFrame) -> list[Chart]:
                 points = [*zip(100 * ratios, means, strict=True)]
                 chart.line(points, axis, f"{axis}, mean over seeds", axis)
                 # the papers' mean over their models, at those of the ratios that they have
-                there = {ratio: published(of.iloc[0], ratio) for ratio in ratios}
-                there = {100 * r: fmean(value for _, value in there[r]) for r in there if there[r]}
+                found = {ratio: published(of.iloc[0], ratio) for ratio in ratios}
+                there = {100 * r: fmean(value for _, value in found[r]) for r in found if found[r]}
                 if there:
                     name, dotted = f"{axis}, mean of the paper's models", (0, (1, 2))
                     chart.line([*there.items()], f"{axis} published", name, axis, linestyle=dotted)
@@ -406,6 +406,6 @@ def _dots(chart: Chart, entries: pd.DataFrame, xs: Sequence[float]) -> None:
             f"{row['prefill_ms']:.1f} ms, decode {row['decode_ms']:.1f} ms"
         )
         inside = COLOURS["paper"] if train == "none" and axis != ORIGINAL else colour
-        style = {"s": 75, "marker": TRAINED[train][0], "linewidth": 2, "zorder": 3}
+        style: Any = {"s": 75, "marker": TRAINED[train][0], "linewidth": 2, "zorder": 3}
         drawn = chart.axes.scatter([x], [kept], facecolor=inside, edgecolor=colour, **style)
         chart.mark(drawn, f"mark {axis}", [text], row["link"])

@@ -274,7 +274,7 @@ def _study_tables(
             optional[f"AVG-% {kind}"].append(text)
         text = interval(row, "reference")
         optional["reference"].append(text and f"{text} ({row['reference_source']})")
-    cells = {
+    cells: dict[str, Any] = {
         "model": done["name"],
         "removed": done["achieved_ratio"].map("{:.1%}".format),
         "AVG": done["avg"].map("{:.1f}".format),
@@ -290,8 +290,8 @@ def _study_tables(
         "prefill ms": done["prefill_ms"].map("{:.1f}".format),
         "decode ms": done["decode_ms"].map("{:.1f}".format),
     }
-    lines = [*zip(*cells.values(), strict=True)]
-    yield Table(header=list(cells), rows=lines, ids=[*done["link"]], **_TABLES["cells"])
+    texts = [*zip(*cells.values(), strict=True)]
+    yield Table(header=list(cells), rows=texts, ids=[*done["link"]], **_TABLES["cells"])
     claims = [claim for claim in claims_of(table) if claim.verdict != "not measured"]
     if claims:
         lines = [[claim.name, claim.statement, claim.verdict] for claim in claims]
