@@ -11,7 +11,8 @@ from slimvlm.evaluation.on_data import DataResult, OnSample
 RIGHT, LOST, GAINED = 0.8, 0.25, 0.3  # of the original; of its right answers; of its wrong ones
 SMALL = RIGHT * (1 - LOST) + (1 - RIGHT) * GAINED  # of the small model: 0.66
 # samples, and how many of them are about one picture
-FEW, SOME = [(5, 1), (20, 1), (100, 1), (60, 6), (180, 18)], [(8, 1), (10, 1), (50, 1), (500, 1)]
+FEW = [(5, 1), (20, 1), (60, 6)]
+SOME = [(8, 1), (10, 1), (50, 1), (100, 1), (500, 1), (180, 18)]
 LADDER = [*FEW, *(pytest.param(*size, marks=pytest.mark.slow) for size in [*SOME, (360, 18)])]
 
 

@@ -270,6 +270,7 @@ def test_a_busy_machine_changes_no_estimate_and_is_told_beside_it(model, data, m
 FLAG = re.compile(r"(?:\b([a-z]+) )?(--[a-z][a-z-]+)")
 
 
+@pytest.mark.slow
 def test_every_option_that_is_suggested_is_one_of_its_verb(tmp_path, data, monkeypatch, capsys):
     """Without a verb before it, it is an option of the command that said so."""
     tiny.build("qwen3_moe").save_pretrained(tmp_path / "mixture")

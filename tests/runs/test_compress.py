@@ -301,6 +301,7 @@ def test_a_folder_that_is_no_run_is_refused(text, data, tmp_path):
     assert contents(out) == {"config.json": text.encode()}
 
 
+@pytest.mark.slow
 def test_what_force_replaces_stays_until_the_new_run_is_whole(short, data, tmp_path, monkeypatch):
     out = Path(shutil.copytree(short, tmp_path / "run"))
     (out / "mine").write_text("")

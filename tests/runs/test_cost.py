@@ -25,7 +25,6 @@ from slimvlm.runs.request import resolved
 from slimvlm.training.trainer import prepare_training
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.tiers import tiered
 
 MODEL = str(folders.folder("text"))
 SPEEDS = {torch.float32: 1e10, torch.bfloat16: 4e10}
@@ -122,7 +121,8 @@ def test_learning_parameters_are_those_that_learn(train):
     assert expected == sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", tiered(sorted(tiny.CONFIGS)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
 def test_what_a_backward_pass_keeps_is_counted_for_every_family(name):
     config = tiny.CONFIGS[name]()
     float32, bfloat16 = (kept_bytes(config, dtype) for dtype in ("float32", "bfloat16"))

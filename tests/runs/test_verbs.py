@@ -55,6 +55,7 @@ def test_prune_gives_the_same_figures_in_memory_and_from_files(data, pruned):
 COMMON = ["--ratio", "0.3", "--axis", "width", "--samples", "6", "--local-steps", "0"]
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_them(data, tmp_path, capsys):
     words = ["prune", MODEL, *COMMON, "--data", str(data), "--out"]
     main([*words, str(tmp_path / "out")])

@@ -324,6 +324,7 @@ def test_a_plan_for_another_model_leaves_nothing(folders, tmp_path):
 
 
 # The command line
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("criterion", "axis"),
     tiered([("activation", "width"), ("angular", "depth")], lambda _, axis: axis == "width"),

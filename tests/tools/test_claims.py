@@ -107,6 +107,7 @@ def test_blind_models_have_no_picture_claim_and_nothing_is_measured_before_a_cel
     assert "- m 30%: width 60.0, depth 50.0" in text
 
 
+@pytest.mark.slow
 def test_the_shipped_grids_answer_what_they_say():
     wanted = {
         "demo": ("T1", "T2", "T3", "T4", "T5", "T6", "T7", "T9"),

@@ -32,6 +32,7 @@ from slimvlm_tools.convert import source as source_files
 from slimvlm_tools.convert.tokens import TokenizerFiles, llama_tokenizer
 from tests import tiny_folder as folders
 from tests.handmade import refused
+from tests.tiers import tiered
 from tests.tiny_folder import edit_json
 from tests.tolerances import FORWARD, assert_close
 from tests.trust.spoiled import Mark
@@ -85,7 +86,7 @@ class Converted(NamedTuple):
         return [Image.fromarray(self.inputs[f"image{i}"].numpy()) for i in range(3)]
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=tiered(CASES, lambda name: "bunny" not in name))
 def converted(request, tmp_path_factory):
     case = CASES[request.param]
     folder = case.convert(tmp_path_factory.mktemp("convert") / "out")

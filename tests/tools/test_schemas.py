@@ -1,6 +1,7 @@
 """The JSON Schemas in docs are those of the classes, and say what the readers say."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import jsonschema
@@ -20,15 +21,18 @@ ROOT = Path(__file__).parents[2]
 FULL = CompressConfig(ratio=0.3, units=("neuron",), data="d", recover=RecoverConfig(train="full"))
 
 
+known = cache(schemas)
+
+
 def accepts(name, values):
-    return jsonschema.Draft202012Validator(schemas()[name]).is_valid(values)
+    return jsonschema.Draft202012Validator(known()[name]).is_valid(values)
 
 
 @pytest.mark.parametrize("name", ["run", "study", "plan"])
 def test_docs_hold_the_schemas_of_the_classes(name):
     """`python -m slimvlm_tools.schemas docs/schemas` writes them again."""
     written = json.loads((ROOT / "docs" / "schemas" / f"{name}.schema.json").read_text())
-    assert written == schemas()[name]
+    assert written == known()[name]
 
 
 @pytest.mark.parametrize("study", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
