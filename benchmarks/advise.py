@@ -27,7 +27,7 @@ from pathlib import Path
 import slimvlm as sv
 from own_process import card_peak, measured
 from slimvlm.core.options import CompressConfig, RecoverConfig
-from slimvlm.models.cost import usable_cores
+from slimvlm.models.devices import usable_cores
 from slimvlm.runs.advise import dry_run
 from slimvlm.runs.tables import as_markdown
 from walk import CONVERSATIONS, RATIO, SHAPES, write, write_data
@@ -45,7 +45,7 @@ RECIPES = {
 def config_of(recipe: str, data: Path, conversations: int) -> CompressConfig:
     """What is measured."""
     options = {"ratio": RATIO, "axis": "width", "data": str(data), "samples": conversations // 2}
-    return CompressConfig(**options, report_samples=conversations // 8, **RECIPES[recipe])
+    return CompressConfig(**options, test_samples=conversations // 8, **RECIPES[recipe])
 
 
 def said(model: Path, config: CompressConfig) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import copy
 from pathlib import Path
 
 import slimvlm as sv
-from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.models.devices import computes_bfloat16, device_named
 from slimvlm.runs.tables import as_markdown
 
 SCORED = {
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.15, 0.3])
     parser.add_argument("--out", type=Path, default=Path("runs/criteria"))
     options = parser.parse_args()
-    dtype = "bfloat16" if computes_bfloat16(default_device()) else "float32"
+    dtype = "bfloat16" if computes_bfloat16(device_named()) else "float32"
     model, processor = sv.load("demo", dtype)
     anatomy, samples = sv.anatomy(model), sv.load_samples("demo", limit=64)
     log = options.out / "answers"

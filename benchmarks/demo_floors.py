@@ -26,7 +26,7 @@ import transformers
 import slimvlm as sv
 from slimvlm.demo.build import make_base
 from slimvlm.evaluation.results import Result, TaskResult
-from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.models.devices import computes_bfloat16, device_named
 from slimvlm.runs.tables import as_markdown
 
 HEADER = ["task", "n", "score", "95 % low", "chance", "majority", "blind", "above floor"]
@@ -71,7 +71,7 @@ def untouched_model(source: str, dtype: str) -> tuple[Any, Any]:
     if source != "build":
         return sv.load(source, dtype)
     model, tokenizer = make_base()
-    return model.to(default_device(), getattr(torch, dtype)).eval(), tokenizer
+    return model.to(device_named(), getattr(torch, dtype)).eval(), tokenizer
 
 
 def compare_perplexity(result: Result, source: str, options: argparse.Namespace, dtype: str) -> str:
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--untouched", help="build, or a folder")
     parser.add_argument("--out", type=Path, default=Path("runs/floors"))
     options = parser.parse_args()
-    dtype = "bfloat16" if computes_bfloat16(default_device()) else "float32"
+    dtype = "bfloat16" if computes_bfloat16(device_named()) else "float32"
     model, processor = sv.load(options.model, dtype)
     options.out.mkdir(parents=True, exist_ok=True)
     result = sv.evaluate(

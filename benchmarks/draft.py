@@ -213,7 +213,7 @@ def drafts(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
                     data="demo",
                     samples=options.samples,
                     training_samples=options.samples,
-                    report_samples=0,
+                    test_samples=0,
                     **few,
                 )
             yield axis, out / "checkpoint"

@@ -36,7 +36,7 @@ from slimvlm.core.files import write_text
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.on_data import predictions_of
 from slimvlm.evaluation.results import Result
-from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.models.devices import computes_bfloat16, device_named
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 from slimvlm.runs import stages
@@ -102,7 +102,7 @@ class Sitting:
 
     def __init__(self, seed: int, options: argparse.Namespace) -> None:
         self.seed, self.options = seed, options
-        self.dtype = "bfloat16" if computes_bfloat16(default_device()) else "float32"
+        self.dtype = "bfloat16" if computes_bfloat16(device_named()) else "float32"
         drawn = random.Random(seed).sample(
             sv.load_samples(MODEL), 64 + options.samples + options.training
         )

@@ -38,7 +38,7 @@ from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.core.files import write_text
 from slimvlm.data.roles import IGNORE
 from slimvlm.evaluation.results import Result
-from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.models.devices import computes_bfloat16, device_named
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.runs import stages
@@ -140,7 +140,7 @@ def text_subject(dtype: str, divisor: int) -> Subject:
     model, tokenizer = make_base()
     tokenizer.padding_side = "right"
     passages: list[Any] = [text for _, text in load_passages() if len(text) > 200]
-    model = model.to(default_device(), getattr(torch, dtype)).eval()
+    model = model.to(device_named(), getattr(torch, dtype)).eval()
     for layer in Parts(model).layers:
         divide_(layer, divisor)
     return Subject(model, tokenizer, "text_ppl", passages)
@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=MAIN, choices=RECIPES)
     parser.add_argument("--out", type=Path, default=Path("runs/retention"))
     options = parser.parse_args()
-    dtype = "bfloat16" if computes_bfloat16(default_device()) else "float32"
+    dtype = "bfloat16" if computes_bfloat16(device_named()) else "float32"
     is_text = options.model == "text"
     if options.divide > 1:  # cells of the other form are others
         options.out /= f"divided-{options.divide}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config
 
-from slimvlm.demo.build import make_text_config
+from slimvlm.demo.scenes import DATA
 
 SHAPES = {
     "tiny": LlamaConfig(
@@ -15,7 +15,7 @@ SHAPES = {
         num_key_value_heads=2,
         vocab_size=1024,
     ),
-    "135m": make_text_config(),
+    "135m": LlamaConfig(**DATA["text_config"], **DATA["token_ids"]),
     "1b": LlamaConfig(
         hidden_size=2048,
         intermediate_size=5632,

@@ -32,7 +32,7 @@ from slimvlm.data.chat import process
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.vocabulary import Vocabulary, choose_vocabulary
 from slimvlm.evaluation.on_data import Given, evaluate_data
-from slimvlm.models.load import computes_bfloat16
+from slimvlm.models.devices import computes_bfloat16
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import token_ids_of, trimmed_processor
 from slimvlm.runs.tables import as_markdown

@@ -74,7 +74,7 @@ write_data(data, *((12, 8) if options.short else (400, 100)))
 command = f"slimvlm compress {options.model} --ratio 0.2 --data {data}/conversations.jsonl"
 command += f" --tasks {data}/task.yaml --out {small}"
 if options.short:
-    command += " --axis depth --samples 8 --report-samples 4 --repair none --train none"
+    command += " --axis depth --samples 8 --test-samples 4 --repair none --train none"
 print(f"$ {command}", flush=True)
 subprocess.run(shlex.split(command), check=True)
 print((small / "summary.md").read_text())

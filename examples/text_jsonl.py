@@ -74,7 +74,7 @@ if options.model is None:
 small, reply = options.out / "small", "--max-new-tokens 64"
 command = f"slimvlm compress {model} --ratio 0.2 --data {data} --out {small}"
 if options.short:
-    command += " --axis depth --samples 8 --report-samples 4 --repair none --train none"
+    command += " --axis depth --samples 8 --test-samples 4 --repair none --train none"
     reply = "--max-new-tokens 8"
 run(command)
 run(f"slimvlm chat {small} 'What does Python say about random.shuffle?' --other {model} {reply}")

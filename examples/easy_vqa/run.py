@@ -31,12 +31,12 @@ T_OF_THREE = 4.303
 """Quantile of Student's t for the 95 % interval of a mean of three."""
 BATCH_GRADIENT = "batch_gradient.yaml"
 """Scores of LLM-Pruner are gradients of a whole batch, which a file says."""
-UNTRAINED = ["--train", "none", "--repair", "none", "--vocab-size", "all", "--report-samples", "0"]
+UNTRAINED = ["--train", "none", "--repair", "none", "--vocab-size", "all", "--test-samples", "0"]
 ARMS = {
     "slimvlm": [],  # its defaults
     "random widths, same training": [
         *("--axis", "width", "--criterion", "random", "--allocation", "uniform"),
-        *("--repair", "none", "--vocab-size", "all", "--report-samples", "0"),
+        *("--repair", "none", "--vocab-size", "all", "--test-samples", "0"),
     ],
     "LLM-Pruner": [
         *("--axis", "width", "--criterion", "taylor", "--config", BATCH_GRADIENT),

@@ -120,7 +120,7 @@ def test_a_mistake_is_one_line_and_leaves_no_trace(case, run, home, llava, data)
 def test_several_processes_may_only_train(home, llava, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     told = refused("prune", llava, "--ratio", "0.3", "--out", "out", alone=True)
-    assert told == "slimvlm: prune runs in one process: torchrun is for recover"
+    assert told == "slimvlm: prune runs in one process: use torchrun with recover only"
     assert not (home / "out").exists()
 
 
@@ -128,7 +128,7 @@ def test_a_broken_row_may_be_skipped(run, home, llava, data):
     rows = json.loads((home / "lost.json").read_text()) + json.loads(data.read_text())[:2]
     mixed = data.with_name("mixed.json")
     mixed.write_text(json.dumps(rows))
-    arguments = ["score", llava, "--data", mixed, "--out", "out", "--max-bad", "1"]
+    arguments = ["score", llava, "--data", mixed, "--out", "out", "--max-bad-rows", "1"]
     result = run(*arguments, "--criterion", "block_influence")
     assert result.code == 0, result.err
     assert "skipped: sample 'lost'" in result.err
@@ -140,7 +140,7 @@ def test_long_samples_are_named_before_weights_are_read(home, llava, data):
         if file.suffix != ".safetensors":
             (home / "model" / file.name).write_bytes(file.read_bytes())
     arguments = ["--data", data, "--out", "out", "--max-length", "9"]
-    told = r"slimvlm: data .* tokens, --max-length is 9 .*\(--max-bad 0\)"
+    told = r"slimvlm: data .* tokens, --max-length is 9 .*\(--max-bad-rows 0\)"
     for verb in (["score", "model"], ["prune", "model", "--ratio", "0.3"]):
         assert re.fullmatch(told, refused(*verb, *arguments))
     assert "--max-length is 9" in refused("recover", "model", "--loss", "sft", *arguments)
@@ -226,7 +226,7 @@ def test_help_has_groups_of_options_and_score_the_criterion_of_widths(run):
 
 
 @pytest.mark.parametrize(
-    "verb", ["chat", "bench", "compare", "evaluate", "score", "prune", "images"]
+    "verb", ["chat", "bench", "compare", "evaluate", "score", "prune", "image-tokens"]
 )
 def test_verbs_with_few_options_take_how_a_model_is_read(verb):
     assert {"attn_implementation", "device_map"} <= set(options_of(verb))
@@ -253,7 +253,7 @@ def test_low_memory_reads_its_own_way(run, home, llava, data):
     result = run(*words, "--device-map", "auto", "--out", "small")
     assert (result.code, (home / "small").exists()) == (2, False)
     assert result.err.splitlines()[-1] == (
-        "slimvlm: device_map 'auto': --low-memory reads one layer at a time"
+        "slimvlm: device_map 'auto' conflicts with --low-memory: leave one of them out"
     )
 
 
@@ -328,13 +328,13 @@ def test_with_data_a_plan_s_weights_are_repaired(run, home, llava, data, monkeyp
     monkeypatch.setattr(stages, "samples_for", lambda *given: honest(*given)[:8])  # of 192
     made = run("plan", llava, "--ratio", "0.3", "--out", "plan.json")
     assert made.code == 0
-    assert "no --scores: using obs on the demo's conversations" in made.out + made.err
+    assert "no --scores: scoring by obs on the demo's samples" in made.out + made.err
     bare = run("prune", llava, "--plan", "plan.json", "--out", "bare")
     assert "removes" in bare.out
-    assert "held-out loss" not in bare.out
+    assert "validation loss" not in bare.out
     mended = run("prune", llava, "--plan", "plan.json", "--data", data, "--out", "mended")
     assert mended.code == 0, mended.err
-    assert "held-out loss" in mended.out
+    assert "validation loss" in mended.out
     for name in ("none", "width"):
         arguments = ["prune", llava, "--plan", "plan.json", "--repair", name, "--out", name]
         assert run(*arguments).code == (0 if name == "none" else 2)
@@ -463,7 +463,7 @@ def test_compress_prints_nothing_but_json_and_says_what_comes_next(run, home, ll
     stored = json.loads((home / "out" / "config.json").read_text())
     assert stored["recover"]["train"] == "projector"  # the chart's choice up to 15 %
     few = ("--axis", "width", "--criterion", "magnitude", "--repair", "none", "--train", "none")
-    words = ("compress", llava, "--ratio", "0.3", "--data", data, *few, "--report-samples", "0")
+    words = ("compress", llava, "--ratio", "0.3", "--data", data, *few, "--test-samples", "0")
     (*_, said) = run(*words, "--out", "my run").err.splitlines()
     first, second = said.removeprefix("next: ").split("; ")
     assert run(*shlex.split(first)[1:]).code == 0
@@ -474,10 +474,10 @@ def test_compress_prints_nothing_but_json_and_says_what_comes_next(run, home, ll
 @pytest.mark.parametrize(
     ("verb", "told", "options"),
     [
-        ("compress", "to go on", ["--ratio", "0.3"]),
+        ("compress", "resumes it", ["--ratio", "0.3"]),
         ("export", "is unchanged", []),
         ("prune", "is unchanged", ["--ratio", "0.3"]),
-        ("prune", "to go on", ["--ratio", "0.3", "--low-memory"]),
+        ("prune", "resumes it", ["--ratio", "0.3", "--low-memory"]),
     ],
 )
 def test_ctrl_c_ends_in_one_line(verb, told, options, run, llava, monkeypatch):

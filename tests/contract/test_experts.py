@@ -107,7 +107,7 @@ def test_what_cannot_be_is_refused_by_name_and_a_pruned_model_can_lose_more():
     with pytest.raises(ImpossiblePlanError, match="must stay equally wide"):
         sv.prune_(model, plan.with_units(1, {"expert": (0, 1)}))
     llama = sv.anatomy(tiny.build("llama"))
-    with pytest.raises(ConfigError, match=r"experts 0\.5: 'llama' has none that can go"):
+    with pytest.raises(ConfigError, match=r"experts 0\.5: 'llama' has none that can be removed"):
         sv.make_plan(llama, random_scores(llama), 0.0, experts=0.5)
     assert_untouched(model, before)
     plan = plan_of("qwen3_vl_moe")

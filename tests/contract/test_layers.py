@@ -5,6 +5,7 @@ is no part of the product: whoever needs them imports them inside a function.
 """
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ ROWS = (
 )
 ASIDE = {"demo": ("data", "models", "evaluation", "cli"), "slimvlm_tools": ("runs", "cli")}
 """Who may import what stands aside, inside a function."""
+LAZY = {("slimvlm.runs.report.__init__", "slimvlm.runs.report.charts"): "matplotlib: only to draw"}
+"""Imports inside a function that may close a circle of files, each with its reason."""
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets"}
 
 
@@ -47,18 +50,12 @@ def dotted(source):
             yield from ((f"{node.module}.{alias.name}", id(node) in inner) for alias in node.names)
 
 
-def imports(source):
-    """Packages of ours among that."""
-    for name, is_lazy in dotted(source):
-        root, _, rest = name.partition(".")
-        if root in ("slimvlm", "slimvlm_tools"):
-            yield rest.partition(".")[0] if root == "slimvlm" else root, is_lazy
-
-
 def complaint(package, source):
     """Why the imports of a package's file break the rule, or None."""
-    for target, is_lazy in imports(source):
-        if target == package:
+    for name, is_lazy in dotted(source):
+        root, _, rest = name.partition(".")
+        target = rest.partition(".")[0] if root == "slimvlm" else root
+        if target == package or root not in ("slimvlm", "slimvlm_tools"):
             continue
         if target in ASIDE and package != "demo":
             if package not in ASIDE[target] or not is_lazy:
@@ -81,11 +78,26 @@ def test_the_packages_are_these_and_core_loads_no_heavy_library():
 
 @pytest.mark.parametrize("package", ROWS)
 def test_a_package_imports_only_what_stands_above_it(package):
-    complaints = {
-        str(path.relative_to(SOURCE)): complaint(package, path.read_text())
-        for path in sorted((SOURCE / package).rglob("*.py"))
+    paths = sorted((SOURCE / package).rglob("*.py"))
+    assert not {path: why for path in paths if (why := complaint(package, path.read_text()))}
+
+
+def test_no_imports_of_files_form_a_circle():
+    texts = {
+        ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path.read_text()
+        for path in SOURCE.rglob("*.py")
     }
-    assert not {name: why for name, why in complaints.items() if why is not None}
+    graph = {name: set() for name in texts}
+    for name, text in texts.items():
+        for target, is_lazy in dotted(text):
+            package = target.rpartition(".")[0]
+            places = (target, f"{target}.__init__", package, f"{package}.__init__")
+            file = next((place for place in places if place in texts), name)
+            graph[name] |= set() if is_lazy and (name, file) in LAZY else {file} - {name}
+    TopologicalSorter(graph).prepare()  # otherwise the exception names the files
+    graph["slimvlm.models.files"].add("slimvlm.pruning.layout")
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph).prepare()
 
 
 RULES = yaml.safe_load(Path(__file__).with_name("layers.yaml").read_text())

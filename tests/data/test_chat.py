@@ -122,7 +122,7 @@ def test_a_tokenizer_that_cannot_end_an_answer_is_refused():
     words = copy.deepcopy(folders.processor("llava"))
     words.tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="has no eos_token, so the end of an answer cannot"):
-        chat.rendered(words, samples_of("llava")["single"])
+        chat.located(words, samples_of("llava")["single"])
 
 
 CASES = [(kind, name) for kind in KINDS for name in samples_of(kind)]
@@ -162,7 +162,7 @@ def test_labels_are_the_answers_and_lengths_those_of_the_encoded_sample(kind, na
     labelled = batch["labels"] != IGNORE
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
     length = batch["input_ids"].shape[1]
-    chat.rendered(processor, item)
+    chat.located(processor, item)
     assert chat.length_of(processor, item) == length
     assert fitted(processor, item, length) is item
     with pytest.raises(
@@ -332,7 +332,7 @@ def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
 def test_a_template_that_refuses_is_the_sample_s_fault(monkeypatch):
     words = with_template(monkeypatch, TEMPLATES["gemma"][0])
     item = Sample("briefed", (turn("system", "Be brief."), *samples_of("text")["single"].messages))
-    for read in (chat.rendered, lambda words, item: chat.encode_samples(words, [item])):
+    for read in (chat.located, lambda words, item: chat.encode_samples(words, [item])):
         with pytest.raises(DataError, match=r"sample 'briefed': .*System role not supported"):
             read(words, item)
 
@@ -349,8 +349,8 @@ def test_a_system_turn_is_not_learnt_and_rewritten_words_are_refused(monkeypatch
     for changed in (plain.replace(C, f"({C} | upper)"), plain.replace("messages", "messages[1:]")):
         assert changed != plain
         words = with_template(monkeypatch, changed)
-        with pytest.raises(DataError, match=r"'multi'.*rewrites or leaves out what was said"):
-            chat.rendered(words, samples_of("text")["multi"])
+        with pytest.raises(DataError, match=r"'multi'.*rewrites or leaves out a text"):
+            chat.located(words, samples_of("text")["multi"])
 
 
 def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(monkeypatch):

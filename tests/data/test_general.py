@@ -59,8 +59,8 @@ def test_it_is_a_share_of_what_calibrates_and_nothing_else(tmp_path):
     assert len(texts) == 2
     usual = median(encode_samples(words, [s])["input_ids"].numel() for s in plain.calibration)
     assert all(len(s.messages[-1]["content"][0]["text"]) <= 6 * usual for s in texts)
-    assert (mixed.training, mixed.report) == (plain.training, plain.report)
-    assert said[-1] == "2 passages of general text calibrate, too (general_text)"
+    assert (mixed.training, mixed.test) == (plain.training, plain.test)
+    assert said[-1] == "added 2 general-text passages to the calibration set (general_text)"
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_a_broken_line_is_named_and_blank_ones_are_no_rows(home):
     with pytest.raises(DataError, match=r"data\.jsonl'.*line 2 is not JSON"):
         load_samples(path, warn=silent)
     warnings = []
-    assert len(load_samples(path, max_bad=1, warn=warnings.append)) == 2
+    assert len(load_samples(path, max_bad_rows=1, warn=warnings.append)) == 2
     assert "line 2" in warnings[0]
     row = json.dumps({key: value for key, value in GOOD.items() if key != "id"})
     path.write_text(f"\n{row}\n\n{json.dumps({**GOOD, 'id': None})}\n")
@@ -171,7 +171,7 @@ def test_a_broken_row_is_named_and_skipped_up_to_a_limit(why, home):
     row, message = BROKEN[why]
     path = write(home, row, GOOD, row)
     warnings = []
-    samples = load_samples(path, max_bad=2, warn=warnings.append)
+    samples = load_samples(path, max_bad_rows=2, warn=warnings.append)
     assert [sample.id for sample in samples] == ["good"]
     *named, total = warnings
     assert len(named) == 2
@@ -179,7 +179,7 @@ def test_a_broken_row_is_named_and_skipped_up_to_a_limit(why, home):
     assert "2 broken rows skipped, 1 samples read" in total
     for given_rows, most in (((row, GOOD, row), 1), ((GOOD, row), 0)):
         with pytest.raises(DataError) as refusal:
-            load_samples(write(home, *given_rows), max_bad=most, warn=lambda line: None)
+            load_samples(write(home, *given_rows), max_bad_rows=most, warn=lambda line: None)
         assert all(part in str(refusal.value) for part in (message, "'bad'", str(path)))
 
 
@@ -229,10 +229,10 @@ def test_an_unreadable_picture_is_counted_and_named(why, stored, home):
     path = home / "data.parquet"
     datasets.Dataset.from_list([row, llava("good", "W?", "Red.")]).to_parquet(path)
     warnings = []
-    assert [s.id for s in load_samples(path, max_bad=1, warn=warnings.append)] == ["good"]
+    assert [s.id for s in load_samples(path, max_bad_rows=1, warn=warnings.append)] == ["good"]
     assert "'bad'" in warnings[0]
     assert message in warnings[0]
-    with pytest.raises(DataError, match=r"'bad'.*--max-bad 0"):
+    with pytest.raises(DataError, match=r"'bad'.*--max-bad-rows 0"):
         load_samples(path, warn=silent)
 
 
@@ -286,8 +286,9 @@ def test_a_broken_source_is_named(why, home):
     if not name.endswith("/"):
         (home / name).write_bytes(content)
     source = home / (name.split("/")[0])
+    most = 0 if why.startswith(("row", "cut line")) else 100
     with pytest.raises(error, match=message):
-        load_samples(source, max_bad=0 if why.startswith(("row", "cut line")) else 100, warn=silent)
+        load_samples(source, max_bad_rows=most, warn=silent)
 
 
 def test_a_source_that_cannot_be_read_is_named(home, monkeypatch):
@@ -306,10 +307,10 @@ def test_limit_counts_good_samples_from_the_start_also_of_the_demo(home):
     rows = [bad, *(llava(f"s{i}", "Q?", "A.") for i in range(5)), bad]
     path = write(home, *rows)
     warnings = []
-    assert len(load_samples(path, limit=3, max_bad=2, warn=warnings.append)) == 3
-    every = load_samples(path, max_bad=2, warn=warnings.append)
+    assert len(load_samples(path, limit=3, max_bad_rows=2, warn=warnings.append)) == 3
+    every = load_samples(path, max_bad_rows=2, warn=warnings.append)
     assert {sample.id for sample in every} == {f"s{i}" for i in range(5)}
-    assert load_samples(path, limit=3, max_bad=2, warn=warnings.append) == every[:3]
+    assert load_samples(path, limit=3, max_bad_rows=2, warn=warnings.append) == every[:3]
     samples = load_samples("demo", limit=3, warn=silent)
     assert len(samples) == 3
     assert all(m["role"] in ("user", "assistant", "system") for s in samples for m in s.messages)
@@ -320,7 +321,7 @@ def test_what_a_model_cannot_read_is_broken(home):
     seen = llava("seen", "<image>Which colour?", "Red.", image="a.png")
     path, words = write(home, long, seen, GOOD), processor("text")
     assert len(load_samples(path, warn=silent)) == 3
-    with pytest.raises(DataError, match=r"'seen': .*the model cannot see \(--max-bad 0\)"):
+    with pytest.raises(DataError, match=r"'seen': .*the model cannot see \(--max-bad-rows 0\)"):
         load_samples(path, warn=silent, processor=words)
     told = []
     samples = load_samples(path, None, 1, 2, told.append, words, max_length=60)
@@ -460,7 +461,7 @@ def test_the_end_of_the_only_answer_goes(kind, tokens):
 
 def test_too_long_is_named_with_its_cure_counted_and_said(tmp_path):
     words, sample = processor("text"), talk(60)
-    with pytest.raises(DataError, match=r"'s' has \d+ tokens, --max-length is 20 .*--too-long cut"):
+    with pytest.raises(DataError, match=r"'s' has \d+ tokens, --max-length is 20 .*-long truncate"):
         fitted(words, sample, 20)
     with pytest.raises(DataError, match=r"the model reads 20"):
         fitted(words, sample, 20, is_asked=False)
@@ -473,12 +474,12 @@ def test_too_long_is_named_with_its_cure_counted_and_said(tmp_path):
         with pytest.raises(DataError, match=told):
             load_samples(data, processor=words, max_length=asked, context=context)
     said = []
-    how = {"warn": said.append, "processor": words, "context": context, "too_long": "cut"}
+    how = {"warn": said.append, "processor": words, "context": context, "too_long": "truncate"}
     found = load_samples(data, **how)
     assert [length_of(words, sample) <= 256 for sample in found] == [True] * 4
     assert found[0] == load_samples(data)[0]
     assert said == [f"data {str(data)!r}: 2 samples were cut to 256 tokens"]
-    load_samples(written(data, talk(200), talk(300)), limit=1, max_bad=1, **how)  # one is spare
+    load_samples(written(data, talk(200), talk(300)), limit=1, max_bad_rows=1, **how)
     assert said[1:] == [f"data {str(data)!r}: 1 samples were cut to 256 tokens"]
     written(data, talk(3), talk(200))
     with pytest.raises(DataError, match=r"'1' has .* the model reads 256"):

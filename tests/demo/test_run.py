@@ -29,8 +29,7 @@ def test_the_last_table_keeps_chosen_and_free_answers_apart(tmp_path, monkeypatc
         stage: Result(
             *(stage, 136_900_000 - small, 134_500_000 - small),
             {name: answered(name, 4 - (small > 0) * (1 + (name == "name"))) for name in ASKED},
-            *(85.75, 67.25),
-            weight_bytes=261 * 2**20,
+            **{"prefill_ms": 85.75, "decode_ms": 67.25, "weight_bytes": 261 * 2**20},
         )
         for stage, small in (("original", 0), ("recovered", 40_000_000))
     }
@@ -39,15 +38,15 @@ def test_the_last_table_keeps_chosen_and_free_answers_apart(tmp_path, monkeypatc
     monkeypatch.setattr(compress, "read_held_out", lambda _: {"recovered": compared})
     header, rows, lines = run_demo(tmp_path, True, False, print)
     cells = {row[0]: row[1:] for row in rows}
-    assert header == ["", "original", "small"]
+    assert header == ["", "original", "compressed"]
     # the highest of chance: 25 and 50 of two tasks; of free answers next to nothing
-    for label, percent in (("chosen answers (floor 37.5)", 75), ("free answers (floor 0.7)", 68.8)):
-        whole, small = cells[f"kept of {label}"]
+    for label, percent in (("multiple-choice (floor 37.5)", 75), ("open-ended (floor 0.7)", 68.8)):
+        whole, small = cells[f"  {label}"]
         assert whole == "100"
         assert re.fullmatch(rf"{percent:.1f} \[\d+\.\d, \d+\.\d\]", small)
     page = StringIO()
     Console(file=page, width=80).print(as_table(header, rows, title="the demo model"))
     printed = page.getvalue()
     assert all(any(f"{label} " in line for line in printed.splitlines()) for label in cells)
-    assert "kept of chosen answers (floor 37.5)" in (tmp_path / "summary.md").read_text()
+    assert "multiple-choice (floor 37.5)" in (tmp_path / "summary.md").read_text()
     assert any("locate" in line for line in lines)

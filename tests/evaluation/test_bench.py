@@ -136,7 +136,7 @@ def test_a_run_times_every_token_and_times_lie_within_their_runs(llava):
     assert len(run) == 5
     assert min(run) > 0
     model, processor = llava
-    found = times_of(model, processor, plain_question(processor))
+    (found,), _ = times_of([(model, processor)], plain_question(processor))
     low, high = found.prefill_range_ms
     assert 0 < low <= found.prefill_ms <= high
     assert plain_question(processor).images
@@ -149,8 +149,8 @@ def test_times_survive_the_disk(llava, unhurried, tmp_path):
     found.save(tmp_path / "times.json")
     assert PairedTimes.load(tmp_path / "times.json") == found
     assert str(found) == (
-        "reads a question in 1.00 [1.00, 1.00] of the original's time (2.2 ms), "
-        "writes a token in 1.00 [1.00, 1.00] (1.0 ms)"
+        "prefills in 1.00 [1.00, 1.00] of the original's time (2.2 ms), "
+        "decodes a token in 1.00 [1.00, 1.00] (1.0 ms)"
     )
     (tmp_path / "times.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"times '.*times\.json'"):

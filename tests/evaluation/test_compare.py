@@ -43,7 +43,7 @@ def answered(asked, replies, metric="exact_match"):
 
 
 def result(model, **tasks):
-    return Result(model, 2_000_000, 1_000_000, tasks, 1.0, 1.0)
+    return Result(model, 2_000_000, 1_000_000, tasks, prefill_ms=1.0, decode_ms=1.0)
 
 
 def two(a, b, size=None):
@@ -72,7 +72,7 @@ def test_every_question_is_of_one_kind(pairs):
     }
     assert sum(task.counts.values()) == len(pairs)
     change = 100 * (task.counts["gained"] - task.counts["lost"]) / len(pairs)
-    assert task.difference.points == pytest.approx(change)
+    assert task.difference.value == pytest.approx(change)
     assert task.score_b - task.score_a == pytest.approx(change)
 
 
@@ -82,7 +82,7 @@ def test_counts_of_all_tasks_add_up_and_others_are_named():
     b = result("b", one=answered(one, "1010"), two=answered(other, "1110"))
     found = compare(a, b, {})
     assert found.counts == {"lost": 2, "gained": 1, "both wrong": 1, "both right": 4}
-    assert found.difference.points == pytest.approx(-12.5)
+    assert found.difference.value == pytest.approx(-12.5)
     worded = [
         result(n, one=answered(one, ["dog", word] * 2)) for n, word in (("a", "cat"), ("b", "cow"))
     ]
@@ -96,15 +96,15 @@ def test_counts_of_all_tasks_add_up_and_others_are_named():
         for n, s in (("a", 20.0), ("b", 18.0))
     }
     found = compare(halves["a"], halves["b"], {})  # 2000 and 1800 of 2000 points
-    assert found.difference.points == pytest.approx(-10)
-    assert found.tasks["mme_perception"].difference.points == pytest.approx(-200)
+    assert found.difference.value == pytest.approx(-10)
+    assert found.tasks["mme_perception"].difference.value == pytest.approx(-200)
     kinds = [pair.kind for pair in graded().tasks["pets"].pairs]
     assert kinds == ["both right", "lost"]  # graded answers are right from one half
     both = answered(TWO, "10")
     a = result("a", pets=both, text=TEXT, extra=both)
     found = compare(a, result("b", pets=both, text=replace(TEXT, score=13.0)), {})
     assert list(found.tasks) == ["pets"]
-    assert found.left_out["extra"] == "only A answered it"
+    assert found.left_out["extra"] == "only A has results of it"
     assert "12.00 of A, 13.00 of B" in found.left_out["text"]
 
 
@@ -180,7 +180,7 @@ def test_a_blind_result_shows_the_pictures_that_were_seen(a, b):
     shown = [pair.question.images for pair in found.tasks["pets"].pairs]
     right = [question.images for question in asked]
     assert shown == ([*right[2:], *right[:2]] if a and b else right)
-    start = "A and B were asked blind" if a and b else f"{'A' if a else 'B'} was asked blind"
+    start = "A and B were" if a and b else f"{'A' if a else 'B'} was"
     assert found.note.startswith(start)
     assert comparison_json(found)["note"] == found.note
     assert list(found.kept) == (["free"] if a == b else [])

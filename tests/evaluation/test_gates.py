@@ -69,7 +69,7 @@ def on_tasks(*rights):
     for model, right in zip(("baseline", "model"), rights, strict=True):
         scores, ids = ((1.0,) * right + (0.0,) * (10 - right)) * 10, tuple(map(str, range(100)))
         task = TaskResult("exact_match", 10.0 * right, 0.0, True, ids, ("",) * 100, scores)
-        found[model] = Result(model, 20, 10, {"pets": task}, 1.0, 1.0)
+        found[model] = Result(model, 20, 10, {"pets": task}, prefill_ms=1.0, decode_ms=1.0)
     return found
 
 
@@ -173,14 +173,14 @@ def test_mistakes_are_found_before_a_model_is_read(home, monkeypatch):
     (home / "run.yaml").write_text(yaml.safe_dump({**values, "require": "loss <= 1x"}))
     told = refused(
         *("compress", "--config", home / "run.yaml", "--out", home / "no"),
-        *("--report-samples", "0"),
+        *("--test-samples", "0"),
     )
-    assert "those of --tasks, or of --data with unseen samples" in told
+    assert "those of --tasks, or of --data with test samples" in told
     few = str(folders.write_llava_data(home / "few", count=8))  # of which none stays unseen
     (home / "run.yaml").write_text(yaml.safe_dump({**values, "data": few, "require": "loss <= 1x"}))
     for more in ([], ["--dry-run"]):
         told = refused("compress", "--config", home / "run.yaml", "--out", home / "no", *more)
-        assert "those of --tasks, or of --data with unseen samples" in told
+        assert "those of --tasks, or of --data with test samples" in told
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data.chat import answered_sample
 from slimvlm.data.samples import Question
 from slimvlm.evaluation import metrics
-from slimvlm.evaluation.ask import evaluate
+from slimvlm.evaluation.ask import digest_of_questions, evaluate
 from slimvlm.evaluation.metrics import metric_named
 from slimvlm.evaluation.on_data import evaluate_data
 from slimvlm.evaluation.tasks import find_tasks, read_task
@@ -122,7 +122,9 @@ def test_repeated_ids_are_refused(folder):
     def asked(*ids):
         named = [{**row, "id": name} for row, name in zip(rows, ids, strict=True)]
         write_rows(folder, [{k: v for k, v in r.items() if k != "id" or v} for r in named])
-        return [question.id for question in read_task(folder / "task.yaml").load(None)]
+        found = (task := read_task(folder / "task.yaml")).load(None)
+        assert digest_of_questions("", task, found)
+        return [question.id for question in found]
 
     assert asked("a", "b", 3) == ["a", "b", "3"]
     assert asked(None, None, "z") == ["0", "1", "z"]

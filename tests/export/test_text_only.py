@@ -127,7 +127,7 @@ def test_a_folder_has_tokenizer_template_and_settings_and_nothing_of_pictures(ki
     assert card.data.tags[-1] == "text-only"
     assert card.text.strip().splitlines()[0].endswith(", text only")
     assert "AutoModelForCausalLM.from_pretrained(folder)" in card.text
-    assert "pictures and videos have no meaning any more" in card.text
+    assert "video tokens have no meaning" in card.text
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_a_run_folder_gives_a_text_model_of_the_original(tmp_path):
     card = ModelCard.load(tmp_path / "text" / "README.md")
     assert card.data.base_model == "some/original"
     assert {"pruned", "text-only"} <= set(card.data.tags)
-    assert "the language model alone: it sees no pictures" in card.text
+    assert "the language model alone: it cannot see images" in card.text
 
 
 @pytest.mark.usefixtures("code_cache")

@@ -10,8 +10,7 @@ from torch.utils._pytree import tree_leaves
 import slimvlm as sv
 from slimvlm import cli
 from slimvlm.evaluation.bench import bench
-from slimvlm.models.cost import free_memory, peak_memory
-from slimvlm.models.load import computes_bfloat16, default_device
+from slimvlm.models.devices import computes_bfloat16, device_named, free_memory, peak_memory
 from slimvlm.scoring.criteria import CRITERIA
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
@@ -36,7 +35,7 @@ def data(tmp_path_factory):
 
 
 def test_a_model_goes_where_the_user_says_and_the_card_has_a_name(card, llava):
-    assert default_device() == card
+    assert device_named() == card
     for named, place in ((None, card), (card.type, card), (str(card), card), ("cpu", "cpu")):
         assert sv.load(llava, device=named)[0].device == torch.device(place)
     model = tiny.build("llama").to(card)
@@ -93,7 +92,7 @@ OF_EXPERTS = ("reap", "frequency")
 
 @pytest.fixture
 def without_float64(card, monkeypatch):
-    monkeypatch.setattr("slimvlm.models.load.has_float64", lambda device: device.type == "cpu")
+    monkeypatch.setattr("slimvlm.models.devices.has_float64", lambda device: device.type == "cpu")
     return WithoutFloat64(card)
 
 
@@ -169,7 +168,7 @@ def test_a_stopped_walk_goes_on_elsewhere(first, card, llava, data, tmp_path, mo
         raise KeyboardInterrupt
 
     given = ["prune", llava, "--ratio", "0.3", "--data", data, "--samples", "8", "--low-memory"]
-    given += ["--out", str(tmp_path / "out"), "--axis", "width", "--report-samples", "0"]
+    given += ["--out", str(tmp_path / "out"), "--axis", "width", "--test-samples", "0"]
     monkeypatch.setattr("slimvlm.runs.verbs.prune_checkpoint", stop)
     found = []
     for device in sorted(["cpu", str(card)], reverse=first == "card"):

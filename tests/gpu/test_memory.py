@@ -11,7 +11,8 @@ import slimvlm as sv
 from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.core.progress import silent
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import release_memory, weight_bytes
+from slimvlm.models.cost import weight_bytes
+from slimvlm.models.devices import release_memory
 from slimvlm.models.load import auto_class
 from slimvlm.pruning.walk.engine import Steps, WalkConfig
 from slimvlm.pruning.walk.walk import plans_for, states_bytes, walk
@@ -100,7 +101,7 @@ def test_a_walk_from_files_needs_two_layers(model, folder, tmp_path, card):
 
 
 CONFIG = CompressConfig(
-    ratio=0.3, axis="width", samples=8, report_samples=2, local_steps=0, general_text=0.0
+    ratio=0.3, axis="width", samples=8, test_samples=2, local_steps=0, general_text=0.0
 )
 RECOVER = RecoverConfig(train="lora", loss="sft+hidden", max_steps=2, batch_size=2)
 

@@ -16,7 +16,7 @@ from slimvlm import cli
 from slimvlm.core.options import DIVERGENCES
 from slimvlm.evaluation.on_data import DataResult
 from slimvlm.evaluation.results import Result
-from slimvlm.models.cost import release_memory
+from slimvlm.models.devices import release_memory
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 from slimvlm.runs.compress import read_times
@@ -74,10 +74,10 @@ TABLE = {
     **{name: name for name in ("compress", "prune", "prune --low-memory")},
     **{"score": "score taylor", "recover": "recover lora sft+hidden"},
     **{name: name for name in ("evaluate --tasks", "evaluate --data --baseline")},
-    **{name: name for name in ("compare", "chat", "bench", "images", "quantize", "study")},
+    **{name: name for name in ("compare", "chat", "bench", "image-tokens", "quantize", "study")},
 }
 """Rows of the table in docs/gpu.md."""
-PRINTS = ("compare", "chat", "bench", "images")
+PRINTS = ("compare", "chat", "bench", "image-tokens")
 """Verbs whose outcome is what they print."""
 
 
@@ -171,7 +171,7 @@ def same_study(found, expected):
 SAME = {
     **{"compress": same_run, "score": same_scores, "evaluate": same_answers, "study": same_study},
     **dict.fromkeys(("prune", "recover", "quantize"), same_checkpoint),
-    **{"compare": same_text, "chat": same_text, "bench": same_counts, "images": same_budgets},
+    **{"compare": same_text, "chat": same_text, "bench": same_counts, "image-tokens": same_budgets},
 }
 
 

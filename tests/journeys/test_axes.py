@@ -63,7 +63,7 @@ def test_the_axis_whose_smaller_model_answers_best_is_chosen(data):
     walked = stages.prune_(request, model, calibration, scores)
     best = min(expected.values())
     assert expected[walked.plan.axis] <= best * (1 + stages.EVEN)  # of two that are even, width
-    assert f"axis {walked.plan.axis}: held-out loss" in walked.report.notes[0]
+    assert f"axis {walked.plan.axis}: validation loss" in walked.report.notes[0]
     assert all(layer.distilled for layer in walked.report.layers)  # the trial alone is brief
 
 
@@ -165,7 +165,7 @@ def test_a_run_meets_its_latency(data, tmp_path, unhurried):
     left = prefill_flops(plan.after, PROMPT) / prefill_flops(plan.before, PROMPT)
     assert 0.5 < left < 0.71  # groups and neurons share anew once they are tried
     assert "target_latency 0.7: here it is 1.00 [1.00, 1.00]" in said  # times are made up
-    with pytest.raises(ConfigError, match=r"target_latency 0\.7: it does not go with ratio 0\.3"):
+    with pytest.raises(ConfigError, match=r"target_latency 0\.7 conflicts with ratio 0\.3"):
         CompressConfig(target_latency=0.7, ratio=0.3)
     with pytest.raises(ImpossiblePlanError, match=r"target_latency 0\.01"):
         compress(model, CompressConfig(target_latency=0.01, **shown), tmp_path / "no", say=silent)
@@ -176,7 +176,7 @@ def test_the_axis_that_lost_least_is_taken_and_width_of_two_that_are_even(losses
     request, model, _ = opened(data)
     found, note = stages.best_axis(request, losses, read_anatomy(model))
     assert found.prune.axis == axis
-    assert note.startswith(f"axis {axis}: held-out loss {losses[axis]:.4f} (")
+    assert note.startswith(f"axis {axis}: validation loss {losses[axis]:.4f} (")
 
 
 @pytest.mark.slow
@@ -192,7 +192,9 @@ def test_a_stopped_run_does_not_try_again(data, tmp_path, monkeypatch):
     said = []
     compress(model, config, out, say=said.append)
     assert any("depth, width and both are tried" in line for line in said)
-    assert any(f"axis {Plan.load(out / 'plan.json').axis}: held-out loss" in line for line in said)
+    assert any(
+        f"axis {Plan.load(out / 'plan.json').axis}: validation loss" in line for line in said
+    )
 
 
 def test_the_chart_decides_without_data_and_the_data_before_training(data):

@@ -14,7 +14,7 @@ from tests import tiny_folder as folders
 pytestmark = pytest.mark.slow
 
 CARD = "---\nlicense: apache-2.0\nbase_model: some/original\ndatasets: [its/own]\n---\n# Original\n"
-QUICK = ["--samples", "4", "--local-steps", "0", "--report-samples", "2"]
+QUICK = ["--samples", "4", "--local-steps", "0", "--test-samples", "2"]
 TRAIN = ["--train", "projector", "--loss", "sft", "--max-steps", "1", "--batch-size", "1"]
 
 
@@ -65,7 +65,7 @@ def test_every_card_of_a_chain_names_the_original_and_how_it_comes_from_it(chain
 def test_figures_stand_only_where_the_model_itself_was_measured(chain):
     assert "same next token as the original" in read(chain / "pruned")[1]
     history = json.loads((chain / "recovered" / "slimvlm_history.json").read_text())
-    told = f"trained on {history['num_samples']} conversations (`projector`, loss `sft`)"
+    told = f"trained on {history['num_samples']} samples (`projector`, loss `sft`)"
     assert told in read(chain / "recovered")[1]
     for name in ("recovered", "int8", "gguf"):
         assert "same next token" not in read(chain / name)[1]

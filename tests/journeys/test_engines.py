@@ -26,7 +26,7 @@ from slimvlm.models.serving import GGUF_PICTURES, OPENVINO_REFUSES, RAN, check
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import save
-from slimvlm.runs.verbs import images
+from slimvlm.runs.verbs import image_tokens
 from tests import tiny_folder
 from tests.export import served
 from tests.export.engines import (
@@ -305,7 +305,7 @@ def test_vllm_counts_as_few_picture_tokens_as_a_folder_asks_for(engine, tmp_path
         whole, half = tmp_path / "whole" / kind, tmp_path / "half" / kind
         save(*served.build(kind), whole)
         data = TrainingData(data=str(rows))
-        images(str(whole), data, (), None, None, 0.5, half, False, print)
+        image_tokens(str(whole), data, (), None, None, 0.5, half, False, print)
         for folder in (whole, half):
             folders.append(folder)
             expected.append(picture_tokens(load_processor(str(folder), load_config(folder)), WIDE))

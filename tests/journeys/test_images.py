@@ -24,7 +24,7 @@ from slimvlm.runs import stages
 from slimvlm.runs.advise import dry_run, dry_run_rows
 from slimvlm.runs.compress import compress, config_from
 from slimvlm.runs.tables import image_rows
-from slimvlm.runs.verbs import images
+from slimvlm.runs.verbs import image_tokens
 from tests import tiny, tiny_folder, tiny_pictures
 from tests.handmade import Stopped, stops
 from tests.tables import tables
@@ -46,7 +46,7 @@ def by_default(name, _):
 
 def measured(name, data, shares=(0.5,), keep=None, out=None, tasks=None, force=False):
     folder, said = str(tiny_pictures.folder(name)), []
-    found = images(folder, data, shares, tasks, 2, keep, out, force, said.append)
+    found = image_tokens(folder, data, shares, tasks, 2, keep, out, force, said.append)
     return found, said
 
 
@@ -106,7 +106,7 @@ def test_the_older_file_of_a_processor_follows(data, tmp_path):
     model.save_pretrained(source)
     processor.save_pretrained(source)
     processor.image_processor.save_pretrained(source)
-    images(str(source), data, (), None, None, 0.5, out, False, print)
+    image_tokens(str(source), data, (), None, None, 0.5, out, False, print)
     values = json.loads((out / "preprocessor_config.json").read_text())
     assert (
         values["size"] == load_processor(str(out), model.config).image_processor.to_dict()["size"]
@@ -133,7 +133,7 @@ def test_a_kept_budget_has_a_card_that_goes_on_from_the_originals(data, tmp_path
     model.save_pretrained(source)
     processor.save_pretrained(source)
     (source / CARD_FILE).write_text("---\nlicense: mit\nbase_model: some/original\n---\n# Theirs\n")
-    images(str(source), data, (), None, None, 0.5, out, False, print)
+    image_tokens(str(source), data, (), None, None, 0.5, out, False, print)
     values, text = ModelCard.load(out / CARD_FILE).data.to_dict(), card_of(out)
     assert (values["base_model"], values["license"]) == ("some/original", "mit")
     whole, fewer = (picture_tokens(load(folder)[1], SIZE) for folder in (source, out))
@@ -141,12 +141,12 @@ def test_a_kept_budget_has_a_card_that_goes_on_from_the_originals(data, tmp_path
     for needed in (
         "The weights of [some/original]",
         "Weights and all other settings are copied from some/original.",
-        f"| tokens of a picture | {whole} | {fewer} |",
+        f"| tokens per image | {whole} | {fewer} |",
         f"`size.longest_edge` {size}",
         "This was not measured.",
         "AutoModelForImageTextToText.from_pretrained(folder)",
         f"`--image-max-tokens {size // 16**2}`",
-        f"slimvlm images {source.name} --data data.json --budgets --keep 0.5 --out out",
+        f"slimvlm image-tokens {source.name} --data data.json --no-measure --keep 0.5 --out out",
     ):
         assert needed in text
     assert "Theirs" not in text
@@ -165,9 +165,9 @@ def test_a_processor_with_code_of_its_own_is_read_back_as_the_user_trusts_it(dat
     named = {"processor_class": "Own", "auto_map": {"AutoProcessor": "own.Own"}}
     tiny_folder.edit_json(source / "processor_config.json", lambda values: values.update(named))
     with pytest.raises(ConfigError, match="processor_class 'Own' names what is not run here"):
-        images(str(source), data, (), None, None, 0.5, out, False, print)
+        image_tokens(str(source), data, (), None, None, 0.5, out, False, print)
     trusting = replace(data, trust_remote_code=True)
-    images(str(source), trusting, (), None, None, 0.5, out, False, print)
+    image_tokens(str(source), trusting, (), None, None, 0.5, out, False, print)
     whole, fewer = (
         picture_tokens(AutoProcessor.from_pretrained(folder, trust_remote_code=True), SIZE)
         for folder in (source, out)
@@ -225,7 +225,7 @@ def test_a_run_chooses_the_budget_first_and_writes_it(name, more, tmp_path, monk
         for config in configs:
             assert config.image_grid_pinpoints == plain.image_processor.image_grid_pinpoints
     texts = [card_of(run.folder / "checkpoint"), (run.folder / "summary.md").read_text()]
-    assert f"| tokens of a picture | {before} | {after} |" in texts[0]
+    assert f"| tokens per image | {before} | {after} |" in texts[0]
     assert f"{after} tokens in place of {before}" in texts[1]
     assert any(f"{after} tokens in place of {before}" in line for line in said)
     unseen, model = load_samples(more)[-2:], load(asked[0])
@@ -278,7 +278,7 @@ def test_a_dry_run_says_the_tokens_of_a_picture_and_counts_them(more, tmp_path, 
     assert found.pictures.tokens <= 0.5 * found.pictures.tokens_before
     fewer = found.pictures.tokens_before - found.pictures.tokens
     assert whole.tokens - found.tokens == pytest.approx(fewer, abs=1)
-    assert ["pictures", f"take {found.pictures}"] in dry_run_rows(found)
+    assert ["images", f"take {found.pictures}"] in dry_run_rows(found)
     assert whole.pictures is None
     given = ["--data", str(more), "--ratio", "0.15", "--samples", "4", "--train", "none"]
     given += ["--image-tokens", "0.5", "--dry-run", "--json", "--out", str(tmp_path / "run")]
@@ -287,5 +287,5 @@ def test_a_dry_run_says_the_tokens_of_a_picture_and_counts_them(more, tmp_path, 
 
 
 def test_a_time_and_a_budget_do_not_go_together(more):
-    with pytest.raises(ConfigError, match=r"target_latency 0\.5: .* image_tokens 0\.5"):
+    with pytest.raises(ConfigError, match=r"target_latency 0\.5 .* image_tokens 0\.5"):
         compression("qwen2_5_vl", more, ratio=None, target_latency=0.5)

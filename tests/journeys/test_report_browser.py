@@ -44,7 +44,7 @@ def page(tmp_path_factory):
     write_run(folder / "run", anatomy(tiny.llama()))
     for name, right in (("original", ("1101", "1110")), ("recovered", ("0111", "1000"))):
         tasks = {task: answered(task, r) for task, r in zip(("name", "count"), right, strict=True)}
-        result = Result(name, 2_000_000, 1_000_000, tasks, 4.0, 2.0)
+        result = Result(name, 2_000_000, 1_000_000, tasks, prefill_ms=4.0, decode_ms=2.0)
         result.save(folder / "run" / "results" / f"{name}.json")
     (folder / "run" / "results" / "pruned.json").unlink()
     path = folder / "report.html"

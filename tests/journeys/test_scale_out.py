@@ -117,7 +117,7 @@ def test_a_process_without_pictures_keeps_up(options, home):
 def test_a_divided_model_wants_pictures_everywhere_or_nowhere(home):
     done = torchrun(command(home, "never", "--shard", file="mixed.json"))
     assert done.returncode != 0
-    assert re.search(r"sample 'blind s\d' has no picture and others have", done.stderr)
+    assert re.search(r"sample 'blind s\d' has no image and others have", done.stderr)
     assert not (home / "never").exists()
 
 

@@ -189,7 +189,7 @@ RECOVER = sv.RecoverConfig(
 
 @pytest.mark.slow
 def test_a_run_trains_and_asks_with_fewer_tokens(tmp_path, data, text):
-    shown = {"data": data, "samples": 8, "local_steps": 0, "report_samples": 3}
+    shown = {"data": data, "samples": 8, "local_steps": 0, "test_samples": 3}
     asked = {"ratio": 0.35, "axis": "width", "vocab_size": FEW, "vocab_text": text}
     config = sv.CompressConfig(recover=RECOVER, **shown, **asked)
     heard = []
@@ -204,7 +204,7 @@ def test_a_run_trains_and_asks_with_fewer_tokens(tmp_path, data, text):
 
 @pytest.mark.slow
 def test_a_run_trains_with_fewer_experts(models, tmp_path, seen):
-    shown = {"data": seen, "samples": 6, "local_steps": 0, "report_samples": 0}
+    shown = {"data": seen, "samples": 6, "local_steps": 0, "test_samples": 0}
     config = sv.CompressConfig(experts=0.25, recover=RECOVER, **shown)
     sv.compress(models["qwen3_moe"], config, tmp_path / "run", say=[].append)
     assert anatomy(tmp_path / "run").expert_counts == [3]
@@ -254,7 +254,7 @@ def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(data)
     losses = stages.try_axes(request, loaded, calibration, scores)
     assert_untouched(loaded, before)
     *_, last = losses
-    best = last.removesuffix(stages.BEHIND)
+    best = last.removesuffix(stages.TRIMMED)
     assert best != last
     student, _ = stages.load_original(request, "cpu")
     held_out = {"held_out": calibration.held_out, "tokens": request.fewer_tokens}
@@ -271,9 +271,9 @@ def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(data)
 
 @pytest.mark.parametrize("lost", tiered([0.5, 2.0], lambda lost: lost < 1))
 def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(tmp_path, data, lost, monkeypatch):
-    tried = {"depth": 1.5, "width": 1.0, "width" + stages.BEHIND: lost}
+    tried = {"depth": 1.5, "width": 1.0, "width" + stages.TRIMMED: lost}
     monkeypatch.setattr(stages, "try_axes", lambda *_, **__: tried)
-    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, "report_samples": 3}
+    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, "test_samples": 3}
     sv.compress(model(), sv.CompressConfig(data=data, **asked), tmp_path / "run", say=[].append)
     plan = sv.Plan.load(tmp_path / "run" / "plan.json")
     assert (plan.axis, plan.tokens is not None) == ("width", lost < 1)
@@ -282,7 +282,7 @@ def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(tmp_path, data, 
 
 
 def test_a_dry_run_says_how_many_tokens_go_and_never_more_than_the_ratio(data):
-    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "report_samples": 0, "general_text": 0.0}
+    asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "test_samples": 0, "general_text": 0.0}
     found = dry_run(model(), sv.CompressConfig(data=data, **asked), [].append)
     assert found.fewer_tokens == len(opened(data)[0].fewer_tokens or ())
     told = dict(row for row in dry_run_rows(found) if row[0])["axes"]
@@ -306,7 +306,7 @@ def test_all_tokens_stay_where_that_is_asked_or_nothing_else_is_possible(data, t
     (place / "tokenizer.json").write_text(json.dumps(words))
     request, heard = opened(data, str(place))
     assert request.fewer_tokens == ()
-    assert "all tokens stay: tokens: " in heard[-1]
+    assert "the vocabulary stays whole: tokens: " in heard[-1]
 
 
 def test_experts_alone_need_no_axis_and_no_walk_chooses_their_neurons(models, tmp_path, seen):

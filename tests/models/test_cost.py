@@ -1,15 +1,13 @@
-"""Counted FLOPs are those that torch counts, for every kind of backbone and after pruning.
-
-Cores are those that a container has.
-"""
+"""Counted FLOPs are those that torch counts, for every kind of backbone and after pruning."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from slimvlm.models import cost as module
+from slimvlm.models import devices as module
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import decode_flops, prefill_flops, usable_cores
+from slimvlm.models.cost import decode_flops, prefill_flops
+from slimvlm.models.devices import usable_cores
 from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.handmade import plan_by_hand

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 from slimvlm.core.errors import ConfigError
 from slimvlm.evaluation.bench import stored_bytes
 from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.devices import digest_of_weights
 from slimvlm.models.hidden import as_inputs, head_weights_of, hidden_states
-from slimvlm.models.load import digest_of_weights
 from slimvlm.pruning.cut import mask_, prune_
 from slimvlm.scoring.score_model import score
 from tests import tiny

@@ -15,15 +15,8 @@ from slimvlm.core.documents import asked
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, LoadConfig, RecoverConfig
 from slimvlm.core.progress import silent
-from slimvlm.models.cost import free_memory
-from slimvlm.models.load import (
-    check_models,
-    computes_bfloat16,
-    default_device,
-    device_named,
-    load_as,
-    with_float64,
-)
+from slimvlm.models.devices import computes_bfloat16, device_named, free_memory, with_float64
+from slimvlm.models.load import check_models, load_as
 from slimvlm.models.parts import text_config_of
 from slimvlm.runs.compress import compress_command, config_text, read_config
 from slimvlm.runs.study import prepared
@@ -49,7 +42,7 @@ def two_of(monkeypatch, request):
 
 @pytest.mark.parametrize("two_of", ["cuda", "xpu", "mps"], indirect=True)
 def test_each_process_has_an_accelerator_of_its_own(two_of, monkeypatch):
-    assert default_device() == torch.device(two_of, 0)
+    assert device_named() == torch.device(two_of, 0)
     assert device_named("cpu") == CPU
     assert device_named(f"{two_of}:1") == torch.device(two_of, 1)
     for rank in (0, 1, 2):
@@ -106,9 +99,7 @@ def test_where_and_how_a_model_is_read_is_no_part_of_what_is_asked(how, tmp_path
         with pytest.raises(ConfigError, match=f"'{name}' changes no result"):
             prepared(study, silent)
     if "device_map" in how:
-        with pytest.raises(
-            ConfigError, match="device_map 'auto': a model that is trained is whole"
-        ):
+        with pytest.raises(ConfigError, match="device_map 'auto' cannot be used with training"):
             replace(chosen, recover=RecoverConfig())
 
 
@@ -131,7 +122,7 @@ def test_a_run_goes_on_elsewhere(tmp_path, monkeypatch):
         sv.compress(model, config, out, say=silent)
     said = []
     sv.compress(model, replace(config, device="cpu"), out, say=said.append)
-    assert any("going on" in line for line in said), said
+    assert any("resuming" in line for line in said), said
     found, again, _ = read_config(out / "run.yaml")
     assert (found, again.device) == (model, "cpu")
     assert read_config(out / "config.json")[1] == config
@@ -184,10 +175,8 @@ def test_attention_that_a_class_lacks_is_refused_in_one_line(monkeypatch):
 
 
 def test_bfloat16_and_float64_are_used_where_they_are_native(monkeypatch):
-    emulating = SimpleNamespace(
-        is_bf16_supported=lambda including_emulation=True: including_emulation
-    )
-    monkeypatch.setattr(torch, "get_device_module", lambda device: emulating)
+    card = SimpleNamespace(is_bf16_supported=lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: card)
     assert not computes_bfloat16(torch.device("xpu"))
     assert not computes_bfloat16(torch.device("mps"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
@@ -199,7 +188,7 @@ def test_bfloat16_and_float64_are_used_where_they_are_native(monkeypatch):
     values = torch.zeros(2, device="meta")
     assert with_float64(values) is values
     moved = []
-    monkeypatch.setattr("slimvlm.models.load.has_float64", lambda device: False)
+    monkeypatch.setattr("slimvlm.models.devices.has_float64", lambda device: False)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append("cpu") or self)
     with_float64(values)
     assert moved == ["cpu"]
@@ -207,7 +196,7 @@ def test_bfloat16_and_float64_are_used_where_they_are_native(monkeypatch):
 
 def test_free_memory_counts_a_containers_limit_and_what_torch_keeps(tmp_path, monkeypatch):
     limit, used = tmp_path / "most", tmp_path / "taken"
-    monkeypatch.setattr("slimvlm.models.cost.CONTAINER_LIMITS", [(limit, used)])
+    monkeypatch.setattr("slimvlm.models.devices.CONTAINER_LIMITS", [(limit, used)])
     whole = free_memory(CPU)
     limit.write_text("1000\n")
     used.write_text("400\n")

@@ -100,7 +100,7 @@ def test_a_family_without_a_knob_says_why(name):
 
 def test_text_has_no_budget():
     model, processor = tiny_pictures.made("qwen2_vl")
-    with pytest.raises(DataError, match="no sample has a picture"):
+    with pytest.raises(DataError, match="no sample has an image"):
         budgets_for(model.config, processor, tiny_folder.short_samples(2, False))
 
 

@@ -145,7 +145,7 @@ def test_layers_that_no_sample_runs_are_cut_by_their_weights_as_the_note_says():
         for seed in range(4)
     ]
     found = walk_(model, blind, 0.2, units=("neuron",), repair="width")
-    assert "layer 1, 3: units go by the size of their weights" in found.report.summary()
+    assert "layer 1, 3: units removed by the size of their weights" in found.report.summary()
     columns = Parts(tiny.build("mllama")).layers[1].mlp.down_proj.weight.detach().norm(dim=0)
     count = len(found.plan.neurons[1])
     assert found.plan.neurons[1] == tuple(columns.topk(count).indices.sort().values.tolist())

@@ -78,7 +78,7 @@ def usual(files, **changes):
     """A request that is quickly done, in which every stage has something to do."""
     values = {
         **{"ratio": 0.4, "axis": "width", "data": "data", "samples": 8, "allocation": "uniform"},
-        **{"local_steps": 0, "report_samples": 2, "training_samples": 6, "round_to": 8},
+        **{"local_steps": 0, "test_samples": 2, "training_samples": 6, "round_to": 8},
         **{"tasks": "text_odd,text_ppl", "limit": 2, "recover": LORA, **changes},
     }
     if values["recover"] == "none" and "training_samples" not in changes:
@@ -169,7 +169,7 @@ def by_prune(options, out):
         shutil.copy(held_out, out / "results" / "data-pruned.json")
 
 
-OF_PRUNING = {row.name for row in fields(PruneConfig)} | {"report_samples"}
+OF_PRUNING = {row.name for row in fields(PruneConfig)} | {"test_samples"}
 OF_GRID = ("ratio", "axis", "allocation", "repair", "seed")
 
 
@@ -184,7 +184,7 @@ def by_study(options, out):
     if recover != "none":
         grid |= {"recovery": "one"} | {n: v for n, v in recover.items() if n == "fraction"}
         study["recoveries"] = {"one": {n: v for n, v in recover.items() if n != "fraction"}}
-    beside = OF_PRUNING - {*grid, *study, "report_samples"}
+    beside = OF_PRUNING - {*grid, *study, "test_samples"}
     prune = {n: v for n, v in options.items() if n in beside}
     study |= {"grids": [grid], "prune": prune, "keep_checkpoints": True}
     (row,) = run_study(written(out, study), out)[1:].to_dict("records")
@@ -204,7 +204,7 @@ def doors_of(options, at):
         found["prune"] = by_prune
     others = {"target_latency", "image_tokens", "device", "baseline", "floors"}
     says = recover == "none" or {"train", "loss"} <= recover.keys()
-    is_plain = says and options.get("report_samples") == 0 and not others & options.keys()
+    is_plain = says and options.get("test_samples") == 0 and not others & options.keys()
     is_plain &= not (recover == "none" and "training_samples" in options)
     if is_plain and options["axis"] in ("depth", "width", "both"):
         found["study"] = by_study
@@ -256,9 +256,9 @@ def assert_alike(options, tmp, at):
 @pytest.mark.parametrize(
     ("changes", "at"),
     [
-        ({"recover": "none", "report_samples": 0, "vocab_size": "auto", "seed": 1}, ("walk", True)),
+        ({"recover": "none", "test_samples": 0, "vocab_size": "auto", "seed": 1}, ("walk", True)),
         (
-            {"report_samples": 0, "recover": {**LORA, "fraction": 0.5}, "seed": 3},
+            {"test_samples": 0, "recover": {**LORA, "fraction": 0.5}, "seed": 3},
             ("recover_", True),
         ),
         (
@@ -294,7 +294,7 @@ def drawn(kind, known, most):
 def test_any_request_is_the_same_through_every_door(
     asked, recover, is_cell, at, files, tmp_path_factory
 ):
-    whole = ({"report_samples": 0} if is_cell else {}) | asked | {"recover": recover}
+    whole = ({"test_samples": 0} if is_cell else {}) | asked | {"recover": recover}
     assert_alike(usual(files, **whole), tmp_path_factory.mktemp("doors"), at)
 
 

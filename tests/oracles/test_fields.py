@@ -74,7 +74,7 @@ def test_a_field_is_used(what, name, home):
 @pytest.mark.parametrize("what", TABLES["refused"])
 def test_what_no_sample_holds_is_refused_by_name(what, home):
     row, named = TABLES["refused"][what]
-    with pytest.raises(DataError, match=r"--max-bad 0") as refusal:
+    with pytest.raises(DataError, match=r"--max-bad-rows 0") as refusal:
         load_samples(write(row, home, "data.jsonl"), warn=lambda line: None)
     assert named in str(refusal.value)
 
@@ -95,7 +95,7 @@ def test_columns_that_are_not_read_are_said_once(home):
 def test_a_model_s_own_token_for_pictures_is_broken_data(image, home):
     """It would train without a picture, or stop the training."""
     path = write([llava(f"<|image_pad|>{ASK}", image=image), llava()], home, "data.json")
-    lines, how = [], {"processor": folders.processor("qwen2_5_vl"), "max_bad": 1}
+    lines, how = [], {"processor": folders.processor("qwen2_5_vl"), "max_bad_rows": 1}
     assert len(load_samples(path, warn=lines.append, **how)) == 1
     assert "'<|image_pad|>'" in lines[0]
 
@@ -124,7 +124,7 @@ def sorted_mix(tmp_path_factory):
 
 def divided(data, test=16, samples=32, seed=0):
     config = PruneConfig(ratio=0.3, data=str(data), samples=samples, seed=seed, general_text=0.0)
-    request = Request(model=str(folders.folder("text")), prune=config, report_samples=test)
+    request = Request(model=str(folders.folder("text")), prune=config, test_samples=test)
     return stages.read_split(request, lambda line: None)
 
 
@@ -135,7 +135,7 @@ def ids(samples):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sorted_data_calibrates_validates_and_tests_on_all_sources(seed, sorted_mix):
     found = divided(sorted_mix, samples=128, test=32, seed=seed)
-    for part, least in ((found.calibration, 16), (found.report, 3), (found.calibration[3::4], 3)):
+    for part, least in ((found.calibration, 16), (found.test, 3), (found.calibration[3::4], 3)):
         counts = [sum(s.id.startswith(source) for s in part) for source in SOURCES]
         assert min(counts) >= least, counts
 
@@ -143,8 +143,8 @@ def test_sorted_data_calibrates_validates_and_tests_on_all_sources(seed, sorted_
 def test_runs_share_their_test_samples(sorted_mix):
     first, more = divided(sorted_mix), divided(sorted_mix, samples=80)
     other = divided(sorted_mix, seed=5)
-    assert ids(more.report) == ids(other.report) == ids(first.report)
-    assert ids(divided(sorted_mix, test=8).report) < ids(first.report)
+    assert ids(more.test) == ids(other.test) == ids(first.test)
+    assert ids(divided(sorted_mix, test=8).test) < ids(first.test)
     assert ids(first.calibration) < ids(more.calibration)
     assert ids(first.calibration) != ids(other.calibration)
     turned = write(json.loads(sorted_mix.read_text())[::-1], sorted_mix.parent, "turned.json")

@@ -143,7 +143,7 @@ def test_every_figure_follows_from_replies_losses_and_weights(run):
                 assert cell in page
     sizes = [f"{found[stage]['total']:,}" for stage in ("original", "recovered")]
     assert f"| all parameters | {sizes[0]} | {sizes[1]} |" in card
-    assert "trained on 4 conversations" in card  # of 8: two steps of a batch of two
+    assert "trained on 4 samples" in card  # of 8: two steps of a batch of two
     share = found["recovered"]["AVG-%"]
     assert any(f"{near:.1f} % [" in card for near in (share - 1e-9, share + 1e-9))
     removed = 1 - found["pruned"]["backbone"] / found["original"]["backbone"]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import slimvlm as sv
 from slimvlm.core.options import CompressConfig
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import release_memory
+from slimvlm.models.devices import release_memory
 from slimvlm.runs import cost as module
 from slimvlm.runs.compress import request_of
 from slimvlm.runs.cost import Sizes, bytes_of_picture, cost, image_tokens

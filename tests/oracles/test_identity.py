@@ -46,7 +46,7 @@ def test_a_run_does_not_go_on_with_another_file(file, old, new, tmp_path, monkey
 
     monkeypatch.setattr(stages, "walk", stop)
     options = {"ratio": 0.3, "axis": "width", "recover": "none", "samples": 4, "limit": 1}
-    options |= {"vocab_size": "auto", "report_samples": 0, "tasks": str(tmp_path / "task.yaml")}
+    options |= {"vocab_size": "auto", "test_samples": 0, "tasks": str(tmp_path / "task.yaml")}
     options |= {"data": str(tmp_path / "data.json"), "vocab_text": str(tmp_path / "words.txt")}
 
     def run():

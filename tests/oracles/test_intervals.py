@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from slimvlm.evaluation.metrics import average_difference, paired_difference, retention
+from slimvlm.evaluation.metrics import average_difference, retention
 from slimvlm.evaluation.on_data import DataResult, OnSample
 
 RIGHT, LOST, GAINED = 0.8, 0.25, 0.3  # of the original; of its right answers; of its wrong ones
@@ -69,7 +69,7 @@ def of_scores(rng, count, each):
     unpaired = average_difference({"": other[0]}, {"": b}, *({"": g["first"]} for g in groups))
     kept = retention(tasks[1], tasks[0], dict.fromkeys(tasks[0], 0.0), None, *groups)
     return (
-        paired_difference(a, b, *[shown] * (each > 1)),
+        average_difference({"": a}, {"": b}, *({"": g["first"]} for g in groups)),
         kept,
         average_difference(*tasks, *groups),
         unpaired,
@@ -113,7 +113,7 @@ def test_answers_that_are_all_alike_leave_a_doubt_that_shrinks():
             [1.0] * count,
             tuple(OnSample(f"{i}", 9, 1.0, 1.0, 9, 0.0) for i in range(count)),
         )
-        change = paired_difference(same, same)
+        change = average_difference({"": same}, {"": same})
         agreement = DataResult("small", alike, "original").figures.agreement
         assert change.low <= -100 / count  # one more question may differ
         assert agreement.high == 100 >= agreement.low + 100 / (2 * count)

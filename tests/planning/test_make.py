@@ -424,7 +424,8 @@ def test_channels_to_remove_is_exact(channels, percent):
 )
 def test_protect_scales_with_the_depth(layers, protected):
     anatomy = synthetic(layers, 4, 2, 8, 96, 64, 100)
-    assert Budget(anatomy, 0.2, "width", allocation="protect").protected == protected
+    budget = Budget(anatomy=anatomy, ratio=0.2, axis="width", allocation="protect")
+    assert budget.protected == protected
     scores = random_scores(anatomy)
     for protect, expected in (((0, 0), protected), ((0, 1), (0, 1))):
         plan = make_plan(anatomy, scores, 0.1, allocation="protect", protect=protect)

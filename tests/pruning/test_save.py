@@ -296,21 +296,21 @@ def test_a_card_has_the_hub_s_metadata_and_what_people_read(carded):
         "| task | score |",
         "| layers | 4 | 3 |",
         "92.3 % [90.0, 94.5] of the original's",
-        "Of chosen answers (yes or no, or one of those given) it keeps 92.3 % [90.0, 94.5]",
-        "would keep 51.2 %",
-        "trained on 1,234 conversations (`lora`, loss `sft+hidden`)",
+        "On multiple-choice questions it retains 92.3 % [90.0, 94.5]",
+        "would retain 51.2 %",
+        "trained on 1,234 samples (`lora`, loss `sft+hidden`)",
         "AutoModelForImageTextToText.from_pretrained(folder)",
     ):
         assert needed in text
     assert str(carded.parent) not in text
     assert not re.search(r"\n{3}| \n|\|\n\n\||\{\{|None", text)
-    heads = ["What was removed", "What was kept", "How to load it", "How to serve it"]
+    heads = ["What was removed", "Retained quality", "How to load it", "How to serve it"]
     heads += ["Results", "How it was made"]
     assert re.findall("^## (.*)", text, re.MULTILINE) == heads
-    kept = text.split("## What was kept")[1].split("\n## ")[0]
+    kept = text.split("## Retained quality")[1].split("\n## ")[0]
     assert "| 4 samples |" in kept
     assert "92.3 %" in kept
-    assert "free answers" not in kept
+    assert "open-ended" not in kept
 
 
 def test_a_license_goes_along_and_a_second_pruning_counts_from_the_original(carded, tmp_path):
@@ -336,7 +336,7 @@ def test_a_license_goes_along_and_a_second_pruning_counts_from_the_original(card
         tmp_path, base=BASE.replace("license: llama2\n", ""), training=("full", "sft", 16)
     )
     assert "A fine-tuned [some/original]" in text
-    assert "license was not stated or not in reach" in text
+    assert "license was not stated or could not be read" in text
     assert data["tags"] == ["slimvlm", "llava"]
 
 
@@ -439,5 +439,5 @@ def test_a_card_of_gguf_files_says_what_they_hold(files, tmp_path):
     assert (data["library_name"], data["base_model_relation"]) == ("gguf", "quantized")
     assert {"gguf", "q4_k_m"} <= set(data["tags"])
     assert ("--mmproj mmproj-a.gguf" in text) == sees
-    assert ("it sees no pictures" in text) != sees
+    assert ("it cannot see images" in text) != sees
     assert "from_pretrained" not in text

@@ -103,7 +103,7 @@ def short(unhurried, tmp_path_factory):
     """The shortest run: the demo calibrates, nothing is trained. Tests must not change it."""
     out, said = tmp_path_factory.mktemp("runs") / "run", []
     compress(*pruning(), out, say=said.append)
-    assert "no --data: calibrating on the demo's conversations" in said
+    assert "no --data: calibrating on the demo's samples" in said
     assert any(re.match("axis width: .*arXiv", line) for line in said)
     assert not (out / "history.json").exists()
     assert Plan.load(out / "plan.json").axis == "width"
@@ -201,9 +201,13 @@ def fails(error):
     ("name", "replaced", "told"),
     tiered(
         [
-            ("free_memory", lambda _: 1000, r"not paired: .* exceed 0\.0 MiB of memory"),
-            ("paired_times", fails(ConfigError("no template")), "not paired: no template"),
-            ("paired_times", fails(RuntimeError("no kernel")), r"paired: RuntimeError\('no kernel"),
+            ("free_memory", lambda _: 1000, r"not measured: .* exceed the 0\.0 MiB of free memory"),
+            ("paired_times", fails(ConfigError("no template")), "not measured: no template"),
+            (
+                "paired_times",
+                fails(RuntimeError("no kernel")),
+                r"measured: RuntimeError\('no kernel",
+            ),
             (
                 *("paired_times", fails(torch.OutOfMemoryError("2 GiB more"))),
                 r"both models do not fit on cpu together \(2 GiB",
@@ -312,7 +316,7 @@ def test_what_force_replaces_stays_until_the_new_run_is_whole(short, data, tmp_p
     said = []
     monkeypatch.setattr(stages, "prune_", stops)  # done already
     compress(*request, out, force=True, say=said.append)
-    assert any(line.startswith("going on") for line in said)
+    assert any(line.startswith("resuming") for line in said)
     assert json.loads((out / "config.json").read_text())["ratio"] == 0.2
     assert Plan.load(out / "plan.json").ratio == pytest.approx(0.2, abs=0.01)
     assert not (out / "mine").exists()
@@ -332,7 +336,7 @@ def test_what_learns_by_default_is_there(kind, learns, tmp_path):
         if recover.train == "lora":
             compress(model, asked, tmp_path / "run", say=silent)
         else:
-            with pytest.raises(ConfigError, match=r"has no projector|learns from pictures"):
+            with pytest.raises(ConfigError, match=r"has no projector|needs images"):
                 compress(model, asked, tmp_path / "no", say=silent)
             assert not (tmp_path / "no").exists()
 

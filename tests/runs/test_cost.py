@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slimvlm.core.options import CompressConfig, RecoverConfig
-from slimvlm.models.cost import usable_cores
+from slimvlm.models.devices import usable_cores
 from slimvlm.models.load import anatomy
 from slimvlm.runs import cost as module
 from slimvlm.runs.compress import request_of

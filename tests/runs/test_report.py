@@ -53,7 +53,8 @@ def result(name, right, reply="cat"):
     scores = (1.0,) * right + (0.0,) * (10 - right)
     ids = tuple(map(str, range(10)))
     task = TaskResult("exact_match", 10 * right, 0.0, True, ids, (reply,) * 10, scores)
-    return Result(name, 2_000_000, 1_000_000, dict.fromkeys(TASKS, task), 4.0, 2.0)
+    tasks = dict.fromkeys(TASKS, task)
+    return Result(name, 2_000_000, 1_000_000, tasks, prefill_ms=4.0, decode_ms=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +147,12 @@ def test_a_study_shows_every_cell(study):
     table = pd.read_parquet(study / "results.parquet")
     record = read_record(study)
     done = table[table["status"] == "done"]
-    assert [entry.percent for entry in record.entries] == list(done["avg_percent"])
+    assert list(record.entries["avg_percent"]) == list(done["avg_percent"])
     cells = next(t for t in record.tables if t.caption == "All cells")
     assert len(cells.rows) == len(done) == 9
     assert all(len(row) == len(cells.header) for row in cells.rows)
     assert not {"AVG-% chosen", "AVG-% free"} & {*cells.header}  # of an earlier version
-    published_for = {row[0]: row[cells.header.index("the study")] for row in cells.rows}
+    published_for = {row[0]: row[cells.header.index("published")] for row in cells.rows}
     bunny = float(published_for["tiny width 30%, untrained"].rpartition("/")[2])
     assert bunny == pytest.approx(75.58, abs=1)
     assert published_for["tiny original"] == ""
@@ -180,7 +181,7 @@ def test_a_study_has_a_chart_for_each_recovery_with_the_published_means(study):
     looks = ("depth", "depth published", "width", "width published")
     assert [line.look for line in charts[0].of("line")] == [f"line {look}" for look in looks]
     assert all(len(chart.of("mark")) == 4 for chart in charts)
-    links = {link for mark in charts[0].of("mark") for link in mark.links}
+    links = {mark.link for mark in charts[0].of("mark")}
     assert len(links) == 4
     assert all(f'href="#{link}"' in charts[0].svg for link in links)
     table = pd.read_parquet(study / "results.parquet")
@@ -221,20 +222,17 @@ def test_cells_are_told_apart_by_original_ratio_share_of_the_data_and_options(st
     result("second", 10).save(study / "second.json")
     record = read_record(study)
     assert record.comparison.name_a == "second"
-    assert record.entries[1].name.startswith("tiny depth 30.4%, ")
+    assert record.entries["name"].iloc[1].startswith("tiny depth 30.4%, ")
     titles = [chart.title.rpartition("ratio: ")[2] for chart in by_ratio(record.entries)]
     full, part = "fraction 1.0", "fraction 0.05"
     assert titles == [f"untrained, {full}", f"tuned, {full}", f"tuned, {part}"]
     little = by_ratio(record.entries)[-1]
     assert [line.look for line in little.of("line")] == ["line depth", "line width"]
     cells = next(t for t in record.tables if t.caption == "All cells")
-    shown = {
-        entry.fraction: row[cells.header.index("the study")]
-        for entry, row in zip(record.entries, cells.rows, strict=True)
-        if entry.recovery == "tuned"
-    }
-    assert shown[0.05] == ""
-    assert shown[1.0] != ""
+    columns = record.entries["recovery"], record.entries["fraction"], cells.rows
+    shown = {(way, part): row for way, part, row in zip(*columns, strict=True)}
+    assert shown["tuned", 0.05][cells.header.index("published")] == ""
+    assert shown["tuned", 1.0][cells.header.index("published")] != ""
 
 
 class Page(HTMLParser):
@@ -272,21 +270,20 @@ def assert_sound(html):
 
 def test_the_report_shows_the_numbers_of_the_files_and_refuses_broken_ones(run):
     plan, record = Plan.load(run / "plan.json"), read_record(run)
-    kept = {entry.name: entry for entry in record.entries}
-    assert kept["original"].percent == 100
-    assert kept["pruned"].percent == pytest.approx(40)
-    assert kept["recovered"].percent == pytest.approx(80)
+    kept = record.entries.set_index("name")
+    assert list(kept["avg_percent"]) == pytest.approx([100, 40, 80])
     expected = result("r", 8).retention(result("o", 10))
-    assert (kept["recovered"].low, kept["recovered"].high) == (expected.low, expected.high)
-    assert (kept["recovered"].train, kept["pruned"].train) == ("lora", None)
-    assert kept["recovered"].ratio == plan.ratio
+    bounds = kept.loc["recovered", ["avg_percent_low", "avg_percent_high"]]
+    assert list(bounds) == [expected.low, expected.high]
+    assert list(kept["train"]) == ["none", "none", "lora"]
+    assert kept["achieved_ratio"]["recovered"] == plan.ratio
     words = f"{expected.low:.1f} to {expected.high:.1f}, floor 0.0"
-    assert record.cards[1] == ("Kept of free answers", "80.0", words)
+    assert record.cards[1] == ("Retained of free answers", "80.0", words)
     assert not any("chosen" in label for label, *_ in record.cards)
     html = report_html(record)
     text = unescape(re.sub(r"<[^>]+>", " ", html))
     kept_text = f"80.0 [{expected.low:.1f}, {expected.high:.1f}]"
-    for needed in (kept_text, f"{plan.ratio:.1%}", "25.00%", "7 conversations"):
+    for needed in (kept_text, f"{plan.ratio:.1%}", "25.00%", "7 samples"):
         assert needed in text
     assert "training samples" in html
     page = assert_sound(html)
@@ -352,7 +349,7 @@ def test_words_of_models_files_and_data_are_escaped_and_nothing_is_loaded(tmp_pa
 def test_bars_are_as_high_as_what_is_kept_and_crosses_are_what_is_gone(shape, tmp_path):
     plan = make_plan(shape, random_scores(shape), ratio=0.3, axis="both", round_to=1)
     chart = allocation(plan)
-    mlp, attention, wholes = (chart.of(look)[0].rows for look in ("mlp", "attention", "whole"))
+    mlp, attention, wholes = (boxes(chart, look) for look in ("mlp", "attention", "whole"))
     for index, layer in enumerate(shape.layers):
         kept = mlp[index][3] + attention[index][3]
         units = len(plan.kv_groups[index]) * layer.kv_group_params
@@ -368,7 +365,7 @@ def test_bars_are_as_high_as_what_is_kept_and_crosses_are_what_is_gone(shape, tm
         lost = sum(s.num_kv_heads for s in shape.layers) - sum(map(len, plan.kv_groups))
         assert num_crosses(groups) == lost
         bottom, top = neurons.axes.get_ylim()
-        heights = [height / (bottom - top) for _, height, *_ in neurons.of("cut")[0].rows]
+        heights = [height / (bottom - top) for _, height, *_ in boxes(neurons, "cut")]
         kept = [
             len(n) / s.intermediate_size for n, s in zip(plan.neurons, shape.layers, strict=True)
         ]
@@ -379,23 +376,27 @@ def test_bars_are_as_high_as_what_is_kept_and_crosses_are_what_is_gone(shape, tm
             assert len(opacity) == sum(len(marks.texts) for marks in chart.of("heat"))
     shape = read_anatomy(tiny.build("llama4"))
     full = allocation(Plan.everything(shape))
-    parts = ([row[3] for row in full.of(look)[0].rows] for look in ("mlp", "attention", "rest"))
-    whole = [row[3] for row in full.of("whole")[0].rows]
+    parts = ([row[3] for row in boxes(full, look)] for look in ("mlp", "attention", "rest"))
+    whole = [row[3] for row in boxes(full, "whole")]
     assert list(map(sum, zip(*parts, strict=True))) == pytest.approx(whole)
     scores = random_scores(shape)
     plan = make_plan(shape, scores, 0.0, experts=0.5)
     bars = allocation(plan)
     layer, kept = shape.layers[1], plan.shapes[1]
     mlp = kept.intermediate_size * kept.neuron_params + 2 * layer.expert_fixed_params
-    kept_bar, whole = (bars.of(look)[0].rows[1][3] for look in ("mlp", "whole"))
+    kept_bar, whole = (boxes(bars, look)[1][3] for look in ("mlp", "whole"))
     assert kept_bar / whole == pytest.approx(mlp / layer.params)
     (chart,) = score_maps(plan, [Scores("obs", neuron=scores.neuron)])
     assert not any("nan" in text for marks in chart.of("heat") for text in marks.texts)
-    assert len(chart.of("cut")[0].rows) == sum(map(bool, map(len, scores.neuron or ())))
+    assert len(boxes(chart, "cut")) == sum(map(bool, map(len, scores.neuron or ())))
     alone = Scores("reap", expert=scores.expert)
     (chart,) = score_maps(plan, [alone])
     assert num_crosses(chart) == 4
     assert sum(len(marks.texts) for marks in chart.of("heat")) == 8
+
+
+def boxes(chart, look):
+    return [path.get_extents().bounds for path in chart.of(look)[0].artist.get_paths()]
 
 
 def num_crosses(chart):
@@ -444,7 +445,7 @@ def test_labels_of_drawings_are_plain_text(run):
     """A name is data from outside: no formula, no markup, no character that XML cannot hold."""
     entries = read_record(run).entries
     for name in (EVIL, r"$\frac{$ $", "bell \a and 猫", "</svg><script>"):
-        svg = trade_offs([replace(entry, name=name) for entry in entries])[0].svg
+        svg = trade_offs(entries.assign(name=name))[0].svg
         page = Page(svg)
         assert not page.ids
         assert page.tags <= {"svg", "g", "path", "text", "title"}
@@ -523,7 +524,7 @@ def test_a_page_stays_below_five_megabytes_and_every_task_gets_pictures():
     shown = cards(html)
     assert len(shown) == 600
     bare = [card for card in shown if "<img" not in card]
-    assert f"Pictures of {len(bare)} answers are left out" in html
+    assert f"Images of {len(bare)} answers are left out" in html
     with_picture = [card for card in shown if "<img" in card]
     assert {'data-kind="lost"' in card for card in with_picture[:200]} == {True}
     asked = {name: questions(name, 300, (64, 64)) for name in ("one", "two")}

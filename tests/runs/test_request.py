@@ -41,12 +41,12 @@ def test_with_data_the_measured_recipe_is_the_default_without_it_the_demo_calibr
     assert found.prune.local_steps is None  # as many as the samples make of it
     assert found.hold_out
     assert said == []
-    request = replace(asked(data=None, recover=RecoverConfig()), report_samples=8)
+    request = replace(asked(data=None, recover=RecoverConfig()), test_samples=8)
     found, said = decided(request)
-    assert found.prune == decided(asked(too_long="cut"))[0].prune
+    assert found.prune == decided(asked(too_long="truncate"))[0].prune
     assert found.recover is None
-    assert found.report_samples == 0
-    assert said == ["no --data: calibrating on the demo's conversations"]
+    assert found.test_samples == 0
+    assert said == ["no --data: calibrating on the demo's samples"]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_run_has_one_seed_and_only_0_leaves_the_order_of_places():
     found = resolved(request_of("demo", config))
     assert found.recover is not None
     assert found.recover.seed == found.prune.seed == 3
-    with pytest.raises(ConfigError, match="seed 3: a run has one, and recover has 5"):
+    with pytest.raises(ConfigError, match="seed 3 conflicts"):
         CompressConfig(seed=3, recover=RecoverConfig(seed=5))
     rows = samples(10)
     first, rest = names(split(rows, asked(samples=4, recover=RecoverConfig())))
@@ -158,7 +158,7 @@ def data(tmp_path_factory):
 def reading(data, **changes):
     config = PruneConfig(ratio=0.3, data=str(data), samples=6, seed=0)
     request = Request(
-        model=str(folders.folder("llava")), prune=config, recover=RecoverConfig(), report_samples=64
+        model=str(folders.folder("llava")), prune=config, recover=RecoverConfig(), test_samples=64
     )
     return replace(request, **changes)
 
@@ -167,28 +167,28 @@ def reading(data, **changes):
 @pytest.mark.parametrize("training", [None, 5, 100])
 @pytest.mark.parametrize("count", [2, 64])
 def test_no_sample_of_the_report_is_used(seed, training, count, data):
-    request = reading(data, training_samples=training, report_samples=count)
+    request = reading(data, training_samples=training, test_samples=count)
     request = replace(request, prune=replace(request.prune, seed=seed))
     found = read_split(request, silent)
-    assert len(found.report) in (2, 4)  # at most a fifth of 20, or of the 13 that are read
+    assert len(found.test) in (2, 4)  # at most a fifth of 20, or of the 13 that are read
     used = {*ids(found.calibration), *ids(found.training)}
-    assert not used & set(ids(found.report))
+    assert not used & set(ids(found.test))
 
 
 def test_repeated_samples_are_not_held_out_and_too_few_not_reported(data, tmp_path):
     samples = [replace(each, place=n) for n, each in enumerate(load_samples(data))]
     twice = [*samples[:18], replace(samples[2], id="again", place=18), samples[19]]
-    request = reading(data, report_samples=2)
-    assert ids(split(twice, request).report) == [samples[19].id]
+    request = reading(data, test_samples=2)
+    assert ids(split(twice, request).test) == [samples[19].id]
     others = [Sample("x", samples[0].messages, samples[1].images)]
     assert not_among([samples[0]], others) == [samples[0]]  # the same words on another picture
     few, lines = folders.write_llava_data(tmp_path, count=9), []
     found = read_split(reading(few), lines.append)
-    assert found.report == ()
+    assert found.test == ()
     assert len(found.calibration) == 6
-    assert any("9 samples are too few, 10 would do" in line for line in lines)
+    assert any("9 samples are too few, 10 are needed" in line for line in lines)
     lines.clear()
-    read_split(reading(few, report_samples=0), lines.append)
+    read_split(reading(few, test_samples=0), lines.append)
     assert lines == []
 
 
@@ -209,5 +209,7 @@ def test_a_run_is_asked_what_evaluate_asks(monkeypatch):
 def test_published_benchmarks_are_not_asked_blind(how, monkeypatch):
     monkeypatch.setattr(requests, "check_names", lambda *given: {})
     questions = Questions(tasks="pope", floors=how.pop("floors", False))
-    with pytest.raises(ConfigError, match="--blind, --floors and --log do not work with 'pope'"):
+    with pytest.raises(
+        ConfigError, match="--blind, --floors and --replies do not work with 'pope'"
+    ):
         check_questions(questions, **how)

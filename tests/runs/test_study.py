@@ -240,7 +240,7 @@ def test_cells_that_come_to_the_same_are_one_and_others_are_told_apart(data, tmp
     assert len(forecast(study(data, grid), tmp_path / "out").cells) == 4
     capsys.readouterr()
     prepared(study(None, {"axis": "width", "recovery": "none"}), print)
-    assert "no --data: calibrating on the demo's conversations" in capsys.readouterr().out
+    assert "no --data: calibrating on the demo's samples" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -299,13 +299,13 @@ def test_a_study_of_which_nothing_could_be_measured_is_reported(
 
     def fails(stage):
         if stage.kind == "evaluate":
-            raise ConfigError("blind: question 'a' finds no other pictures")
+            raise ConfigError("blind: question 'a' finds no other images")
 
     watch_work(monkeypatch, fails)
     config = study(data, {"recovery": "none", "axis": "depth"}, limit=1)
     table = run_study(config, tmp_path / "out", console=QUIET)
     assert set(table["status"]) == {"failed"}
-    assert "other pictures" in str(table["failed"][0])
+    assert "other images" in str(table["failed"][0])
     for as_json in (False, True):
         print_study(table, as_json)
         assert "failed" in capsys.readouterr().out

@@ -81,7 +81,7 @@ def test_neurons_of_experts_are_legal_in_steps_and_tokens_have_a_share():
     assert printed(odd)["legal neurons"] == ["8 to 32 in steps of 8, and 36"]
     for name, expected in (
         ("llava-llama", r"128; all 128 are \d+% of the backbone"),
-        ("gemma3n", "all stay: its layers"),
+        ("gemma3n", "all are kept: its layers"),
     ):
         (found,) = printed(shape_of(name))["one token"]
         assert re.match(expected, found)

@@ -6,7 +6,7 @@ import pytest
 
 from slimvlm.cli import main
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import MemoryOptions, PruneConfig, ReportOptions
+from slimvlm.core.options import FinalEvaluation, MemoryOptions, PruneConfig
 from slimvlm.core.progress import silent
 from slimvlm.data.read import load_samples
 from slimvlm.evaluation.on_data import DataResult, evaluate_data
@@ -41,7 +41,7 @@ def test_prune_gives_the_same_figures_in_memory_and_from_files(data, pruned):
     for out, (_, held_out) in pruned.items():
         assert list(held_out) == ["original", "pruned"]
         assert DataResult.load(out / "slimvlm_held_out.json") == held_out["pruned"]
-        assert "## What was kept" in (out / "README.md").read_text()
+        assert "## Retained quality" in (out / "README.md").read_text()
     for stage in ("original", "pruned"):
         samples = (held_out[stage].samples for _, held_out in pruned.values())
         for here, there in zip(*samples, strict=True):
@@ -62,10 +62,10 @@ def test_the_command_line_prints_them(data, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "4 samples" in shown
     assert "same next token as the original" in shown
-    main([*words, str(tmp_path / "none"), "--report-samples", "0"])
+    main([*words, str(tmp_path / "none"), "--test-samples", "0"])
     assert "same next token" not in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="report_samples -1"):
-        ReportOptions(report_samples=-1)
+    with pytest.raises(ConfigError, match="test_samples -1"):
+        FinalEvaluation(test_samples=-1)
 
 
 def test_a_model_is_evaluated_on_data_without_a_task(data, pruned, tmp_path, capsys):
@@ -97,10 +97,10 @@ def test_a_stopped_prune_from_files_goes_on_with_its_own_plan_and_samples_alone(
     config = PruneConfig(data=str(data), samples=4, local_steps=0)
     with monkeypatch.context() as patch:
         patch.setattr(verbs, "prune_checkpoint", stops)
-        report = ReportOptions(report_samples=4)
+        report = FinalEvaluation(test_samples=4)
         with pytest.raises(Stopped):
-            prune(MODEL, config, out, tmp_path / "0.json", report=report, **more)
-    report = ReportOptions(report_samples=2)
-    walked, held_out = prune(MODEL, config, out, tmp_path / "1.json", report=report, **more)
+            prune(MODEL, config, out, tmp_path / "0.json", final=report, **more)
+    report = FinalEvaluation(test_samples=2)
+    walked, held_out = prune(MODEL, config, out, tmp_path / "1.json", final=report, **more)
     assert walked.plan.neurons == plans[1].neurons
     assert len(held_out["original"].samples) == 2

@@ -582,6 +582,10 @@ def test_few_samples_are_read_again_until_they_suffice(given, passes):
     assert len(history.steps) == 2 * passes
     assert optimizer_steps(asked, 4, plan.decoder_ratio) == 2 * passes
     if not given:
-        assert asked.passes(100_000, 0.5) == 1
-        assert asked.passes(1_000, 0.5) < asked.passes(1_000, 0.75) < asked.passes(500, 0.75)
-        assert asked.passes(1, 0.75) == asked.passes(100, 0.75)
+        assert asked.epochs_over(100_000, 0.5) == 1
+        assert (
+            asked.epochs_over(1_000, 0.5)
+            < asked.epochs_over(1_000, 0.75)
+            < asked.epochs_over(500, 0.75)
+        )
+        assert asked.epochs_over(1, 0.75) == asked.epochs_over(100, 0.75)

@@ -94,7 +94,8 @@ def make_task(folder):
 ANSWERED = TaskResult(
     "exact_match", 50.0, 25.0, True, ("a", "b"), ("r", "s"), (1.0, 0.0), {"f1": 1.0}, 50.0
 )
-RESULT = Result("model", 1000, 800, {"one": ANSWERED, "two": ANSWERED}, 1.0, 2.0)
+ASKED, TIMES = {"one": ANSWERED, "two": ANSWERED}, {"prefill_ms": 1.0, "decode_ms": 2.0}
+RESULT = Result("model", 1000, 800, ASKED, **TIMES)
 
 
 def make_result(folder):
@@ -366,7 +367,7 @@ def many_rows(folder, draw):
     row, count = draw.choice(((json.dumps(ROW), 10**4), ("{}", 10**6), ("x", 10**6), ("", 10**6)))
     (folder / "d.jsonl").write_text(f"{row}\n" * count)
     command = f"compress {MODEL} --ratio 0.3 --dry-run --out {{folder}}/o --data {{folder}}/d.jsonl"
-    return f"{command} --max-bad {draw.choice((0, 10**7))}"
+    return f"{command} --max-bad-rows {draw.choice((0, 10**7))}"
 
 
 def racing(folder, draw):
@@ -408,7 +409,7 @@ def words(folder, draw):
 
 def of_data(make, kind):
     command = f"compress {folders.folder(kind)} --ratio 0.3 --dry-run --out {{folder}}/out --data "
-    return lambda folder, draw: command + str(make(folder, draw)) + " --max-bad 2"
+    return lambda folder, draw: command + str(make(folder, draw)) + " --max-bad-rows 2"
 
 
 def then(make, command):

@@ -128,13 +128,13 @@ def test_a_thousand_broken_rows_are_counted_and_named(name, tmp_path):
     path = tmp_path / name
     write_rows(path, random.Random(0))
     told = []
-    samples = load_samples(path, max_bad=ROWS, warn=told.append)
+    samples = load_samples(path, max_bad_rows=ROWS, warn=told.append)
     assert [sample.id for sample in samples] == ["good"]
     assert len(told) == NAMED + 1
     assert all(line.startswith("skipped: ") and "\n" not in line for line in told[:-1])
     assert f"{ROWS} broken rows skipped, 1 samples read" in told[-1]
-    with pytest.raises(DataError, match=f"max-bad {ROWS - 1}"):
-        load_samples(path, max_bad=ROWS - 1, warn=lambda line: None)
+    with pytest.raises(DataError, match=f"max-bad-rows {ROWS - 1}"):
+        load_samples(path, max_bad_rows=ROWS - 1, warn=lambda line: None)
 
 
 # Kills. The commands run in forks of this process, which has its libraries in memory already.

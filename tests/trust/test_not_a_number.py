@@ -80,7 +80,7 @@ def test_a_score_that_is_no_number_is_no_score(field, tmp_path):
     with pytest.raises(NumericalError, match="NaN or infinity in a score"):
         replace(good, **{field: bad})
     path = tmp_path / "result.json"
-    Result("m", 1, 1, {"own": good}, 1.0, 1.0).save(path)
+    Result("m", 1, 1, {"own": good}, prefill_ms=1.0, decode_ms=1.0).save(path)
     assert Result.load(path).tasks["own"] == good
     path.write_text(path.read_text().replace("0.5", "NaN").replace("100.0", "Infinity"))
     with pytest.raises(ConfigError, match=r"result '.*result\.json'.*NaN or infinity"):

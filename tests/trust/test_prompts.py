@@ -121,7 +121,7 @@ def test_a_line_above_the_limit_is_a_broken_row(tmp_path, monkeypatch):
     long = json.dumps({"messages": TURNS, "note": "x" * 1000})
     path.write_text(f"{good}\n{long}\n{good}\n{long}")
     said = []
-    assert len(load_samples(path, max_bad=2, warn=said.append)) == 2
+    assert len(load_samples(path, max_bad_rows=2, warn=said.append)) == 2
     assert [line for line in said if "line 2 has more than 300 bytes" in line]
     with pytest.raises(SlimError, match="line 2"):
         load_samples(path)

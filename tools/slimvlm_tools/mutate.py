@@ -2,9 +2,9 @@
 
 ``map`` runs the default tests once and notes which test executes which line. ``run`` draws mutants
 of five packages: one operator, constant, condition or statement of one file is changed. Each mutant
-runs only the tests that execute its line, quickest first, in a fork of a process that has imported
-the libraries. One that none of them notices within the time limit counts as a survivor, so the
-share killed is a lower bound.
+runs only the tests that execute its line, likeliest and quickest first, in a fork of a process that
+has imported the libraries. One that none of them notices within the time limit counts as a
+survivor, so the share killed is a lower bound.
 
     python -m slimvlm_tools.mutate map --out runs/mutants
     python -m slimvlm_tools.mutate run --out runs/mutants
@@ -186,7 +186,7 @@ def run(out: Path, count: int = 300, seed: int = 0, seconds: float = 120) -> Non
     """Draw mutants, test each, append to ``mutants.jsonl`` (resumed), print the share killed."""
     known = json.loads((out / "map.json").read_text())
     drawn = random.Random(seed).sample(list(mutants()), count)
-    results = out / "mutants.jsonl"
+    results, spent = out / "mutants.jsonl", known["spent"]
     lines = results.read_text().splitlines() if results.exists() else []
     done = {tuple(row["place"]): row for row in map(json.loads, lines)}
     for name in known["modules"]:
@@ -197,9 +197,10 @@ def run(out: Path, count: int = 300, seed: int = 0, seconds: float = 120) -> Non
     for mutant in drawn:
         if (place := (mutant.file, mutant.line, mutant.column, mutant.text)) in done:
             continue
-        tests = sorted(
+        package, stem = Path(mutant.file).parts[2], Path(mutant.file).stem
+        tests = sorted(  # those of the module, then of its package, then others
             known["lines"].get(mutant.file, {}).get(str(mutant.line), ()),
-            key=lambda test: known["spent"].get(test, 0),
+            key=lambda test: (f"test_{stem}" not in test, package not in test, spent.get(test, 0)),
         )
         outcome, took = "untested", 0.0
         if tests:

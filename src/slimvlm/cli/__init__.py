@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slimvlm.cli import verbs
-from slimvlm.cli.options import defaults_from, parse
+from slimvlm.cli.options import defaults_from, name_of, parse
 from slimvlm.core import errors
 from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
 from slimvlm.core.files import held
@@ -25,11 +25,11 @@ from slimvlm.core.progress import current_stage, num_ranks, stage
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # every verb, by what it is for
     "Start to end": (verbs.advise, verbs.compress, verbs.report, verbs.study, verbs.demo),
-    "Look and measure": (verbs.inspect, verbs.chat, verbs.evaluate, verbs.compare, verbs.bench),
-    "In single steps": (verbs.score, verbs.plan, verbs.prune, verbs.recover),
-    "Take away": (verbs.images, verbs.quantize, verbs.export, verbs.convert),
+    "Inspect and measure": (verbs.inspect, verbs.chat, verbs.evaluate, verbs.compare, verbs.bench),
+    "Single steps": (verbs.score, verbs.plan, verbs.prune, verbs.recover),
+    "Convert and export": (verbs.image_tokens, verbs.quantize, verbs.export, verbs.convert),
 }
-VERBS = {verb.__name__: verb for group in GROUPS.values() for verb in group}
+VERBS = {name_of(verb): verb for group in GROUPS.values() for verb in group}
 ABOUT = "Make multimodal LLMs smaller: prune, recover, measure, save."
 GOING_ON = ("recover", "compress", "study", "evaluate")  # verbs that resume a stopped run
 LONGEST_LINE = 2000  # characters of an error that are printed
@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
         except SlimError as error:
             code, told = 3 if isinstance(error, errors.RegressionError) else 2, one_line(error)
         except KeyboardInterrupt:
-            resume = f"Give the same command again to go on{' (with --log)' * (verb == 'evaluate')}"
+            resume = f"The same command resumes it{' (with --replies)' * (verb == 'evaluate')}"
             goes_on = verb in GOING_ON or "--low-memory" in words
-            told = resume if goes_on else "What was there before is unchanged"
+            told = resume if goes_on else "Existing output is unchanged"
             code, told = 130, f"stopped. {told}"
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -114,9 +114,10 @@ def _run(verb: str, words: list[str]) -> None:
     with errors.raised_as(ConfigError, OSError, "the working folder cannot be read"):
         Path.cwd()
     if verb not in VERBS:
-        raise ConfigError(f"verb {verb!r} must be one of: {', '.join(VERBS)}")
+        now = " (images is now image-tokens)" if verb == "images" else ""
+        raise ConfigError(f"verb {verb!r} must be one of: {', '.join(VERBS)}{now}")
     if num_ranks() > 1 and verb != "recover":
-        raise ConfigError(f"{verb} runs in one process: torchrun is for recover")
+        raise ConfigError(f"{verb} runs in one process: use torchrun with recover only")
     given = parsed(verb, words[1:])
     out = None if verb == "study" else given.get("out")  # whose runs divide the work
     with memory_explained(words), held(out) if out is not None else nullcontext():
@@ -130,11 +131,15 @@ def parsed(verb: str, words: list[str]) -> dict[str, Any]:
         without_flag: set[str] = set().union(*map(file_only, kinds[verb]))
         for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
             if flag.removeprefix("--").replace("-", "_") in without_flag:
-                raise ConfigError(f"{flag} is no flag of {verb}; give it in a file of --config")
+                raise ConfigError(f"{flag} is not a flag of {verb}: set it in the file of --config")
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", nargs="?")
         if (file := finder.parse_known_args(words)[0].config) is not None:
             defaults = defaults_from(file, verb)
+    for word in words:
+        old = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and (new := errors.WORDS["renamed"].get(old)) is not None:
+            raise ConfigError(f"{word.partition('=')[0]} is now --{new.replace('_', '-')}")
     box, columns = StringIO(), os.environ.get("COLUMNS")
     is_help = "-h" in words or "--help" in words
     if not is_help:
@@ -172,7 +177,7 @@ def overview() -> str:
         lines += [f"{title}:", ""]
         for verb in group:
             purpose = (verb.__doc__ or "").partition("\n")[0]
-            name = f"  {verb.__name__}".ljust(17)
+            name = f"  {name_of(verb)}".ljust(17)
             lines += textwrap.wrap(purpose, width, initial_indent=name, subsequent_indent=" " * 17)
         lines.append("")
     return "\n".join([*lines, "slimvlm VERB --help explains its options."])

@@ -1,7 +1,7 @@
 """Tell tyro how to show and read the option classes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, field, fields, make_dataclass
 from functools import cache, partial
 from inspect import Parameter, signature
 from types import UnionType
@@ -15,17 +15,22 @@ from slimvlm.core.options import Options
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 USUAL = {  # help of parameters that mean the same for every verb that does not explain them
-    "model": "Folder, hub id, or demo.",
-    "out": "The new checkpoint folder.",
-    "limit": "Only the first so many questions of each task.",
-    "force": "Replace what is there already.",
+    "model": "Local folder, Hub id, or demo.",
+    "out": "Checkpoint folder to write.",
+    "limit": "Maximum number of questions per task.",
+    "force": "Overwrite existing output.",
     "json": "Print JSON.",
 }
 REGISTRY = tyro.constructors.ConstructorRegistry()
 FIRST = (  # options that help shows first in their group
     *("ratio", "data", "images", "axis", "train", "loss", "tasks", "samples", "vocab_size"),
-    *("epochs", "learning_rate", "limit", "report_samples", "criterion", "low_memory"),
+    *("epochs", "learning_rate", "limit", "test_samples", "criterion", "low_memory"),
 )
+
+
+def name_of(verb: Callable[..., None]) -> str:
+    """Return the name of a verb on the command line."""
+    return verb.__name__.replace("_", "-")
 
 
 def parse(
@@ -44,7 +49,7 @@ def parse(
         rows.append((name, hint, field() if default is Parameter.empty else field(default=default)))
     arguments: Any = tyro.cli(
         make_dataclass("Arguments", rows, kw_only=True),
-        prog=f"slimvlm {verb.__name__}",
+        prog=f"slimvlm {name_of(verb)}",
         description=docstring_parser.parse(verb.__doc__ or "").description,
         args=words,
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -62,7 +67,8 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
     hints, texts = get_type_hints(kind, include_extras=True), _texts(info.type)
     rows, from_file, without_flag = [], {}, core.file_only(kind)
     rank = {name: number for number, name in enumerate(FIRST)}
-    for row in sorted(fields(kind), key=lambda row: rank.get(row.name, len(FIRST))):
+    every: Any = fields(kind)  # type: ignore[arg-type]
+    for row in sorted(every, key=lambda row: rank.get(row.name, len(FIRST))):
         default = getattr(info.default, row.name, row.default)
         if row.name in without_flag:
             if info.default is not tyro.MISSING and hasattr(info.default, row.name):
@@ -101,34 +107,31 @@ def _described(hint: Any, text: str, default: Any) -> Any:
     return Annotated[hint, tyro.conf.arg(help=text, metavar=forms, help_behavior_hint=hidden)]
 
 
-@dataclass(frozen=True, kw_only=True)
 class RunFlags(core.RunOptions):
-    """What models are asked and shown, and how much is trained on."""
+    """Evaluation, image tokens and training data."""
 
     batch_size: Annotated[int, tyro.conf.arg(name=core.TASK_BATCH_SIZE)] = 16
-    """Questions answered at once."""
+    """Questions per batch."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SourceFlags(core.FileLoading, core.TrainingData):
-    """What is learnt from, and how models are read."""
+    """Training data, and model loading."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingFlags(core.TrainingConfig):
-    """How to train; the study's decision chart fills in what is not said."""
+    """Training; the extended paper's decision chart gives what is left out."""
 
     train: Literal["projector", "lora", "full", "none"] | None = None
-    """What learns; none skips training."""
+    """Weights to train: the projector; LoRA on the backbone, plus the projector; full, all but the
+    vision tower; or none."""
     loss: str | None = None
-    """Weighted sum of sft, hidden, cosine, kl, rkl, jsd."""
+    """Weighted sum of the losses sft, hidden, cosine, kl, rkl and jsd."""
     paper_exact: Annotated[bool, core.FILE_ONLY] = False
     seed: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0  # a run has one, among those of pruning
 
 
-@dataclass(frozen=True, kw_only=True)
 class SizeFlags(core.TargetOptions, core.LatencyOptions):
-    """How small or fast the model must become."""
+    """Target size or prefill time."""
 
 
 def defaults_from(file: str, verb: str) -> dict[str, Any]:

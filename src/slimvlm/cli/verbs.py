@@ -1,4 +1,4 @@
-"""The verbs of the command line: their options, and what they print."""
+"""Define the verbs of the command line: their options, and what they print."""
 
 import os
 import shlex
@@ -26,11 +26,11 @@ def score(
     memory: options.MemoryOptions = options.MemoryOptions(),
     force: bool = False,
 ) -> None:
-    """Calibrate once: save scores for later plans.
+    """Score the units of a model on calibration data, for later plans.
 
     Args:
-        out: Scores are written as OUT.json and OUT.safetensors.
-        criterion: How to score; docs/criteria.md has the table.
+        out: Prefix of the files OUT.json and OUT.safetensors.
+        criterion: Scoring criterion; docs/criteria.md lists them.
     """
     from slimvlm.runs.verbs import score as run
 
@@ -45,12 +45,12 @@ def plan(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Choose what to keep, from saved scores and a budget. Nothing is pruned.
+    """Choose the units to keep, from saved scores and a target size, without pruning.
 
     Args:
-        out: The plan, a JSON file that can be edited by hand.
-        scores: Score files of the units to prune. Without any, the default criteria score on the
-            demo's conversations.
+        out: Plan file (JSON), which can be edited by hand.
+        scores: Score files of the units to prune. Default: the default criteria on the demo's
+            samples.
     """
     from slimvlm.runs.verbs import plan as run
 
@@ -69,20 +69,20 @@ def prune(
     plan: Path | None = None,
     pruning: options.PruneConfig = options.PruneConfig(),
     memory: options.MemoryOptions = options.MemoryOptions(),
-    report: options.ReportOptions = options.ReportOptions(),
+    final: options.FinalEvaluation = options.FinalEvaluation(),
     force: bool = False,
 ) -> None:
-    """Write a smaller checkpoint, from a plan or from a ratio, criterion and data.
+    """Write a pruned checkpoint, from a plan or from a ratio, criterion and data.
 
-    With --data, it ends with what was kept on samples that nothing was fitted to. Without, default
-    criteria score on the demo's conversations.
+    With --data, the pruned model is compared with the original on test samples. Without, the demo's
+    samples calibrate the default criteria.
 
     Args:
-        plan: A plan file instead of ratio, axis, criterion and allocation.
+        plan: Plan file, instead of ratio, axis, criterion and allocation.
     """
     from slimvlm.runs.verbs import prune as run
 
-    walked, held_out = run(model, pruning, out, plan, memory, report, force, to_log)
+    walked, held_out = run(model, pruning, out, plan, memory, final, force, to_log)
     print(f"{walked.summary()}\ncheckpoint: {out}")
     print_held_out(held_out)
 
@@ -97,19 +97,17 @@ def recover(
     shard: bool = False,
     force: bool = False,
 ) -> None:
-    """Train a pruned checkpoint back towards the original model.
+    """Train a pruned checkpoint towards the original model.
 
-    Stopped runs go on where they were when the same command is given again. With torchrun, several
-    processes share the batches.
+    The same command resumes a stopped run. With torchrun, several processes share the batches.
 
     Args:
         model: The pruned checkpoint.
-        out: The recovered checkpoint folder.
         teacher: The original model; not needed for --loss sft.
-        config: Options from a YAML file, such as the run.yaml of compress: its data, its model as
-            teacher, and what it has under recover; those of the command line come on top.
-        shard: Divide the weights of model and teacher among the processes of torchrun (FSDP2); such
-            a run cannot go on after a stop.
+        config: YAML file of options, such as the run.yaml of compress: its data, its model as
+            teacher, and its options under recover. Flags override it.
+        shard: Shard the weights of model and teacher over the processes of torchrun (FSDP2); such
+            a run cannot be resumed.
     """
     from slimvlm.runs.verbs import recover as run
 
@@ -130,25 +128,25 @@ def evaluate(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Ask a benchmark's questions and score the answers, or measure the loss on your own data.
+    """Evaluate a model on benchmark tasks, or on your own data.
 
-    With --data no task is needed: loss and perplexity of the answers in it, and beside a baseline
-    how often both models say the same next token, and how far their predictions are apart.
+    With --data, report loss and perplexity of the answers; with --baseline, also next-token
+    agreement and KL divergence.
 
     Args:
-        baseline: The original model, or for tasks a result file of it: adds what was kept.
-        out: Result file (JSON), answers included.
-        require: What must hold, else the exit code is 3: 'agreement >= 95%' 'loss <= 1.1x'; x is
-            the baseline's figure. See docs/gates.md.
+        baseline: The original model, or for tasks a result file of it: adds retention.
+        out: Result file (JSON), replies included.
+        require: Conditions such as 'agreement >= 95%' 'loss <= 1.1x', where x is the baseline's
+            figure; the exit code is 3 if one is not met. See docs/gates.md.
     """
     from slimvlm.evaluation.gates import judge
     from slimvlm.runs.tables import held_out_json, held_out_notes, held_out_rows
     from slimvlm.runs.verbs import evaluate as run
 
     if source.data is None:
-        source.refuse(("images", "max_bad", "max_length", "too_long"), "needs --data")
+        source.refuse(("images", "max_bad_rows", "max_length", "too_long"), "needs --data")
     else:
-        asks = ("tasks", "task_folder", "template_args", "floors", "blind", "log")
+        asks = ("tasks", "task_folder", "template_args", "floors", "blind", "replies")
         questions.refuse(asks, "is for tasks, not for --data")
     asked = replace(questions, tasks=questions.tasks or options.Questions.tasks)
     found = run(model, asked, source, baseline, out, force, to_log, require)
@@ -172,20 +170,19 @@ def compress(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Make a smaller model, start to end, in one run folder.
+    """Prune, repair, train and evaluate a model in one run folder.
 
-    Without --axis, depth, width and both are tried on the data before training, and held-out
-    answers choose; where nothing is trained, it is width. What learns, and from which loss, follows
-    the study's decision chart unless options say otherwise. A stopped run goes on when the same
-    command is given again.
+    Before training, short trials choose the axis by validation loss unless you set --axis; without
+    training it is width. --train and --loss follow the extended paper's decision chart unless set.
+    The same command resumes a stopped run.
 
     Args:
-        out: The run folder: config, plan, scores, checkpoint, results, summary.md.
+        out: Run folder: config, plan, scores, checkpoint, results, summary.md.
         pruning: What to remove, and how. Without data, nothing is trained.
-        config: Options from a YAML file, such as the run.yaml of another run, model included; those
-            of the command line come on top.
-        dry_run: Only say what would be done and what it needs. Reads the configuration and the
-            data, no weights, and writes nothing.
+        config: YAML file of options, such as the run.yaml of another run, model included. Flags
+            override it.
+        dry_run: Only report the plan, and the time and memory that it takes. Reads the
+            configuration and the data, but no weights, and writes nothing.
     """
     from slimvlm.evaluation.gates import judge
     from slimvlm.runs import advise as advising
@@ -193,8 +190,10 @@ def compress(
     from slimvlm.runs.tables import held_out_json, result_json
 
     how = {name: value for name, value in vars(training).items() if name != "seed"}  # the run's
-    if config is not None and training.train == "none":  # a file's training goes, as a whole
-        how, evaluation = {"train": "none"}, replace(evaluation, training_samples=None)
+    if config is not None and training.train == "none":  # replaces all training options of the file
+        usual = vars(flags.defaults_from(str(config), "compress")["training"])
+        how = {"train": "none", **{name: how[name] for name in how if how[name] != usual[name]}}
+        evaluation = replace(evaluation, training_samples=None)
     whole = runs.config_from({**vars(pruning), **vars(evaluation), "recover": how}, model)
     if config is not None:
         to_log(f"options of {config}, and those of the command line")
@@ -213,7 +212,7 @@ def compress(
         print_results(done.results, False, str(out))
         print_held_out(held_out)
         if times is not None:
-            print(f"the smaller model {times}")
+            print(f"the compressed model {times}")
     to_log(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
     talk = ["slimvlm", "chat", str(out), "your question", "--other", model]
     to_log(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
@@ -230,18 +229,18 @@ def study(
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
-    """Measure a grid of compressions, doing each piece of work once.
+    """Measure a grid of compressions, and share stages among its cells.
 
-    Stages in the folder's cache are used again: a stopped study resumes, a larger one adds its new
-    cells, and failed stages are tried again.
+    Finished stages are cached: a stopped study resumes, a larger one adds its new cells, and failed
+    stages are retried.
 
     Args:
-        file: The study; see docs/studies.md.
+        file: Study file (YAML); see docs/studies.md.
         out: Folder for results.parquet, results.csv, claims.md and the cache.
-        engine: local does one stage after another; ray does many at once on a Ray cluster.
-        workers: Stages at once, for a Ray that is started here.
-        address: A running Ray cluster; by default the one in RAY_ADDRESS.
-        dry_run: Only show the cells, their cached stages and the estimated time of the rest.
+        engine: local runs one stage after another; ray runs many in parallel on a Ray cluster.
+        workers: Parallel stages, for a Ray instance that is started here.
+        address: Address of a running Ray cluster. Default: RAY_ADDRESS.
+        dry_run: Only show the cells, their cached stages and the estimated time of the others.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # one table shows the progress; before imports
     from slimvlm.cli.printing import print_study
@@ -272,15 +271,15 @@ def report(
     tasks: str | None = None,
     force: bool = False,
 ) -> None:
-    """Write one HTML file about a run or a study: charts, tables, answers, configuration.
+    """Write an HTML report on a run or a study: charts, tables, replies, configuration.
 
-    It opens offline, on a phone, in dark mode, and prints.
+    One file, which opens offline.
 
     Args:
-        folder: The folder of compress or study.
-        out: The file; by default report.html in that folder, which is replaced.
-        tasks: The run's tasks of your own, as evaluate takes them, to show their questions. Files
-            that the folder names are not read: it may be somebody else's.
+        folder: Folder of compress or study.
+        out: HTML file. Default: report.html in that folder, which is overwritten.
+        tasks: The run's own tasks, as in evaluate, so that their questions are shown. Files that
+            the folder names are not read, as the folder may come from someone else.
     """
     from slimvlm.core.files import require_free, write_text
     from slimvlm.runs.report import read_record, report_html
@@ -296,41 +295,35 @@ def report(
 def advise(
     model: Model,
     target: flags.SizeFlags = flags.SizeFlags(),
-    data: tuple[str, ...] | None = None,
     no_data: bool = False,
     gpu: bool = False,
     no_gpu: bool = False,
-    samples: int | None = None,
+    training_samples: int | None = None,
     dtype: options.Dtype = "auto",
     json: bool = False,
 ) -> None:
-    """Say which recipe fits a budget, what it should keep, what it costs, and the command.
+    """Recommend a recipe for a size or latency target, with expected score, cost and command.
 
-    Reads the configuration and the tokenizer, no weights. Rules and numbers are those of
+    Reads the configuration and the tokenizer, but no weights. The rules and figures are those of
     recipes.yaml.
 
     Args:
-        data: There are conversations to train on; so it is unless --no-data is given.
-        no_data: There are none.
-        gpu: There is a GPU; by default this machine is looked at.
-        no_gpu: There is none.
-        samples: How many conversations there are; by default as many as the study had.
+        no_data: Assume that there is no training data.
+        gpu: Assume a GPU. Default: what this machine has.
+        no_gpu: Assume that there is no GPU.
+        training_samples: Number of training samples. Default: as in the paper.
         dtype: Data type of the weights (bfloat16 for auto).
     """
     from slimvlm.runs import advise as advising
 
-    if data:
-        told = "advise reads no data. Give its --samples, or let compress --dry-run count them"
-        raise ConfigError(f"data {data[0]!r}: {told}")
-    for name, yes, no in (("data", data is not None, no_data), ("gpu", gpu, no_gpu)):
-        if yes and no:
-            raise ConfigError(f"--{name} and --no-{name} contradict each other")
+    if gpu and no_gpu:
+        raise ConfigError("--gpu conflicts with --no-gpu: leave one of them out")
     advice = advising.advise(
         model,
         **vars(target),
         data=not no_data,
         gpu=True if gpu else False if no_gpu else None,
-        samples=samples,
+        samples=training_samples,
         dtype="bfloat16" if dtype == "auto" else dtype,
     )
     if json:
@@ -351,18 +344,18 @@ def demo(
     place: options.DeviceOptions = options.DeviceOptions(),
     force: bool = False,
 ) -> None:
-    """Build the demo model, or take it through the whole pipeline at 30 %.
+    """Build the demo model, or run the whole pipeline on it at a ratio of 30 %.
 
     Args:
-        what: build writes the model into the cache; run compresses it and shows what was kept.
-        out: Folder for the runs, or for the model of a delta; runs/demo if not given, or
+        what: build writes the model into the cache; run compresses it and shows the retention.
+        out: Folder of the runs, or of the model built from --delta. Default: runs/demo, or
             runs/demo-short with --short.
-        model: For run: another model that knows the demo's tasks, such as another training seed.
-        delta: For build: what slimvlm_tools.demo_training.train exported, instead of the delta in
-            the package.
-        short: Fewer questions and training samples: a check that everything works.
-        axis: For run: what goes beside tokens. Width keeps more than depth here.
-        limit: For run: questions of each task, 20 if not given.
+        model: For run: another model trained on the demo's tasks, such as another training seed.
+        delta: For build: export of slimvlm_tools.demo_training.train. Default: the delta in the
+            package.
+        short: Fewer questions and training samples, to check that everything works.
+        axis: For run: what to remove in addition to vocabulary tokens.
+        limit: For run: maximum number of questions per task. Default: 20.
     """
     from slimvlm.demo.build import build_demo, build_from_delta
     from slimvlm.demo.run import run_demo
@@ -372,7 +365,7 @@ def demo(
         print(build_demo() if delta is None else build_from_delta(delta, out, force))
         return
     header, rows, lines = run_demo(out, short, force, to_log, model, place.device, axis, limit)
-    print_table(header, rows, title="the demo model, 30 % smaller")
+    print_table(header, rows, title="the demo model, 30 % of the backbone removed")
     for line in lines:
         print(printable(line))
 
@@ -381,9 +374,9 @@ def demo(
 
 
 def inspect(model: Model, json: bool = False) -> None:
-    """Show what a model is made of: parts, parameters, units, legal widths, memory.
+    """Show a model's parts, parameters, units, legal widths and memory.
 
-    Reads the configuration only, never the weights.
+    Reads the configuration only, not the weights.
     """
     from slimvlm.models.load import anatomy
     from slimvlm.runs.tables import anatomy_rows
@@ -405,15 +398,16 @@ def compare(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Set two models side by side, answer by answer: both right, lost, gained, both wrong.
+    """Compare two models question by question: both right, lost, gained, both wrong.
 
     Args:
         a: The original: a result file of evaluate --out, or a model.
-        b: The other one, likewise.
-        tasks: Tasks that models are asked; those of result files are in the files.
-        limit: Only the first so many questions of each task, for models.
-        out: One HTML file with every lost answer and its picture.
-        require: What must hold of B, as in evaluate, else the exit code is 3; x is A's figure.
+        b: The compressed model, or a result file of it.
+        tasks: Tasks on which models are evaluated; result files contain theirs.
+        limit: Maximum number of questions per task, for models.
+        out: HTML file with every lost answer and its image.
+        require: Conditions on B, as in evaluate; the exit code is 3 if one is not met; x is A's
+            figure.
     """
     from slimvlm.core.files import require_free, write_text
     from slimvlm.evaluation.compare import comparison_json, comparison_rows
@@ -426,7 +420,7 @@ def compare(
     found, results = side_by_side(a, b, tasks, limit, loading, require)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, comparison_html(found, f"What {found.name_b} lost and gained"))
+        write_text(out, comparison_html(found, f"Answers lost and gained by {found.name_b}"))
     notes = [found.note] if found.note else []
     notes += [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
     title = f"A: {found.name_a}   B: {found.name_b}"
@@ -443,18 +437,20 @@ def chat(
     loading: options.LoadConfig = options.LoadConfig(),
     json: bool = False,
 ) -> None:
-    """Ask one model, or two side by side.
+    """Chat with one model, or with two side by side.
 
     Args:
-        question: What to ask.
-        image: A picture to show; give it again for more.
-        other: A second model to ask the same.
-        max_new_tokens: Longest answer.
+        question: The prompt.
+        image: Image file; repeat the option for more.
+        other: A second model for the same prompt.
+        max_new_tokens: Maximum tokens of a reply.
     """
     from slimvlm.data.samples import Question
     from slimvlm.evaluation.ask import answer
     from slimvlm.models.load import check_models, load_as
 
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens {max_new_tokens} must be at least 1")
     if missing := [str(path) for path in image if not path_of(path, "image").is_file()]:
         raise ConfigError(f"image {missing[0]!r}: no such file")
     names = [model] if other is None else [model, other]
@@ -475,10 +471,10 @@ def bench(
     loading: options.LoadConfig = options.LoadConfig(),
     json: bool = False,
 ) -> None:
-    """Time reading and writing, count FLOPs and memory; with a baseline, against the ideal.
+    """Measure prefill and decode speed, FLOPs and memory; with a baseline, against the ideal.
 
     Prompts are random tokens, so the vision tower is not timed. Model and baseline run in turn, and
-    speed-ups are medians of neighbouring runs.
+    speed-ups are medians over neighbouring runs.
 
     Args:
         baseline: The model before pruning.
@@ -496,10 +492,11 @@ def bench(
     show(json, partial(asdict, found), partial(timing.bench_rows, found), title, notes)
 
 
-def images(
+def image_tokens(
     model: Model,
     source: options.TrainingData,
     budgets: tuple[float, ...] = (1.0, 0.5, 0.25),
+    no_measure: bool = False,
     tasks: str | None = None,
     limit: int | None = None,
     keep: float | None = None,
@@ -507,21 +504,26 @@ def images(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Show what fewer tokens for each picture cost and give, or write a model with fewer.
+    """Measure what fewer image tokens cost and save, or write a model that uses fewer.
 
-    Nothing is trained: a setting of the processor changes. See docs/images-budget.md.
+    Only a setting of the image processor changes. See docs/images-budget.md.
 
     Args:
-        source: Conversations with pictures, and how the model is read.
-        budgets: Shares of the tokens that the data's pictures take now; none measures nothing.
-        tasks: Tasks on whose answers it is measured, too.
-        keep: Write a model whose pictures take this share: the same weights, another processor.
-        out: The new checkpoint folder, for --keep.
+        source: Data with images, and model loading.
+        budgets: Shares of the image tokens to measure.
+        no_measure: With --keep, only write the model.
+        tasks: Also measure on these tasks.
+        keep: Write a model that uses this share of the image tokens: same weights, another
+            processor.
+        out: Checkpoint folder to write, for --keep.
     """
     from slimvlm.runs.tables import held_out_json, image_rows
-    from slimvlm.runs.verbs import images as run
+    from slimvlm.runs.verbs import image_tokens as run
 
-    found = run(model, source, budgets, tasks, limit, keep, out, force, to_log)
+    if not budgets or (no_measure and keep is None):
+        raise ConfigError("budgets must be shares; to measure none give --keep and --no-measure")
+    shares = () if no_measure else budgets
+    found = run(model, source, shares, tasks, limit, keep, out, force, to_log)
     if json:
         rows = [{**asdict(each), "held_out": held_out_json(each.held_out)} for each in found]
         print_json({"model": model, "budgets": rows})
@@ -540,31 +542,32 @@ def export(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Write files for llama.cpp, or check where the model can be served.
+    """Export to GGUF or to a text-only model, or check which engines can serve a model.
 
-    The file holds the language backbone. Vision tower and projector go into a second file, with
-    mmproj- before its name, for models whose vision tower llama.cpp's converter can write. With
-    --text-only the language model becomes a text model of its own, without a second file.
+    The GGUF file contains the language backbone. Vision tower and projector are written to a second
+    file named mmproj-..., for vision towers that llama.cpp's converter supports. With --text-only
+    the language backbone becomes a text model, without a second file.
 
     Args:
-        format: Format of the file: gguf (needs slimvlm[gguf]).
-        out: The new file; with --text-only and a name that does not end in .gguf, the new folder
-            for transformers.
-        outtype: How the file stores weights.
-        original: The original of a model that lost tokens: llama.cpp knows its tokenizer.
-        text_only: Leave vision tower and projector out.
-        check: Instead of a file: report what vllm, sglang, gguf, openvino, onnx, mlx or tp=N (N
-            GPUs that share every layer) make of the shape. Reads the configuration only.
+        format: File format: gguf (needs slimvlm[gguf]).
+        out: File to write; with --text-only and another suffix than .gguf, checkpoint folder for
+            transformers.
+        outtype: Data type of the weights in the file.
+        original: The original of a model with a trimmed vocabulary, whose tokenizer llama.cpp
+            knows.
+        text_only: Leave out vision tower and projector.
+        check: Instead of a file: check the shape for vllm, sglang, gguf, openvino, onnx, mlx or
+            tp=N (tensor parallelism over N GPUs). Reads the configuration only.
     """
     if bool(check) == (out is not None):
         raise ConfigError("export needs either --out or --check")
     if text_only and out is not None and out.suffix.lower() != ".gguf":
         if outtype != "bf16" or original is not None:
-            raise ConfigError("outtype and original are for GGUF: --out must end in .gguf")
+            raise ConfigError("outtype and original need an --out that ends in .gguf")
         from slimvlm.export.text_only import export_text
 
         export_text(model, out, force)
-        print(f"text model: {out}; its tokens of pictures have no meaning any more")
+        print(f"text model: {out}; its image tokens have no meaning any more")
         return
     if out is not None:
         from slimvlm.export.gguf import export_gguf
@@ -601,15 +604,15 @@ def quantize(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Write a checkpoint whose decoder layers have weights of 8 or 4 bits.
+    """Quantize the decoder layers to int8, int4 or fp8.
 
-    Tower, projector, embeddings and head stay as they are. Quantise last: the result cannot be
-    pruned or trained.
+    Vision tower, projector, embeddings and head are not quantized. Quantize last: the result cannot
+    be pruned or trained.
 
     Args:
-        to: Type of the weights.
+        to: Data type of the weights.
         backend: Library; auto is torchao, but bitsandbytes for int4 on a CPU and compressed-tensors
-            for fp8. What compressed-tensors writes is what vLLM reads best.
+            for fp8. vLLM supports checkpoints of compressed-tensors best.
     """
     from slimvlm.export.quantize import quantize as run
     from slimvlm.runs.tables import size
@@ -630,15 +633,15 @@ def convert(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     force: bool = False,
 ) -> None:
-    """Write an original LLaVA-1.5, Bunny-v1.0 or Mini-InternVL-Chat as a native checkpoint.
+    """Convert an original LLaVA-1.5, Bunny-v1.0 or Mini-InternVL-Chat to native transformers.
 
-    Logits, token ids and pixels stay those of the original code, which is neither needed nor run.
+    Logits, token ids and pixels equal those of the original code, which is not run.
 
     Args:
-        source: Folder or hub id of the original.
-        vision_tower: Folder or hub id of the vision tower, for LLaVA and Bunny. Its weights are
-            read where the original does not hold them, its description always.
-        dtype: Data type of the new files; by default every tensor stays as it is stored.
+        source: Local folder or Hub id of the original.
+        vision_tower: Local folder or Hub id of the vision tower, for LLaVA and Bunny. Its
+            configuration is always read, its weights where the original does not contain them.
+        dtype: Data type of the weights to write. Default: that of each stored tensor.
     """
     from slimvlm_tools.convert import convert as write_native
 

@@ -7,23 +7,22 @@ folder stores its request as JSON; only an equal one may resume it.
 import hashlib
 import json
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from slimvlm.core import errors
-from slimvlm.core.errors import LONGEST, WORDS, ConfigError, one_line, raised_as, shortened
+from slimvlm.core.errors import ConfigError, first_mistake, one_line, raised_as, shortened
 from slimvlm.core.files import cache_dir, path_of, write_text
-from slimvlm.core.options import NO_RESULT
+from slimvlm.core.options import NO_RESULT, listed
 from slimvlm.core.progress import progress
 
 T = TypeVar("T")
@@ -118,11 +117,6 @@ def _require_shallow(values: Any) -> None:
     raise ValueError(f"more than {MAX_DEPTH} levels inside one another")
 
 
-def listed(value: Any) -> tuple[Any, ...]:
-    """Return several values, or a single one, as a tuple."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
 Listed = Annotated[tuple[T, ...], BeforeValidator(listed), Field(min_length=1)]  # one or several
 Count = Annotated[int, Field(ge=0, le=2**50)]  # a field that counts parameters or bytes
 Width = Annotated[int, Field(ge=0, le=2**20)]  # counts what a layer has: heads, channels, neurons
@@ -130,50 +124,12 @@ Width = Annotated[int, Field(ge=0, le=2**20)]  # counts what a layer has: heads,
 
 def built(kind: type[T], values: Any, where: str = "") -> T:
     """Build a dataclass from YAML or JSON; ``where`` names the file in messages."""
-    if isinstance(values, Mapping):
-        rows = fields(kind)  # type: ignore[arg-type]
-        # a field whose default is a tuple also takes a single value
-        tuples = {row.name for row in rows if isinstance(row.default, tuple)}
-        values = {k: listed(v) if k in tuples else v for k, v in values.items()}
     with raised_as(ConfigError, (TypeError, ValueError, RecursionError), f"{where or 'the file'}:"):
         text = json.dumps(values, default=str)
     try:
         return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
-        raise ConfigError(_first_mistake(kind, error, where)) from error
-
-
-def _first_mistake(kind: type, error: ValidationError, where: str) -> str:
-    """Describe one mistake in a line; an unknown key first, as others often follow from it."""
-    found = error.errors(include_url=False)
-    mistake = min(found, key=lambda each: each["type"] != "unexpected_keyword_argument")
-    sort, steps, context = mistake["type"], mistake["loc"], mistake.get("ctx", {})
-    if sort == "missing" and isinstance(steps[-1], int):
-        sort = "too_long"  # or too short
-    keys = [step[:LONGEST] for step in steps if isinstance(step, str)]
-    place, around = (": ".join(filter(None, [where, *some])) for some in (keys, keys[:-1]))
-    if sort == "value_error":  # what options say of their own values
-        return f"{place}: {context['error']}".removeprefix(": ")
-    owner: Any = kind  # the dataclass at the keys; None where the user chooses the names
-    for key in keys[:-1]:
-        hint = get_type_hints(owner).get(key) if is_dataclass(owner) else None
-        if hint is not None:
-            owner = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
-    default = getattr(owner, keys[-1], None) if keys else None
-    return (
-        WORDS["mistakes"]
-        .get(sort, "{place} {value}: {words}")
-        .format(
-            words=mistake["msg"],
-            place=place or "the file",
-            within=f"{around}: " if around else "",
-            key=keys[-1] if keys else "",
-            value=shortened(mistake["input"]),
-            allowed=", ".join(f.name for f in fields(owner)) if owner else "",
-            choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),
-            count=len(default) if isinstance(default, tuple) else 0,
-        )
-    )
+        raise ConfigError(first_mistake(kind, error, where)) from error
 
 
 def asked(options: Any) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from pydantic import ValidationError
 
 from slimvlm.core.tables import read_table
 
@@ -87,6 +90,47 @@ def raised_as(
         why = getattr(error, "strerror", None) or one_line(error)
         why = why if isinstance(error, SlimError) else why[:LONGEST]  # others quote foreign values
         raise kind(f"{told} {why}" if told.endswith(":") else f"{told} ({why})") from error
+
+
+def first_mistake(kind: Any, error: ValidationError, where: str = "") -> str:
+    """Describe one mistake in a line; an unknown key first, as others often follow from it."""
+    telling = ("unexpected_keyword_argument", "literal_error", "range")  # the latter of unions
+    found = error.errors(include_url=False)
+    mistake = min(found, key=lambda each: each["type"] not in telling)
+    sort, steps, context = mistake["type"], mistake["loc"], mistake.get("ctx", {})
+    if sort == "missing" and isinstance(steps[-1], int):
+        sort = "too_long"  # or too short
+    keys: list[str] = []
+    owner = holder = kind  # the dataclass at the keys, and that of the last; None in a mapping
+    for step in (step for step in steps if isinstance(step, str)):
+        keys.append(step[:LONGEST])
+        holder = owner
+        if owner is None or (hint := get_type_hints(owner).get(step)) is None:
+            continue
+        owner = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
+        if owner is None and get_origin(hint) is not Mapping:
+            break  # what follows names a member of a union
+    place, around = (": ".join(filter(None, [where, *some])) for some in (keys, keys[:-1]))
+    if sort == "value_error":  # what options say of their own values
+        return f"{place}: {context['error']}".removeprefix(": ")
+    if sort == telling[0] and keys[-1] in WORDS["renamed"]:
+        sort = "renamed"
+    default = getattr(holder, keys[-1], None) if keys else None
+    return (
+        WORDS["mistakes"]
+        .get(sort, "{place} {value}: {words}")
+        .format(
+            words=mistake["msg"],
+            place=place or "the file",
+            within=f"{around}: " if around else "",
+            key=keys[-1] if keys else "",
+            now=WORDS["renamed"].get(keys[-1]) if keys else "",
+            value=shortened(mistake["input"]),
+            allowed=", ".join(f.name for f in fields(holder)) if holder else "",
+            choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),
+            count=len(default) if isinstance(default, tuple) else 0,
+        )
+    )
 
 
 LONGEST = 200  # characters of a foreign value that a message shows

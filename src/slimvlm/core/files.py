@@ -38,17 +38,17 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 
 def cache_dir() -> Path:
-    """Return the folder of what is made once: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
+    """Return the cache folder: $SLIMVLM_CACHE or ~/.cache/slimvlm."""
     return Path(os.environ.get("SLIMVLM_CACHE") or "~/.cache/slimvlm").expanduser()
 
 
 def mark_checkpoint(folder: Path) -> None:
-    """Mark a folder as a checkpoint of slimvlm's, which ``--force`` may replace."""
+    """Mark a folder as a checkpoint written by slimvlm, which ``--force`` may replace."""
     write_text(folder / "slimvlm_checkpoint.json", '{"format": "slimvlm-checkpoint/1"}\n')
 
 
 def path_of(word: str | Path, what: str) -> Path:
-    """Make a path of a user's word; raise ConfigError for one that the system cannot look up."""
+    """Convert a user's word to a path; raise ConfigError if the system cannot look it up."""
     path = Path(word)
     told = f"{what} {shortened(str(word))}: cannot be read"
     absent = suppress(FileNotFoundError, NotADirectoryError)
@@ -70,7 +70,7 @@ def require_free(path: str | Path, force: bool = False) -> Path:
 
 
 def _is_ours(folder: Path, marks: Iterable[str] = tuple(MARKS)) -> bool:
-    """Whether a folder is empty or has a mark of slimvlm's."""
+    """Whether a folder is empty or has one of the `MARKS`."""
     for name in marks:
         with suppress(OSError, ValueError, RecursionError):
             if (folder / name).stat().st_size < 2**24:
@@ -81,7 +81,7 @@ def _is_ours(folder: Path, marks: Iterable[str] = tuple(MARKS)) -> bool:
 
 
 def file_name(name: str) -> str:
-    """Make a name that leads to no other folder; a changed one ends with digits of its hash."""
+    """Make a name without separators; a changed one ends with digits of its hash."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[:100]
     if safe == name and safe:
         return name
@@ -114,16 +114,15 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
                 holder = "just ended"
                 with suppress(OSError, UnicodeDecodeError):
                     holder = file.read_text(encoding="utf-8") or "not yet known which"
-                raise errors.InUseError(
-                    f"output {str(path)!r} is in use by another run ({holder}). Wait for its "
-                    "end, or choose another place"
-                ) from error
+                told = f"output {str(path)!r} is in use by another run ({holder})"
+                cure = "Wait for its end, or choose another place"
+                raise errors.InUseError(f"{told}. {cure}") from error
         try:
             with explained(path):
                 file.write_text(f"pid {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
             old = beside(place, "old")  # a kill between two renames leaves the old output there
             if old.exists() and _is_ours(old):
-                _remove(old) if place.exists() else old.rename(place)
+                shutil.rmtree(old) if place.exists() else old.rename(place)
             yield
         finally:
             if lock.lock_counter == 1:
@@ -137,7 +136,7 @@ def held(path: str | Path, wait: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
-    """Yield a folder to fill, which takes its name when the block ends without an error."""
+    """Yield a folder to fill, which gets its name when the block ends without an error."""
     with held(path), explained(path):
         path = require_free(path, force)
         partial = beside(path, "partial")
@@ -155,7 +154,7 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
 
 
 def working_folder(path: Path) -> Path:
-    """Make a folder of unfinished work, which may be emptied, or take up a marked one."""
+    """Make a folder for unfinished work, which may be emptied, or reuse a marked one."""
     with explained(path):
         found = [path] if path.is_symlink() else path.rglob("*")
         if link := next(filter(Path.is_symlink, found), None):
@@ -171,7 +170,7 @@ def working_folder(path: Path) -> Path:
 
 @contextmanager
 def replacement(path: str | Path) -> Iterator[Path]:
-    """As `new_folder`, but an unfinished one stays for the next start; the caller locks it."""
+    """As `new_folder`, but an unfinished one is kept for the next start; the caller locks it."""
     path = require_free(path, force=True)
     partial = beside(path, "partial")
     yield partial
@@ -181,7 +180,7 @@ def replacement(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: str | Path, outlives_power_cut: bool = True) -> Iterator[Path]:
-    """Yield a file to write, which takes its name when the block ends without an error."""
+    """Yield a file to write, which gets its name when the block ends without an error."""
     path = Path(path)
     partial = beside(path, "partial")
     with explained(path):
@@ -207,7 +206,7 @@ def explained(path: str | Path) -> Iterator[None]:
     """Raise OutputError for a full or read-only disk or a lack of permission; others pass."""
     try:
         yield
-    except Exception as error:  # libraries in Rust and C++ say in words why writing failed
+    except Exception as error:  # libraries in Rust and C++ give the reason only in the message
         told = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
         reason = _REASONS.get(number or 0)
@@ -220,7 +219,7 @@ def explained(path: str | Path) -> Iterator[None]:
 
 
 def require_place(path: Path) -> None:
-    """Refuse an output whose name no file can have, or whose parent cannot be written."""
+    """Refuse an output with an impossible name or in a folder that cannot be written."""
     place = path.absolute()
     too_long = any(len(os.fsencode(part)) > LONGEST_NAME for part in place.parts)
     if place.name in ("", "..") or too_long or "\0" in str(place):
@@ -250,7 +249,7 @@ def beside(path: Path, what: str) -> Path:
 
 
 def _replace(partial: Path, path: Path) -> None:
-    """Sync the new folder and put it in place of an old one, which stays until it is there."""
+    """Sync the new folder and replace an old one, which is removed last."""
     for file in (partial, *partial.rglob("*")):
         _sync(file)
     old = beside(path, "old")
@@ -265,15 +264,10 @@ def _replace(partial: Path, path: Path) -> None:
             old.rename(path)
         raise
     _sync(path.parent)
-    if had_one:
-        _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    if had_one and old.is_dir():
+        shutil.rmtree(old)
+    elif had_one:
+        old.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

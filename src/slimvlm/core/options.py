@@ -1,4 +1,4 @@
-"""Every option of every stage, declared once: name, type, default, allowed values, meaning.
+"""Declare every option of every stage once: name, type, default, allowed values, help.
 
 The command line, Python, studies and recipes read these classes. A field's type says which values
 are allowed: any other raises a `ConfigError` that names option, value and what is allowed. The text
@@ -11,23 +11,39 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
-from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
 
-from slimvlm.core.errors import ConfigError, shortened
+from pydantic import BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from slimvlm.core.errors import ConfigError, first_mistake, shortened
 from slimvlm.core.files import beside
 from slimvlm.core.tables import read_table
 
 T = TypeVar("T", bound="Options")
 
+MOST = 2**53  # numbers below it are exact in every file and every library
+
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that an option may have; stands in its type."""
+    """The numbers that an option may have, as a part of its type."""
 
     holds: Callable[[float], bool]
     meaning: str  # continues "must be"
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.require, handler(kind))
+
+    def require(self, value: Any) -> Any:
+        """Refuse a number outside the range; what is no number passes."""
+        if isinstance(value, int) and abs(value) >= MOST:
+            raise PydanticCustomError("range", "must be below 2**53")
+        if not isinstance(value, str | None) and not self.holds(value):
+            raise PydanticCustomError("range", f"must be {self.meaning}")
+        return value
 
 
 ABOVE_0 = Range(lambda value: 0 < value < math.inf, "above 0")
@@ -41,38 +57,48 @@ SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 MIN_NEW_TOKENS = 3
 ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
 FILE_ONLY = "file only"  # in an option's type: it has no flag on the command line
-MOST = 2**53  # numbers below it are exact in every file and every library
 
 _hints = cache(partial(get_type_hints, include_extras=True))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """A group of options whose values are checked against their types."""
+def listed(value: Any) -> tuple[Any, ...]:
+    """Return several values, or a single one, as a tuple."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, PurePath) else value
+
+
+Text = Annotated[str, BeforeValidator(_text)]  # a folder, a file or a hub id
+Texts = Annotated[tuple[str, ...], BeforeValidator(listed)]
+
+
+class _Checked(type):
+    """Classes whose construction raises a ConfigError for a wrong value."""
+
+    def __call__(cls, *values: Any, **named: Any) -> Any:
+        try:
+            return super().__call__(*values, **named)
+        except ValidationError as error:
+            raise ConfigError(first_mistake(cls, error)) from error
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+class Options(metaclass=_Checked):
+    """A group of options. Subclasses are frozen dataclasses whose values pydantic checks."""
+
+    def __init_subclass__(cls) -> None:
+        config = ConfigDict(strict=True, extra="forbid", defer_build=True)
+        checked_dataclass(frozen=True, kw_only=True, config=config)(cls)
 
     def __post_init__(self) -> None:
-        kind: Any = type(self)
-        for name, declared in _hints(kind).items():
-            value, extras = getattr(self, name), getattr(declared, "__metadata__", ())
-            ranges = [extra for extra in extras if isinstance(extra, Range)]
-            hint = declared.__origin__ if get_origin(declared) is Annotated else declared
-            parts = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
-            choices = [one for p in parts if get_origin(p) is Literal for one in get_args(p)]
-            is_free = value is None and type(None) in parts
-            is_free |= bool(ranges) and isinstance(value, int)
-            if choices and value not in choices and not is_free:
-                raise ConfigError(f"{name} {value!r} must be one of: {', '.join(choices)}")
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int) and abs(number) >= MOST:
-                    raise ConfigError(f"{name} {shortened(str(number))} must be below 2**53")
-            for row in ranges:
-                if not isinstance(value, str | None) and not row.holds(value):
-                    raise ConfigError(f"{name} {value} must be {row.meaning}")
+        """Check options against one another; each class calls those of its bases."""
 
     def given(self, names: Container[str] | None = None) -> dict[str, Any]:
         """Take those of some options, or of all, that differ from their defaults."""
         found = {}
-        for row in fields(self):
+        for row in fields(self):  # type: ignore[arg-type]
             default = row.default if row.default_factory is MISSING else row.default_factory()
             if (names is None or row.name in names) and getattr(self, row.name) != default:
                 found[row.name] = getattr(self, row.name)
@@ -86,7 +112,7 @@ class Options:
 
     def part(self, kind: type[T]) -> T:
         """Take the options of a smaller group out of this one."""
-        return kind(**{row.name: getattr(self, row.name) for row in fields(kind)})
+        return kind(**{row.name: getattr(self, row.name) for row in fields(kind)})  # type: ignore[arg-type]
 
 
 def file_only(kind: Any) -> set[str]:
@@ -109,7 +135,7 @@ Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Train = Literal["projector", "lora", "full"]
 Positions = Literal["answer", "all"]
-TooLong = Literal["refuse", "cut"]
+TooLong = Literal["error", "truncate"]
 
 PassedOn = Annotated[Mapping[str, Any], FILE_ONLY]  # options of another library by name
 
@@ -117,8 +143,8 @@ Divergence = Literal["kl", "rkl", "jsd"]
 DIVERGENCES = get_args(Divergence)  # losses between next-token distributions
 HIDDEN_LOSSES = ("hidden", "cosine")  # losses between hidden states
 LOSS_NAMES = ("sft", *HIDDEN_LOSSES, *DIVERGENCES)
-SAMPLES_READ, MAX_PASSES = 2200, 4.0
-"""Samples that a training reads, were all of the decoder gone, and passes over them at most."""
+SAMPLES_READ, MAX_EPOCHS = 2200, 4.0
+"""Samples that a training reads per removed share of the decoder, and epochs at most."""
 
 
 def parse_loss(expression: str) -> dict[str, float]:
@@ -141,44 +167,42 @@ def parse_loss(expression: str) -> dict[str, float]:
     return {n: rest / len(free) if w is None else w for n, w in weights.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Options):
-    """How to train, whatever learns and from which loss."""
+    """Training: amount, optimizer, reproducibility."""
 
     fraction: Annotated[float, FRACTION] = 1.0
-    """Share of the data to use: a seeded subset, recorded with the run."""
+    """Share of the training data to use: a seeded subset, recorded with the run."""
     epochs: Annotated[float | None, ABOVE_0] = None
-    """Passes over that share. By default one; where full follows the teacher alone, as many as read
-    2,200 samples times the share of the decoder that went: one to four."""
+    """Training epochs. Default: 1; for --train full without sft in the loss, 2,200 samples times
+    the removed share of the decoder, divided by the training samples: 1 to 4."""
     max_steps: Annotated[int, STEPS] = -1
-    """Stop after so many optimizer steps; -1 for no limit."""
+    """Maximum number of optimizer steps; -1 for no limit."""
     learning_rate: Annotated[float | None, ABOVE_0] = None
-    """Peak learning rate of AdamW. By default 2e-4; where full trains, 4e-4 times the share of the
-    decoder that went, and less the wider the model is."""
+    """Peak AdamW learning rate. Default: 2e-4; for --train full, 4e-4 times the removed share of
+    the decoder, lower for wide models."""
     batch_size: Annotated[int, ABOVE_0] = 8
-    """Samples in a step on each device."""
+    """Samples per step and device."""
     gradient_accumulation: Annotated[int, ABOVE_0, FILE_ONLY] = 1
-    """Steps whose gradients are added before the optimizer moves."""
+    """Number of batches whose gradients are summed for one optimizer step."""
     lora_rank: Annotated[int, ABOVE_0] = 64
-    """Rank of the LoRA matrices."""
+    """LoRA rank."""
     paper_exact: bool = False
-    """Distil as the study's trainer does: all losses but sft over every position, and the teacher
-    reads the student's projector."""
+    """Distil as the paper's trainer does: all losses but sft over every position, and the teacher
+    uses the student's projector."""
     gradient_checkpointing: bool = False
-    """Trade time for activation memory: 11.4 GiB in place of 16.7 for a model of 3B."""
+    """Save activation memory at the cost of time: 11.4 instead of 16.7 GiB for a 3B model."""
     seed: Annotated[int, SEED] = 0
-    """Seed of the data order, the subset and LoRA's initial values."""
+    """Random seed of the data order, the subset and LoRA's initial values."""
     temperature: Annotated[float, ABOVE_0, FILE_ONLY] = 2.0
-    """Temperature of kl, rkl and jsd."""
+    """Softmax temperature of kl, rkl and jsd."""
     bf16: Annotated[bool | None, FILE_ONLY] = None
-    """bfloat16 autocast; by default where the device computes it natively."""
+    """bfloat16 autocast. Default: where the device supports it natively."""
     trainer: PassedOn = field(default_factory=dict, hash=False)
     """Further arguments of transformers.TrainingArguments, such as {weight_decay: 0.05}."""
     lora: PassedOn = field(default_factory=dict, hash=False)
     """Further arguments of peft.LoraConfig, such as {lora_alpha: 32}."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _require_passable("trainer", self.trainer)
         _require_passable("lora", self.lora)
 
@@ -187,10 +211,8 @@ PASSED_ON: Mapping[str, Mapping[str, Any]] = read_table(__file__, "passed_on.yam
 """Arguments of other libraries, and the values that each may have, by the option with them."""
 
 
-def _require_passable(option: str, values: Any) -> None:
+def _require_passable(option: str, values: Mapping[str, Any]) -> None:
     """Refuse keys and values that another library would refuse after weights are read, or obey."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{option} {values!r} must map names to values")
     known, ranges = PASSED_ON[option], {each.meaning: each for each in (ABOVE_0, AT_LEAST_0, SHARE)}
     for key, value in values.items():
         told, allowed = f"{option}: {shortened(str(key))[1:-1]} {shortened(value)}", known.get(key)
@@ -210,16 +232,17 @@ def _require_passable(option: str, values: Any) -> None:
             raise ConfigError(f"{told} must be {meaning}")
 
 
-@dataclass(frozen=True, kw_only=True)
 class RecoverConfig(TrainingConfig):
-    """How to train after pruning."""
+    """Recovery: what is trained after pruning, and on which loss."""
 
     train: Train = "lora"
-    """What learns: the projector, LoRA on the backbone plus the projector, or all but the tower."""
+    """Weights to train: the projector; LoRA on the backbone, plus the projector; or full, all but
+    the vision tower."""
     loss: str = "sft+hidden"
-    """Weighted sum of sft, hidden (L2 of hidden states), cosine (their angle), kl, rkl and jsd."""
+    """Weighted sum of losses: sft, hidden (L2 distance of the final hidden states), cosine (their
+    angle), kl, rkl, jsd."""
     keep_adapter: bool = False
-    """Keep the LoRA matrices as an adapter beside the merged model."""
+    """Also keep the LoRA matrices as an adapter, next to the merged model."""
 
     def __post_init__(self) -> None:
         parse_loss(self.loss)
@@ -229,16 +252,16 @@ class RecoverConfig(TrainingConfig):
 
     @property
     def positions(self) -> Positions:
-        """The positions that are compared: answers beside sft, all without it; never padding."""
+        """The positions to compare: answers with sft in the loss, else all but padding."""
         return "answer" if "sft" in self.loss_weights else "all"
 
-    def passes(self, samples: int, gone: float) -> float:
-        """Return the passes over so many samples, after a share ``gone`` of the decoder went."""
+    def epochs_over(self, samples: int, removed: float) -> float:
+        """Compute the epochs over so many samples, with a ``removed`` share of the decoder."""
         if self.epochs is not None:
             return self.epochs
         if self.train != "full" or "sft" in self.loss_weights:
             return 1.0
-        return min(max(SAMPLES_READ * gone / samples, 1.0), MAX_PASSES)
+        return min(max(SAMPLES_READ * removed / samples, 1.0), MAX_EPOCHS)
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -251,332 +274,313 @@ class RecoverConfig(TrainingConfig):
         return set(self.loss_weights) != {"sft"}
 
 
-@dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Options):
     """Where models run."""
 
-    # decides no result, so configurations that differ in it are equal
+    # changes no result, so configurations that differ in it are equal
     device: str | None = field(default=None, compare=False)
-    """Where the model runs, such as cpu, cuda, cuda:1 or mps; by default the accelerator that torch
+    """Device to run on, such as cpu, cuda, cuda:1 or mps. Default: the accelerator that torch
     finds, else the CPU."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class LoadConfig(DeviceOptions):
-    """How models are read."""
+    """Model loading."""
 
     dtype: Dtype = "auto"
     """Data type of the weights."""
     trust_remote_code: bool = False
-    """Run code that lies in the checkpoint."""
+    """Run Python code from the checkpoint."""
     attn_implementation: Attention | None = field(default=None, compare=False)
-    """How attention is computed; by default as transformers chooses."""
+    """Attention implementation. Default: the one that transformers chooses."""
     device_map: DeviceMap | None = field(default=None, compare=False)
-    """Divide the model over all GPUs, then host and disk, instead of a device. Not for training."""
+    """Instead of a device: distribute the model over all GPUs, then host memory and disk. Not for
+    training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.device_map is not None and self.device is not None:
-            raise ConfigError(f"device_map {self.device_map!r}: there is a device, {self.device!r}")
+            told = f"device_map {self.device_map!r} conflicts with device {self.device!r}"
+            raise ConfigError(f"{told}: leave one of them out")
 
 
-# options that decide no result, but for rounding
+# options that change no result beyond rounding
 NO_RESULT = tuple(row.name for row in fields(LoadConfig) if not row.compare)
 
 
-@dataclass(frozen=True, kw_only=True)
 class FileLoading(LoadConfig):
-    """How models are read by verbs that have many options."""
+    """Model loading, in verbs that have many options."""
 
     without_flag = frozenset({"attn_implementation", "device_map"})
 
 
-@dataclass(frozen=True, kw_only=True)
 class DataConfig(LoadConfig):
-    """Which conversations are read, and with which model."""
+    """Data, and model loading."""
 
-    data: str | None = None
-    """Conversations: demo, LLaVA-format .json, or .jsonl/.parquet/datasets folder with messages."""
-    images: str | None = None
-    """Folder that image paths in the data start from; by default that of the data."""
-    max_bad: Annotated[int, AT_LEAST_0] = 0
-    """Broken data rows to skip at most."""
+    data: Text | None = None
+    """Training and calibration data: demo, .json (LLaVA), .jsonl, .parquet, a saved dataset folder
+    or a Hub dataset id."""
+    images: Text | None = None
+    """Folder of the data's relative image paths. Default: the folder of the data."""
+    max_bad_rows: Annotated[int, AT_LEAST_0] = 0
+    """Maximum number of malformed rows to skip."""
     max_length: Annotated[int | None, AT_LEAST_1] = None
-    """Tokens of a sample at most, those of pictures included; by default as many as the model
-    reads."""
-    too_long: TooLong = "refuse"
-    """Longer samples: refuse makes them broken rows; cut drops turns, then an answer's end."""
+    """Maximum tokens per sample, image tokens included. Default: the model's context length."""
+    too_long: TooLong = "error"
+    """How to handle samples over the limit: error (count as bad rows) or truncate (drop final
+    turns, then truncate the last answer; the number is reported)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingData(DataConfig):
-    """What is learnt from, and how models are read."""
+    """Training data, and model loading."""
 
-    data: str = field()  # the base class has a default, which must go
+    data: Text = field()  # replaces the default of the base class
 
 
-@dataclass(frozen=True, kw_only=True)
 class CalibrationConfig(DataConfig):
-    """Which conversations a model is shown that is to be scored, and what counts."""
+    """Calibration data, and how scores weigh it."""
 
     samples: Annotated[int, AT_LEAST_1] = 192
-    """Calibration samples, drawn from the whole of the data."""
+    """Number of calibration samples, drawn at random from the data."""
     seed: Annotated[int, SEED] = 0
-    """Draws the samples for calibration and training, and all else but the final test's."""
+    """Random seed of the calibration samples, random scores and training. The test samples are the
+    same for all seeds."""
     general_text: Annotated[float | None, SHARE] = None
-    """Share of general text in calibration, beside the data: descriptions of the packages that
-    slimvlm needs. By default 0.2 where weights are repaired, else 0."""
+    """Share of general text in the calibration set: descriptions of the packages that slimvlm
+    depends on. Default: 0.2 where weights are repaired, else 0."""
     gradient: Gradient = "per_sample"
-    """For taylor: one gradient over all samples, or one for each."""
+    """For taylor: one gradient per batch or per sample."""
     token_weights: str | None = None
-    """Weight of tokens in calibration by role, such as image=0.1,prompt=1,answer=1."""
+    """Token weights in calibration by role, such as image=0.1,prompt=1,answer=1."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RatioOptions(Options):
-    """How small a model becomes, as a share."""
+    """Target size as a ratio."""
 
     ratio: Annotated[float | None, SHARE] = None
     """Share of the backbone's parameters to remove."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class TargetOptions(RatioOptions):
-    """How small a model becomes, as a share or as a size."""
+    """Target size."""
 
     target_params: str | None = None
-    """Instead of a ratio: parameters of the whole smaller model, such as 5B or 90M."""
+    """Instead of a ratio: total parameters of the compressed model, such as 5B or 90M."""
     target_memory: str | None = None
-    """Instead: memory of its weights, such as 8GiB, in --dtype (bfloat16 for auto)."""
+    """Instead of a ratio: memory of the compressed model's weights, such as 8GiB, in --dtype
+    (bfloat16 for auto)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class LatencyOptions(Options):
-    """How fast a model becomes."""
+    """Target prefill time."""
 
     target_latency: Annotated[float | None, INSIDE] = None
-    """Instead of a ratio: time to read a question as a share of the original's. compress counts it
-    in the backbone's operations, finds the ratio for each axis that is tried, and measures what
-    the share is on this machine."""
+    """Instead of a ratio: target prefill time as a share of the original's. The ratio is derived
+    from the backbone's FLOPs, for each axis; compress also measures the share on this machine."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SizeOptions(RatioOptions):
-    """How small a model becomes, and which units may go."""
+    """Target size, and which units may be removed."""
 
     vocab_size: Annotated[int | Literal["auto", "all"] | None, AT_LEAST_1] = None
-    """Tokens to keep: those that the data has most, then by the model's own ranks; special ones,
-    bytes and single characters stay. auto keeps as many as the data needs. The ratio counts their
-    rows, and the axis gives the rest. By default all tokens stay, but where axis auto tries things
-    and tokens weigh much, a third of them is tried, too; all forbids that."""
-    vocab_text: str | None = None
-    """A text file, or a folder of them, whose tokens count beside those of the data."""
+    """Vocabulary tokens to keep: a number, auto (as many as the data needs) or all. Special tokens,
+    bytes and single characters always stay. Removed rows count towards --ratio. Default: all; where
+    --axis is auto and the vocabulary is a large share of the model, a third of it is also tried."""
+    vocab_text: Text | None = None
+    """Text file, or a folder of text files, whose tokens count in addition to those of the data."""
     experts: Annotated[float, SHARE] = 0.0
-    """Share of the experts of every layer that goes. The ratio counts them, and the axis gives the
-    rest."""
-    units: tuple[Unit, ...] = ("kv_group", "neuron")
-    """What width may remove."""
-    protect: tuple[int, int] = (0, 0)
-    """First and last layers to leave whole."""
+    """Share of each layer's experts to remove. Removed experts count towards --ratio."""
+    units: Annotated[tuple[Unit, ...], BeforeValidator(listed)] = ("kv_group", "neuron")
+    """Units that the axis width may remove."""
+    protect: tuple[Annotated[int, AT_LEAST_0], Annotated[int, AT_LEAST_0]] = (0, 0)
+    """Number of first and last layers to leave unpruned."""
     round_to: Annotated[int | None, AT_LEAST_1] = None
-    """Multiple for the number of neurons; default 128, smaller for small models."""
+    """Round the number of neurons to a multiple of this. Default: 128, less for small models."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.vocab_text is not None and not self.loses_tokens:
+        if self.vocab_text is not None and not self.trims_vocabulary:
             raise ConfigError(f"vocab_text {self.vocab_text!r} needs vocab_size, a number or auto")
-        if not self.units or set(self.units) - set(get_args(Unit)):
+        if not self.units:
             raise ConfigError(f"units {self.units} must be of: {', '.join(get_args(Unit))}")
 
     @property
-    def loses_tokens(self) -> bool:
-        """Whether tokens are to go, whatever else goes."""
+    def trims_vocabulary(self) -> bool:
+        """Whether vocabulary tokens are removed."""
         return self.vocab_size not in (None, "all")
 
     @property
     def tokens_first(self) -> bool:
-        """Whether tokens or experts go before the axis gives the rest of the ratio."""
-        return self.loses_tokens or self.experts > 0
+        """Whether tokens or experts are removed before the axis reaches the rest of the ratio."""
+        return self.trims_vocabulary or self.experts > 0
 
     @property
     def of_units(self) -> dict[str, Any]:
-        """The options of units, by the names that `make_plan` gives them."""
+        """The options of units, by their names in `make_plan`."""
         return {name: getattr(self, name) for name in ("units", "protect", "round_to", "experts")}
 
 
-@dataclass(frozen=True, kw_only=True)
 class PlanConfig(TargetOptions, SizeOptions, DeviceOptions):
-    """How much may go and what, where scores are given."""
+    """How much to remove, and what."""
 
     dtype: Dtype = "auto"
-    """Data type that --target-memory is counted in."""
+    """Data type in which --target-memory counts."""
     axis: Axis = "width"
-    """Remove layers, KV groups and neurons, or both."""
+    """What to remove: depth (layers), width (KV groups, neurons) or both."""
     allocation: Literal["uniform", "protect"] = "uniform"
-    """The same widths in every layer, or first and last layers whole, which writes files with
-    code."""
+    """How layers share the ratio: uniform (equal widths), or protect (first and last layers stay
+    unpruned; the checkpoint then contains code)."""
     kv_heads: Annotated[int | None, AT_LEAST_1] = None
-    """KV groups to keep in every layer; neurons give the rest."""
+    """KV groups to keep in every layer; neurons make up the rest of the ratio."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class PruneConfig(CalibrationConfig, SizeOptions):
-    """What to remove, and how to choose and to mend."""
+    """What to remove, how to choose it, and how to repair the rest."""
 
     axis: AxisChoice | None = None
-    """Remove layers, KV groups and neurons, or both; auto, what compress does before training,
-    tries the three and lets held-out answers choose; chart, the default elsewhere, follows the
-    study's decision chart: width, where nothing is trained."""
+    """What to remove: depth (layers), width (KV groups, neurons) or both. auto tries all three and
+    takes the lowest validation loss; chart follows the extended paper: width without training.
+    Default: auto in compress with training, else chart."""
     allocation: Allocation | None = None
-    """How widths share the ratio: the same in every layer, with KV groups and neurons in
-    proportion (uniform) or as costs a few layers least (balanced); or first and last layers whole
-    (protect), which gives files with code. By default balanced where obs chooses, else uniform."""
-    criterion: tuple[str, ...] = ()
-    """How to score, one criterion for each kind of unit; by default what measured best."""
+    """How widths share the ratio: uniform (equal widths in every layer, KV groups and neurons in
+    proportion), balanced (equal widths, KV groups against neurons by the error of a few layers) or
+    protect (first and last layers stay unpruned; the checkpoint then contains code). Default:
+    balanced with the criterion obs, else uniform."""
+    criterion: Texts = ()
+    """Scoring criteria, one per kind of unit. Default: those with the best measured results."""
     repair: Repair = "auto"
-    """Fit the remaining weights in closed form: widths, seams of removed layers, both, or auto,
-    which keeps what helps on held-out answers and does nothing without data."""
+    """Least-squares update of the remaining weights: width, depth (the layer before each removed
+    block), both, none, or auto (both, discarded if validation loss rises)."""
     local_steps: Annotated[int | None, AT_LEAST_0] = None
-    """Optimizer steps on each layer alone, towards what the original gives there. By default, with
-    repair auto, a pass over the calibration samples for each tenth of the decoder that goes; 0 is
-    faster and keeps less."""
+    """Distillation steps per layer, towards the original's output. Default with repair auto: ten
+    epochs times the removed share of the decoder. 0 is faster but retains less."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class MemoryOptions(Options):
-    """How much of a model is in memory."""
+    """Memory."""
 
     low_memory: bool = False
-    """For models larger than the memory: one layer is read at a time, activations lie on disk, and
-    a checkpoint is written piece by piece. A stopped run goes on where it was when the same command
-    is given again."""
+    """For models larger than memory: load one layer at a time, keep activations on disk, write the
+    checkpoint piece by piece. The same command resumes a stopped run."""
     scratch: Path | None = None
-    """Folder for these activations; by default beside OUT."""
+    """Folder for these activations. Default: next to OUT."""
 
     def scratch_beside(self, out: Path) -> Path:
         """Return the folder for activations."""
         return self.scratch or beside(out, "scratch")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Questions(Options):
-    """What models are asked."""
+    """Evaluation tasks."""
 
     tasks: str = "demo"
-    """Comma-separated names: built-in tasks (demo for all), YAML files of your own, or the study's
-    benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista, docvqa (needs
+    """Comma-separated tasks: built-in ones (demo for all), your own YAML files, or the paper's
+    benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista, docvqa (need
     slimvlm[eval])."""
-    task_folder: str | None = None
+    task_folder: Text | None = None
     """Folder with local copies of the benchmarks' task files."""
     limit: Annotated[int | None, AT_LEAST_1] = None
-    """Only the first so many questions of each task."""
+    """Maximum number of questions per task."""
     batch_size: Annotated[int, AT_LEAST_1] = 16
-    """Questions answered at once."""
-    template_args: tuple[str, ...] = ()
+    """Questions per batch."""
+    template_args: Texts = ()
     """Arguments of the chat template for questions, as name=value: enable_thinking=false."""
     floors: bool = False
-    """Ask the original model (without --baseline, this one) a second time, blind, so that tables
-    show each task's blind floor and retention above the floors."""
+    """Also evaluate the original (without --baseline, this model) with the images of other
+    questions: tables then show each task's blind floor and retention above it."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class QuestionFlags(Questions):
-    """What models are asked, and how."""
+    """Evaluation tasks."""
 
     tasks: str | None = None  # type: ignore[assignment]
-    """Comma-separated names: built-in tasks (demo for all, the default without --data), YAML files
-    of your own, or the study's benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista,
-    docvqa (needs slimvlm[eval])."""
+    """Comma-separated tasks: built-in ones (demo for all, the default without --data), your own
+    YAML files, or the paper's benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista,
+    docvqa (need slimvlm[eval])."""
     blind: bool = False
-    """Show the pictures of other questions: the floor of a model that cannot see."""
-    log: Path | None = None
-    """Folder that keeps replies as they come; a stopped evaluation goes on there."""
+    """Show each question with the images of another one: the floor of a model that cannot see."""
+    replies: Path | None = None
+    """Folder that stores replies as they come, so that a stopped evaluation can resume."""
 
 
 TASK_BATCH_SIZE = "task_batch_size"  # flag of `Questions.batch_size` beside that of a training
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions(Options):
-    """How many samples judge a finished model."""
+class FinalEvaluation(Options):
+    """Final evaluation on test samples."""
 
-    report_samples: Annotated[int | None, AT_LEAST_0] = None
-    """Samples from which nothing is learnt, the same for all seeds: on them the end says what was
-    kept. At most a fifth of the data; 0 for none. By default as many as calibrate, up to 64."""
+    test_samples: Annotated[int | None, AT_LEAST_0] = None
+    """Test samples for the final evaluation, never calibrated or trained on, the same for all
+    seeds; at most a fifth of the data. 0 skips it. Default: same as --samples, at most 64."""
 
-    def unseen(self, calibration: int) -> int:
-        """Count held-out samples at most; by default as many as calibrate, as both take as long."""
-        return min(calibration, 64) if self.report_samples is None else self.report_samples
+    def most_test_samples(self, calibration: int) -> int:
+        """Return the maximum number of test samples beside so many calibration samples."""
+        return min(calibration, 64) if self.test_samples is None else self.test_samples
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingShare(Options):
-    """How much a run trains on."""
+    """Training data."""
 
     training_samples: Annotated[int | None, AT_LEAST_1] = None
-    """Samples to train on at most, those first that did not calibrate. By default all of these."""
+    """Maximum number of training samples, those outside the calibration set first. Default: all of
+    these."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(LatencyOptions, ReportOptions, TrainingShare, Questions):
-    """What models are asked and shown, and how much is trained on."""
+class RunOptions(LatencyOptions, FinalEvaluation, TrainingShare, Questions):
+    """Evaluation, image tokens and training data."""
 
     without_flag = frozenset({"task_folder", "template_args", "floors"})
     image_tokens: Annotated[float | None, INSIDE] = None
-    """Share of the tokens that the data's pictures take now; the smaller model sees them with so
-    many from calibration on, the original in reports with all. See docs/images-budget.md."""
+    """Share of the image tokens to keep: the compressed model uses so many from calibration on, the
+    original is evaluated with all. See docs/images-budget.md."""
     tasks: str | None = None  # type: ignore[assignment]
-    """Evaluate on these tasks before, between and after; demo for the built-in ones."""
-    baseline: Annotated[str | None, FILE_ONLY] = None
-    """Result file of the original model, to save asking it again."""
-    require: Annotated[tuple[str, ...], FILE_ONLY] = ()
-    """What the result must keep, such as agreement >= 95%; else slimvlm compress exits with 3."""
+    """Tasks on which the original, pruned and trained models are evaluated; demo for the built-in
+    ones."""
+    baseline: Annotated[Text | None, FILE_ONLY] = None
+    """Result file of the original, so that it is not evaluated again."""
+    require: Annotated[Texts, FILE_ONLY] = ()
+    """Conditions on the result, such as agreement >= 95%; else slimvlm compress exits with 3."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RunPruning(FileLoading, PruneConfig):
-    """What to remove, and how to choose and to mend."""
+    """What to remove, how to choose it, and how to repair the rest."""
 
     without_flag = frozenset({"gradient"})
 
 
-@dataclass(frozen=True, kw_only=True)
 class CompressConfig(RunOptions, RunPruning):
-    """Everything a run depends on; written into the run folder and compared when it goes on."""
+    """All options of a run; written into the run folder and compared on resume."""
 
     recover: RecoverConfig | None = None
-    """Recovery options; None for no recovery. Its seed is the run's."""
+    """Recovery options; None to skip training. Its seed is the run's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_latency is not None:
             for name, value in self.given(("ratio", "image_tokens")).items():
-                told = f"target_latency {self.target_latency}: it does not go with"
-                raise ConfigError(f"{told} {name} {value}")
+                told = f"target_latency {self.target_latency} conflicts with {name} {value}"
+                raise ConfigError(f"{told}: leave one of them out")
         if self.recover is None:
             return
         if self.device_map is not None:
-            raise ConfigError(f"device_map {self.device_map!r}: a model that is trained is whole")
+            told = f"device_map {self.device_map!r} cannot be used with training"
+            raise ConfigError(f"{told}: remove it or set train none")
         if self.recover.keep_adapter:
-            raise ConfigError(
-                "keep_adapter True: compress writes merged weights alone; use recover"
-            )
+            raise ConfigError("keep_adapter True: compress writes merged weights only; use recover")
         if (seed := self.recover.seed) not in (0, self.seed):
-            raise ConfigError(f"seed {self.seed}: a run has one, and recover has {seed}")
+            raise ConfigError(f"seed {self.seed} conflicts with recover.seed {seed}")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Workload(Options):
-    """What is timed."""
+    """Timed prompts and answers."""
 
     prompt_tokens: Annotated[int, AT_LEAST_1] = 512
-    """Length of every prompt; a picture counts with the tokens that it takes."""
+    """Tokens per prompt, image tokens included."""
     new_tokens: Annotated[int, ENOUGH_TOKENS] = 32
-    """Length of every answer."""
-    batch_sizes: tuple[int, ...] = (1, 16)
-    """Prompts that are answered at once; each number is timed."""
+    """Tokens per answer."""
+    batch_sizes: Annotated[tuple[int, ...], BeforeValidator(listed)] = (1, 16)
+    """Batch sizes to time."""
     repeats: Annotated[int, AT_LEAST_1] = 5
-    """Measured runs of each model at each batch size, after one to warm up."""
+    """Timed repetitions per model and batch size, after one warm-up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -590,5 +594,5 @@ class Workload(Options):
 
     @property
     def mean_context(self) -> int:
-        """Tokens that a new one attends to, halfway through the answer."""
+        """Tokens that a new token attends to, halfway through the answer."""
         return self.prompt_tokens + self.new_tokens // 2

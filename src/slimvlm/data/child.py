@@ -16,12 +16,6 @@ from typing import Any
 MOST_ADDED = 2**17  # characters of a rendered conversation beyond four times those of its texts
 
 
-def limit_processor(seconds: float) -> None:
-    """End this process after so many seconds of computing; 0 for no limit."""
-    if hasattr(signal, "ITIMER_PROF"):
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-
-
 @functools.lru_cache(64)
 def compiled(template: str) -> Any:
     """Compile a template with the names that transformers gives to templates."""
@@ -88,19 +82,17 @@ def rendered(template: str, values: dict[str, Any] | None = None) -> str:
     return text
 
 
-@functools.cache
-def loaded_tokenizer(file: str) -> Any:
-    """Load a ``tokenizer.json``."""
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(file)
+_loaded: dict[str, Any] = {}  # tokenizers by file
 
 
 def probed(tokenizer: str, texts: list[str]) -> str:
     """Encode texts with a ``tokenizer.json`` and decode their tokens."""
-    loaded = loaded_tokenizer(tokenizer)
+    from tokenizers import Tokenizer
+
+    if tokenizer not in _loaded:
+        _loaded[tokenizer] = Tokenizer.from_file(tokenizer)
     for text in texts:
-        loaded.decode(loaded.encode(text).ids[:10_000])
+        _loaded[tokenizer].decode(_loaded[tokenizer].encode(text).ids[:10_000])
     return ""
 
 
@@ -113,9 +105,12 @@ def main() -> None:
         for output in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
             resource.setrlimit(output, (0, 0))
     sys.path += sys.argv[2:]  # where jinja2 and tokenizers are installed
+    has_timer = hasattr(signal, "ITIMER_PROF")  # ends this process after so much computing
     for line in sys.stdin:
         request = json.loads(line)
-        limit_processor(request.pop("seconds"))
+        seconds = request.pop("seconds")
+        if has_timer:
+            signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             reply = {"text": (probed if "tokenizer" in request else rendered)(**request)}
         except MemoryError:
@@ -124,7 +119,8 @@ def main() -> None:
             kind = "syntax" if type(error).__name__ == "TemplateSyntaxError" else "refused"
             reply = {"error": kind, "message": (str(error) or type(error).__name__)[:10_000]}
         line = json.dumps(reply)
-        limit_processor(0)
+        if has_timer:
+            signal.setitimer(signal.ITIMER_PROF, 0)
         print(line, flush=True)
 
 

@@ -26,8 +26,10 @@ def general_samples(
     A sample has about the ``usual`` tokens of others, at 4 characters each, and at most
     ``longest``: none is shorter than a character, and a quarter is left for the chat template.
     """
-    characters = PASSAGE if usual is None else min(PASSAGE, max(4 * usual, LEAST))
-    known = _passages(characters if longest is None else min(characters, longest * 3 // 4))
+    size = PASSAGE if usual is None else min(PASSAGE, max(4 * usual, LEAST))
+    size = size if longest is None else min(size, longest * 3 // 4)
+    parts = (text[at : at + size].strip() for text in _prose() for at in range(0, len(text), size))
+    known = [part for part in dict.fromkeys(parts) if len(part) > size // 2]
     drawn = enumerate(random.Random(seed).sample(known, min(count, len(known))))
     rows = ((Question(f"general text {n}", "Go on.", ()), text) for n, text in drawn)
     return [replace(answered_sample(*row), is_general=True) for row in rows]
@@ -48,26 +50,16 @@ def _prose() -> tuple[str, ...]:
         except PackageNotFoundError:  # installed without what it needs
             continue
         if name != "slimvlm":  # its own changes too often
-            texts[name] = str(package.metadata.json.get("description", ""))
+            text = str(package.metadata.json.get("description", ""))
+            texts[name] = "\n".join(
+                line.strip()
+                for line in text.splitlines()
+                if line.isascii() and line.isprintable() and _MARKUP.isdisjoint(line)
+                if "://" not in line and len(line.split()) >= _WORDS
+            )
         for needed in map(Requirement, package.requires or ()):
             is_extra = needed.marker is not None and not needed.marker.evaluate({"extra": ""})
             if not is_extra and (other := canonicalize_name(needed.name)) not in texts:
                 texts[other] = ""
                 waiting.append(other)
-    lines = (text.splitlines() for _, text in sorted(texts.items()))
-    return tuple("\n".join(map(str.strip, filter(_is_prose, each))) for each in lines)
-
-
-@cache
-def _passages(characters: int) -> tuple[str, ...]:
-    """Divide the prose."""
-    found: dict[str, None] = {}
-    for whole in _prose():
-        parts = (whole[at : at + characters] for at in range(0, len(whole), characters))
-        found |= dict.fromkeys(part.strip() for part in parts)
-    return tuple(part for part in found if len(part) > characters // 2)
-
-
-def _is_prose(line: str) -> bool:
-    is_plain = line.isascii() and line.isprintable() and _MARKUP.isdisjoint(line)
-    return is_plain and "://" not in line and len(line.split()) >= _WORDS
+    return tuple(text for _, text in sorted(texts.items()))

@@ -47,20 +47,12 @@ def drawn(places: Sequence[int], seed: int, last: int = 0) -> tuple[list[int], l
     return ahead, behind
 
 
-def place_of(row: Any, seen: Counter[bytes]) -> int:
-    """Hash a row's turns and pictures, and how many equal ones came before it."""
-    content = [row.get(name) for name in _USED] if isinstance(row, dict) else str(row)
-    key = blake2b(json.dumps(content, sort_keys=True, default=repr).encode()).digest()
-    seen[key] += 1
-    return int.from_bytes(blake2b(key + b"%d" % seen[key], digest_size=8).digest())
-
-
 def read_rows(
     data: str | Path, outlined: bool = False, splits: Sequence[str] = TRAIN, say: Say = silent
 ) -> Iterator[Any]:
-    """Yield rows as plain values, or errors; a table's ``outlined`` ones without pictures.
+    """Yield rows as plain values, or errors; those of a table without images if ``outlined``.
 
-    Of a folder or a hub dataset, the first of ``splits`` is read that it has, which ``say`` gets.
+    A folder or a hub dataset gives the first of ``splits`` that it has, which ``say`` receives.
     """
     path = path_of(data, "data")
     if path.exists():
@@ -88,7 +80,10 @@ def read_rows(
 
 def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
     if path.suffix in (".parquet", ".arrow"):
-        yield from _plain_rows(path, outlined)
+        told = f"data {str(path)!r}: is not a {path.suffix[1:]} file"
+        with raised_as(DataError, Exception, told):  # a broken one makes pyarrow raise anything
+            for part in _parts_of_table(path):
+                yield from plain_rows(part, outlined)
     elif path.suffix == ".jsonl":
         with path.open("rb") as file:
             for number in count(1):
@@ -113,6 +108,28 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
     else:
         told = "must end in .json, .jsonl or .parquet, or be a folder"
         raise ConfigError(f"data {str(path)!r}: {told}")
+
+
+def _parts_of_table(path: Path) -> Iterator[Any]:
+    """Yield a parquet or Arrow file some rows at a time, without the cache of ``datasets``."""
+    import pyarrow
+    from pyarrow import parquet
+
+    def at_once(num_rows: int, num_bytes: int) -> int:  # each row may repeat all bytes
+        if num_rows > path.stat().st_size:
+            raise ValueError(f"it has {num_rows:,} rows, more than bytes")
+        return min(max(BATCH_BYTES // max(num_bytes, 1), 1), BATCH)
+
+    if path.suffix == ".parquet":
+        with parquet.ParquetFile(path) as file:
+            about = file.metadata
+            groups = (about.row_group(n).total_byte_size for n in range(about.num_row_groups))
+            yield from file.iter_batches(at_once(about.num_rows, max(groups, default=0)))
+        return
+    with pyarrow.memory_map(str(path)) as source:
+        for batch in pyarrow.ipc.open_stream(source):
+            size = at_once(len(batch), batch.nbytes)
+            yield from (batch.slice(start, size) for start in range(0, len(batch), size))
 
 
 def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = silent) -> list[Path]:
@@ -163,49 +180,20 @@ def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = sile
     return others
 
 
-def _plain_rows(path: Path, outlined: bool) -> Iterator[Any]:
-    """Yield the rows of a parquet or Arrow file, without the cache of ``datasets``."""
-    import pyarrow
-    from pyarrow import parquet
-
-    told = f"data {str(path)!r}: is not a {path.suffix[1:]} file"
-    with raised_as(DataError, Exception, told):  # broken ones make pyarrow raise almost anything
-        if path.suffix == ".parquet":
-            with parquet.ParquetFile(path) as file:
-                about = file.metadata
-                groups = (about.row_group(n).total_byte_size for n in range(about.num_row_groups))
-                at_once = _at_once(path, about.num_rows, max(groups, default=0))
-                for part in file.iter_batches(at_once):
-                    yield from plain_rows(part, outlined)
-            return
-        with pyarrow.memory_map(str(path)) as source:
-            for batch in pyarrow.ipc.open_stream(source):
-                at_once = _at_once(path, len(batch), batch.nbytes)
-                for start in range(0, len(batch), at_once):
-                    yield from plain_rows(batch.slice(start, at_once), outlined)
-
-
-def _at_once(path: Path, num_rows: int, num_bytes: int) -> int:
-    """Return how many rows to convert at once: each may repeat all bytes, from a dictionary."""
-    if num_rows > path.stat().st_size:
-        raise ValueError(f"it has {num_rows:,} rows, more than bytes")
-    return min(max(BATCH_BYTES // max(num_bytes, 1), 1), BATCH)
-
-
 def plain_rows(part: Any, outlined: bool) -> Any:
-    """Convert a batch to rows, with pictures as stored, so that no path in them is opened."""
+    """Convert a batch to rows, with images as stored, so that no path in them is opened."""
     if outlined:
         part = part.select([name for name in part.schema.names if name not in ("image", "images")])
     return part.to_pylist()
 
 
 _ROLES = {"human": "user", "gpt": "assistant"} | {n: n for n in ("system", "user", "assistant")}
-IMAGE_WORD = "<image>"  # placeholder of a picture in plain text
-MOST_PICTURES = 1024  # pictures of a sample
+IMAGE_WORD = "<image>"  # placeholder of an image in plain text
+MOST_PICTURES = 1024  # images of a sample
 NAMED = 20  # broken rows that are named one by one; the others are counted
 _USED = ("messages", "conversations", "image", "images", "system")
 _WEIGHTS = {"weight", "loss_weight", "loss", "train", "training"}  # 1 is understood
-_CONTENT = {  # fields of rows and turns that change what is said, and that no sample holds
+_CONTENT = {  # fields of rows and turns that change the content, and that no sample holds
     *("video", "videos", "audio", "audios", "tools", "functions", "tool_calls", "function_call"),
     *("documents", "refusal", "reasoning_content", "reasoning", "thinking"),
 }
@@ -218,12 +206,12 @@ def load_samples(
     data: str | Path,
     images: str | Path | None = None,
     limit: int | None = None,
-    max_bad: int = 0,
+    max_bad_rows: int = 0,
     warn: Say = print,
     processor: Any = None,
     max_length: int | None = None,
     context: int | None = None,
-    too_long: TooLong = "refuse",
+    too_long: TooLong = "error",
     seed: int = 0,
     test: int = 0,
 ) -> list[Sample]:
@@ -233,16 +221,16 @@ def load_samples(
         data: ``demo``; a LLaVA-format ``.json``; a ``.jsonl`` or ``.parquet`` with ``messages``
             (or ``conversations``); a folder that ``datasets`` saved; or a hub dataset id.
         images: Folder that image paths start from and lie in; by default that of the data.
-        limit: Read only so many good samples, drawn from the whole source.
-        max_bad: Up to so many broken rows are skipped, the first ones named; one more is an error.
-        warn: Receives one line for each row that was skipped, and one that names unknown columns.
-        processor: A model's processor or tokenizer. Rows that it cannot read are broken, too, and
-            those with its own tokens for media in a text.
-        max_length: Rows with more tokens, counted by the processor, are too long.
-        context: Tokens that the model reads at most; rows with more are too long, too.
-        too_long: ``refuse``: rows that are too long are broken; ``cut``: they are shortened.
-        seed: Other ones draw other samples.
-        test: So many of the limit are the same for all seeds and limits (but of ``demo``).
+        limit: Number of good samples, drawn from the whole source; None for all.
+        max_bad_rows: Maximum number of bad rows to skip.
+        warn: Receives a line for each of the first broken rows, and one for unknown columns.
+        processor: A model's processor or tokenizer. Rows that it cannot read are broken, and those
+            with its own tokens for media in a text.
+        max_length: Maximum tokens per sample, counted by the processor.
+        context: Tokens that the model reads at most; another maximum.
+        too_long: ``error``: rows over a maximum are bad rows; ``truncate``: they are shortened.
+        seed: Random seed of the draw.
+        test: Number of samples of the limit that no seed and no limit changes (but of ``demo``).
 
     Raises:
         ConfigError: If the source does not exist or is not understood.
@@ -253,42 +241,39 @@ def load_samples(
             raise ConfigError(f"{name} {value} must be at least 1")
     if max_length is not None and processor is None:
         raise ConfigError(f"max_length {max_length} needs a processor to count tokens with")
+    root = path_of(data, "data") if images is None else path_of(images, "images")
+    if images is not None and not root.is_dir():
+        raise ConfigError(f"images {str(images)!r} is not a folder")
+    root = (root if root.is_dir() else root.parent).absolute()
     given = [value for value in (max_length, context) if value is not None]
     most = min(given, default=None) if processor is not None else None
-    is_asked, cuts = most == max_length, too_long == "cut"
+    limits = most, most == max_length, too_long == "truncate"
     added = {} if processor is None else chat.tokenizer_of(processor).added_tokens_decoder
     stands = getattr(processor, "image_token", "")  # no text may have it, nor those of other media
     marks = [word for word in map(str, added.values()) if word == stands or _MEDIA.search(word)]
-    found, cut, unknown, bad = dict[int, Sample](), dict[int, bool](), set[str](), 0
-    root = _root_of(data, images)
     rows, places = _placed(data, limit, seed, processor is None or chat.can_see(processor))
     ahead, behind = drawn(places, seed, 0 if limit is None else min(test, limit))
-    order = [*behind, *ahead[: None if limit is None else limit - len(behind) + max_bad]]
+    order = [*behind, *ahead[: None if limit is None else limit - len(behind) + max_bad_rows]]
+    found, unknown, bad = dict[int, tuple[Sample, bool]](), set[str](), 0
     for number, sample in _samples(rows, set(order), root, unknown):
         try:
             if isinstance(sample, DataError):
                 raise sample
-            if processor is not None:
-                chat.rendered(processor, sample)  # refuses what cannot be learnt from
-                said = "".join(p.get("text", "") for m in sample.messages for p in m["content"])
-                if word := next((each for each in marks if each in said), None):
-                    raise DataError(f"sample {sample.id!r}: a text has the model's own {word!r}")
-            short = sample if most is None else fitted(processor, sample, most, is_asked, cuts)
-            usual = _most_tokens(processor, None) if short.images and processor is not None else 0
-            tokens = estimated_length(short, usual)
-            found[number] = replace(short, place=places[number], tokens=tokens)
-            cut[number] = short is not sample
+            short = _fitting(processor, sample, marks, *limits)
+            found[number] = replace(short, place=places[number]), short.messages != sample.messages
         except DataError as error:
             bad += 1
-            if bad > max_bad:
-                raise DataError(f"data {str(data)!r}: {error} (--max-bad {max_bad})") from error
+            if bad > max_bad_rows:
+                raise DataError(
+                    f"data {str(data)!r}: {error} (--max-bad-rows {max_bad_rows})"
+                ) from error
             (warn if bad <= NAMED else silent)(f"skipped: {error}")
     _most_tokens.cache_clear()  # it holds the processor
-    read = [row for row in order if row in found][:limit]
-    samples = [found[row] for row in read]
+    read = [found[row] for row in order if row in found][:limit]
+    samples = [sample for sample, _ in read]
     if bad:
         warn(f"data {str(data)!r}: {bad} broken rows skipped, {len(samples)} samples read")
-    if num_cut := sum(cut[row] for row in read):
+    if num_cut := sum(is_cut for _, is_cut in read):
         warn(f"data {str(data)!r}: {num_cut} samples were cut to {most} tokens")
     if unknown:
         blind = "" if any(sample.images for sample in samples) else "no row has an image; "
@@ -298,27 +283,27 @@ def load_samples(
     return samples
 
 
-def _root_of(data: str | Path, images: str | Path | None) -> Path:
-    root = path_of(data, "data") if images is None else path_of(images, "images")
-    if images is not None and not root.is_dir():
-        raise ConfigError(f"images {str(images)!r} is not a folder")
-    return (root if root.is_dir() else root.parent).absolute()
-
-
 def _placed(
-    data: str | Path, limit: int | None, seed: int, pictures: bool
+    data: str | Path, limit: int | None, seed: int, sees: bool
 ) -> tuple[Iterable[Any], list[int]]:
-    """Return rows, and their places in every draw."""
+    """Return rows and their places in every draw: hashes of their turns and images.
+
+    Equal rows are numbered, so that their places differ.
+    """
     if str(data) == "demo":  # a mix already, without an end
         from slimvlm.demo.questions import demo_samples
 
-        made = demo_samples(max(limit or DEMO, DEMO if seed else 1), pictures=pictures)
+        made = demo_samples(max(limit or DEMO, DEMO if seed else 1), pictures=sees)
         return made, list(range(len(made)))
-    seen = Counter[bytes]()
-    if path_of(data, "data").suffix == ".json":
-        rows = list(read_rows(data))
-        return rows, [place_of(row, seen) for row in rows]
-    return read_rows(data), [place_of(row, seen) for row in read_rows(data, outlined=True)]
+    rows = list(read_rows(data)) if path_of(data, "data").suffix == ".json" else None
+    seen, places = Counter[bytes](), list[int]()
+    for row in read_rows(data, outlined=True) if rows is None else rows:
+        content = [row.get(name) for name in _USED] if isinstance(row, dict) else str(row)
+        key = blake2b(json.dumps(content, sort_keys=True, default=repr).encode()).digest()
+        seen[key] += 1
+        place = blake2b(key + b"%d" % seen[key], digest_size=8).digest()
+        places.append(int.from_bytes(place))
+    return read_rows(data) if rows is None else rows, places
 
 
 def _samples(
@@ -327,12 +312,15 @@ def _samples(
     """Yield the wanted rows with their numbers, as samples or the errors that break them."""
     known = {"id", *_USED, *_WEIGHTS, *_CONTENT}
 
-    def attempt(numbered: tuple[int, Any]) -> tuple[int, Sample | DataError]:
-        number, row = numbered
-        try:
-            return number, row if isinstance(row, Sample) else _sample(number, row, root, unknown)
-        except DataError as error:
-            return number, error
+    def converted(numbered: list[tuple[int, Any]]) -> list[tuple[int, Sample | DataError]]:
+        done = list[tuple[int, Sample | DataError]]()
+        for number, row in numbered:
+            try:
+                is_made = isinstance(row, Sample)
+                done.append((number, row if is_made else _sample(number, row, root, unknown)))
+            except DataError as error:
+                done.append((number, error))
+        return done
 
     slimmed = (  # others' columns may be large
         (n, {k: v if k in known else bool(v) or None for k, v in row.items()})
@@ -341,15 +329,31 @@ def _samples(
         for n, row in enumerate(rows)
         if n in wanted
     )
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # decodes pictures
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # decodes images
         while chunk := list(islice(slimmed, 256)):
             parts = (chunk[at : at + 16] for at in range(0, len(chunk), 16))  # a task costs 50 us
-            for part in pool.map(lambda some: [attempt(each) for each in some], parts):
+            for part in pool.map(converted, parts):
                 yield from part
 
 
+def _fitting(
+    processor: Any, sample: Sample, marks: list[str], most: int | None, is_asked: bool, cuts: bool
+) -> Sample:
+    """Return a sample that the processor can read, shortened if need be, with about its tokens."""
+    if processor is None:
+        return replace(sample, tokens=estimated_length(sample, 0))
+    chat.located(processor, sample)  # refuses what cannot be learnt from
+    said = "".join(part.get("text", "") for m in sample.messages for part in m["content"])
+    if word := next((each for each in marks if each in said), None):
+        raise DataError(f"sample {sample.id!r}: a text has the model's own {word!r}")
+    if most is not None:
+        sample = fitted(processor, sample, most, is_asked, cuts)
+    usual = _most_tokens(processor, None) if sample.images else 0
+    return replace(sample, tokens=estimated_length(sample, usual))
+
+
 def _known(fields: dict[str, Any], used: set[str], where: str, unknown: set[str]) -> dict[str, Any]:
-    """Keep the fields of a row, turn or part that have values and are read; refuse lost content."""
+    """Keep the fields of a row, turn or part that are read; refuse those with other content."""
     given = {field: value for field, value in fields.items() if value not in (None, "", [], {})}
     for field, value in given.items():
         if field in _CONTENT or (field in _WEIGHTS and value != 1):
@@ -359,7 +363,7 @@ def _known(fields: dict[str, Any], used: set[str], where: str, unknown: set[str]
 
 
 def _sample(index: int, row: Any, root: Path, unknown: set[str]) -> Sample:
-    """Convert a row. Pictures without a placeholder come before the first user turn's text."""
+    """Convert a row. Images without a placeholder come before the first user turn's text."""
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, dict):
@@ -396,7 +400,7 @@ def _sample(index: int, row: Any, root: Path, unknown: set[str]) -> Sample:
 
 
 def _messages(turns: list[Any], where: str, unknown: set[str]) -> tuple[list[Message], list[Any]]:
-    """Convert turns to chat form; return also each placeholder's picture, None if it has none."""
+    """Convert turns to chat form; also return each placeholder's image, None if it has none."""
     messages: list[Message] = []
     sources: list[Any] = []
     for turn in turns:
@@ -461,7 +465,7 @@ def _parts(
 
 
 def picture_tokens(processor: Any, size: tuple[int, int]) -> int:
-    """Count the tokens by which a picture of a size lengthens a question."""
+    """Count the tokens that an image of a size adds to a question."""
     shown = chat.plain_question(processor, size)
     asked = [chat.encode_questions(processor, [q]) for q in (shown, replace(shown, images=()))]
     return int(asked[0]["input_ids"].shape[1] - asked[1]["input_ids"].shape[1])
@@ -469,7 +473,7 @@ def picture_tokens(processor: Any, size: tuple[int, int]) -> int:
 
 @lru_cache(maxsize=2**14)
 def _most_tokens(processor: Any, size: tuple[int, int] | None) -> int:
-    """Count a picture's tokens, which may be stored turned, never too few; None: a usual one."""
+    """Bound an image's tokens, which may be stored turned, from above; None: a usual one."""
     if size is None:
         return picture_tokens(processor, chat.USUAL_SIZE)
     ways = (size, size[::-1])
@@ -487,10 +491,10 @@ def fitted(
 ) -> Sample:
     """Return a sample of at most so many tokens; to cut it, drop last turns, then its answer's end.
 
-    A limit that no user asked for is the model's context. Pictures are processed, which is slow,
+    A limit that no user requested is the model's context. Images are processed, which is slow,
     only where an estimate is above it.
     """
-    text = chat.rendered(processor, sample)
+    text, _ = chat.located(processor, sample)
     shown = sum(_most_tokens(processor, size_of(image)) for image in sample.images)
     if len(text.encode()) + 8 + shown <= most:  # no token is shorter than a byte; a few are added
         return sample
@@ -502,7 +506,7 @@ def fitted(
     which = "--max-length is" if is_asked else "the model reads"
     told = f"sample {sample.id!r} has {length} tokens, {which} {most}"
     if not cuts:
-        raise DataError(f"{told} (--too-long cut shortens it)")
+        raise DataError(f"{told} (--too-long truncate shortens it)")
     answered = [n for n, message in enumerate(sample.messages, 1) if message["role"] == "assistant"]
     for kept in reversed(answered):
         turns = sample.messages[:kept]
@@ -513,26 +517,23 @@ def fitted(
     # cut the last answer at the last character that fits, found by bisection
     *before, last = shorter.messages
     answer = "".join(part.get("text", "") for part in last["content"])
-
-    def with_answer(characters: int) -> Sample:
-        content = [{"type": "text", "text": answer[:characters]}]
-        turns = (*before, {"role": "assistant", "content": content})
-        return replace(shorter, messages=turns, is_cut=True)
-
-    fits, beyond = 0, len(answer)
-    while beyond - fits > 1:  # so many characters fit, so many do not
+    fits, beyond = 0, len(answer)  # so many characters fit, so many do not
+    while beyond - fits > 1:
         middle = (fits + beyond) // 2
-        if chat.length_of(processor, with_answer(middle)) <= most:
-            fits = middle
+        content = [{"type": "text", "text": answer[:middle]}]
+        turns = (*before, {"role": "assistant", "content": content})
+        shorter = replace(shorter, messages=turns, is_cut=True)
+        if chat.length_of(processor, shorter) <= most:
+            fits, found = middle, shorter
         else:
             beyond = middle
     if not answer[:fits].strip():
         raise DataError(f"{told}: nothing of its answer is left when it is cut")
-    return with_answer(fits)
+    return found
 
 
 def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
-    """Draw a seeded share, nested, in order, stratified by number of pictures and their folder."""
+    """Draw a seeded share, nested, in order, stratified by number of images and their folder."""
     strata: dict[tuple[int, str], list[int]] = {}
     for index, sample in enumerate(samples):
         first = sample.images[0] if sample.images else None
@@ -548,7 +549,7 @@ def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
 
 
 def estimated_length(sample: Sample, image_tokens: int) -> int:
-    """Estimate a sample's tokens: 4 characters each; 576 a picture (LLaVA-1.5's number)."""
+    """Estimate a sample's tokens: 4 characters each; 576 an image (LLaVA-1.5's number)."""
     parts = (part for message in sample.messages for part in message["content"])
     characters = sum(len(part.get("text", "")) for part in parts)
     return characters // 4 + image_tokens * len(sample.images)

@@ -1,4 +1,4 @@
-"""Conversations, questions and tasks as plain values, and their pictures."""
+"""Conversations, questions and tasks as plain values, and their images."""
 
 import io
 from base64 import b64decode
@@ -13,7 +13,7 @@ from slimvlm.core.errors import DataError, raised_as
 
 Message = dict[str, Any]
 """One turn in Hugging Face chat form: ``{"role": "user", "content": [{"type": "image"}, {"type":
-"text", "text": "..."}]}``. An image entry is a placeholder; the pictures are in `Sample.images`, in
+"text", "text": "..."}]}``. An image entry is a placeholder; the images are in `Sample.images`, in
 order."""
 
 
@@ -24,7 +24,7 @@ class Sample:
     id: str  # in messages about bad data and in per-sample results
     messages: tuple[Message, ...]  # the last one is the assistant's
     images: tuple[Image.Image | Path, ...] = ()
-    """The pictures (or their paths), one per ``{"type": "image"}`` entry, in order."""
+    """The images (or their paths), one per ``{"type": "image"}`` entry, in order."""
     # set by `load_samples`: hash of its content, by which it is drawn; about how many tokens it has
     place: int = field(default=0, compare=False, repr=False)
     tokens: int = field(default=0, compare=False, repr=False)
@@ -37,7 +37,7 @@ class Question:
     """One question of a benchmark."""
 
     id: str  # unique within its task
-    prompt: str  # the user's text; pictures come before it
+    prompt: str  # the user's text; images come before it
     answers: tuple[str, ...]  # those that are accepted; the first is the one shown
     images: tuple[Image.Image | Path, ...] = ()
     choices: tuple[str, ...] = ()  # letters or words, where the metric needs them
@@ -73,16 +73,16 @@ def split_validation(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are decoded. Others are refused: some of Pillow's decoders start programs."""
 
-# larger pictures are refused unread: decoded, they take more than 256 MiB (Pillow's own limit)
+# larger images are refused unread: decoded, they take more than 256 MiB (Pillow's own limit)
 MAX_PIXELS = 89_478_485
-# pictures with more pixels are reduced to this size: their copies in float32 take gigabytes
+# images with more pixels are reduced to this size: their copies in float32 take gigabytes
 LARGE_PIXELS, LARGE_SIZE = 2**25, (4096, 4096)
 MAX_ASPECT = 200  # longer side over shorter one; processors that keep the shape fail beyond it
 _GLANCE = (64, 64)
 
 
 def open_image(image: Image.Image | Path) -> Image.Image:
-    """Load a picture as RGB; raise a `DataError` if it is broken, cut off or too large."""
+    """Load an image as RGB; raise a `DataError` if it is broken, cut off or too large."""
     # decoders raise almost anything when a file is broken
     with raised_as(DataError, Exception, f"image {str(image)!r}: cannot be read"):
         if isinstance(image, Path):
@@ -93,7 +93,7 @@ def open_image(image: Image.Image | Path) -> Image.Image:
 
 
 def size_of(image: Image.Image | Path) -> tuple[int, int]:
-    """Read the width and height of a picture as it is stored."""
+    """Read the width and height of an image as it is stored."""
     if not isinstance(image, Path):
         return image.size
     with Image.open(image, formats=FORMATS) as opened:
@@ -101,7 +101,7 @@ def size_of(image: Image.Image | Path) -> tuple[int, int]:
 
 
 def identifying_bytes(image: Image.Image | Path, may_move: bool = False) -> bytes:
-    """Identify a picture by content, or its file's size and place; ``may_move``: name for place."""
+    """Identify an image by content, or its file's size and place; ``may_move``: name for place."""
     if isinstance(image, Path):
         stat = image.stat()
         place = image.name if may_move else f"{image} {stat.st_mtime_ns}"
@@ -110,13 +110,13 @@ def identifying_bytes(image: Image.Image | Path, may_move: bool = False) -> byte
 
 
 def _file_of(image: Image.Image) -> bytes | None:
-    """Return the encoded file of a lazy picture, which must not be decoded in place."""
+    """Return the encoded file of a lazy image, which must not be decoded in place."""
     source = getattr(image, "fp", None)
     return source.getvalue() if isinstance(source, io.BytesIO) else None
 
 
 def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
-    """Return a picture, or its path inside ``root``, after decoding it as a check."""
+    """Return an image, or its path inside ``root``, after decoding it as a check."""
     if isinstance(source, Image.Image):
         return source
     content = source.get("bytes") if isinstance(source, dict) else None
@@ -147,7 +147,7 @@ def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
 
 
 def _decoded(source: Path | io.BytesIO, glance: bool = False) -> Image.Image:
-    """Decode a picture as RGB. With ``glance`` check its shape, and decode a JPEG at small size."""
+    """Decode an image as RGB. With ``glance`` check its shape, and decode a JPEG at small size."""
     with Image.open(source, formats=FORMATS) as opened:
         size = f"{opened.width} x {opened.height} pixels"
         if opened.width * opened.height > MAX_PIXELS:

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jinja2
@@ -102,21 +103,15 @@ def limited() -> Iterator[None]:
     module: Any = chat_template_utils
     plain = module._compile_jinja_template
 
-    class InChild:
-        """What transformers asks of a compiled template."""
+    def parsed(template: str) -> Any:
+        """Return a tree of a template's variables alone: to parse others computes them."""
+        names = rendered(template).split()
+        return jinja2.Environment().parse("".join(f"{{{{ {name} }}}}" for name in names))
 
-        def __init__(self, template: str) -> None:
-            self.template, self.environment = template, self
-
-        def render(self, **values: Any) -> str:
-            return rendered(self.template, values=values)
-
-        def parse(self, template: str) -> Any:
-            """Return a tree of a template's variables alone: to parse others computes them."""
-            names = rendered(template).split()
-            return jinja2.Environment().parse("".join(f"{{{{ {name} }}}}" for name in names))
-
-    module._compile_jinja_template = InChild
+    module._compile_jinja_template = lambda template: SimpleNamespace(
+        render=lambda **values: rendered(template, values=values),
+        environment=SimpleNamespace(parse=parsed),
+    )
     try:
         yield
     finally:
@@ -140,28 +135,26 @@ def rendered(template: str, **values: Any) -> str:
         raise DataError(f"the chat template refuses the conversation ({error})") from error
 
 
-def check_tokenizer(file: Path, name: str = "") -> None:
-    """Raise ValueError for a ``tokenizer.json`` that cannot encode ordinary text under limits."""
-    stat = file.stat()
-    version = str(file.resolve()), stat.st_mtime_ns, stat.st_size
-    if version not in _encoders:
-        _encode(version, _PROBES)
-    _files[name] = version  # with which `check_texts` tries texts later
-
-
-def check_texts(name: str, texts: list[str]) -> None:
-    """Raise ValueError for texts that a tokenizer cannot encode under limits."""
-    # a template can write what no probe has: a tokenizer may grow or end its process by that alone
-    if name in _files and Path(_files[name][0]).exists():
-        _encode(_files[name], texts)
-
-
 Version = tuple[str, int, int]  # a tokenizer's file, its date and its size
 _files: dict[str, Version] = {}
 _encoders: dict[Version, Child] = {}  # of the last few tokenizers
 
 
-def _encode(version: Version, texts: list[str]) -> None:
+def check_tokenizer(file: Path, name: str = "") -> None:
+    """Raise ValueError for a ``tokenizer.json`` that cannot encode ordinary text under limits."""
+    stat = file.stat()
+    version = str(file.resolve()), stat.st_mtime_ns, stat.st_size
+    _files[name] = version  # with which `check_texts` tries texts later
+    if version not in _encoders:
+        check_texts(name, _PROBES)
+
+
+def check_texts(name: str, texts: list[str]) -> None:
+    """Raise ValueError for texts that a tokenizer cannot encode under limits."""
+    # a template can write what no probe has: a tokenizer may grow or end its process by that alone
+    version = _files.get(name)
+    if version is None or not Path(version[0]).exists():
+        return
     if version not in _encoders or not _encoders[version].is_ours():
         for old in list(_encoders)[:-3]:
             del _encoders[old]

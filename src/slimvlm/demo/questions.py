@@ -2,7 +2,7 @@
 
 Benchmarks are small versions of the published ones, all generated, always in the same order.
 ``--data demo`` gives the conversations, on which the demo model was trained. The two share no
-composition, digit picture or text question.
+composition, digit image or text question.
 """
 
 import ast
@@ -25,13 +25,10 @@ from slimvlm.demo.scenes import CELLS, COLORS, Scene, SceneKind, Split, load_art
 
 NUM_QUESTIONS = 320
 _LETTERS = ("a", "b", "c", "d")
-_SIDES = ("left", "right", "above", "below")
-_MAX_SUMMAND = 60
-_MAX_SORTED = 99
 _TEST_SEED = 20240
 _TEST_PASSAGE_CHARS = 600
-_KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)  # of the training pictures, of each of `SCENE_KINDS`
-_TEXT_SHARE = 0.16  # share of conversations without a picture
+_KIND_SHARES = (0.20, 0.32, 0.14, 0.16, 0.18)  # of the training images, of each of `SCENE_KINDS`
+_TEXT_SHARE = 0.16  # share of conversations without an image
 _PASSAGE_SHARE = 0.35  # share of those that are passages of English
 _PASSAGE_CHARS = 420
 
@@ -45,9 +42,6 @@ class _Asked(NamedTuple):
     group: str = ""
 
 
-_Asker = Callable[[Scene, Generator], _Asked]
-
-
 def _with_letters(question: str, right: str, wrong: Sequence[str], rng: Generator) -> _Asked:
     options = [right, *wrong]
     options = [options[int(i)] for i in rng.permutation(len(options))]
@@ -55,51 +49,8 @@ def _with_letters(question: str, right: str, wrong: Sequence[str], rng: Generato
     return _Asked(f"{question} {listed}", _LETTERS[options.index(right)], _LETTERS)
 
 
-def _sample(rng: Generator, items: Sequence[str], count: int) -> list[str]:
-    return [items[int(i)] for i in rng.permutation(len(items))[:count]]
-
-
-def _ask_name(scene: Scene, rng: Generator) -> _Asked:
-    return _Asked("what is this?", scene.objects[0].name)
-
-
-def _ask_category_letter(scene: Scene, rng: Generator) -> _Asked:
-    art = load_art()
-    right = art.category_of(scene.objects[0].name)
-    others = [c for c in dict.fromkeys(art.categories) if c != right]
-    return _with_letters("what kind of thing is this?", right, _sample(rng, others, 3), rng)
-
-
-def _ask_object_letter(scene: Scene, rng: Generator) -> _Asked:
-    art, right = load_art(), scene.objects[0].name
-    others = [n for n in art.members(art.category_of(right)) if n != right]
-    return _with_letters("which one is this?", right, _sample(rng, others, 3), rng)
-
-
-def _ask_presence(scene: Scene, rng: Generator, group: str = "") -> _Asked:
-    """Ask whether an object is shown: half of the draws are positive, unless a group is given."""
-    art = load_art()
-    group = group or pick(rng, ("positive", "positive", "random", "adversarial"))
-    shown, answer = scene.names, "no"
-    if group == "positive":
-        name, answer = pick(rng, shown), "yes"
-    elif group == "random":
-        name = pick(rng, [n for n in art.names if n not in shown])
-    else:  # adversarial: absent, of a category that is shown
-        kinds = {art.category_of(n) for n in shown}
-        pairs = zip(art.names, art.categories, strict=True)
-        name = pick(rng, [n for n, c in pairs if c in kinds and n not in shown])
-    return _Asked(f"is the {name} in the picture?", answer, ("yes", "no"), group)
-
-
-def _ask_locate(scene: Scene, rng: Generator) -> _Asked:
-    item = pick(rng, scene.objects)
-    return _Asked(f"what is at the {CELLS[item.cell]}?", item.name)
-
-
-def _ask_position(scene: Scene, rng: Generator) -> _Asked:
-    item = pick(rng, scene.objects)
-    return _Asked(f"where is the {item.name}?", CELLS[item.cell])
+def _three(rng: Generator, items: Sequence[str]) -> list[str]:
+    return [items[int(i)] for i in rng.permutation(len(items))[:3]]
 
 
 def neighbours(scene: Scene) -> list[tuple[str, str, str]]:
@@ -114,51 +65,76 @@ def neighbours(scene: Scene) -> list[tuple[str, str, str]]:
     return found
 
 
-def _ask_relation(scene: Scene, rng: Generator) -> _Asked:
-    name, reference, side = pick(rng, neighbours(scene))
-    prompt = f"where is the {name}, seen from the {reference}: left, right, above or below?"
-    return _Asked(prompt, side, _SIDES)
+def _ask(what: str, scene: Scene, rng: Generator, detail: str = "") -> _Asked:
+    """Ask a question of this kind about a scene.
+
+    ``detail`` is the group of "presence" (by default half of the draws are positive, with "absent"
+    none), or the object of "count" (by default the most frequent one).
+    """
+    art, objects, names = load_art(), scene.objects, scene.names
+    match what:
+        case "name":
+            return _Asked("what is this?", names[0])
+        case "category":
+            return _Asked("what kind of thing is this?", art.category_of(names[0]))
+        case "category_letter":
+            right = art.category_of(names[0])
+            wrong = _three(rng, [c for c in dict.fromkeys(art.categories) if c != right])
+            return _with_letters("what kind of thing is this?", right, wrong, rng)
+        case "object_letter":
+            others = [n for n in art.members(art.category_of(names[0])) if n != names[0]]
+            return _with_letters("which one is this?", names[0], _three(rng, others), rng)
+        case "presence":
+            groups = ("positive", "positive", "random", "adversarial")
+            if detail in ("", "absent"):
+                detail = pick(rng, groups[2:] if detail else groups)
+            kinds = {art.category_of(n) for n in names}  # adversarial: absent, of a category shown
+            pairs = zip(art.names, art.categories, strict=True)
+            absent = [n for n, c in pairs if n not in names and (detail == "random" or c in kinds)]
+            name = pick(rng, names if detail == "positive" else absent)
+            answer = "yes" if detail == "positive" else "no"
+            return _Asked(f"is the {name} in the picture?", answer, ("yes", "no"), detail)
+        case "locate":
+            item = pick(rng, objects)
+            return _Asked(f"what is at the {CELLS[item.cell]}?", item.name)
+        case "position":
+            item = pick(rng, objects)
+            return _Asked(f"where is the {item.name}?", CELLS[item.cell])
+        case "relation":
+            name, reference, side = pick(rng, neighbours(scene))
+            prompt = f"where is the {name}, seen from the {reference}: left, right, above or below?"
+            return _Asked(prompt, side, ("left", "right", "above", "below"))
+        case "count":
+            name = detail or max(names, key=names.count)
+            prompt, count = f"how many times is the {name} shown?", str(names.count(name))
+            return _Asked(prompt, count, ("1", "2", "3", "4"))
+        case "digits":
+            return _Asked("what number is written here?", "".join(names))
+        case "list":
+            return _Asked("list all objects.", ", ".join(dict.fromkeys(names)))
+    return _ask_shape(what, scene, rng)
 
 
-def _ask_count(scene: Scene, rng: Generator, name: str = "") -> _Asked:
-    """Ask how often an object is shown; the most frequent one unless a name is given."""
-    name = name or max(scene.names, key=scene.names.count)
-    count = str(scene.names.count(name))
-    return _Asked(f"how many times is the {name} shown?", count, ("1", "2", "3", "4"))
-
-
-def _ask_digits(scene: Scene, rng: Generator) -> _Asked:
-    return _Asked("what number is written here?", "".join(scene.names))
-
-
-def _ask_list(scene: Scene, rng: Generator) -> _Asked:
-    return _Asked("list all objects.", ", ".join(dict.fromkeys(scene.names)))
-
-
-def _ask_shape_open(scene: Scene, rng: Generator) -> _Asked:
+def _ask_shape(what: str, scene: Scene, rng: Generator) -> _Asked:
+    if what == "shape":
+        what = "shape_open" if rng.integers(2) else "shape_yesno"
     color, shape = pick(rng, scene.names).split()
-    if rng.integers(2):
-        return _Asked(f"what color is the {shape}?", color)
-    return _Asked(f"which shape is {color}?", shape)
-
-
-def _ask_shape_yesno(scene: Scene, rng: Generator) -> _Asked:
-    color, shape = pick(rng, scene.names).split()
-    if rng.integers(2):
+    is_first = rng.integers(2)
+    if what == "shape_open":
+        first, second = (f"what color is the {shape}?", color), (f"which shape is {color}?", shape)
+        return _Asked(*(first if is_first else second))
+    if is_first:
         return _Asked(f"is the {shape} {color}?", "yes", ("yes", "no"))
     wrong = pick(rng, [c for c in COLORS if c != color])
     return _Asked(f"is the {shape} {wrong}?", "no", ("yes", "no"))
 
 
 _TEXT_TASKS = ("text_odd", "text_sort", "text_sum")
-_TOLD_ASKERS: tuple[tuple[SceneKind, _Asker], ...] = (
-    ("single", _ask_object_letter),
-    ("single", _ask_category_letter),
-    ("multi", _ask_relation),
-    ("count", _ask_count),
-    ("shapes", lambda s, rng: (_ask_shape_open if rng.integers(2) else _ask_shape_yesno)(s, rng)),
+_IN_WORDS: tuple[tuple[SceneKind, str], ...] = (
+    *(("single", "object_letter"), ("single", "category_letter")),
+    *(("multi", "relation"), ("count", "count"), ("shapes", "shape")),
 )
-"""Questions about scenes in words; they teach letters and sides sooner."""
+"""Questions about scenes that are described in words; they teach letters and sides sooner."""
 
 
 def _ask_text(task: str, rng: Generator, split: Split) -> _Asked:
@@ -168,23 +144,23 @@ def _ask_text(task: str, rng: Generator, split: Split) -> _Asked:
         if task == "text_odd":
             kind = pick(rng, art.categories)
             others = [n for n, c in zip(art.names, art.categories, strict=True) if c != kind]
-            wrong = _sample(rng, art.members(kind), 3)
+            wrong = _three(rng, art.members(kind))
             asked = _with_letters(f"which is not a {kind}?", pick(rng, others), wrong, rng)
         elif task == "text_sort":
-            numbers = rng.choice(_MAX_SORTED, size=int(rng.integers(3, 5)), replace=False) + 1
+            numbers = rng.choice(99, size=int(rng.integers(3, 5)), replace=False) + 1
             given, ordered = (" ".join(map(str, each)) for each in (numbers, sorted(numbers)))
             asked = _Asked(f"sort these numbers: {given}", ordered)
         else:
-            a, b = (int(v) for v in rng.integers(1, _MAX_SUMMAND + 1, size=2))
+            a, b = (int(v) for v in rng.integers(1, 61, size=2))
             asked = _Asked(f"what is {a} + {b}?", str(a + b))
         if (zlib.crc32(asked.prompt.encode()) % scenes.TEST_SHARE == 0) == (split == "test"):
             return asked
 
 
 def _item(
-    task: str, kind: SceneKind, ask: _Asker, styles: Sequence[str], index: int
+    task: str, kind: SceneKind, ask: str, styles: Sequence[str], index: int
 ) -> tuple[Scene, _Asked]:
-    """Make the scene and the question with this number of a picture benchmark."""
+    """Make the scene and the question with this number of an image benchmark."""
     rng, lone = np.random.default_rng([_TEST_SEED, *task.encode(), index]), None
     if kind == "single":
         names = load_art().names
@@ -193,16 +169,16 @@ def _item(
     scene = make_scene(kind, rng, "test", styles, lone)
     while task == "relation" and not neighbours(scene):
         scene = make_scene(kind, rng, "test", styles)
+    group = ""
     if task == "presence":
         block, place = divmod(index, 32)
         shuffled = int(np.random.default_rng([_TEST_SEED, 1, block]).permutation(32)[place])
         group = ("positive", "random", "positive", "adversarial")[shuffled % 4]
-        return scene, _ask_presence(scene, rng, group)
-    return scene, ask(scene, rng)
+    return scene, _ask(ask, scene, rng, group)
 
 
 def _load_scenes(
-    task: str, kind: SceneKind, ask: _Asker, styles: Sequence[str], limit: int | None
+    task: str, kind: SceneKind, ask: str, styles: Sequence[str], limit: int | None
 ) -> Sequence[Question]:
     found = []
     for i in range(NUM_QUESTIONS)[:limit]:
@@ -243,15 +219,6 @@ def make_task_scene(task: Task, index: int) -> Scene | None:
     return _item(name, kind, ask, styles, index)[0]
 
 
-_ASKERS: dict[str, _Asker] = {
-    asker.__name__.removeprefix("_ask_"): asker
-    for asker in (
-        *(_ask_name, _ask_category_letter, _ask_object_letter, _ask_presence, _ask_locate),
-        *(_ask_relation, _ask_count, _ask_digits, _ask_list, _ask_shape_open, _ask_shape_yesno),
-    )
-}
-
-
 def _task(
     name: str, ask: str = "", kind: SceneKind = "multi", unseen: bool = False, **of: Any
 ) -> Task:
@@ -260,12 +227,12 @@ def _task(
     load = _load_passages if of["metric"] == "perplexity" else partial(_load_text, name)
     if ask:
         styles = (scenes.UNSEEN_STYLE,) if unseen else scenes.SEEN_STYLES
-        load = partial(_load_scenes, name, kind, _ASKERS[ask], styles)
+        load = partial(_load_scenes, name, kind, ask, styles)
     return Task(name, load=load, **of)
 
 
 TASKS = {row["name"]: _task(**row) for row in scenes.DATA["tasks"]}
-"""Every benchmark by name. Those in an unseen art style and perplexity stay out of the average."""
+"""Every benchmark by name. Those in an unseen art style and perplexity are not in the average."""
 
 
 class Conversation(NamedTuple):
@@ -275,29 +242,14 @@ class Conversation(NamedTuple):
     turns: tuple[tuple[str, str], ...]
 
 
-_TURNS: dict[SceneKind, tuple[Callable[[Scene, Generator], _Asked | None], ...]] = {
-    "single": (
-        _ask_name,
-        lambda s, rng: _Asked("what kind of thing is this?", load_art().category_of(s.names[0])),
-        *(_ask_category_letter,) * 2,
-        *(_ask_object_letter,) * 2,
-        _ask_presence,
-    ),
-    "multi": (
-        *(_ask_locate, _ask_locate, _ask_position, _ask_list),
-        partial(_ask_presence, group="positive"),
-        lambda s, rng: _ask_presence(s, rng, pick(rng, ("random", "adversarial"))),
-        *(lambda s, rng: _ask_relation(s, rng) if neighbours(s) else None,) * 2,
-    ),
-    "count": (
-        *(_ask_count, _ask_locate, _ask_list),
-        lambda s, rng: None if rng.integers(3) else _ask_count(s, rng, pick(rng, s.names)),
-        _ask_presence,
-    ),
-    "digits": (_ask_digits, _ask_locate),
-    "shapes": (*(_ask_shape_open,) * 3, *(_ask_shape_yesno,) * 3, _ask_locate, _ask_list),
+_TURNS: dict[SceneKind, str] = {
+    "single": "name category category_letter category_letter object_letter object_letter presence",
+    "multi": "locate locate position list presence:positive presence:absent relation relation",
+    "count": "count locate list count:any presence",
+    "digits": "digits locate",
+    "shapes": "shape_open shape_open shape_open shape_yesno shape_yesno shape_yesno locate list",
 }
-"""The questions about a picture of each kind; those that do not apply are left out."""
+"""The questions of `_ask` about an image of each kind, with their details."""
 
 
 def docstrings(path: Path) -> Iterator[tuple[str, str]]:
@@ -336,19 +288,28 @@ def make_conversation(seed: int, index: int) -> Conversation:
             return Conversation(None, (pick(rng, passages),))
         asked = [_ask_text(task, rng, "train") for task in _TEXT_TASKS]
         turns = [(a.prompt, a.answer) for a in asked]
-        for kind, ask in _TOLD_ASKERS:
+        for kind, what in _IN_WORDS:
             told = make_scene(kind, rng, "train")
-            while ask is _ask_relation and not neighbours(told):
+            while what == "relation" and not neighbours(told):
                 told = make_scene(kind, rng, "train")
-            about = ask(told, rng)
+            about = _ask(what, told, rng)
             listed = ", ".join(f"{CELLS[o.cell]}: {o.name}" for o in told.objects) + "."
             described = f"this is a {told.names[0]}." if kind == "single" else listed
             turns.append((f"{described} {about.prompt}", about.answer))
     else:
         kind = scenes.SCENE_KINDS[int(rng.choice(len(scenes.SCENE_KINDS), p=_KIND_SHARES))]
         scene = make_scene(kind, rng)
-        seen = [ask(scene, rng) for ask in _TURNS[kind]]
-        turns = list(dict.fromkeys((a.prompt, a.answer) for a in seen if a is not None))
+        found: dict[tuple[str, str], None] = {}  # each once, in order
+        for what, _, detail in (each.partition(":") for each in _TURNS[kind].split()):
+            if what == "relation" and not neighbours(scene):
+                continue
+            if detail == "any":
+                if rng.integers(3):
+                    continue
+                detail = pick(rng, scene.names)
+            about = _ask(what, scene, rng, detail)
+            found[about.prompt, about.answer] = None
+        turns = list(found)
     return Conversation(scene, tuple(turns[int(i)] for i in rng.permutation(len(turns))))
 
 
@@ -360,7 +321,7 @@ def demo_samples(count: int, seed: int = 0, pictures: bool = True) -> list[Sampl
     for index, conversation in itertools.islice(chosen, count):
         images = () if conversation.scene is None else (scenes.render(conversation.scene),)
         messages = list[Message]()
-        for prompt, answer in conversation.turns:  # the first one shows the picture
+        for prompt, answer in conversation.turns:  # the first one shows the image
             asked = Question("", prompt, (answer,), () if messages else images)
             messages += answered_sample(asked, answer).messages
         samples.append(Sample(f"demo-{seed}-{index}", tuple(messages), images))

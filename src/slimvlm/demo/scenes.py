@@ -1,6 +1,6 @@
-"""Draw seeded 64x64 pictures of emojis, handwritten digits and coloured shapes.
+"""Draw seeded 64x64 images of emojis, handwritten digits and coloured shapes.
 
-A single object fills most of the picture, several objects have a quadrant each; patches are 16
+A single object fills most of the image, several objects have a quadrant each; patches are 16
 pixels wide. A scene belongs to the training or to the test split by a checksum of its composition,
 so the splits never share one. Digits also come from disjoint parts of the handwritten images.
 """
@@ -32,7 +32,7 @@ GRID = SIDE // PATCH
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 SEEN_STYLES = ("noto", "twemoji")
 UNSEEN_STYLE = "fluent"
-TEST_SHARE = 8  # one composition, and one digit picture, in this many is of the test split
+TEST_SHARE = 8  # one composition, and one digit image, in this many is of the test split
 SHAPES = ("circle", "square", "triangle", "cross")
 DATA: dict[str, Any] = read_table(__file__, "demo.yaml")
 COLORS: dict[str, list[int]] = DATA["colors"]
@@ -45,7 +45,7 @@ def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
 
 
 class Art(NamedTuple):
-    """The emoji pictures: one word and one category a concept, RGBA pictures by art style."""
+    """The emoji images: one word and one category a concept, RGBA images by art style."""
 
     names: tuple[str, ...]
     categories: tuple[str, ...]
@@ -64,13 +64,13 @@ class Placed(NamedTuple):
     """One object of a scene."""
 
     name: str  # concept, digit ("0" to "9") or "colour shape" ("red circle")
-    cell: int  # index into `CELLS`; -1 for a lone object that fills the picture
+    cell: int  # index into `CELLS`; -1 for a lone object that fills the image
     source: int = -1  # concept index or digit image index
     style: str = ""  # art style of an emoji
 
 
 class Scene(NamedTuple):
-    """A picture's contents in reading order."""
+    """An image's contents in reading order."""
 
     kind: SceneKind
     objects: tuple[Placed, ...]
@@ -95,7 +95,7 @@ class Scene(NamedTuple):
 
 @cache
 def load_art() -> Art:
-    """Read the packaged emoji pictures."""
+    """Read the packaged emoji images."""
     with np.load(ASSETS / "emoji64.npz") as z:
         styles = {k: z[k] for k in (*SEEN_STYLES, UNSEEN_STYLE)}
         names = tuple(str(n) for n in z["names"])
@@ -104,14 +104,14 @@ def load_art() -> Art:
 
 @cache
 def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Read the packaged handwritten digits: pictures (28x28) and labels."""
+    """Read the packaged handwritten digits: images (28x28) and labels."""
     with np.load(ASSETS / "mnist10k.npz") as z:
         return z["x"], z["y"]
 
 
 @cache
 def digit_sources(split: Split) -> NDArray[np.int64]:
-    """Return the indices of a split's handwritten pictures."""
+    """Return the indices of a split's handwritten images."""
     indices = np.arange(len(load_digits()[1]), dtype=np.int64)
     chosen: NDArray[np.int64] = indices[(indices % TEST_SHARE == 0) == (split == "test")]
     return chosen
@@ -218,7 +218,7 @@ def draw_objects(scene: Scene) -> Iterator[tuple[NDArray[np.float32], int, int]]
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draw a scene as an RGB picture of 64x64 pixels."""
+    """Draw a scene as an RGB image of 64x64 pixels."""
     canvas = np.empty((SIDE, SIDE, 3), np.float32)
     canvas[:] = np.asarray(BACKGROUNDS[scene.background], np.float32) / 255
     for sprite, top, left in draw_objects(scene):

@@ -1,4 +1,4 @@
-"""Ask a model a benchmark's questions and score its answers: model + tasks → `Result`."""
+"""Evaluate a model on tasks, question by question: model + tasks → `Result`."""
 
 import json
 import math
@@ -30,8 +30,9 @@ from slimvlm.evaluation.bench import stored_bytes, times_of
 from slimvlm.evaluation.on_data import answer_losses
 from slimvlm.evaluation.results import Result, TaskResult, asked_of
 from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.models.devices import digest_of_weights
 from slimvlm.models.hidden import as_inputs, evaluating, require_finite_values
-from slimvlm.models.load import anatomy, digest_of_weights
+from slimvlm.models.load import anatomy
 from slimvlm.models.parts import context_of
 
 Reached = Callable[[float], None]  # receives the share of a task's questions that are answered
@@ -48,20 +49,20 @@ def evaluate(
     log_folder: str | Path | None = None,
     floors: bool = False,
 ) -> Result:
-    """Answer every question greedily and score the answers.
+    """Reply greedily to every question and score the replies.
 
     Questions are batched by length with left padding; the result does not depend on the batch
     size beyond rounding, and is the same at every call.
 
-    Of each task, given itself or by its name in a list with commas, the first ``limit`` questions
-    are asked. With ``blind``, each is shown the pictures of another one. The score is then the
-    model's blind floor: a task that is not clearly above it measures no sight. With ``floors``,
-    every question that has pictures is asked a second time, blind, and these scores are kept with
-    those of the right pictures. Replies are appended to files in ``log_folder``, one JSON line
-    each: a stopped evaluation resumes from them, and a finished one is not repeated.
+    Tasks are given themselves or as a list of names with commas; ``limit`` takes the first
+    questions of each. With ``blind``, each question has the images of another one. The score is
+    then the model's blind floor: a task that is not clearly above it does not measure vision. With
+    ``floors``, questions with images are also evaluated blind, and both scores are stored. Replies
+    are appended to files in ``log_folder``, one JSON line each: a stopped evaluation resumes from
+    them, and a finished one is not repeated.
 
     Raises:
-        ConfigError: If an option is out of range, or pictures cannot be exchanged.
+        ConfigError: If an option is out of range, or images cannot be exchanged.
     """
     for option, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -70,14 +71,7 @@ def evaluate(
         raise ConfigError("floors: a blind result is the floor; leave out one of blind and floors")
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     folder = None if log_folder is None else Path(log_folder)
-    weights = ""
-    if folder is not None:  # replies depend on settings that lie beside the weights as well
-        of_chat = (getattr(processor, name, None) for name in ("chat_template", "template_args"))
-        own = (each.to_json_string() for each in (model.config, model.generation_config))
-        settings = [*own, *of_chat, documents.identity_of_code()]
-        if chat.can_see(processor):
-            settings.append(processor.image_processor.to_json_string())
-        weights = digest([digest_of_weights(model).encode(), settings])
+    weights = "" if folder is None else _digest_of_model(model, processor)
     first: list[Question] = []
     results = {}
     with evaluating(model), steps("evaluate", len(tasks)) as reached:
@@ -85,16 +79,14 @@ def evaluate(
             questions = list(task.load(limit))
             if not questions:
                 raise DataError(f"task {task.name!r} has no questions")
-            ((name_, count),) = Counter(question.id for question in questions).most_common(1)
-            if count > 1:  # they would share one reply
-                raise DataError(f"task {task.name!r}: two questions have the id {shortened(name_)}")
             first.append(questions[0])
             by_loss = task.metric in metrics.LIKELIHOODS
             options: dict[str, Any] = {} if by_loss else {"batch_size": batch_size}
             score = partial(_score_likelihoods if by_loss else _score_replies, model, processor)
-            rounds, sees = [questions], any(q.images for q in questions)
-            has_floor = (blind or floors) and not by_loss and sees
-            if has_floor or (blind and sees):
+            rounds = [questions]
+            sees = any(question.images for question in questions)
+            has_floor = sees and (blind or floors) and not by_loss
+            if has_floor or (sees and blind):
                 rounds = [with_other_pictures(questions), *rounds * floors]
             found = []
             for turn, asked in enumerate(rounds):
@@ -102,11 +94,20 @@ def evaluate(
                 log, parts = AnswerLog(folder, task.name, key), len(rounds)
                 scaled = lambda x, n=parts, done=number + turn / parts: reached(done + x / n)  # noqa: E731
                 found.append(score(task, asked, log, scaled, **options))
-            floor = found[0].scores if has_floor else ()
-            results[task.name] = replace(found[-1], blind_scores=floor)
+            results[task.name] = replace(found[-1], blind_scores=found[0].scores * has_floor)
             reached(number + 1)
     how = {"blind": blind, "limit": limit, "batch_size": batch_size}
     return with_costs(model, processor, results, first[0], name, **how)
+
+
+def _digest_of_model(model: PreTrainedModel, processor: Any) -> str:
+    """Hash all of a model that replies depend on: weights, settings, template and our own code."""
+    settings = [each.to_json_string() for each in (model.config, model.generation_config)]
+    settings += [getattr(processor, name, None) for name in ("chat_template", "template_args")]
+    settings.append(documents.identity_of_code())
+    if chat.can_see(processor):
+        settings.append(processor.image_processor.to_json_string())
+    return digest([digest_of_weights(model).encode(), settings])
 
 
 def _score_replies(
@@ -154,32 +155,30 @@ def _score_likelihoods(
     reached: Reached,
 ) -> TaskResult:
     """Compute loss or perplexity of the given answers (``answers[0]``) over all their tokens."""
-
-    def logged(question: Question) -> tuple[float, int] | None:  # mean loss, number of tokens
-        try:
-            loss, count = parse_json(log.replies[question.id][0])
-        except (KeyError, TypeError, ValueError):
-            return None
-        is_pair = type(loss) is float and type(count) is int
-        return (loss, count) if is_pair and math.isfinite(loss) and count >= 0 else None
-
+    means, counts = list[float](), list[int]()
     for question in progress(questions, task.name, reached=reached):
-        if logged(question) is not None:
-            continue
-        text = question.answers[0]
-        if question.prompt or question.images:
-            encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
-            _require_context(model, encoded, [question])
-        else:  # a plain passage has no chat template
-            encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
-            encoded = {n: each[:, : context_of(model.config)] for n, each in encoded.items()}
-            encoded["labels"] = encoded["input_ids"]
-        where = f"the loss of passage {question.id!r} of {task.name!r}"
-        found, counted = answer_losses(model, encoded, where)
-        count = int(counted.sum())
-        mean = float(found[..., 0].contiguous().sum()) / max(count, 1)
-        log.add([question], [(json.dumps([mean, count]), False)])
-    means, counts = zip(*(logged(question) or (0.0, 0) for question in questions), strict=True)
+        try:  # the mean loss and the number of tokens, if an earlier run logged them
+            mean, count = parse_json(log.replies[question.id][0])
+            is_known = type(mean) is float and math.isfinite(mean)
+            is_known &= type(count) is int and count >= 0
+        except (KeyError, TypeError, ValueError):
+            is_known = False
+        if not is_known:
+            text = question.answers[0]
+            if question.prompt or question.images:
+                encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
+                _require_context(model, encoded, [question])
+            else:  # a plain passage has no chat template
+                encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
+                encoded = {n: each[:, : context_of(model.config)] for n, each in encoded.items()}
+                encoded["labels"] = encoded["input_ids"]
+            where = f"the loss of passage {question.id!r} of {task.name!r}"
+            found, counted = answer_losses(model, encoded, where)
+            count = int(counted.sum())
+            mean = float(found[..., 0].contiguous().sum()) / max(count, 1)
+            log.add([question], [(json.dumps([mean, count]), False)])
+        means.append(mean)
+        counts.append(count)
     total = sum(mean * count for mean, count in zip(means, counts, strict=True))
     loss = total / max(sum(counts), 1)
     return TaskResult(
@@ -189,7 +188,7 @@ def _score_likelihoods(
         in_average=False,
         **asked_of(questions),
         replies=("",) * len(questions),
-        scores=means,
+        scores=tuple(means),
     )
 
 
@@ -224,12 +223,13 @@ def with_costs(
 ) -> Result:
     """Add parameter counts, the times for one question, and ``how`` (options) to task results."""
     shape = anatomy(model.config)  # of the configuration: quantised weights are packed
+    (times,), _ = times_of([(model, processor)], question)
     return Result(
         model=name or str(model.config._name_or_path),
         total_params=shape.total_params,
         backbone_params=shape.backbone_params,
         tasks=tasks,
-        **vars(times_of(model, processor, question)),
+        **vars(times),
         dtype=str(model.dtype).removeprefix("torch."),
         weight_bytes=stored_bytes(model),
         **how,
@@ -237,14 +237,14 @@ def with_costs(
 
 
 def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
-    """Give each question those of one half a list further on, or of the next that has others."""
+    """Give each question the images of one half a list further on, or of the next with others."""
     seeing = [question for question in questions if question.images]
     half, found = len(seeing) // 2, {}
     for i, question in enumerate(seeing):
         others = (seeing[(half + i + step) % len(seeing)].images for step in range(len(seeing)))
         images = next((each for each in others if each != question.images), None)
         if images is None:
-            told = "finds no other pictures to be asked with (see --limit)"
+            told = "finds no other images to be evaluated with (see --limit)"
             raise ConfigError(f"blind: question {question.id!r} {told}")
         found[id(question)] = replace(question, images=images)
     return [found.get(id(question), question) for question in questions]
@@ -253,7 +253,7 @@ def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
 def answer(
     model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
-    """Reply greedily to a batch of questions; say which replies are cut off at the token limit."""
+    """Reply greedily to a batch of questions; flag replies that are cut off at the token limit."""
     inputs = as_inputs(model, chat.encode_questions(processor, questions))
     _require_context(model, inputs, questions)
     tokenizer, generator = chat.tokenizer_of(processor), cast(Any, model)
@@ -333,7 +333,14 @@ def batches_by_length(
 
 
 def digest_of_questions(weights: str, task: Task, questions: Sequence[Question], **how: Any) -> str:
-    """Hash all that a task's replies depend on: the model, its questions, pictures, options."""
+    """Hash all that a task's replies depend on: the model, its questions, images, options.
+
+    Raises:
+        DataError: If two questions have one id: they would share a reply.
+    """
+    for name, count in Counter(question.id for question in questions).items():
+        if count > 1:
+            raise DataError(f"task {task.name!r}: two questions have the id {shortened(name)}")
     how |= {"max_new_tokens": task.max_new_tokens, "by_likelihood": task.by_likelihood}
     rows = ([q.id, q.prompt, q.answers, q.choices] for q in questions)
     images = (map(identifying_bytes, q.images) for q in questions)
@@ -342,23 +349,20 @@ def digest_of_questions(weights: str, task: Task, questions: Sequence[Question],
 
 
 def identities_of_tasks(asked: Questions) -> tuple[str, ...]:
-    """Hash what own tasks are made of: files, questions, pictures, metrics, the folder of tasks."""
+    """Hash what own tasks are made of: files, questions, images, metrics, the folder of tasks."""
     found = []
     for path in (part.strip() for part in asked.tasks.split(",")):
         if path.endswith((".yaml", ".yml")):
             (task,) = find_tasks(path)
             questions = digest_of_questions("", task, task.load(asked.limit))
-            found += [identity_of_files(path, path), questions, *_code_of(task.metric)]
+            found += [identity_of_files(path, path), questions]
+            # the whole package, or the one file, in which the user's own metric is
+            module, is_own, _ = task.metric.partition(":")
+            spec = find_spec(module.partition(".")[0]) if is_own else None
+            places = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
+            found += [identity_of_files(task.metric, place) for place in places]
     folder = asked.task_folder
     return (*found, *([] if folder is None else [identity_of_files(folder, folder)]))
-
-
-def _code_of(metric: str) -> list[str]:
-    """Hash the whole package, or the one file, in which a user's own metric stands."""
-    module, is_own, _ = metric.partition(":")
-    found = find_spec(module.partition(".")[0]) if is_own else None
-    places = [] if found is None else found.submodule_search_locations or [found.origin or ""]
-    return [identity_of_files(metric, place) for place in places]
 
 
 class AnswerLog:
@@ -388,10 +392,10 @@ class AnswerLog:
             return
         with explained(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        with explained(self._path), self._path.open("a") as log:
-            log.write("\n" * self._cut_short)
-            self._cut_short = False
-            for q, (reply, is_cut) in zip(questions, replies, strict=True):
-                row: dict[str, Any] = {"id": q.id, "prompt": q.prompt, "answers": q.answers}
-                row |= {"reply": reply, **({"cut": True} if is_cut else {})}
-                log.write(json.dumps(row) + "\n")
+            with self._path.open("a") as log:
+                log.write("\n" * self._cut_short)
+                self._cut_short = False
+                for q, (reply, is_cut) in zip(questions, replies, strict=True):
+                    row: dict[str, Any] = {"id": q.id, "prompt": q.prompt, "answers": q.answers}
+                    row |= {"reply": reply, **({"cut": True} if is_cut else {})}
+                    log.write(json.dumps(row) + "\n")

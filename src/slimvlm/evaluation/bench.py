@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -40,10 +39,6 @@ REPEATS, NEW_TOKENS = 6, 8  # runs of each model, and new tokens after the first
 Run = tuple[float, ...]  # milliseconds of a generation: to the first token, then of each other one
 
 
-def _decode_ms(run: Run) -> float:
-    return median(run[1:])
-
-
 def timed_run(model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens: int) -> Run:
     """Generate exactly so many tokens for a batch, at least 2, and time each step."""
     seconds: list[float] = []  # when prompt and tokens come on the CPU, so that a GPU is done too
@@ -60,7 +55,7 @@ def timed_runs(
     models: Sequence[Any], inputs: Sequence[Mapping[str, Any]], new_tokens: int, repeats: int
 ) -> list[list[Run]]:
     """Time several models in turn, each with its batch, after one run to warm up."""
-    # a machine that is slow for a while then slows all of them, and their ratios stay
+    # a machine that is slow for a while then slows all of them, and their ratios do not change
     pairs = list(zip(models, inputs, strict=True))
     for model, batch in pairs:
         timed_run(model, batch, 2)
@@ -76,16 +71,23 @@ def in_turn(runs: Sequence[Callable[[], Run]], repeats: int) -> list[list[Run]]:
     return found
 
 
-def _shares(ours: Sequence[Run], theirs: Sequence[Run]) -> Iterator[Estimate]:
-    """Divide times to read and to write by those of the same rounds: median, smallest, largest."""
-    for time_of in (itemgetter(0), _decode_ms):
-        shares = [time_of(a) / time_of(b) for a, b in zip(ours, theirs, strict=True)]
-        yield Estimate(median(shares), min(shares), max(shares))
+def _by_phase(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
+    """Return the prefill time and the median time of a decoding step of each run."""
+    return [run[0] for run in runs], [median(run[1:]) for run in runs]
+
+
+def _shares(ours: Sequence[Run], theirs: Sequence[Run]) -> list[Estimate]:
+    """Divide both times by those of the same rounds: median, smallest and largest share."""
+    found = []
+    for times in zip(_by_phase(ours), _by_phase(theirs), strict=True):
+        shares = [a / b for a, b in zip(*times, strict=True)]
+        found.append(Estimate(median(shares), min(shares), max(shares)))
+    return found
 
 
 @dataclass(frozen=True)
 class PairedTimes:
-    """Times of an original and a smaller model that ran in turn, and their shares."""
+    """Times of an original and a compressed model that ran in turn, and their shares."""
 
     original: Times
     pruned: Times
@@ -95,8 +97,8 @@ class PairedTimes:
     def __str__(self) -> str:
         """Complete a sentence that begins "the smaller model"."""
         read, write = (f"{ms:.1f} ms" for ms in (self.pruned.prefill_ms, self.pruned.decode_ms))
-        told = f"reads a question in {self.prefill} of the original's time ({read})"
-        return f"{told}, writes a token in {self.decode} ({write})"
+        told = f"prefills in {self.prefill} of the original's time ({read})"
+        return f"{told}, decodes a token in {self.decode} ({write})"
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON."""
@@ -108,11 +110,6 @@ class PairedTimes:
         return built(cls, read_object(path, "times"), f"times {str(path)!r}")
 
 
-def times_of(model: PreTrainedModel, processor: Any, question: Question) -> Times:
-    """Time one model by itself."""
-    return _summary(*_runs([(model, processor)], question))
-
-
 def paired_times(
     model: PreTrainedModel,
     processor: Any,
@@ -120,25 +117,32 @@ def paired_times(
     original_processor: Any,
     size: tuple[int, int] = chat.USUAL_SIZE,
 ) -> PairedTimes:
-    """Time a smaller model and its original in turn, each with its own processor."""
+    """Time a compressed model and its original in turn, each with its own processor."""
     pairs = [(original, original_processor), (model, processor)]
-    theirs, ours = _runs(pairs, chat.plain_question(original_processor, size))
-    return PairedTimes(_summary(theirs), _summary(ours), *_shares(ours, theirs))
+    found, (theirs, ours) = times_of(pairs, chat.plain_question(original_processor, size))
+    return PairedTimes(*found, *_shares(ours, theirs))
 
 
-def _runs(pairs: Sequence[tuple[PreTrainedModel, Any]], question: Question) -> list[list[Run]]:
+def times_of(
+    pairs: Sequence[tuple[PreTrainedModel, Any]], question: Question
+) -> tuple[list[Times], list[list[Run]]]:
+    """Time models with their processors in turn on one question; also return all runs."""
     models = [model for model, _ in pairs]
     inputs = [as_inputs(m, chat.encode_questions(p, [question])) for m, p in pairs]
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
-        return timed_runs(models, inputs, 1 + NEW_TOKENS, REPEATS)
-
-
-def _summary(runs: Sequence[Run]) -> Times:
-    reading, writing = [run[0] for run in runs], list(map(_decode_ms, runs))
-    ends = (min(reading), max(reading)), (min(writing), max(writing))
-    return Times(median(reading), median(writing), *ends)
+        runs = timed_runs(models, inputs, 1 + NEW_TOKENS, REPEATS)
+    found = []
+    for prefill, decode in map(_by_phase, runs):
+        times = Times(
+            prefill_ms=median(prefill),
+            decode_ms=median(decode),
+            prefill_range_ms=(min(prefill), max(prefill)),
+            decode_range_ms=(min(decode), max(decode)),
+        )
+        found.append(times)
+    return found, runs
 
 
 def stored_bytes(*modules: nn.Module) -> int:
@@ -268,10 +272,9 @@ def bench(
 ) -> Bench:
     """Time prefill and decoding; with a baseline, both in turn in this process.
 
-    Prompts are random tokens, so the vision tower, which pruning does not change, is not timed.
-    Answers have a fixed length. A shared machine that is slow for a while slows both models, and a
-    speed-up is the median of the ratios of neighbouring runs. ``names`` are those of model and
-    baseline in the result.
+    Prompts are random tokens, so the vision tower is not timed. Replies have a fixed length. A
+    shared machine that is slow for a while slows both models, and a speed-up is the median of the
+    ratios of neighbouring runs. ``names`` are those of model and baseline in the result.
 
     Raises:
         ConfigError: If the workload is out of range or the two are on different devices.
@@ -324,7 +327,7 @@ def summarised(
         speeds = []
         for size, its in runs.items():
             whole = [1e3 * size * workload.new_tokens / sum(run) for run in its[i]]
-            times = median(run[0] for run in its[i]), median(map(_decode_ms, its[i]))
+            times = map(median, _by_phase(its[i]))
             speeds.append(Speed(size, *times, median(whole), peaks[size][i]))
         footprint = Footprint(
             model=side.name,
@@ -356,8 +359,8 @@ def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
         ["all parameters", *(f"{m.total_params / 1e6:.1f} M" for m in models), *pad],
         ["backbone parameters", *(f"{m.backbone_params / 1e6:.1f} M" for m in models), *pad],
         ["weights MiB", *(f"{m.weight_bytes / 2**20:.1f}" for m in models), *pad],
-        ["GFLOP to read a prompt", *(f"{m.prefill_flops / 1e9:.2f}" for m in models), *pad],
-        ["GFLOP of a further token", *(f"{m.decode_flops / 1e9:.3f}" for m in models), *pad],
+        ["GFLOP of prefill", *(f"{m.prefill_flops / 1e9:.2f}" for m in models), *pad],
+        ["GFLOP per decoded token", *(f"{m.decode_flops / 1e9:.3f}" for m in models), *pad],
     ]
     for index, size in enumerate(speed.batch_size for speed in result.model.speeds):
         speeds, read, write = [m.speeds[index] for m in models], pad, pad
@@ -368,7 +371,7 @@ def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
         at = f"batch {size}: "
         rows += [
             [at + "prefill ms", *(f"{s.prefill_ms:.1f}" for s in speeds), *read],
-            [at + "decode ms a token", *(f"{s.decode_ms:.1f}" for s in speeds), *write],
+            [at + "decode ms per token", *(f"{s.decode_ms:.1f}" for s in speeds), *write],
             [at + "new tokens/s", *(f"{s.tokens_per_second:.1f}" for s in speeds), *pad],
             [at + "peak MiB", *(f"{s.peak_bytes / 2**20:.1f}" for s in speeds), *pad],
         ]

@@ -9,8 +9,15 @@ from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.ask import with_other_pictures
-from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Difference, normalise, signed
-from slimvlm.evaluation.results import Kind, Result, average_of, require_same_task, task_difference
+from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Estimate, normalise, signed
+from slimvlm.evaluation.results import (
+    Kind,
+    Result,
+    TaskResult,
+    average_of,
+    require_same_task,
+    task_difference,
+)
 
 Change = Literal["lost", "gained", "both wrong", "both right"]
 CHANGES: tuple[Change, ...] = get_args(Change)  # outcomes of an answer, the most telling first
@@ -40,8 +47,8 @@ class _Answered:
     """Questions that both models answered, in the task's order."""
 
     pairs: tuple[Pair, ...]
-    difference: Difference  # B - A, in points; of several tasks that of AVG
-    note: str = ""  # why questions and pictures are missing, or which model was asked blind
+    difference: Estimate  # B - A, in points; of several tasks that of AVG
+    note: str = ""  # why questions and images are missing, or which model was evaluated blind
 
     @property
     def counts(self) -> dict[Change, int]:
@@ -78,46 +85,29 @@ class Comparison(_Answered):
     params_b: int
     tasks: Mapping[str, TaskComparison]
     left_out: Mapping[str, str]  # why a task is not compared, by its name
-    kept: Mapping[Kind, metrics.Retention]  # AVG-% of B; empty if only one was asked blind
+    kept: Mapping[Kind, metrics.Retention]  # AVG-% of B; empty if only one was evaluated blind
 
 
 def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
-    """Pair the answers of two models; ``tasks`` give questions and pictures where unchanged.
+    """Pair the answers of two models; ``tasks`` give questions and images where unchanged.
 
     Likelihoods, and tasks that only one model answered, have no pairs: `Comparison.left_out` names
-    them. If one model was asked blind, `Pair.question` has the pictures that the other one saw; if
-    both were, those of other questions that both were shown.
+    them. If one model was evaluated blind, `Pair.question` has the images that the other one saw;
+    if both were, those of other questions that both were shown.
     """
     left_out: dict[str, str] = {}
     found: dict[str, TaskComparison] = {}
     for name in dict.fromkeys([*a.tasks, *b.tasks]):
         ours, theirs = a.tasks.get(name), b.tasks.get(name)
         if ours is None or theirs is None:
-            left_out[name] = f"only {'B' if ours is None else 'A'} answered it"
+            left_out[name] = f"only {'B' if ours is None else 'A'} has results of it"
             continue
         require_same_task(name, theirs, ours, a.blind == b.blind)
         if ours.metric in LIKELIHOODS:
             scores = f"{ours.metric} {ours.score:.2f} of A, {theirs.score:.2f} of B"
             left_out[name] = f"{scores} (lower is better)"
             continue
-        # the questions by id, with the pictures shown; or none, and why
-        questions, why, task = dict[str, Question](), "the task is not known here", tasks.get(name)
-        if task is not None and task.metric != ours.metric:
-            why = f"the task is now scored by {task.metric!r}"
-        elif task is not None:
-            try:  # its files may have gone
-                loaded = list(task.load(len(ours.ids)))
-                shown = with_other_pictures(loaded) if a.blind and b.blind else loaded
-                known = {question.id: question for question in shown}
-                score = metrics.metric_named(ours.metric)
-                why = "the task has changed since it was answered"
-                if all(
-                    key in known and abs(score(reply, known[key]) - stored) < 1e-6
-                    for key, reply, stored in zip(ours.ids, ours.replies, ours.scores, strict=True)
-                ):
-                    questions, why = known, ""
-            except SlimError as error:
-                why = str(error)
+        questions, why = _questions_of(tasks.get(name), ours, a.blind and b.blind)
         asked = [questions.get(key, Question(key, "", ())) for key in ours.ids]
         full = MME_FULL_SCORES.get(name, 100.0) / 100
         right_a, right_b = ([s / full for s in each.scores] for each in (ours, theirs))
@@ -128,18 +118,18 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
             score_b=theirs.score,
             difference=task_difference(name, theirs, ours),
             pairs=tuple(map(Pair, asked, ours.replies, theirs.replies, right_a, right_b)),
-            note=why and f"questions and pictures are not shown: {why}",
+            note=why and f"questions and images are not shown: {why}",
         )
     if not found:
         raise ConfigError(f"results of {a.model!r} and {b.model!r}: no task has answers of both")
     pairs = tuple(chain(*(task.pairs for task in found.values())))
     note = ""
     if a.blind and b.blind:
-        note = "A and B were asked blind: pictures are those of other questions, as both saw them"
+        note = "A and B were evaluated blind: images are those of other questions, as both saw them"
     elif a.blind or b.blind:
         blind, other = ("A", "B") if a.blind else ("B", "A")
-        note = f"{blind} was asked blind, with the pictures of other questions; "
-        note += f"pictures are those that {other} saw"
+        note = f"{blind} was evaluated blind, with the images of other questions; "
+        note += f"images are those that {other} saw"
     return Comparison(
         name_a=a.model,
         name_b=b.model,
@@ -154,11 +144,31 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
     )
 
 
+def _questions_of(
+    task: Task | None, answered: TaskResult, blind: bool
+) -> tuple[Mapping[str, Question], str]:
+    """Load a task's questions by id, as they were shown; or none, and why."""
+    if task is None:
+        return {}, "the task is not known here"
+    if task.metric != answered.metric:
+        return {}, f"the task is now scored by {task.metric!r}"
+    try:  # its files may be missing
+        loaded = list(task.load(len(answered.ids)))
+        known = {q.id: q for q in (with_other_pictures(loaded) if blind else loaded)}
+        score = metrics.metric_named(task.metric)
+        stored = zip(answered.ids, answered.replies, answered.scores, strict=True)
+        if all(n in known and abs(score(r, known[n]) - value) < 1e-6 for n, r, value in stored):
+            return known, ""
+    except SlimError as error:
+        return {}, str(error)
+    return {}, "the task has changed since it was evaluated"
+
+
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """Give the figures of a comparison as plain values, and the ids lost and gained."""
 
     def figures(of: TaskComparison | Comparison) -> dict[str, Any]:
-        change = {**vars(of.difference), "significant": of.difference.significant}
+        change = {**of.difference.as_points(), "significant": of.difference.significant}
         return {**change, "flips": of.flips, "counts": of.counts}
 
     tasks = {}

@@ -1,7 +1,8 @@
 """Accept a model, or not, by its figures: requirements such as ``agreement >= 95%``.
 
-A requirement is the name of a figure, ``>=`` or ``<=``, and a bound. Figures in percent take the
-share ``0.95``, too; ``1.1x`` is a multiple of the baseline's. The figure decides, not its interval.
+A requirement is the name of a figure, ``>=`` or ``<=``, and a bound. Figures in percent also
+take the share ``0.95``; ``1.1x`` is a multiple of the baseline's. The figure decides, not its
+interval.
 """
 
 import math
@@ -40,7 +41,7 @@ def parse(
             raise ConfigError(f"{where} must be as 'agreement >= 95%' or 'loss <= 1.1x'")
         name, sign, number, unit = match.groups()
         if name not in known:
-            names = ", ".join(known) or "those of --tasks, or of --data with unseen samples"
+            names = ", ".join(known) or "those of --tasks, or of --data with test samples"
             raise ConfigError(f"{where}: figure {name!r} must be one of: {names}")
         bound, compares = float(number), name in COMPARED
         if bound > 1e9:
@@ -60,7 +61,7 @@ def parse(
 def judge(
     texts: Iterable[str], results: Mapping[str, Result], on_data: Mapping[str, DataResult], say: Say
 ) -> None:
-    """Say which requirements the last model meets, beside the first; raise those that it misses."""
+    """Report which requirements the last model meets, against the first; raise those it misses."""
     tasks, data, failed = [*results.values()], [*on_data.values()], list[str]()
     known = in_percent(tasks[-1].tasks if tasks else {}, bool(data))
     for name, sign, bound, unit in parse(texts, known):

@@ -1,4 +1,4 @@
-"""Run the study's nine benchmarks through lmms-eval: model + names → the same `TaskResult`s."""
+"""Run the paper's nine benchmarks through lmms-eval: model + names → the same `TaskResult`s."""
 
 import contextlib
 import os
@@ -32,13 +32,26 @@ from slimvlm.evaluation.results import Result, TaskResult
 from slimvlm.models.hidden import evaluating
 
 LONGEST_REPLY = 1024  # longest reply in tokens, MathVista would allow 16384; cut ones are counted
-Values = Sequence[Any]
-"""One entry for each question, as a task stores them for a metric: numbers, or dictionaries."""
 
 
-def _numbers(values: Values) -> list[float]:
-    """Read scores that are numbers, or have a usual name."""
-    found = []
+def _scores(read: str, values: Sequence[Any]) -> list[float]:
+    """Read one score for each question from what a task stores for its metric."""
+    if read == "mmmu":
+        from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
+
+        return [float(evaluate_mmmu([value])[1]["acc"]) for value in values]
+    if read == "mme":  # 100 x the mean of these is the MME score, which adds up, over categories,
+        # the percentages of right answers and of images with both answers right
+        keys = [(value["category"], value["question_id"]) for value in values]
+        images = Counter(category for category, _ in set(keys))
+        right = Counter[tuple[str, str]]()
+        for key, value in zip(keys, values, strict=True):
+            right[key] += int(value["score"])
+        return [
+            len(values) / 100 * 50 * (value["score"] + (right[key] == 2)) / images[key[0]]
+            for key, value in zip(keys, values, strict=True)
+        ]
+    found = []  # numbers, or mappings with a usual name
     for value in values:
         if isinstance(value, Mapping):
             value = value.get("score", value.get("true_false"))
@@ -46,29 +59,6 @@ def _numbers(values: Values) -> list[float]:
             raise ConfigError("the task's metric keeps no number for each question")
         found.append(float(value))
     return found
-
-
-def _mmmu(values: Values) -> list[float]:
-    from lmms_eval.tasks.mmmu.utils import evaluate_mmmu
-
-    return [float(evaluate_mmmu([value])[1]["acc"]) for value in values]
-
-
-def _mme(values: Values) -> list[float]:
-    """Compute each question's share of the MME score; 100 x the mean is that score."""
-    # MME adds up, over categories, the percentages of right answers and of pictures with both right
-    keys = [(value["category"], value["question_id"]) for value in values]
-    pictures = Counter(category for category, _ in set(keys))
-    right = Counter[tuple[str, str]]()
-    for key, value in zip(keys, values, strict=True):
-        right[key] += int(value["score"])
-    return [
-        len(values) / 100 * 50 * (value["score"] + (right[key] == 2)) / pictures[key[0]]
-        for key, value in zip(keys, values, strict=True)
-    ]
-
-
-_READERS = {"numbers": _numbers, "mmmu": _mmmu, "mme": _mme}  # give one score for each question
 
 
 @dataclass(frozen=True)
@@ -79,26 +69,22 @@ class LmmsRow:
     metric: str = ""  # key of the score in its results; the task's first metric if empty
     full: float = 1.0  # score of a perfect model
     chance: float = 0.0  # score of guessing, in percent of the full score
-    read: str = "numbers"  # of `_READERS`
+    read: str = "numbers"  # how `_scores` reads them: numbers, mmmu or mme
     details: Mapping[str, str] = field(default_factory=dict)  # further metrics on the same scale
     together: int = 1  # questions that are scored as one; a limit must be a multiple
     needs_judge: bool = False  # whether another language model reads the replies
 
 
 LMMS_TASKS = {key: LmmsRow(**row) for key, row in read_table(__file__, "lmms.yaml").items()}
-"""The study's benchmarks; ``mme`` names both of its halves."""
+"""The paper's benchmarks; ``mme`` names both of its halves."""
 
 
 def split_names(names: str) -> tuple[str, list[str]]:
     """Separate a comma-separated list into our own tasks and those of lmms-eval."""
     parts = [part.strip() for part in names.split(",") if part.strip()]
-    theirs = [part for part in parts if _rows_named(part)]
-    return ",".join(part for part in parts if part not in theirs), theirs
-
-
-def _rows_named(name: str) -> dict[str, LmmsRow]:
-    """Find rows by key, or by task: two for ``mme``."""
-    return {key: row for key, row in LMMS_TASKS.items() if name in (key, row.task)}
+    known = {*LMMS_TASKS, *(row.task for row in LMMS_TASKS.values())}
+    theirs = [part for part in parts if part in known]
+    return ",".join(part for part in parts if part not in known), theirs
 
 
 def check_names(
@@ -113,7 +99,10 @@ def check_names(
     subtasks = [] if own is None else list(own.all_subtasks)
     rows: dict[str, LmmsRow] = {}
     for name in names:
-        found = _rows_named(name) or ({name: LmmsRow(name)} if name in subtasks else {})
+        # by key, or by task: two for mme
+        found = {key: row for key, row in LMMS_TASKS.items() if name in (key, row.task)}
+        if not found and name in subtasks:
+            found = {name: LmmsRow(name)}
         if not found:
             known = ", ".join([*LMMS_TASKS, *subtasks])
             raise ConfigError(f"task {name!r} is not known. Choose from: mme, {known}")
@@ -182,35 +171,48 @@ def evaluate_with_lmms(
                     process_docs_parallel=1,
                     **dict.fromkeys(seeds),
                 )
-            samples: dict[int, Mapping[str, Any]] = {}
-            for sample in output["samples"][name]:  # once for each filter; the first one counts
-                samples.setdefault(int(sample["doc_id"]), sample)
-            totals: dict[str, Any] = {}
-            for key, value in output["results"][name].items():  # keys are "metric,filter"
-                totals.setdefault(key.split(",")[0], value)
-            asked = {key: row for key, row in rows.items() if row.task == name}
-            for key, row in asked.items():
-                metric = row.metric or next(iter(task.aggregation()))
-                if metric not in totals:
-                    continue
-                scored = [index for index in sorted(samples) if metric in samples[index]]
-                scale = MME_FULL_SCORES.get(key, 100.0) / row.full
-                results[key] = TaskResult(
-                    metric=metric,
-                    score=scale * float(totals[metric] or 0.0),  # MathVista says None for zero
-                    chance=row.chance,
-                    in_average=True,
-                    ids=tuple(map(str, scored)),
-                    replies=tuple(replies[index][0] for index in scored),
-                    cut=sum(replies[index][1] for index in scored),
-                    scores=tuple(_READERS[row.read]([samples[index][metric] for index in scored])),
-                    details={k: scale * float(totals[other]) for k, other in row.details.items()},
-                    offered=task.OUTPUT_TYPE == "multiple_choice",
-                )
-            if results.keys().isdisjoint(asked):
-                wanted = ", ".join(row.metric for row in asked.values())
-                raise ConfigError(f"task {name!r}: lmms-eval gave no {wanted} on these questions")
+            of_task = {key: row for key, row in rows.items() if row.task == name}
+            results |= _results(of_task, task, output, replies)
     return {key: results[key] for key in rows if key in results}
+
+
+def _results(
+    rows: Mapping[str, LmmsRow],
+    task: Any,
+    output: Mapping[str, Any],
+    replies: Mapping[int, tuple[str, bool]],
+) -> dict[str, TaskResult]:
+    """Read the results of the rows of one task from the runner's output."""
+    name = next(iter(rows.values())).task
+    samples: dict[int, Mapping[str, Any]] = {}
+    for sample in output["samples"][name]:  # once for each filter; the first one counts
+        samples.setdefault(int(sample["doc_id"]), sample)
+    totals: dict[str, Any] = {}
+    for key, value in output["results"][name].items():  # keys are "metric,filter"
+        totals.setdefault(key.split(",")[0], value)
+    results = {}
+    for key, row in rows.items():
+        metric = row.metric or next(iter(task.aggregation()))
+        if metric not in totals:
+            continue
+        scored = [index for index in sorted(samples) if metric in samples[index]]
+        scale = MME_FULL_SCORES.get(key, 100.0) / row.full
+        results[key] = TaskResult(
+            metric=metric,
+            score=scale * float(totals[metric] or 0.0),  # MathVista says None for zero
+            chance=row.chance,
+            in_average=True,
+            ids=tuple(map(str, scored)),
+            replies=tuple(replies[index][0] for index in scored),
+            cut=sum(replies[index][1] for index in scored),
+            scores=tuple(_scores(row.read, [samples[index][metric] for index in scored])),
+            details={k: scale * float(totals[other]) for k, other in row.details.items()},
+            offered=task.OUTPUT_TYPE == "multiple_choice",
+        )
+    if not results:
+        wanted = ", ".join(row.metric for row in rows.values())
+        raise ConfigError(f"task {name!r}: lmms-eval gave no {wanted} on these questions")
+    return results
 
 
 def evaluate_all(
@@ -222,19 +224,18 @@ def evaluate_all(
     blind: bool = False,
 ) -> Result:
     """Evaluate on our own tasks and on lmms-eval's; a log, floors and ``blind`` are for ours."""
-    (own, theirs), result = split_names(asked.tasks), None
+    own, theirs = split_names(asked.tasks)
     processor = with_arguments(processor, asked.template_args)
     how: dict[str, Any] = {"limit": asked.limit, "batch_size": asked.batch_size}
-    if own or not theirs:
-        ours = (name, blind, log_folder, asked.floors)
-        result = evaluate(model, processor, own, asked.limit, asked.batch_size, *ours)
-    if result is not None and not theirs:
-        return result
-    found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
-    if result is not None:
-        return replace(result, tasks={**result.tasks, **found})
-    # without a question of our own, times are measured on a grey picture
-    return with_costs(model, processor, found, plain_question(processor), name, **how)
+    if not own and theirs:  # without a question of our own, times are measured on a grey image
+        found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
+        return with_costs(model, processor, found, plain_question(processor), name, **how)
+    ours = (asked.limit, asked.batch_size, name, blind, log_folder, asked.floors)
+    result = evaluate(model, processor, own, *ours)
+    if theirs:
+        found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
+        result = replace(result, tasks={**result.tasks, **found})
+    return result
 
 
 def _own_tasks(task_folder: str | Path | None) -> Any:
@@ -270,34 +271,31 @@ def adapter(
         accelerator = None  # else the runner makes one, and with it global state
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            options = requests[0].args[1]  # all requests are of one task
+            options = requests[0].args[1]
             longest = min(int(options.get("max_new_tokens", LONGEST_REPLY)), LONGEST_REPLY)
             stops = options.get("until") or ()
             stops = [stops] if isinstance(stops, str) else stops
             found = [("", False)] * len(requests)
-            prompts, task = [request.args[0] for request in requests], requests[0].args[4]
-            for batch in batches_by_length(prompts, batch_size, str(task)):
-                asked = [_asked(requests[i].args, self.task_dict)[0] for i in batch]
-                answers = answer(model, processor, asked, longest)
-                for index, (whole, is_cut) in zip(batch, answers, strict=True):
+            for batch in _batches(requests, self.task_dict, batch_size):
+                answers = answer(model, processor, [asked for _, asked, _ in batch], longest)
+                for (place, *_), (whole, is_cut) in zip(batch, answers, strict=True):
                     text = answer_of(whole)
                     for stop in filter(None, stops):
                         is_cut &= stop not in text
                         text = text.split(stop)[0]
-                    found[index] = text.strip(), is_cut
+                    found[place] = text.strip(), is_cut
             replies.update((r.args[3], reply) for r, reply in zip(requests, found, strict=True))
             return [text for text, _ in found]
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-            found = [(0.0, False)] * len(requests)
-            prompts, task = [request.args[0] for request in requests], requests[0].args[4]
-            for batch in batches_by_length(prompts, batch_size, str(task)):
-                asked = [_asked(requests[i].args, self.task_dict) for i in batch]
-                # The chat template sets its own space before the answer.
-                pairs = [(question, str(text).strip()) for question, text in asked]
-                for index, value in zip(batch, likelihoods(model, processor, pairs), strict=True):
-                    found[index] = value
+            found: list[Any] = [None] * len(requests)
             best: dict[int, float] = {}  # the likeliest continuation is the reply
+            for batch in _batches(requests, self.task_dict, batch_size):
+                # The chat template sets its own space before the answer.
+                pairs = [(question, str(text).strip()) for _, question, text in batch]
+                values = likelihoods(model, processor, pairs)
+                for (place, *_), value in zip(batch, values, strict=True):
+                    found[place] = value
             for request, (likelihood, _) in zip(requests, found, strict=True):
                 number, text = request.args[3], str(request.args[1]).strip()
                 if number not in best or likelihood > best[number]:
@@ -313,20 +311,27 @@ def adapter(
     return Adapter()
 
 
-def _asked(arguments: tuple[Any, ...], documents: Mapping[str, Any]) -> tuple[Question, Any]:
-    """Turn a request into a question, and the text or options that come with it."""
-    prompt, text, pictures_of, index, task, split = arguments
-    document = documents[task][split][index]
-    shown = pictures_of(document) or ()
-    if not all(isinstance(picture, Image.Image) for picture in shown):
-        raise ConfigError(f"task {task!r} shows something else than pictures")
-    question = Question(id=str(index), prompt=prompt, answers=(), images=tuple(shown))
-    return question, text(document) if callable(text) else text
+def _batches(
+    requests: Sequence[Any], documents: Mapping[str, Any], batch_size: int
+) -> Iterator[list[tuple[int, Question, Any]]]:
+    """Batch requests, all of one task: place, question, and the text or options that it has."""
+    prompts, task = [request.args[0] for request in requests], str(requests[0].args[4])
+    for batch in batches_by_length(prompts, batch_size, task):
+        found = []
+        for place in batch:
+            prompt, text, images_of, index, task, split = requests[place].args
+            document = documents[task][split][index]
+            shown = images_of(document) or ()
+            if not all(isinstance(image, Image.Image) for image in shown):
+                raise ConfigError(f"task {task!r} shows something other than images")
+            question = Question(id=str(index), prompt=prompt, answers=(), images=tuple(shown))
+            found.append((place, question, text(document) if callable(text) else text))
+        yield found
 
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Let lmms-eval log nothing and print to stderr, and Pillow accept truncated pictures."""
+    """Let lmms-eval log nothing and print to stderr, and Pillow accept truncated images."""
     from loguru import logger
 
     before = ImageFile.LOAD_TRUNCATED_IMAGES

@@ -1,4 +1,4 @@
-"""Score a reply, average scores, and estimate the retention of a smaller model."""
+"""Score a reply, average scores, and estimate the retention of a compressed model."""
 
 import inspect
 import math
@@ -24,7 +24,7 @@ from slimvlm.core.tables import read_table
 from slimvlm.data.samples import Question
 
 MME_FULL_SCORES = {"mme_cognition": 800.0, "mme_perception": 2000.0}
-"""Scores that the study rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
+"""Scores that the paper rescales to percent before averaging (arXiv:2507.20749, Sec. 4)."""
 
 _PATTERNS = read_table(__file__, "replies.yaml")
 _LETTERS = {k: v.replace("LETTER", _PATTERNS["letter"]) for k, v in _PATTERNS["letters"].items()}
@@ -128,18 +128,15 @@ def anls(reply: str, question: Question) -> float:
 
 def f1(reply: str, question: Question) -> float:
     """F1 between the words, without articles, of reply and best answer (arXiv:1606.05250, 6.1)."""
-    found = _counted(reply)
-    return max((_f1(found, _counted(answer)) for answer in question.answers), default=0.0)
+    words = (_words(text, "") for text in (reply, *question.answers))
+    counts = (Counter([w for w in each if w not in ("a", "an", "the")] or each) for each in words)
+    found, *wanted = counts
+    return max((_f1(found, each) for each in wanted), default=0.0)
 
 
 def _f1(found: Counter[str], wanted: Counter[str]) -> float:
     hits = (found & wanted).total()
     return 2 * hits / (found.total() + wanted.total()) if hits else 0.0
-
-
-def _counted(text: str) -> Counter[str]:
-    words = _words(text, "")
-    return Counter([word for word in words if word not in ("a", "an", "the")] or words)
 
 
 def _words(text: str, gap: str) -> list[str]:
@@ -248,31 +245,26 @@ def majority_score(metric: str, questions: Sequence[Question]) -> float | None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its interval, if it has one."""
+    """A figure and its interval, if it has one; a difference of scores is in percentage points."""
 
     value: float
     low: float | None = None
     high: float | None = None
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes 0."""
+        return (self.low or 0.0) > 0 or (self.high or 0.0) < 0
+
+    def as_points(self) -> dict[str, float | None]:
+        """Give a difference of scores as plain values."""
+        return {"points": self.value, "low": self.low, "high": self.high}
 
     def __format__(self, spec: str) -> str:
         """Format figure and interval alike."""
         known = (number for number in (self.value, self.low, self.high) if number is not None)
         value, *ends = (format(number, spec or ".2f") for number in known)
         return f"{value} [{', '.join(ends)}]" if ends else value
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean difference of scores in percentage points, with its 95 % interval."""
-
-    points: float
-    low: float
-    high: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -308,11 +300,11 @@ def kept_text(percent: float | None, low: float | None, high: float | None) -> s
     return f"{Estimate(percent, low, high):.1f}"
 
 
-# Intervals: Student's t on a delete-one jackknife over pictures; wider than a bootstrap's for few.
+# Intervals: Student's t on a delete-one jackknife over images; wider than a bootstrap's for few.
 
 Values = NDArray[np.float64]
 Groups = Mapping[str, Sequence[str]]
-"""By task, the picture of each question: questions of one picture are no independent evidence."""
+"""By task, the image of each question: questions about one image are no independent evidence."""
 
 
 def t_quantile(freedom: int) -> float:
@@ -344,7 +336,7 @@ def _shares(
 
     Two questions are added on which the first ``answered`` rows differ (Bonett and Price 2012):
     else answers that are all alike would leave no doubt, however few they are. They are divided
-    among the ``parts`` of an average, and weigh more where questions share pictures.
+    among the ``parts`` of an average, and weigh more where questions share images.
     """
     table = _by_group(rows, groups)
     sums, sizes, scale = table[:-1], table[-1], np.ones(table.shape[1])
@@ -371,12 +363,6 @@ def _averages(
     means, centres, spreads, freedoms = zip(*found, strict=True)
     covariance = np.sum(spreads, 0) / parts**2
     return np.mean(means, 0), np.mean(centres, 0), covariance, t_quantile(sum(freedoms))
-
-
-def _bounds(value: float, centre: float, variance: float, times: float) -> tuple[float, float]:
-    """Compute the interval of a share, or of a difference of two, which has the value in it."""
-    reach = times * math.sqrt(variance)
-    return min(centre - reach, value), max(centre + reach, value)
 
 
 def _quotient(centre: Values, covariance: Values, times: float) -> tuple[float, float]:
@@ -437,41 +423,28 @@ def average_difference(
     b: Mapping[str, Sequence[float]],
     groups: Groups | None = None,
     bounded: bool = True,
-) -> Difference:
+) -> Estimate:
     """Compute AVG of ``b``, minus that of ``a`` if given; losses are not ``bounded`` by 0 and 1."""
     models = [b] if a is None else [b, a]
     sign = np.array([1, -1])[: len(models)]
     means, centre, covariance, times = _averages(models, groups, len(models) * bounded)
     mean, middle, variance = map(float, (sign @ means, sign @ centre, sign @ covariance @ sign))
-    ends = _bounds(mean, middle, variance, times)
-    least = -1.0 if len(models) > 1 else 0.0
-    low, high = (max(ends[0], least), min(ends[1], 1.0)) if bounded else ends
-    return Difference(100 * mean, 100 * low, 100 * high)
-
-
-def paired_difference(
-    a: Sequence[float] | None,
-    b: Sequence[float],
-    groups: Sequence[str] = (),
-    name: str = "",
-    bounded: bool = True,
-) -> Difference:
-    """Compute the mean of ``b - a`` over questions; halves of MME, by ``name``, in their points."""
-    if not len(b) or (a is not None and len(a) != len(b)):
-        raise ValueError(f"scores must be of the same questions: {len(a or ())} and {len(b)}")
-    theirs = None if a is None else {name: a}
-    found = average_difference(theirs, {name: b}, {name: groups}, bounded)
-    scale = MME_FULL_SCORES.get(name, 100.0) / 100
-    return Difference(*(scale * each for each in vars(found).values()))
+    reach = times * math.sqrt(variance)
+    low, high = min(middle - reach, mean), max(middle + reach, mean)
+    if bounded:
+        low, high = max(low, 1.0 - len(models)), min(high, 1.0)
+    return Estimate(100 * mean, 100 * low, 100 * high)
 
 
 def share_interval(hits: Values, counts: Values, groups: Sequence[str]) -> Estimate:
     """Compute the share of hits among counts, in percent, and its interval over groups."""
     share = float(hits.sum() / counts.sum())
     (centre,), spread, freedom = _shares(np.stack([hits, counts]), groups, 1)
-    low, high = _bounds(share, float(centre), float(spread.sum()), t_quantile(freedom))
-    ends = (100 * max(low, 0.0), 100 * min(high, 1.0)) if freedom else ()
-    return Estimate(100 * share, *ends)
+    if not freedom:
+        return Estimate(100 * share)
+    reach = t_quantile(freedom) * math.sqrt(float(spread.sum()))
+    low, high = max(min(centre - reach, share), 0.0), min(max(centre + reach, share), 1.0)
+    return Estimate(100 * share, float(100 * low), float(100 * high))
 
 
 def ratio_interval(

@@ -71,7 +71,7 @@ def evaluate_data(
 
     ``baseline`` is the model to compare with, usually the original, with a processor of its own if
     ``baseline_processor`` is given; or its predictions on the same samples, from `predictions_of`.
-    The result calls the model ``name``. Intervals are over samples; those of the same pictures
+    The result calls the model ``name``. Intervals are over samples; those of the same images
     count as one.
 
     Raises:
@@ -185,7 +185,7 @@ class OnSample:
     same: int | None = None  # positions at which both models have the same likeliest token
     divergence: float | None = None  # mean KL(baseline ‖ model) at these positions, in nats
     baseline_tokens: Annotated[int, Field(ge=1)] | None = None  # as many where None
-    picture: str = ""  # a digest of its pictures
+    picture: str = ""  # a digest of its images
 
     def __post_init__(self) -> None:
         numbers = [self.loss, self.baseline_loss, self.divergence]
@@ -373,7 +373,7 @@ def _live(
 def batches_of(
     processor: Any, samples: Sequence[Given], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Encode samples with labels; those of like length run together, with pictures or without."""
+    """Encode samples with labels; those of like length run together, with images or without."""
     if batch_size < 1:
         raise ConfigError(f"batch_size {batch_size} must be at least 1")
     if not samples:

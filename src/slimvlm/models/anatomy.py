@@ -1,7 +1,7 @@
 """Read a model's layers, head geometry, widths and parameter counts.
 
-An `Anatomy` is read off a model's modules, so that it is right for pruned models, too; a model on
-the meta device will do.
+An `Anatomy` is read off a model's modules and so also right for pruned models. A model on the meta
+device will do.
 
 Only this module turns head geometry into indices. Along its divided dimension a projection is a row
 of segments (`slimvlm.models.families.Projection`). In a segment, unit ``u`` owns the channels
@@ -10,7 +10,7 @@ of segments (`slimvlm.models.families.Projection`). In a segment, unit ``u`` own
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Annotated, Any
@@ -38,12 +38,12 @@ class LayerShape:
     num_kv_heads: Width
     queries_per_group: Width  # query heads that share one KV head
     head_dim: Width  # channels of a head
-    # MLP neurons, with experts those of one; 0 if none of its neurons can go
+    # MLP neurons, with experts those of one; 0 if none of its neurons can be removed
     intermediate_size: Width
     kv_group_params: Count  # parameters of one KV group (its q, k, v rows and biases, o columns)
     neuron_params: Count  # parameters of one neuron (gate and up rows and biases, down column)
     fixed_params: Count  # parameters that no unit owns, such as norms and output biases
-    num_experts: Width = 0  # experts of which each token takes a few; 0 if none of them can go
+    num_experts: Width = 0  # experts of which each token takes a few; 0 if none can be removed
     # the part of ``neuron_params`` in one expert; 0 without experts
     expert_neuron_params: Count = 0
     # parameters of one expert that no neuron owns, such as the router's row
@@ -82,9 +82,10 @@ class LayerShape:
 
     def with_units(self, kv_groups: int, neurons: int, experts: int) -> "LayerShape":
         """Return the layer with other numbers of units; a neuron is smaller with fewer experts."""
-        lost = (self.num_experts - experts) * self.expert_neuron_params
+        removed = (self.num_experts - experts) * self.expert_neuron_params
         widths: dict[str, Any] = {"num_kv_heads": kv_groups, "intermediate_size": neurons}
-        return replace(self, **widths, num_experts=experts, neuron_params=self.neuron_params - lost)
+        neuron_params = self.neuron_params - removed
+        return replace(self, **widths, num_experts=experts, neuron_params=neuron_params)
 
     def block(self, segment: Segment) -> tuple[int, int]:
         """Return the number of units along a segment and the channels of each."""
@@ -111,22 +112,29 @@ def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
     neurons = next((m.width for m in mlp if m.projection.dim == INPUT_COLUMNS), 0)
     experts = entries[0].width if entries else 0
     shape = LayerShape(kv_heads, queries_per_group, head_dim, neurons, 0, 0, 0, experts)
-    kv_group_params = sum(_unit_params(matrix, shape) for matrix in attention)
-    neuron_params = sum(_unit_params(matrix, shape) for matrix in mlp)
+
+    def of_unit(matrices: Iterable[Matrix]) -> int:
+        """Count the parameters of one unit in some matrices."""
+        total = 0
+        for matrix in matrices:
+            channels = sum(shape.block(segment)[1] for segment in matrix.projection.segments)
+            has_bias = matrix.projection.dim == OUTPUT_ROWS and matrix.bias is not None
+            total += channels * (matrix.weight.numel() // matrix.width + has_bias)
+        return total
+
+    kv_group_params, neuron_params = of_unit(attention), of_unit(mlp)
     expert_neuron_params, expert_fixed_params = 0, 0
     if entries:
-        of_neurons = sum(_unit_params(m, shape) for m in mlp if m.is_of_experts)
-        expert_neuron_params = of_neurons // experts
+        expert_neuron_params = of_unit(m for m in mlp if m.is_of_experts) // experts
         whole = sum(matrix.weight.numel() for matrix in entries) // experts
         expert_fixed_params = whole - neurons * expert_neuron_params
     owned = kv_heads * kv_group_params + neurons * neuron_params + experts * expert_fixed_params
-    fixed_params = sum(p.numel() for p in layer.parameters()) - owned
     of_units = {id(matrix.weight) for matrix in (*attention, *mlp, *entries)}
     fixed = [
         module.weight.numel()
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear) and id(module.weight) not in of_units
-        if not name.startswith("cross_attn.")  # whose keys are of pictures
+        if not name.startswith("cross_attn.")  # whose keys are of images
     ]
     own = None if attention else getattr(layer, "self_attn", None)
     keys: Any = getattr(own, "k_proj", None)  # none where it reads those of an earlier layer
@@ -136,29 +144,10 @@ def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
         fixed_cache=0 if keys is None else 2 * keys.out_features,
         kv_group_params=kv_group_params,
         neuron_params=neuron_params,
-        fixed_params=fixed_params,
+        fixed_params=sum(p.numel() for p in layer.parameters()) - owned,
         expert_neuron_params=expert_neuron_params,
         expert_fixed_params=expert_fixed_params,
     )
-
-
-def _mixers(config: Any) -> list[dict[str, Any]]:
-    """List how each layer mixes tokens, and its window, by the language model's configuration."""
-    sliding = getattr(config, "sliding_window", None) or 0
-    chunk = getattr(config, "attention_chunk_size", None) or 0
-    windows = {"sliding_attention": sliding, "chunked_attention": chunk}
-    every = "sliding_attention" if sliding else FULL_ATTENTION
-    kinds = list(getattr(config, "layer_types", None) or [every] * config.num_hidden_layers)
-    for index in getattr(config, "cross_attention_layers", None) or ():
-        kinds[index] = "cross_attention"
-    return [{"kind": kind, "window": windows.get(kind, 0)} for kind in kinds]
-
-
-def _unit_params(matrix: Matrix, shape: LayerShape) -> int:
-    channels = sum(shape.block(segment)[1] for segment in matrix.projection.segments)
-    across = matrix.weight.numel() // matrix.width
-    has_bias = matrix.projection.dim == OUTPUT_ROWS and matrix.bias is not None
-    return channels * (across + has_bias)
 
 
 @dataclass(frozen=True)
@@ -243,7 +232,7 @@ class Anatomy:
 
     @property
     def expert_share(self) -> float:
-        """Share of the backbone that is experts which can go."""
+        """Share of the backbone that is experts which can be removed; ``recipes.yaml`` shows it."""
         return sum(s.num_experts * s.expert_params for s in self.layers) / self.backbone_params
 
     @property
@@ -271,7 +260,7 @@ class Anatomy:
 
     @property
     def why_tokens_stay(self) -> str | None:
-        """Why no token can go; None if some can."""
+        """Why no token can be removed; None if some can."""
         rows = self.vocab_size
         of_head = (0, rows, rows * self.hidden_size, rows * (self.hidden_size + 1))
         stacks = self.backbone.layer_stacks
@@ -310,11 +299,12 @@ class Anatomy:
 
     def with_tokens(self, count: int) -> "Anatomy":
         """Return the anatomy with another number of tokens."""
-        gone = self.vocab_size - count
+        removed = self.vocab_size - count
         return replace(
             self,
             layers=tuple(
-                replace(s, fixed_params=s.fixed_params - gone * s.token_params) for s in self.layers
+                replace(s, fixed_params=s.fixed_params - removed * s.token_params)
+                for s in self.layers
             ),
             vocab_size=count,
             embedding_params=self.embedding_params // self.vocab_size * count,
@@ -337,7 +327,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     """Read the shape of a model off its modules; raise `UnsupportedModelError` without a row."""
     parts = Parts(model)
     config: Any = model.config
-    family, backbone, text_config = parts.family, parts.row, parts.text_config
+    family, row, text_config = parts.family, parts.row, parts.text_config
 
     def count(parameters: set[nn.Parameter]) -> int:
         return sum(parameter.numel() for parameter in parameters)
@@ -348,30 +338,17 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     towers = {p for path in family.towers for p in parameters_below(model, path)}
     stacked = {p for _, module in parts.stacks() for p in module.parameters()}
     listed = {*embedding, *head, *norm, *projector, *towers, *stacked, *parts.layers.parameters()}
-    slices = count(stacked) // len(parts.layers)
+    shapes = [read_layer(layer, row) for layer in parts.layers]
+    slices = count(stacked) // len(shapes)
     in_layers = sum(
-        module.weight.shape[stack.dim] // len(parts.layers)
+        module.weight.shape[stack.dim] // len(shapes)
         for stack, module in parts.stacks()
         if stack.rows
     )
-    shapes = [read_layer(layer, backbone) for layer in parts.layers]
-    experts_per_token = 0
-    if backbone.experts is not None and any(shape.num_experts for shape in shapes):
-        experts_per_token = getattr(text_config, backbone.experts.taken_field)
-    pinned: tuple[int, ...] = ()
-    if backbone.shared_tail is not None:
-        # layers whose keys and values the last ones read, and the last one
-        num_layers = text_config.num_hidden_layers
-        shared = getattr(text_config, backbone.shared_tail)
-        own = text_config.layer_types[: num_layers - shared]
-        writers = {kind: index for index, kind in enumerate(own)} if shared else {}
-        pinned = tuple(sorted({*writers.values(), num_layers - 1}))
-    elif family.pinned_layers is not None:
-        pinned = tuple(range(len(attrgetter(family.pinned_layers)(config))))
-    required = backbone.retype_requires.items()
     mixers = _mixers(text_config)
     if len(mixers) != len(shapes):  # a view of some layers, and nothing says which
         mixers = [{}] * len(shapes)
+    experts = row.experts if any(shape.num_experts for shape in shapes) else None
     return Anatomy(
         model_type=config.model_type,
         text_type=text_config.model_type,
@@ -386,14 +363,39 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         final_norm_params=count(norm),
         vision_params=count(towers - projector),
         projector_params=count(projector),
-        pinned_layers=pinned,
-        retypable=backbone.retype is not None
-        and all(getattr(text_config, name) == value for name, value in required),
-        fixed_neurons=getattr(text_config, backbone.neuron_field) if family.fixed_neurons else None,
+        pinned_layers=_pinned_layers(config, parts),
+        retypable=row.retype is not None
+        and all(getattr(text_config, name) == v for name, v in row.retype_requires.items()),
+        fixed_neurons=getattr(text_config, row.neuron_field) if family.fixed_neurons else None,
         other_params=count(set(parts.text_model.parameters()) - listed),
-        experts_per_token=experts_per_token,
+        experts_per_token=0 if experts is None else getattr(text_config, experts.taken_field),
         query_scalar=getattr(text_config, "query_pre_attn_scalar", None) or 0.0,
     )
+
+
+def _pinned_layers(config: Any, parts: Parts) -> tuple[int, ...]:
+    """List the layers that must stay: others read them, or image features are added to them."""
+    text_config, shared_tail = parts.text_config, parts.row.shared_tail
+    if shared_tail is not None:
+        # layers whose keys and values the last ones read, and the last one
+        num_layers, shared = text_config.num_hidden_layers, getattr(text_config, shared_tail)
+        own = text_config.layer_types[: num_layers - shared]
+        writers = {kind: index for index, kind in enumerate(own)} if shared else {}
+        return tuple(sorted({*writers.values(), num_layers - 1}))
+    path = parts.family.pinned_layers
+    return () if path is None else tuple(range(len(attrgetter(path)(config))))
+
+
+def _mixers(config: Any) -> list[dict[str, Any]]:
+    """List how each layer mixes tokens, and its window, by the language model's configuration."""
+    sliding = getattr(config, "sliding_window", None) or 0
+    chunk = getattr(config, "attention_chunk_size", None) or 0
+    windows = {"sliding_attention": sliding, "chunked_attention": chunk}
+    every = "sliding_attention" if sliding else FULL_ATTENTION
+    kinds = list(getattr(config, "layer_types", None) or [every] * config.num_hidden_layers)
+    for index in getattr(config, "cross_attention_layers", None) or ():
+        kinds[index] = "cross_attention"
+    return [{"kind": kind, "window": windows.get(kind, 0)} for kind in kinds]
 
 
 def unit_of(projection: Projection) -> str:
@@ -415,18 +417,12 @@ def channels_of(
     projection: Projection, shape: LayerShape, units: Sequence[int]
 ) -> Int[Tensor, " channel"]:
     """List the channels of sorted units in storage order, by the layer's shape before pruning."""
-    return torch.cat(channels_by_segment(projection, shape, units))
-
-
-def channels_by_segment(
-    projection: Projection, shape: LayerShape, units: Sequence[int]
-) -> list[Int[Tensor, " channel"]]:
-    """`channels_of`, one tensor for each segment."""
     index = torch.tensor(units, dtype=torch.long)
-    return [
+    by_segment = [
         (offset + index[:, None] * width + torch.arange(width)).flatten()
         for _, offset, _, width in segments(projection, shape)
     ]
+    return torch.cat(by_segment)
 
 
 def fold(

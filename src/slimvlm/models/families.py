@@ -81,13 +81,13 @@ class Backbone:
 
     A layer has all matrices of ``attention`` or none (linear attention, convolution), all of
     ``mlp`` or none (a dense layer between layers of experts), and likewise of ``experts``. Matrices
-    that are not listed stay whole. The defaults are Mistral's.
+    that are not listed stay as they are. The defaults are Mistral's.
     """
 
-    # The matrix with `INPUT_COLUMNS` writes to the residual stream. Empty if units cannot go.
+    # The matrix with `INPUT_COLUMNS` writes to the residual stream. Empty if units stay.
     attention: tuple[Projection, ...] = _matrices(_TABLES["matrices"]["attention"][0])
     mlp: tuple[Projection, ...] = _matrices(_TABLES["matrices"]["mlp"][0])
-    experts: Experts | None = None  # those of which some can go
+    experts: Experts | None = None  # those of which some can be removed
     final_norm: str = "norm"  # name of the norm after the last layer
     # ``any``: every head count can be configured. ``divides_hidden_size``: heads must divide the
     # hidden size. ``fixed``: the class computes ``head_dim`` from the head count, so heads stay.
@@ -116,11 +116,11 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Knob:
-    """A setting of a family's image processor that bounds how many tokens a picture becomes."""
+    """A setting of a family's image processor that limits the tokens of an image."""
 
     field: str  # with a dot before the key of a mapping
-    # How it goes down: an area or edge in ``pixels`` by a hundredth; ``grids``, shapes of tiles,
-    # which the configuration has, too, without the largest; or to the next of some values.
+    # How it is lowered: an area or edge in ``pixels`` by a hundredth; ``grids``, shapes of tiles,
+    # which the configuration also has, without the largest; or to the next of some values.
     way: Literal["pixels", "grids"] | tuple[int, ...] = tuple(range(1023, 0, -1))
 
 
@@ -142,8 +142,8 @@ class Family:
     pinned_layers: str | None = None
     # Whether ``final_logit_softcapping`` and ``logit_scale`` of the text configuration are obeyed.
     caps_logits: bool = False
-    # What lowers a picture's tokens, each once the one before is at its least; or why nothing does.
-    pictures: tuple[Knob, ...] | str = "every picture becomes the same number of tokens"
+    # What lowers an image's tokens, each once the one before is at its least; or why nothing does.
+    pictures: tuple[Knob, ...] | str = "every image has the same number of tokens"
     # Whether the text configuration's MLP width also sizes a part outside the backbone, so that a
     # plain configuration cannot change it.
     fixed_neurons: bool = False

@@ -54,7 +54,7 @@ _MOST_SETTINGS, _MOST_TEMPLATE = 64 * 2**20, 2**20  # bytes of settings, and of 
 
 @contextmanager
 def unreadable(model: str | Path, what: str) -> Iterator[None]:
-    """Inside, raise a one-line `ConfigError` where a library cannot read ``what`` of a model."""
+    """Raise a one-line `ConfigError` where a library inside cannot read ``what`` of a model."""
     try:
         with errors.panics_raised():
             yield
@@ -63,26 +63,28 @@ def unreadable(model: str | Path, what: str) -> Iterator[None]:
     except Exception as error:  # broken files make libraries raise almost anything
         if errors.is_out_of_memory(error):
             raise
-        told = f"{what} cannot be read ({errors.one_line(error)[: errors.LONGEST]})"
+        message = f"{what} cannot be read ({errors.one_line(error)[: errors.LONGEST]})"
         cause: BaseException | None = None if Path(model).is_dir() else error
         while cause is not None:  # transformers wraps what the hub's library raises
             cures = TABLES["hub_errors"].items()
-            told = next((c for kind, c in cures if isinstance(cause, getattr(hub, kind))), told)
+            message = next(
+                (c for kind, c in cures if isinstance(cause, getattr(hub, kind))), message
+            )
             cause = cause.__cause__ or cause.__context__
-        raise ConfigError(f"model {str(model)!r}: {told}") from error
+        raise ConfigError(f"model {str(model)!r}: {message}") from error
 
 
 @contextmanager
 def alone(model: str | Path, trust_remote_code: bool = False) -> Iterator[None]:
-    """Inside, transformers reads no other model, asks nothing, and is told of no kernels."""
+    """Let transformers read no other model, ask nothing and load no kernels inside."""
     # relies on: ``cached_files`` finds all files, and ``_get_config_dict`` reads all configurations
     place, plain = split_revision(model)[0], vars(PreTrainedConfig)["_get_config_dict"].__func__
     search = hub_files.cached_files
 
     def found(path_or_repo_id: str | Path, *given: Any, **named: Any) -> Any:
         if str(path_or_repo_id) != place and not trust_remote_code:
-            told = f"names another, {shortened(str(path_or_repo_id))}, which is not read"
-            raise ConfigError(f"model {str(model)!r}: {told}")
+            message = f"names another, {shortened(str(path_or_repo_id))}, which is not read"
+            raise ConfigError(f"model {str(model)!r}: {message}")
         return search(path_or_repo_id, *given, **named)
 
     def described(kind: Any, *given: Any, **named: Any) -> tuple[Any, Any]:
@@ -108,7 +110,7 @@ def _without_kernels(values: Any) -> Any:
 
 
 def split_revision(model: str | Path) -> tuple[str, dict[str, Any]]:
-    """Split ``OWNER/NAME@REVISION`` into a hub id and arguments; the name of a folder is whole."""
+    """Split ``OWNER/NAME@REVISION`` into a hub id and arguments; a folder keeps its name."""
     name, sign, revision = str(model).partition("@")
     if not sign or not re.fullmatch(_HUB_ID, name) or Path(model).exists():
         return str(model), {}
@@ -174,16 +176,18 @@ def read_adapter(folder: Path) -> tuple[str, dict[str, Any]]:
     odd += [] if values.get("peft_type") == "LORA" else ["peft_type"]
     odd += [] if start in TABLES["keeps_base"] else ["init_lora_weights"]
     if odd:
-        told = shortened(values.get(odd[0]))
-        raise ConfigError(f"{where}: {ADAPTER}: {odd[0]} {told} is not merged here; use PEFT")
+        value = shortened(values.get(odd[0]))
+        raise ConfigError(f"{where}: {ADAPTER}: {odd[0]} {value} is not merged here; use PEFT")
     weights = {f.name for f in folder.iterdir() if f.suffix in (".bin", ".safetensors")}
     if others := weights - {*TABLES["beside_adapter"]}:
         raise ConfigError(f"{where}: beside {ADAPTER} lies {min(others)!r}, which is not merged")
     if isinstance(base, str) and Path(base).is_dir() and not (Path(base) / ADAPTER).exists():
         return base, values
     if not isinstance(base, str) or not re.fullmatch(_HUB_ID, base) or Path(base).exists():
-        told = f"base_model_name_or_path {shortened(base)} must be a model's folder here or hub id"
-        raise ConfigError(f"{where}: {ADAPTER}: {told}")
+        message = (
+            f"base_model_name_or_path {shortened(base)} must be a model's folder here or hub id"
+        )
+        raise ConfigError(f"{where}: {ADAPTER}: {message}")
     return f"{base}@{revision}" if revision else base, values
 
 

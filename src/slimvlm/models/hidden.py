@@ -1,4 +1,4 @@
-"""Run models without the logits of all positions, whole or divided among processes (FSDP2)."""
+"""Run models, also those divided among processes (FSDP2), without the logits of all positions."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from slimvlm.core.errors import ConfigError, NumericalError
-from slimvlm.core.progress import is_first_rank, num_ranks
+from slimvlm.core.errors import NumericalError
+from slimvlm.core.progress import is_first_rank
+from slimvlm.models.devices import weight_of
 from slimvlm.models.losses import Head
-from slimvlm.models.parts import Parts, family_of
+from slimvlm.models.parts import Parts
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -38,7 +39,7 @@ def layer_output(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, a model is in evaluation mode; afterwards each of its modules in its former mode."""
+    """Put a model in evaluation mode inside, and each of its modules back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -70,7 +71,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Move the tensors among inputs to the model's device; pictures to its data type."""
+    """Move the tensors among inputs to the model's device, and images to its data type."""
     moved, device = dict(inputs), device_of(model)
     for name, value in inputs.items():
         if isinstance(value, Tensor):
@@ -80,7 +81,7 @@ def as_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, An
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a module computes something else; its hooks run as before."""
+    """Let a module compute something else inside; its hooks run as before."""
     own = vars(module).get("forward")  # where accelerate or another replacement has put one
     try:
         setattr(module, "forward", forward)  # noqa: B010
@@ -141,12 +142,12 @@ def hidden_states(
 
 def head_of(model: PreTrainedModel) -> Head:
     """Return the language-model head as a function, with Cohere 2's scale and Gemma 2's cap."""
-    module = Parts(model).head
+    parts = Parts(model)
+    module, scale, cap = parts.head, parts.logit_scale, parts.logit_cap
     head: Head = module
     if is_sharded(model):
         # the pass before left its weights gathered; its hooks would start another forward pass
         head = lambda hidden: F.linear(hidden, module.weight, module.bias)  # noqa: E731
-    scale, cap = _scale_and_cap(model)
     if scale == 1 and cap is None and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         return head
     # a tied head may lie on another device than the final norm
@@ -175,43 +176,17 @@ def head_on(device: torch.device, head: Head) -> Head:
     return replace(head, weight=head.weight.to(device), bias=bias)
 
 
-def weight_of(owner: Any, name: str = "weight") -> Tensor:
-    """Return a parameter, fetched to its module's device if accelerate has offloaded it."""
-    weight: Tensor = getattr(owner, name).detach()
-    if weight.is_meta:
-        weight = owner._hf_hook.weights_map[name].to(owner._hf_hook.execution_device)
-    return weight
-
-
 def head_weights_of(model: PreTrainedModel) -> HeadWeights:
-    """Return the head of a model that is whole and in memory. Its tensors are the model's own."""
-    module = Parts(model).head
-    bias: Tensor | None = None if module.bias is None else module.bias.detach()
-    return HeadWeights(weight_of(module), bias, *_scale_and_cap(model))
-
-
-def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
+    """Return the head of a model in memory that is not sharded. Its tensors are the model's own."""
     parts = Parts(model)
-    if not parts.family.caps_logits:
-        return 1.0, None
-    cap = getattr(parts.text_config, "final_logit_softcapping", None)
-    return getattr(parts.text_config, "logit_scale", 1.0), cap
+    bias: Tensor | None = None if parts.head.bias is None else parts.head.bias.detach()
+    return HeadWeights(weight_of(parts.head), bias, parts.logit_scale, parts.logit_cap)
 
 
 def _capped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
     if scale != 1:
         logits = logits * scale
     return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def shard_config(config: PreTrainedConfig) -> Any:
-    """Configure FSDP2: each layer is gathered when it runs, everything else once for each step."""
-    from transformers.distributed.configuration_utils import DistributedConfig
-
-    if num_ranks() < 2:
-        raise ConfigError("shard needs several processes: start the command with torchrun")
-    layers = f"{family_of(config.model_type).backbone}.layers.*"
-    return DistributedConfig(fsdp_size=num_ranks(), fsdp_plan={layers: "free_full_weight"})
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -2,10 +2,8 @@
 
 import copy
 import importlib
-import inspect
 import logging
 import shutil
-from collections.abc import Mapping
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -16,7 +14,7 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import metadata_load, metadata_save, snapshot_download
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, import_utils
 
@@ -24,11 +22,12 @@ from slimvlm.core.documents import digest, identity_of_files, read_object
 from slimvlm.core.errors import ConfigError, UnsupportedModelError, shortened
 from slimvlm.core.files import cache_dir, file_name, held, new_folder, path_of
 from slimvlm.core.options import LoadConfig
-from slimvlm.core.progress import local_rank, num_ranks, to_log
+from slimvlm.core.progress import num_ranks, to_log
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.templates import check_tokenizer
 from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import Anatomy, read_anatomy
+from slimvlm.models.devices import device_named
 from slimvlm.models.families import BACKBONES, FAMILIES
 from slimvlm.models.files import (
     ADAPTER,
@@ -45,140 +44,16 @@ from slimvlm.models.files import (
     weight_files,
     write_merged,
 )
-from slimvlm.models.hidden import shard_config, weight_of
 from slimvlm.models.modeling_pruned import PREFIX, cut_layers_, standardise_
 from slimvlm.models.parts import Parts, backbone_of, family_of, text_config_of
 
 _WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 """Fields of the text configuration of which layers may have their own values."""
-# native classes read these of the whole model, on purpose, before layers are cut to their own
-logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ERROR)
-
-
-def auto_class(config: PreTrainedConfig) -> Any:
-    """Return the Auto class that plain transformers code would load this model with."""
-    sees = family_of(config.model_type).vision is not None
-    if sees and type(config) in transformers.AutoModelForImageTextToText._model_mapping:
-        return transformers.AutoModelForImageTextToText
-    return transformers.AutoModelForCausalLM
-
-
-def is_uneven(config: PreTrainedConfig) -> bool:
-    """Whether a configuration gives decoder layers their own widths."""
-    return text_config_of(config).is_heterogeneous and backbone_of(config).can_be_uneven
-
-
-def is_quantized(config: PreTrainedConfig) -> bool:
-    """Whether a configuration says that weights are stored in another type than they compute in."""
-    return getattr(config, "quantization_config", None) is not None
-
-
-def require_full_precision(config: PreTrainedConfig, what: str) -> None:
-    """Refuse to change weights that are quantised; ``what`` is the change, for the message."""
-    if is_quantized(config):
-        raise ConfigError(
-            f"model: its weights are quantised, so it cannot be {what}. Quantise last: take the "
-            "checkpoint from before"
-        )
-
-
-def require_undivided(
-    model: Any, what: str, on_one_device: bool = False, field: str = "model"
-) -> None:
-    """Refuse to change a model partly on host or disk or, ``on_one_device``, on several devices."""
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if "disk" in places or (len(places) > 1 and (on_one_device or "cpu" in places)):
-        raise ConfigError(
-            f"{field}: its device_map divides it over {', '.join(sorted(places))}, so it cannot be "
-            f"{what}. Load it without device_map; a CPU will do"
-        )
-
-
-def check_widths_(config: PreTrainedConfig) -> None:
-    """Check layers' own widths in a configuration from a file."""
-    if not is_uneven(config):
-        return
-    standardise_(config)
-    text_config, literal = text_config_of(config), backbone_of(config).width_fields
-    most = {name: getattr(text_config, name) for name in _WIDTHS}
-    for index, fields in text_config.to_dict()["per_layer_config"].items():
-        for name, value in fields.items():
-            is_width = type(value) is int and 1 <= value <= most.get(name, 0)
-            if not is_width and (name, value) not in literal.items():
-                limits = ", ".join(f"{name} (1 to {limit})" for name, limit in most.items())
-                raise ConfigError(
-                    f"config: per_layer_config[{int(index)}] is {fields!r} but may give {limits}"
-                )
-
-
-def class_of(config: PreTrainedConfig) -> Any:
-    """Return the class whose ``from_pretrained`` reads a model; layers of their own are cut."""
-    auto = auto_class(config)
-    if not is_uneven(config):
-        return auto
-    name = f"{PREFIX}{auto._model_mapping[type(config)].__name__}"
-    made: type[PreTrainedModel] = getattr(modeling_pruned, name)
-    made.register_for_auto_class(auto.__name__)  # so that save_pretrained copies the file
-    return made
-
-
-def auto_map_of(config: PreTrainedConfig) -> dict[str, str]:
-    """Make the ``auto_map`` that lets plain transformers code find the uneven classes."""
-    file = modeling_pruned.__name__.rpartition(".")[2]
-    autos: tuple[Any, ...] = (auto_class(config), transformers.AutoModel)
-    native = {auto.__name__: auto._model_mapping[type(config)].__name__ for auto in autos}
-    return {auto: f"{file}.{PREFIX}{name}" for auto, name in native.items()}
-
-
-def empty_model(
-    config: PreTrainedConfig, dtype: torch.dtype | None = None, with_buffers: bool = False
-) -> PreTrainedModel:
-    """Build a model without its weights; ``with_buffers`` computes the buffers that no file has."""
-    given = {} if dtype is None else {"dtype": dtype}
-    with init_empty_weights() if with_buffers else torch.device("meta"):
-        build = getattr(class_of(config), "_from_config" if is_uneven(config) else "from_config")
-        model: PreTrainedModel = build(copy.deepcopy(config), **given)
-    return model
-
-
-def set_class_(model: PreTrainedModel) -> None:
-    """Give a model its native or uneven class by its config, instead of a checkpoint's own code."""
-    config: Any = model.config
-    if is_uneven(config):
-        standardise_(config)
-        model.__class__ = class_of(config)
-        config.auto_map = auto_map_of(config)
-        cut_layers_(model)
-    elif type(model).__name__.startswith(PREFIX):
-        model.__class__ = type(model).__bases__[0]
-        vars(config).pop("auto_map", None)
-
-
-def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
-    """Give the language model's modules the classes of another type that computes the same.
-
-    Relies on: a type's classes lie in ``models.<type>.modeling_<type>``, are called after its
-    configuration (``LlamaConfig``, ``LlamaMLP``), and have the same attributes in both types. Tried
-    with transformers 5.24.
-    """
-    source, target = (
-        importlib.import_module(f".models.{kind}.modeling_{kind}", "transformers")
-        for kind in (old.model_type, new.model_type)
-    )
-    old_prefix, new_prefix = (type(each).__name__.removesuffix("Config") for each in (old, new))
-    family = Parts(model).family
-    root = model if family.text_config is None else model.get_submodule(family.backbone)
-    for module in root.modules():
-        name = type(module).__name__
-        if getattr(source, name, None) is type(module) and name.startswith(old_prefix):
-            module.__class__ = getattr(target, new_prefix + name.removeprefix(old_prefix))
-
-
-_SAMPLED = 64
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PACKED, _SPARE = 16, 2**20
 """Weights that one stored number can hold, quantised, and weights that files may lack."""
 _OF_PROCESSORS = {*TABLES["of_processors"]}  # every processor and tokenizer has one of them
+# native classes read these of the whole model, on purpose, before layers are cut to their own
+logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ERROR)
 
 
 def resolve(model: str | Path) -> str:
@@ -259,8 +134,17 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
                 "slimvlm prunes classes of transformers alone. Take a version that loads without "
                 "(often named -hf), or try slimvlm convert"
             )
-        if isinstance(kind, str):
-            _require_known_parts(kind, values)
+        if isinstance(kind, str):  # parts of unknown types are refused before they are configured
+            family = family_of(kind)
+            for part, reader in transformers.CONFIG_MAPPING[kind].sub_configs.items():
+                named = values.get(part)
+                of_part = named.get("model_type") if isinstance(named, dict) else None
+                known = BACKBONES if part == family.text_config else family.tower_types
+                if reader is AutoConfig and of_part is not None and of_part not in known:
+                    raise UnsupportedModelError(
+                        f"{part} inside {kind!r}: model_type {shortened(of_part)} is not known. "
+                        f"Known: {', '.join(sorted(known))}"
+                    )
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             place, trust_remote_code=trust_remote_code, **how
         )
@@ -270,18 +154,20 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
     return config
 
 
-def _require_known_parts(kind: str, values: Mapping[str, Any]) -> None:
-    """Refuse parts of types that no row names, before a configuration of them is made."""
-    family = family_of(kind)
-    for part, reader in transformers.CONFIG_MAPPING[kind].sub_configs.items():
-        named = values.get(part)
-        of_part = named.get("model_type") if isinstance(named, dict) else None
-        known = BACKBONES if part == family.text_config else family.tower_types
-        if reader is AutoConfig and of_part is not None and of_part not in known:
-            told = (
-                f"model_type {shortened(of_part)} is not known. Known: {', '.join(sorted(known))}"
-            )
-            raise UnsupportedModelError(f"{part} inside {kind!r}: {told}")
+def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
+    """Read the anatomy of a model, a configuration, or a folder or hub id (not its weights).
+
+    Raises:
+        ConfigError: If a folder or id cannot be read.
+        UnsupportedModelError: If slimvlm does not know the family.
+    """
+    if isinstance(model, nn.Module):
+        return read_anatomy(model)
+    config = model if isinstance(model, PreTrainedConfig) else load_config(model)
+    backbone_of(config)
+    with unreadable(config._name_or_path, "config"):
+        check_widths_(config)
+        return read_anatomy(empty_model(config))
 
 
 def load(
@@ -302,10 +188,8 @@ def load(
         device: Where to put it; by default this process's accelerator, else the CPU.
         trust_remote_code: Whether code that lies in the checkpoint may run. Layers of different
             widths need none here: slimvlm has that code itself and never runs the folder's copy.
-        shard: Divide the weights among the processes that ``torchrun`` started (FSDP2); each reads
-            its part alone.
-        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ``flash_attention_3`` or
-            ``flex_attention``; by default transformers chooses.
+        shard: Divide the weights among the processes that ``torchrun`` started (FSDP2).
+        attn_implementation: A name that transformers knows, which chooses by default.
         device_map: ``auto``, ``balanced``, ``balanced_low_0`` or ``sequential`` divides the model
             over all GPUs, then the host and a disk.
 
@@ -316,46 +200,117 @@ def load(
         ConfigError: If it cannot be found or read, or there is no such device.
         UnsupportedModelError: If slimvlm does not know the family.
     """
-    asked: Any = {"attn_implementation": attn_implementation, "device_map": device_map}
-    LoadConfig(**(asked | {"dtype": dtype, "device": None if device is None else str(device)}))
+    requested: Any = {"attn_implementation": attn_implementation, "device_map": device_map}
+    LoadConfig(**(requested | {"dtype": dtype, "device": None if device is None else str(device)}))
     place = device_named(device)
     config = load_config(model, trust_remote_code)
     check_attention(model, config, attn_implementation)
-    name, source = resolve(model), class_of(config)
+    name, kind = resolve(model), class_of(config)
     repository, how = split_revision(name)
-    how |= {key: value for key, value in asked.items() if value is not None} | {"dtype": dtype}
-    how |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    how |= {key: value for key, value in requested.items() if value is not None} | {"dtype": dtype}
     if is_quantized(config):  # some quantisers take the current card by default
         how.setdefault("device_map", {"": str(place)})
-    if shard:
-        how["distributed_config"] = shard_config(config)
-    is_placed = not how.keys().isdisjoint(("device_map", "distributed_config"))
+    if shard:  # FSDP2 gathers a layer when it runs, everything else once for each step
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        if num_ranks() < 2:
+            raise ConfigError("shard needs several processes: start the command with torchrun")
+        layers = {f"{family_of(config.model_type).backbone}.layers.*": "free_full_weight"}
+        how["distributed_config"] = DistributedConfig(fsdp_size=num_ranks(), fsdp_plan=layers)
     skeleton = require_buildable(name, config)
     reporter = logging.getLogger("transformers.modeling_utils")
     was_disabled, reporter.disabled = reporter.disabled, True  # it would print names in the files
     try:
         with unreadable(model, "weights"), alone(repository, trust_remote_code):
-            loaded, report = source.from_pretrained(
-                repository, trust_remote_code=trust_remote_code, **how
+            loaded, report = kind.from_pretrained(
+                repository,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **how,
             )
     finally:
         reporter.disabled = was_disabled
-    problems = [(key, "are missing") for key in sorted(report["missing_keys"])]
-    problems += [(key[0], "have another shape") for key in sorted(report["mismatched_keys"])]
-    if problems:
-        (first, told), more = problems[0], f" and {len(problems) - 1} more" * (len(problems) > 1)
-        raise ConfigError(f"model {str(model)!r}: weights {shortened(first)}{more} {told}")
-    if unused := sorted(report["unexpected_keys"]):
-        to_log(f"model {str(model)!r}: {len(unused)} tensors are not read: {shortened(unused[0])}")
-    if _ties_head(skeleton) and not _ties_head(loaded) and not is_placed:
-        told = "config.json says tie_word_embeddings, but the files hold two different matrices"
-        raise ConfigError(f"model {str(model)!r}: {told}; say false to keep both")
+    is_placed = not how.keys().isdisjoint(("device_map", "distributed_config"))
+    _check_loaded(f"model {str(model)!r}", report, skeleton, None if is_placed else loaded)
     set_class_(loaded)
     loaded.config._name_or_path = name
     loaded.generation_config = plain_generation(loaded.generation_config)
     if not shard and device_map is None:  # parts lie where they belong
         loaded = loaded.to(place)
     return loaded.eval(), load_processor(name, config, trust_remote_code)
+
+
+def _check_loaded(
+    where: str, report: dict[str, Any], skeleton: PreTrainedModel, loaded: PreTrainedModel | None
+) -> None:
+    """Refuse weights that are missing or misshapen, or two matrices where one should be tied."""
+    problems = [(key, "are missing") for key in sorted(report["missing_keys"])]
+    problems += [(key[0], "have another shape") for key in sorted(report["mismatched_keys"])]
+    if problems:
+        (first, problem), more = problems[0], f" and {len(problems) - 1} more" * (len(problems) > 1)
+        raise ConfigError(f"{where}: weights {shortened(first)}{more} {problem}")
+    if unused := sorted(report["unexpected_keys"]):
+        to_log(f"{where}: {len(unused)} tensors are not read: {shortened(unused[0])}")
+    ties = [
+        (head := model.get_output_embeddings()) is not None
+        and head.weight is model.get_input_embeddings().weight
+        for model in (skeleton, loaded)
+        if model is not None
+    ]
+    if ties == [True, False]:
+        message = "config.json says tie_word_embeddings, but the files hold two different matrices"
+        raise ConfigError(f"{where}: {message}; say false to keep both")
+
+
+def load_as(
+    options: LoadConfig, model: str | Path, device: str | None = None, shard: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model with options, on their device unless another one is given."""
+    how = vars(options.part(LoadConfig))
+    if device is not None:
+        how |= {"device": device, "device_map": None}
+    return load(model, **how, shard=shard)
+
+
+def require_buildable(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """Refuse a model with pickled, malformed or far too few weights; return it without storage."""
+    with unreadable(name, "config"):
+        skeleton = empty_model(config)
+        skeleton.tie_weights()
+    described = sum(p.numel() for p in skeleton.parameters())
+    if not Path(name).is_dir():
+        return skeleton
+    stored = 0
+    with unreadable(name, "weights"):
+        for path in dict.fromkeys(weight_files(Path(name)).values()):
+            with safe_open(path, framework="pt") as file:
+                stored += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    if described > _PACKED * stored + _SPARE:
+        raise ConfigError(
+            f"model {name!r}: config.json describes {described:,} weights, and its files "
+            f"hold {stored:,}"
+        )
+    return skeleton
+
+
+def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
+    """Read the processor of a model that sees, else its tokenizer; None if absent."""
+    sees = family_of(config.model_type).vision is not None
+    auto = transformers.AutoProcessor if sees else transformers.AutoTokenizer
+    here = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else _OF_PROCESSORS
+    if not name or not here & _OF_PROCESSORS:
+        return None
+    with unreadable(name, "tokenizer"):
+        if (file := file_if_reachable(name, "tokenizer.json")) is not None:
+            check_tokenizer(Path(file), name)
+    kind = "processor" if sees else "tokenizer"
+    with unreadable(name, kind), alone(name, trust_remote_code):
+        place, how = split_revision(name)
+        processor = auto.from_pretrained(place, trust_remote_code=trust_remote_code, **how)
+        tokenizer_of(processor)("a")  # some settings fail at the first word
+    return processor
 
 
 class _Published(GenerationConfig):
@@ -380,47 +335,6 @@ def generation_of(folder: str | Path) -> GenerationConfig | None:
         return plain_generation(GenerationConfig.from_dict(read_object(path, "model")))
 
 
-def _ties_head(model: PreTrainedModel) -> bool:
-    head: Any = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def require_buildable(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """Refuse a model with pickled, malformed or far too few weights; return it without storage."""
-    with unreadable(name, "config"):
-        skeleton = empty_model(config)
-        skeleton.tie_weights()
-    described = sum(p.numel() for p in skeleton.parameters())
-    if not Path(name).is_dir():
-        return skeleton
-    stored = 0
-    with unreadable(name, "weights"):
-        for path in dict.fromkeys(weight_files(Path(name)).values()):
-            with safe_open(path, framework="pt") as file:
-                stored += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    if described > _PACKED * stored + _SPARE:
-        raise ConfigError(
-            f"model {name!r}: config.json describes {described:,} weights, and its files "
-            f"hold {stored:,}"
-        )
-    return skeleton
-
-
-def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model's modules and configuration; the copy has the same tensors."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-
-
-def load_as(
-    options: LoadConfig, model: str | Path, device: str | None = None, shard: bool = False
-) -> tuple[PreTrainedModel, Any]:
-    """Load a model with options, on their device unless another one is given."""
-    how = vars(options.part(LoadConfig))
-    if device is not None:
-        how |= {"device": device, "device_map": None}
-    return load(model, **how, shard=shard)
-
-
 def check_models(options: LoadConfig, *models: str) -> None:
     """Refuse devices that are absent and models that cannot be read, before any weight is read."""
     device_named(options.device)
@@ -442,116 +356,125 @@ def check_attention(model: str | Path, config: PreTrainedConfig, name: str | Non
         empty_model(config)
 
 
-def default_device() -> torch.device:
-    """Return this process's accelerator (CUDA, MPS, XPU, ...) if there is one, else the CPU."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    found: Any = torch.accelerator.current_accelerator()
-    return torch.device(found.type, local_rank() % torch.accelerator.device_count())
-
-
-def device_named(name: str | torch.device | None) -> torch.device:
-    """Find the device of a user's name; by default, and for a kind alone, this process's."""
-    usual = default_device()
-    if name is None or str(name) == usual.type:
-        return usual
-    cards = [] if usual.type == "cpu" else [usual.type]
-    cards += [f"{usual.type}:{index}" for index in range(torch.accelerator.device_count())]
-    if str(name) not in ("cpu", *cards):
-        raise ConfigError(f"device {str(name)!r} must be one of: {', '.join(['cpu', *cards])}")
-    if num_ranks() > 1 and str(name) in cards:
+def require_full_precision(config: PreTrainedConfig, what: str) -> None:
+    """Refuse to change weights that are quantised; ``what`` is the change, for the message."""
+    if is_quantized(config):
         raise ConfigError(
-            f"device {str(name)!r}: each of {num_ranks()} processes takes one of its own. Give cpu "
-            f"or {usual.type}"
+            f"model: its weights are quantised, so it cannot be {what}. Quantise last: take the "
+            "checkpoint from before"
         )
-    return torch.device(name)
 
 
-def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64."""
-    lacks = device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64
-    return device.type != "mps" and not lacks
+def require_undivided(
+    model: Any, what: str, on_one_device: bool = False, field: str = "model"
+) -> None:
+    """Refuse to change a model partly on host or disk or, ``on_one_device``, on several devices."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if "disk" in places or (len(places) > 1 and (on_one_device or "cpu" in places)):
+        raise ConfigError(
+            f"{field}: its device_map divides it over {', '.join(sorted(places))}, so it cannot be "
+            f"{what}. Load it without device_map; a CPU will do"
+        )
 
 
-def with_float64(values: Tensor) -> Tensor:
-    """Move values to where float64 sums are possible: their device, or else the CPU."""
-    return values if has_float64(values.device) else values.cpu()
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model's modules and configuration; the copy has the same tensors."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
-def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
-    """Read the processor of a model that sees, else its tokenizer; None if absent."""
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Whether a configuration says that weights are stored in another type than they compute in."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def is_uneven(config: PreTrainedConfig) -> bool:
+    """Whether a configuration gives decoder layers their own widths."""
+    return text_config_of(config).is_heterogeneous and backbone_of(config).can_be_uneven
+
+
+def check_widths_(config: PreTrainedConfig) -> None:
+    """Check layers' own widths in a configuration from a file."""
+    if not is_uneven(config):
+        return
+    standardise_(config)
+    text_config, literal = text_config_of(config), backbone_of(config).width_fields
+    most = {name: getattr(text_config, name) for name in _WIDTHS}
+    for index, fields in text_config.to_dict()["per_layer_config"].items():
+        for name, value in fields.items():
+            is_width = type(value) is int and 1 <= value <= most.get(name, 0)
+            if not is_width and (name, value) not in literal.items():
+                limits = ", ".join(f"{name} (1 to {limit})" for name, limit in most.items())
+                raise ConfigError(
+                    f"config: per_layer_config[{int(index)}] is {fields!r} but may give {limits}"
+                )
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class that plain transformers code would load this model with."""
     sees = family_of(config.model_type).vision is not None
-    auto = transformers.AutoProcessor if sees else transformers.AutoTokenizer
-    here = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else _OF_PROCESSORS
-    if not name or not here & _OF_PROCESSORS:
-        return None
-    with unreadable(name, "tokenizer"):
-        if (file := file_if_reachable(name, "tokenizer.json")) is not None:
-            check_tokenizer(Path(file), name)
-    kind = "processor" if sees else "tokenizer"
-    with unreadable(name, kind), alone(name, trust_remote_code):
-        place, how = split_revision(name)
-        processor = auto.from_pretrained(place, trust_remote_code=trust_remote_code, **how)
-        tokenizer_of(processor)("a")  # some settings fail at the first word
-    return processor
+    if sees and type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
-def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
-    """Read the anatomy of a model, a configuration, or a folder or hub id (not its weights).
+def class_of(config: PreTrainedConfig) -> Any:
+    """Return the class whose ``from_pretrained`` reads a model; layers of their own are cut."""
+    auto = auto_class(config)
+    if not is_uneven(config):
+        return auto
+    name = f"{PREFIX}{auto._model_mapping[type(config)].__name__}"
+    made: type[PreTrainedModel] = getattr(modeling_pruned, name)
+    made.register_for_auto_class(auto.__name__)  # so that save_pretrained copies the file
+    return made
 
-    Raises:
-        ConfigError: If a folder or id cannot be read.
-        UnsupportedModelError: If slimvlm does not know the family.
+
+def auto_map_of(config: PreTrainedConfig) -> dict[str, str]:
+    """Make the ``auto_map`` that lets plain transformers code find the uneven classes."""
+    file = modeling_pruned.__name__.rpartition(".")[2]
+    autos: tuple[Any, ...] = (auto_class(config), transformers.AutoModel)
+    native = {auto.__name__: auto._model_mapping[type(config)].__name__ for auto in autos}
+    return {auto: f"{file}.{PREFIX}{name}" for auto, name in native.items()}
+
+
+def empty_model(
+    config: PreTrainedConfig, dtype: torch.dtype | None = None, with_buffers: bool = False
+) -> PreTrainedModel:
+    """Build a model without its weights; ``with_buffers`` computes the buffers that no file has."""
+    given = {} if dtype is None else {"dtype": dtype}
+    with init_empty_weights() if with_buffers else torch.device("meta"):
+        build = getattr(class_of(config), "_from_config" if is_uneven(config) else "from_config")
+        model: PreTrainedModel = build(copy.deepcopy(config), **given)
+    return model
+
+
+def set_class_(model: PreTrainedModel) -> None:
+    """Give a model its native or uneven class by its config, instead of a checkpoint's own code."""
+    config: Any = model.config
+    if is_uneven(config):
+        standardise_(config)
+        model.__class__ = class_of(config)
+        config.auto_map = auto_map_of(config)
+        cut_layers_(model)
+    elif type(model).__name__.startswith(PREFIX):
+        model.__class__ = type(model).__bases__[0]
+        vars(config).pop("auto_map", None)
+
+
+def retype_modules_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Give the language model's modules the classes of another type that computes the same.
+
+    Relies on: a type's classes lie in ``models.<type>.modeling_<type>``, are called after its
+    configuration (``LlamaConfig``, ``LlamaMLP``), and have the same attributes in both types. Tried
+    with transformers 5.24.
     """
-    if isinstance(model, nn.Module):
-        return read_anatomy(model)
-    config = model if isinstance(model, PreTrainedConfig) else load_config(model)
-    backbone_of(config)
-    with unreadable(config._name_or_path, "config"):
-        check_widths_(config)
-        return read_anatomy(empty_model(config))
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices natively, and does not emulate that."""
-    if device.type == "mps":
-        return False  # float32 is as fast on the first chips, and torch cannot tell which one it is
-    if device.type == "cuda":  # it answers for the current card
-        with torch.cuda.device(device):
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
-        supported: Any = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-        if supported is None:
-            return False
-        knows_emulation = "including_emulation" in inspect.signature(supported).parameters
-        return bool(supported(including_emulation=False) if knows_emulation else supported())
-    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.8 on
-    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
-
-
-def digest_of_weights(model: nn.Module) -> str:
-    """Hash shapes, data types, sums of the bits and 64 evenly spaced values of every weight."""
-    parts = []
-    for name, tensor in model.state_dict().items():
-        if tensor.is_meta:  # accelerate has offloaded it
-            place, _, own = name.rpartition(".")
-            tensor = weight_of(model.get_submodule(place), own)
-        flat = tensor.detach().flatten()
-        bits = flat.view(_INTEGERS[flat.itemsize]).split(2**24)
-        total = sum(int(part.sum()) for part in bits)  # any one change changes it
-        parts.append(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}".encode())
-        parts.append(flat[:: max(len(flat) // _SAMPLED, 1)].float().cpu().numpy().tobytes())
-    return digest(parts)
-
-
-def digest_of_tensors(values: Mapping[str, Any]) -> str:
-    """Hash the tensors among some named values, such as a batch."""
-    tensors = ((name, each) for name, each in sorted(values.items()) if isinstance(each, Tensor))
-    return digest(
-        part
-        for name, each in tensors
-        for part in (
-            f"{name} {each.dtype} {list(each.shape)}".encode(),
-            each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data,
-        )
+    source, target = (
+        importlib.import_module(f".models.{kind}.modeling_{kind}", "transformers")
+        for kind in (old.model_type, new.model_type)
     )
+    old_prefix, new_prefix = (type(each).__name__.removesuffix("Config") for each in (old, new))
+    family = Parts(model).family
+    root = model if family.text_config is None else model.get_submodule(family.backbone)
+    for module in root.modules():
+        name = type(module).__name__
+        if getattr(source, name, None) is type(module) and name.startswith(old_prefix):
+            module.__class__ = getattr(target, new_prefix + name.removeprefix(old_prefix))

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slimvlm.core.options import Divergence
 from slimvlm.data.roles import IGNORE
-from slimvlm.models.cost import free_memory
+from slimvlm.models.devices import free_memory
 
 Hidden = Float[Tensor, "B T D"]
 Rows = Float[Tensor, "N V"]
@@ -64,7 +64,7 @@ def token_cross_entropy(
 ) -> Float[Tensor, "B T-1"]:
     """Compute the cross-entropy of each next token in float32; 0 where it does not count.
 
-    The forward pass computes the gradient, too: nothing is computed twice and no logits are stored.
+    The forward pass also computes the gradient: nothing is computed twice and no logits are stored.
     Parameters of the head get no gradient; in `cross_entropy` they do.
     """
     rows, wanted, counted = predictions(hidden, labels)
@@ -74,7 +74,7 @@ def token_cross_entropy(
 
 
 def cross_entropy(hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Compute the mean cross-entropy over the tokens that count (SFT loss); the head learns, too.
+    """Compute the mean cross-entropy over the tokens that count (SFT loss); the head also learns.
 
     A head that is an ``nn.Linear`` in the data type of the hidden states goes through Liger's
     fused kernel on a CUDA device, where that package is installed. Other heads have any soft cap
@@ -113,7 +113,7 @@ def divergence(
 
     ``student`` and ``teacher`` are final hidden states, or without heads logits already. No
     gradient flows into the teacher's or its head. ``mask`` says which positions count; all if None.
-    The reduction ``token_mean`` averages over these; ``paper`` is what the study's trainer
+    The reduction ``token_mean`` averages over these; ``paper`` is what the paper's trainer
     computes: the sum over *all* positions, divided by the batch size. The paper of ``jsd`` has no
     factor of temperature².
 
@@ -121,39 +121,24 @@ def divergence(
         Huang et al. 2025, arXiv:2507.20749, Eqs. 7 and 8; Agarwal et al. 2024, arXiv:2306.13649,
         Eq. 1 with β = 0.5 (``jsd``).
     """
-    ours, theirs = _counted(mask, reduction, student, teacher.detach())
-    divisor = len(student) if reduction == "paper" else max(len(ours), 1)
-    found = row_divergences(ours, theirs, head, teacher_head, kind, temperature)
-    return found.sum() / divisor
+    rows = _counted(mask, reduction, student, teacher.detach())
 
-
-def row_divergences(
-    student: Float[Tensor, "N D"],
-    teacher: Float[Tensor, "N E"],
-    head: Head = _AS_IS,
-    teacher_head: Head = _AS_IS,
-    kind: Divergence = "kl",
-    temperature: float = 1.0,
-) -> Float[Tensor, " N"]:
-    """Compute the `divergence` of each position."""
-
-    def part(
-        student_rows: Float[Tensor, "N D"], teacher_rows: Float[Tensor, "N E"]
-    ) -> Float[Tensor, " N"]:
-        ours = F.log_softmax(head(student_rows).float() / temperature, dim=-1)
+    def part(student: Float[Tensor, "N D"], teacher: Float[Tensor, "N E"]) -> Float[Tensor, " N"]:
+        ours = F.log_softmax(head(student).float() / temperature, dim=-1)
         with torch.no_grad():
-            theirs = F.log_softmax(teacher_head(teacher_rows).float() / temperature, dim=-1)
+            theirs = F.log_softmax(teacher_head(teacher).float() / temperature, dim=-1)
         if kind == "kl":
-            rows = _row_kl(theirs, ours)
+            found = _row_kl(theirs, ours)
         elif kind == "rkl":
-            rows = _row_kl(ours, theirs)
+            found = _row_kl(ours, theirs)
         else:
             half = torch.tensor(0.5, device=ours.device).log()
             mixture = torch.logaddexp(theirs + half, ours + half)
-            rows = 0.5 * _row_kl(theirs, mixture) + 0.5 * _row_kl(ours, mixture)
-        return rows * temperature**2
+            found = 0.5 * _row_kl(theirs, mixture) + 0.5 * _row_kl(ours, mixture)
+        return found * temperature**2
 
-    return by_chunks(part, student, teacher)
+    divisor = len(student) if reduction == "paper" else max(len(rows[0]), 1)
+    return by_chunks(part, *rows).sum() / divisor
 
 
 def by_chunks(part: Callable[..., Tensor], *rows: Tensor, share: int = 1) -> Tensor:
@@ -174,10 +159,10 @@ def hidden_l2(
     """Compute the squared distance of hidden states, a mean over channels and positions that count.
 
     No gradient flows into the teacher's. ``mask`` says which positions count; the reduction
-    ``paper`` averages over *all* of them, padding included, as the study's trainer does.
+    ``paper`` averages over *all* of them, padding included, as the paper's trainer does.
 
     Reference:
-        Huang et al. 2025, arXiv:2507.20749, Eq. 9 (its code takes the mean over channels, too).
+        Huang et al. 2025, arXiv:2507.20749, Eq. 9 (its code also takes the mean over channels).
     """
     ours, theirs = _counted(mask, reduction, student, teacher.detach())
     return (ours.float() - theirs.float()).square().mean(-1).sum() / max(len(ours), 1)

@@ -18,6 +18,7 @@ class Matrix:
     owner: nn.Module
     name: str
     projection: Projection
+    is_of_experts: bool = False  # whether it holds a matrix for each expert
 
     @property
     def weight(self) -> nn.Parameter:
@@ -30,11 +31,6 @@ class Matrix:
     def bias(self) -> nn.Parameter | None:
         """The bias of a linear module, if it has one."""
         return self.owner.bias if isinstance(self.owner, nn.Linear) else None
-
-    @property
-    def is_of_experts(self) -> bool:
-        """Whether it holds a matrix for each expert."""
-        return not isinstance(self.owner, nn.Linear)
 
     @property
     def width(self) -> int:
@@ -54,6 +50,9 @@ class Parts:
         self.layers: nn.ModuleList = layers
         self.norm: nn.Module = self.text_model.get_submodule(self.row.final_norm)
         self.head: Any = model.get_submodule(self.family.head)
+        obeyed = self.text_config if self.family.caps_logits else None
+        self.logit_scale: float = getattr(obeyed, "logit_scale", 1.0)
+        self.logit_cap: float | None = getattr(obeyed, "final_logit_softcapping", None)
 
     def token_matrices(self) -> tuple[nn.Embedding, nn.Linear]:
         """Return embedding and head, with a row for each token; tied ones share their weight."""
@@ -111,8 +110,9 @@ def backbone_of(config: Any) -> Backbone:
 
 def part_at(model: nn.Module, path: str) -> nn.Parameter | nn.Module | None:
     """Return a module or parameter by its path; None where a model lacks it."""
-    parent, _, name = path.rpartition(".")
-    part = getattr(model.get_submodule(parent), name, None)
+    part: Any = model
+    for step in path.split("."):
+        part = getattr(part, step, None)
     return part if isinstance(part, nn.Parameter | nn.Module) else None
 
 
@@ -132,15 +132,13 @@ def layer_matrices(
     def found(wanted: Sequence[Projection]) -> list[Matrix]:
         present, missing = list[Matrix](), list[str]()
         for projection in wanted:
-            parent, _, name = projection.path.rpartition(".")
-            owner: Any = layer
-            for step in parent.split("."):
-                owner = getattr(owner, step, None)
-            part = getattr(owner, name, None)
+            part = part_at(layer, projection.path)
             if isinstance(part, nn.Linear):
                 present.append(Matrix(part, "weight", projection))
             elif isinstance(part, nn.Parameter):
-                present.append(Matrix(owner, name, projection))
+                parent, _, name = projection.path.rpartition(".")
+                owner = layer.get_submodule(parent)
+                present.append(Matrix(owner, name, projection, is_of_experts=True))
             else:
                 missing.append(projection.path)
         if present and missing:

@@ -1,4 +1,4 @@
-"""Choose and set how many tokens a picture becomes: the knobs of `Family.pictures`."""
+"""Choose and set how many tokens an image becomes: the knobs of `Family.pictures`."""
 
 import copy
 from bisect import bisect_left
@@ -18,17 +18,16 @@ from transformers.utils.generic import ModelOutput
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.data.read import picture_tokens
 from slimvlm.data.samples import Sample, open_image
-from slimvlm.models.cost import free_memory
+from slimvlm.models.devices import digest_of_tensors, free_memory
 from slimvlm.models.families import Knob
-from slimvlm.models.load import digest_of_tensors
 from slimvlm.models.parts import family_of
 
-SHOWN = 32  # pictures, spread over the data, whose sizes decide
+SHOWN = 32  # images, spread over the data, whose sizes decide
 
 
 @contextmanager
 def seen_once(model: PreTrainedModel, known: dict[str, Any]) -> Iterator[None]:
-    """Inside, compute the features of pictures once for each input, and keep them in ``known``.
+    """Compute the features of images once for each input inside, and keep them in ``known``.
 
     This holds for the model and for copies that have the same parameters outside the backbone,
     which must not change. Features stay in memory until half of what is free now is taken.
@@ -72,29 +71,30 @@ def seen_once(model: PreTrainedModel, known: dict[str, Any]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PictureBudget:
-    """Settings of a processor with which pictures take at most a share of their tokens."""
+    """Settings of a processor with which images take at most a share of their tokens."""
 
     share: float  # of today's
     settings: Mapping[str, Any]  # of the image processor that are changed, a dot before keys
-    tokens: float  # of a picture on average, with the marks around it
+    tokens: float  # of an image on average, with the marks around it
     tokens_before: float  # the same, without the settings
-    size: tuple[int, int]  # of the picture in the middle of these
+    size: tuple[int, int]  # of the median image
 
     def __str__(self) -> str:
-        """Complete a sentence that begins "pictures take"."""
-        said = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        return f"{self.tokens:.0f} tokens in place of {self.tokens_before:.0f}, by {said}"
+        """Complete a sentence such as "images take 64 tokens ..."."""
+        changes = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return f"{self.tokens:.0f} tokens in place of {self.tokens_before:.0f}, by {changes}"
 
     def apply_(self, model: PreTrainedModel, processor: Any) -> Any:
         """Change a model's configuration; return a processor that fits, the given one stays."""
-        vars(model.config).update(in_config(model.config, self.settings))
+        ours = vars(model.config)
+        ours.update({name: value for name, value in self.settings.items() if name in ours})
         return with_settings(processor, self.settings)
 
 
 def knobs_of(config: Any) -> tuple[Knob, ...]:
     """Return the knobs of a model's family; refuse a family without, and say why."""
     family = family_of(config.model_type)
-    found = "it takes no pictures" if family.vision is None else family.pictures
+    found = "it takes no images" if family.vision is None else family.pictures
     if isinstance(found, str):
         raise UnsupportedModelError(f"{config.model_type} has no image-token budget: {found}")
     return found
@@ -108,11 +108,6 @@ def with_settings(processor: Any, settings: Mapping[str, Any]) -> Any:
         values[name] = {**values[name], key: value} if key else value
     made.image_processor = type(processor.image_processor).from_dict(values)
     return made
-
-
-def in_config(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Take those settings that the model's configuration has, too."""
-    return {name: value for name, value in settings.items() if name in vars(config)}
 
 
 def steps_down(processor: Any, knobs: Sequence[Knob]) -> list[dict[str, Any]]:
@@ -141,11 +136,11 @@ def steps_down(processor: Any, knobs: Sequence[Knob]) -> list[dict[str, Any]]:
 def budgets_for(
     config: Any, processor: Any, samples: Sequence[Sample]
 ) -> Callable[[float], PictureBudget]:
-    """Look at some data's pictures; return a function that finds the best settings for a share."""
+    """Look at some data's images; return a function that finds the best settings for a share."""
     knobs = knobs_of(config)
     pictures = [picture for sample in samples for picture in sample.images]
     if not pictures:
-        raise DataError("data: no sample has a picture, so there is no image-token budget")
+        raise DataError("data: no sample has an image, so there is no image-token budget")
     sizes = [open_image(each).size for each in pictures[:: -(-len(pictures) // SHOWN)]]
     steps, names = steps_down(processor, knobs), " and ".join(knob.field for knob in knobs)
 
@@ -156,19 +151,19 @@ def budgets_for(
         return [of_size[size] for size in sizes]
 
     order: Sequence[int] = range(len(steps))
-    if len(steps) < 2 * SHOWN:  # with fewer tiles some pictures take more tokens
+    if len(steps) < 2 * SHOWN:  # with fewer tiles some images take more tokens
         order = sorted(order, key=lambda step: -sum(counts(step)))
     full, least = sum(counts(0)), sum(counts(order[-1]))
     if least == full:
-        told = f"its processor has no {names} by which pictures take fewer tokens"
-        raise UnsupportedModelError(f"{config.model_type} has no image-token budget: {told}")
+        message = f"its processor has no {names} by which images take fewer tokens"
+        raise UnsupportedModelError(f"{config.model_type} has no image-token budget: {message}")
 
     def choose(share: float) -> PictureBudget:
         if not least <= share * full <= full:
             lowest = ceil(1000 * least / full) / 1000
-            of = f"{full / len(sizes):.0f} tokens of this data's pictures"
-            told = f"must be from {lowest} to 1: {names} leave that of the {of}"
-            raise ConfigError(f"image-token budget {share} {told}")
+            of = f"{full / len(sizes):.0f} tokens of this data's images"
+            message = f"must be from {lowest} to 1: {names} leave that of the {of}"
+            raise ConfigError(f"image-token budget {share} {message}")
         step = order[bisect_left(order, -share * full, key=lambda i: -sum(counts(i)))]
         means = sum(counts(step)) / len(sizes), full / len(sizes)
         return PictureBudget(share, steps[step], *means, sorted(sizes)[len(sizes) // 2])
@@ -179,7 +174,7 @@ def budgets_for(
 def llama_cpp_option(processor: Any, config: Any) -> str:
     """Return llama.cpp's option for as many tokens, as it reads no processor; empty if unknown."""
     made: Any = getattr(processor, "image_processor", None)
-    if not hasattr(made, "merge_size") or "glm" in config.model_type:  # GLM counts frames, too
+    if not hasattr(made, "merge_size") or "glm" in config.model_type:  # GLM also counts frames
         return ""
     most = made.size["longest_edge"] // (made.patch_size * made.merge_size) ** 2
     return f"--image-max-tokens {most}"

@@ -1,8 +1,8 @@
-"""Make a plan: from scores and a budget to the units that stay."""
+"""Make a plan: choose the kept units by scores and a budget."""
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from itertools import accumulate
@@ -19,21 +19,20 @@ from slimvlm.models.hidden import all_finite
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.scoring.unit_scores import Scores
 
-_PROTECTED_OF_32 = (4, 2)  # first and last layers that the study's code leaves whole
+_PROTECTED_OF_32 = (4, 2)  # first and last layers that the paper's code leaves unpruned
 
 
-@dataclass(frozen=True)
 class Budget(Options):
     """Check the arguments of `make_plan`; a `ConfigError` names the one that is out of range."""
 
     anatomy: Anatomy
     ratio: Annotated[float, SHARE]
-    axis: Axis | str
+    axis: Axis
     protect: tuple[int, int] = (0, 0)
-    counting: Literal["parameters", "per_layer"] | str = "parameters"
+    counting: Literal["parameters", "per_layer"] = "parameters"
     round_to: Annotated[int | None, AT_LEAST_1] = None
     depth_share: Annotated[float, Range(lambda share: 0 <= share <= 1, "between 0 and 1")] = 0.5
-    allocation: Literal["uniform", "protect"] | str = "uniform"
+    allocation: Literal["uniform", "protect"] = "uniform"
     units: tuple[str, ...] = WIDTH_UNITS
     kv_heads: int | None = None
     experts: Annotated[float, SHARE] = 0.0
@@ -42,10 +41,8 @@ class Budget(Options):
         super().__post_init__()
         first, last = self.protected
         if min(first, last) < 0 or first + last >= self.anatomy.num_layers:
-            raise ConfigError(
-                f"protect {(first, last)} must leave at least one of "
-                f"{self.anatomy.num_layers} layers"
-            )
+            count = self.anatomy.num_layers
+            raise ConfigError(f"protect {(first, last)} must leave at least one of {count} layers")
         if self.counting == "per_layer" and self.axis == "both":  # layers and units are two counts
             raise ConfigError("counting 'per_layer' is for axis 'width' or 'depth', not 'both'")
         if not self.units or not set(self.units) <= set(WIDTH_UNITS):
@@ -59,26 +56,19 @@ class Budget(Options):
             if "kv_group" not in self.units and self.kv_heads != legal[-1]:
                 raise ConfigError(f"kv_heads {self.kv_heads} needs 'kv_group' among units")
         if self.experts and not self.anatomy.expert_counts:
-            raise ConfigError(
-                f"experts {self.experts}: {self.anatomy.model_type!r} has none that can go"
-            )
+            kind = self.anatomy.model_type
+            raise ConfigError(f"experts {self.experts}: {kind!r} has none that can be removed")
         taken, left = self.anatomy.experts_per_token, self.left_experts
         if left < taken:
-            raise ImpossiblePlanError(
-                f"experts {self.experts} leaves {left} in a layer, but each token takes {taken}: "
-                f"at most {1 - taken / self.anatomy.expert_counts[0]:g}"
-            )
+            told = f"leaves {left} in a layer, but each token takes {taken}"
+            most = 1 - taken / self.anatomy.expert_counts[0]
+            raise ImpossiblePlanError(f"experts {self.experts} {told}: at most {most:g}")
 
     @property
     def left_experts(self) -> int:
-        """Experts that stay in every layer that has some."""
+        """Count the kept experts of every layer that has some."""
         count = max(self.anatomy.expert_counts, default=0)
         return count - round(count * self.experts)
-
-    def left(self, plan: Plan) -> float:
-        """Parameters to remove in addition to those that a plan removes already."""
-        params = self.anatomy.backbone_params
-        return self.ratio * params - plan.ratio * params
 
     @property
     def multiple(self) -> int:
@@ -88,16 +78,18 @@ class Budget(Options):
 
     @property
     def protected(self) -> tuple[int, int]:
-        """How many first and last layers stay whole."""
+        """How many first and last layers are left unpruned."""
         first, last = self.protect
         if self.allocation != "protect" or first or last:
             return first, last
         scaled = [max(round(n * self.anatomy.num_layers / 32), 1) for n in _PROTECTED_OF_32]
         return scaled[0], scaled[1]
 
-    def is_open(self, layer: int) -> bool:
-        """Whether a layer may lose units."""
-        return self.protected[0] <= layer < self.anatomy.num_layers - self.protected[1]
+    @property
+    def open_layers(self) -> range:
+        """The layers between the protected ones."""
+        first, last = self.protected
+        return range(first, self.anatomy.num_layers - last)
 
 
 def make_plan(
@@ -121,27 +113,27 @@ def make_plan(
     Args:
         anatomy: The model's.
         scores: Scores of the units to prune, higher = keep; of two for a unit, the first one
-            counts. Units without scores stay whole.
+            counts. Units without scores are kept.
         ratio: Share to remove, in [0, 1): of the backbone's parameters, or with
             ``counting="per_layer"`` of the units (for ``depth``, layers) that are not protected.
-        axis: ``depth`` removes layers, but leaves one of each kind at least; ``width`` KV groups
+        axis: ``depth`` removes layers, but keeps one of each kind at least; ``width`` KV groups
             and neurons; ``both`` mixes them.
         allocation: How widths share the budget. ``uniform``: the same widths in every unprotected
-            layer. ``protect``: the same, with the first 4 and last 2 of 32 layers left whole
-            (scaled to the model's depth, one at least) unless ``protect`` says otherwise.
-        protect: How many first and last layers are left whole.
+            layer. ``protect``: the same, with the first 4 and last 2 of 32 layers unpruned (scaled
+            to the model's depth, one at least) unless ``protect`` is given.
+        protect: Number of first and last layers to leave unpruned.
         counting: ``parameters`` is exact. ``per_layer`` counts as LLM-Pruner does:
             ``n = C - floor(C (1 - ratio))`` of a projection's ``C`` channels, whole heads only.
-        round_to: Multiple for the number of kept neurons. Default 128, in smaller models as little
-            as the ratio needs (`default_multiple`); 1 with ``per_layer``.
+        round_to: Multiple for the number of kept neurons. Default: 128, less in smaller models
+            (`default_multiple`); 1 with ``per_layer``.
         depth_share: With ``both``, the share of the removed parameters that layers give.
-        units: Which of ``kv_group`` and ``neuron`` may become fewer.
-        kv_heads: KV groups to keep in every unprotected layer, by their scores; neurons give the
-            rest. By default both kinds give the same share where whole groups allow it.
-        tokens: Ids of the tokens to keep, as `slimvlm.choose_tokens` finds them; None for all. The
-            rows that go are part of the ratio, of which the axis gives the rest.
-        experts: Share of the experts of every layer that goes, in [0, 1), protected layers too;
-            as many stay as each token takes. Scores must cover ``expert``. Part of the ratio, too.
+        units: Kinds to prune, of ``kv_group`` and ``neuron``.
+        kv_heads: KV groups to keep in every unprotected layer; neurons give the rest. By default
+            both kinds give the same share where whole groups allow it.
+        tokens: Ids of the tokens to keep, as `slimvlm.choose_tokens` finds them; None for all.
+            Removed rows count towards the ratio; the axis gives the rest.
+        experts: Share of the experts to remove from every layer, protected ones included, in
+            [0, 1); at least as many stay as each token takes. Also counts towards the ratio.
 
     Returns:
         A plan with the nearest ratio; `ImpossiblePlanError` if none is within one layer for
@@ -150,8 +142,10 @@ def make_plan(
     Reference:
         Protected layers: Huang et al. 2025, arXiv:2507.20749, in the released code for InternVL.
     """
-    rest: Any = (axis, protect, counting, round_to, depth_share, allocation)
-    budget = Budget(anatomy, ratio, *(*rest, tuple(units), kv_heads, experts))
+    values: Any = {"axis": axis, "counting": counting, "allocation": allocation}
+    values |= {"protect": tuple(protect), "round_to": round_to, "depth_share": depth_share}
+    values |= {"units": tuple(units), "kv_heads": kv_heads, "experts": experts}
+    budget = Budget(anatomy=anatomy, ratio=ratio, **values)
     given = [scores] if isinstance(scores, Scores) else list(scores)
     kept = None if tokens is None else tuple(sorted(set(tokens)))
     plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio, tokens=kept)
@@ -178,28 +172,21 @@ def make_plan(
     else:
         step = 0
     if abs(plan.ratio - ratio) > step / anatomy.backbone_params + 1e-9:
-        raise ImpossiblePlanError(
-            f"ratio {ratio:g} cannot be reached on axis {axis!r}: the nearest legal "
-            f"shape has ratio {plan.ratio:.4f} ({plan.summary()})"
-        )
+        nearest = f"the nearest legal shape has ratio {plan.ratio:.4f} ({plan.summary()})"
+        raise ImpossiblePlanError(f"ratio {ratio:g} cannot be reached on axis {axis!r}: {nearest}")
     return plan
 
 
 def ratio_for_params(anatomy: Anatomy, target_params: int) -> float:
-    """The ratio that leaves a whole model (towers included) with so many parameters."""
-    excess = anatomy.total_params - target_params
-    if excess < 0:
-        raise ConfigError(
-            f"target of {target_params:,} parameters: the model has only "
-            f"{anatomy.total_params:,} parameters"
-        )
-    if excess >= anatomy.backbone_params:
-        least = anatomy.total_params - anatomy.backbone_params
-        raise ImpossiblePlanError(
-            f"target of {target_params:,} parameters: only the backbone is pruned, and the rest "
-            f"alone has {least:,} parameters"
-        )
-    return excess / anatomy.backbone_params
+    """Return the ratio that leaves a whole model (towers included) with so many parameters."""
+    whole, backbone = anatomy.total_params, anatomy.backbone_params
+    where = f"target of {target_params:,} parameters"
+    if target_params > whole:
+        raise ConfigError(f"{where}: the model has only {whole:,} parameters")
+    if target_params <= whole - backbone:
+        told = f"only the backbone is pruned, and the rest has {whole - backbone:,}"
+        raise ImpossiblePlanError(f"{where}: {told}")
+    return (whole - target_params) / backbone
 
 
 def make_plan_for_params(
@@ -209,9 +196,9 @@ def make_plan_for_params(
     axis: str = "width",
     **options: Any,
 ) -> Plan:
-    """Make the plan with the smallest ratio whose whole model has at most so many parameters.
+    """Make the plan with the smallest ratio that leaves at most so many parameters.
 
-    Towers count among them. All other arguments are those of `make_plan`.
+    Those of towers count. All other arguments are as in `make_plan`.
     """
     ratio = ratio_for_params(anatomy, target_params)
     while True:
@@ -220,10 +207,8 @@ def make_plan_for_params(
         if excess <= 0:
             return plan
         if ratio >= 1 - 1e-9:
-            raise ImpossiblePlanError(
-                f"target of {target_params:,} parameters: the smallest legal shape has "
-                f"{plan.after.total_params:,}"
-            )
+            told = f"the smallest legal shape has {plan.after.total_params:,}"
+            raise ImpossiblePlanError(f"target of {target_params:,} parameters: {told}")
         ratio = min(ratio + max(excess / anatomy.backbone_params, 1e-4), 1 - 1e-9)
 
 
@@ -236,10 +221,10 @@ def width_candidates(
     allocation: str = "balanced",
     **options: Any,
 ) -> list[Plan]:
-    """Make plans of one ratio that say how many units each layer keeps, but not yet which ones.
+    """Make plans of one ratio for the number of units of each layer, not yet for their choice.
 
     ``balanced`` gives a plan for each legal number of KV groups, with as many neurons in each layer
-    as the ratio leaves; any other ``allocation`` the one plan of `make_plan`. The units are
+    as the ratio leaves; any other ``allocation`` the one plan of `make_plan`. The kept units are
     arbitrary: ``criterion`` will choose them. ``layer_scores`` choose layers; none for ``width``.
     """
     zeros = cache(torch.zeros)
@@ -262,12 +247,11 @@ def width_candidates(
 
 
 def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
-    """Drop the layers with the lowest scores, or the run of layers that costs least."""
+    """Remove the layers with the lowest scores, or the run of layers that costs least."""
     anatomy, shapes = budget.anatomy, plan.shapes
-    open_layers = filter(budget.is_open, range(anatomy.num_layers))
-    candidates = [index for index in open_layers if index not in anatomy.pinned_layers]
+    candidates = [index for index in budget.open_layers if index not in anatomy.pinned_layers]
     assert scores.layer is not None
-    stay, order = anatomy.kinds, list[int]()  # of every kind of layer one stays
+    stay, order = anatomy.kinds, list[int]()  # of every kind of layer one is kept
     for place in torch.argsort(scores.layer[candidates], stable=True).tolist():
         index = candidates[place]
         if stay[shapes[index].kind] > 1:
@@ -276,7 +260,9 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     if budget.counting == "per_layer":
         count = channels_to_remove(len(candidates), budget.ratio)
     else:  # so many that their parameters come nearest; layers may differ in size
-        wanted = budget.left(plan) * (budget.depth_share if budget.axis == "both" else 1.0)
+        backbone = anatomy.backbone_params
+        wanted = budget.ratio * backbone - plan.ratio * backbone
+        wanted *= budget.depth_share if budget.axis == "both" else 1.0
         sums = list(accumulate((shapes[i].params for i in order), initial=0))
         count = min(range(len(sums)), key=lambda n: abs(sums[n] - wanted))
     count = min(count, len(order))
@@ -287,10 +273,8 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
         rest = [{s.kind for i, s in enumerate(anatomy.layers) if i not in run} for run in runs]
         possible = [run for run, kinds in zip(runs, rest, strict=True) if kinds == {*stay}]
         if not possible:
-            raise ImpossiblePlanError(
-                f"plan: no {count} layers in a row can go; score layers one by one, such as by "
-                "'block_influence'"
-            )
+            told = f"plan: no {count} layers in a row can be removed"
+            raise ImpossiblePlanError(f"{told}; score them one by one, as 'block_influence' does")
         removed = min(possible, key=lambda run: float(costs[min(run)]))
     else:
         removed = set(order[:count])
@@ -304,7 +288,7 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
 
 
 def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
-    """Find the first scores that cover a unit; raise without any, or if they do not fit."""
+    """Find the first scores of a unit; raise without any, or if they do not fit."""
     shapes = budget.anatomy.layers
     for scores in given:
         if scores.of(unit) is None:
@@ -314,10 +298,8 @@ def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
         found = [len(row) for row in rows]
         expected = [len(shapes)] if unit == "layer" else [shape.units(unit) for shape in shapes]
         if found != expected:
-            raise ConfigError(
-                f"{where} are for another model: {unit} counts {found[:3]}..., "
-                f"expected {expected[:3]}..."
-            )
+            told = f"{unit} counts {found[:3]}..., expected {expected[:3]}..."
+            raise ConfigError(f"{where} are for another model: {told}")
         if not all(map(all_finite, rows)):
             raise NumericalError(f"{where}: NaN or infinity among {unit} scores")
         return scores
@@ -327,16 +309,13 @@ def scores_for(unit: str, given: list[Scores], budget: Budget) -> Scores:
 
 
 def best_units(values: Tensor, count: int) -> Kept:
-    """Return the indices of the highest scores, ascending; of equal ones the later stay."""
+    """Return the indices of the highest scores, ascending; of equal ones the later are kept."""
     order = torch.argsort(values, stable=True)
     return tuple(order[len(values) - count :].sort().values.tolist())
 
 
 def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan:
-    """Keep the best units of each open layer, equally many; kinds without scores stay whole.
-
-    Both kinds give the same share as far as whole groups allow; neurons make up the difference.
-    """
+    """Keep the best units of each open layer, equally many; kinds without scores stay whole."""
     can_shrink = {"kv_group": True, "neuron": len(budget.anatomy.legal_neurons()) > 1}
     scored = {
         unit: scores_for(unit, given, budget)
@@ -346,50 +325,13 @@ def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan
     }
     if not scored:
         scores_for(budget.units[-1], given, budget)
-    shapes = {index: shape for index, shape in plan.shapes.items() if budget.is_open(index)}
+    shapes = {index: shape for index, shape in plan.shapes.items() if index in budget.open_layers}
     if not shapes:
         return plan
     equal = budget.anatomy.with_layers(list(shapes.values()))
     if not equal.is_uniform:
-        raise ConfigError(
-            f"allocation {budget.allocation!r} needs a model whose layers are equally wide"
-        )
-    widest = max(equal.layers, key=lambda shape: shape.num_kv_heads)
-    all_groups = widest.num_kv_heads
-    all_neurons = max(shape.intermediate_size for shape in equal.layers)
-    if budget.counting == "per_layer":
-        channels = all_groups * widest.head_dim
-        gone = channels_to_remove(channels, budget.ratio) // max(widest.head_dim, 1)
-        neurons = all_neurons - channels_to_remove(all_neurons, budget.ratio)
-        neurons = max(round(neurons / budget.multiple), 1) * budget.multiple
-        counts = {"kv_group": max(all_groups - gone, 1), "neuron": min(neurons, all_neurons)}
-    else:
-        # A unit weighs as much as its like weigh in all open layers together.
-        group_params = sum(shape.kv_group_params for shape in equal.layers)
-        neuron_params = sum(shape.neuron_params for shape in equal.layers)
-        legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else []
-        if budget.kv_heads is not None and legal:
-            legal = [budget.kv_heads]
-        legal = legal or [all_groups]
-        params, multiple = budget.left(plan), budget.multiple if "neuron" in scored else 0
-        attention = all_groups * group_params if len(legal) > 1 else 0
-        mlp = all_neurons * neuron_params if multiple else 0
-        share = min(params / (attention + mlp), 1.0) if attention + mlp else 0.0
-        # parameters off the budget beyond one step of neurons, groups off the share; widths
-        misses: list[tuple[float, float, int, int]] = []
-        for groups in legal:
-            rest = params - (all_groups - groups) * group_params
-            neurons = all_neurons
-            if multiple:  # the nearest multiple, or the full width if that is nearer
-                wanted = all_neurons - rest / neuron_params
-                nearest = min(max(round(wanted / multiple), 1) * multiple, all_neurons)
-                is_nearer = abs(nearest - wanted) <= abs(all_neurons - wanted)
-                neurons = nearest if is_nearer else all_neurons
-            removed = (all_neurons - neurons) * neuron_params
-            off_budget = max(abs(rest - removed) - multiple * neuron_params, 0.0)
-            misses.append((off_budget, abs(groups - all_groups * (1 - share)), groups, neurons))
-        *_, groups, neurons = min(misses)
-        counts = {"kv_group": groups, "neuron": neurons}
+        raise ConfigError(f"allocation {budget.allocation!r} needs layers of equal widths")
+    counts = _widths(equal, plan, scored.keys(), budget)
     kept = {unit: list(plan.kept(unit)) for unit in scored}
     best = cache(best_units)  # by the tensor, which layers may share
     for unit, scores in scored.items():
@@ -399,6 +341,47 @@ def with_uniform_widths(plan: Plan, given: list[Scores], budget: Budget) -> Plan
     rows: dict[str, Any] = {f"{unit}s": tuple(units) for unit, units in kept.items()}
     criteria = {**plan.criteria, **{unit: scores.criterion for unit, scores in scored.items()}}
     return replace(plan, criteria=criteria, **rows)
+
+
+def _widths(equal: Anatomy, plan: Plan, scored: Collection[str], budget: Budget) -> dict[str, int]:
+    """Choose how many units each open layer keeps: both kinds the same share, in whole groups."""
+    widest = max(equal.layers, key=lambda shape: shape.num_kv_heads)
+    all_groups = widest.num_kv_heads
+    all_neurons = max(shape.intermediate_size for shape in equal.layers)
+    if budget.counting == "per_layer":
+        channels = all_groups * widest.head_dim
+        removed = channels_to_remove(channels, budget.ratio) // max(widest.head_dim, 1)
+        neurons = all_neurons - channels_to_remove(all_neurons, budget.ratio)
+        neurons = max(round(neurons / budget.multiple), 1) * budget.multiple
+        return {"kv_group": max(all_groups - removed, 1), "neuron": min(neurons, all_neurons)}
+    # parameters of one unit in every open layer
+    group_params = sum(shape.kv_group_params for shape in equal.layers)
+    neuron_params = sum(shape.neuron_params for shape in equal.layers)
+    legal = budget.anatomy.legal_kv_heads() if "kv_group" in scored else []
+    if budget.kv_heads is not None and legal:
+        legal = [budget.kv_heads]
+    legal = legal or [all_groups]
+    backbone = plan.before.backbone_params
+    params = budget.ratio * backbone - plan.ratio * backbone  # that are still to be removed
+    multiple = budget.multiple if "neuron" in scored else 0
+    attention = all_groups * group_params if len(legal) > 1 else 0
+    mlp = all_neurons * neuron_params if multiple else 0
+    share = min(params / (attention + mlp), 1.0) if attention + mlp else 0.0
+    # parameters off the budget beyond one step of neurons, groups off the share; widths
+    misses: list[tuple[float, float, int, int]] = []
+    for groups in legal:
+        rest = params - (all_groups - groups) * group_params
+        neurons = all_neurons
+        if multiple:  # the nearest multiple, or the full width if that is nearer
+            wanted = all_neurons - rest / neuron_params
+            nearest = min(max(round(wanted / multiple), 1) * multiple, all_neurons)
+            is_nearer = abs(nearest - wanted) <= abs(all_neurons - wanted)
+            neurons = nearest if is_nearer else all_neurons
+        removed_params = (all_neurons - neurons) * neuron_params
+        off_budget = max(abs(rest - removed_params) - multiple * neuron_params, 0.0)
+        misses.append((off_budget, abs(groups - all_groups * (1 - share)), groups, neurons))
+    *_, groups, neurons = min(misses)
+    return {"kv_group": groups, "neuron": neurons}
 
 
 def channels_to_remove(channels: int, ratio: float) -> int:

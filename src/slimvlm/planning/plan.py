@@ -1,4 +1,4 @@
-"""The units that stay: a `Plan`, which can be saved, edited by hand and applied again."""
+"""The kept units: a `Plan`, which can be saved, edited by hand and applied again."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,20 +29,20 @@ class Plan:
     layers: Kept
     """Kept layers."""
     kv_groups: tuple[Kept, ...]
-    """For each original layer its kept KV groups; empty where the layer is gone."""
+    """For each original layer its kept KV groups; empty where the layer is removed."""
     neurons: tuple[Kept, ...]
     """Likewise its kept neurons."""
     axis: str
     """``depth``, ``width`` or ``both``."""
     asked_ratio: float | None = None
-    """The ratio that was asked for, None for a plan made by hand."""
+    """The requested ratio, None for a plan made by hand."""
     criteria: Mapping[str, str] = field(default_factory=dict)
     """Criterion used for each unit."""
     tokens: Kept | None = None
     """Ids of the kept tokens; None for all."""
     experts: tuple[Kept, ...] = ()
-    """For each original layer its kept experts; empty where the layer is gone or has none. Without
-    any entry, the kept layers keep all."""
+    """For each original layer its kept experts; empty where the layer is removed or has none.
+    Without any entry, the kept layers keep all."""
 
     def __post_init__(self) -> None:
         before = self.before
@@ -52,10 +52,8 @@ class Plan:
         if self.axis not in AXES:
             raise ConfigError(f"plan: axis {self.axis!r} must be one of: {', '.join(AXES)}")
         if any(len(self.kept(unit)) != before.num_layers for unit in LAYER_UNITS):
-            raise ConfigError(
-                f"plan: kv_groups, neurons and experts must have {before.num_layers} entries, "
-                "one for each original layer"
-            )
+            told = f"must have {before.num_layers} entries, one for each original layer"
+            raise ConfigError(f"plan: kv_groups, neurons and experts {told}")
         checks = [("layers", self.layers, before.num_layers, self.layers != ())]
         for index, shape in enumerate(before.layers):
             for unit in LAYER_UNITS:
@@ -66,35 +64,25 @@ class Plan:
         good = {place for place, its in known.items() if _are_indices(*its)}
         for name, kept, count, right_emptiness in checks:
             if not right_emptiness or (id(kept), count) not in good:
-                raise ConfigError(
-                    f"plan: {name} must be sorted, unique, below {count}, and empty only where the "
-                    "layer is gone"
-                )
+                told = f"sorted, unique, below {count}, and empty only where the layer is removed"
+                raise ConfigError(f"plan: {name} must be {told}")
         taken = before.experts_per_token
         for index, experts in enumerate(self.experts):
             if 0 < len(experts) < taken:
-                raise ImpossiblePlanError(
-                    f"plan: experts[{index}] keeps {len(experts)}, but each token takes {taken}"
-                )
-        why = None if self.tokens is None else before.why_tokens_stay
-        if why is not None:
-            raise ImpossiblePlanError(
-                f"plan: tokens of {before.model_type!r} cannot go, since {why}"
-            )
+                told = f"keeps {len(experts)}, but each token takes {taken}"
+                raise ImpossiblePlanError(f"plan: experts[{index}] {told}")
+        model, why = repr(before.model_type), before.why_tokens_stay
+        if self.tokens is not None and why is not None:
+            raise ImpossiblePlanError(f"plan: tokens of {model} cannot be removed, since {why}")
         most = before.vocab_size
         if self.tokens is not None and not (self.tokens and _are_indices(self.tokens, most)):
             raise ConfigError(f"plan: tokens must be at least one, sorted, unique and below {most}")
-        missing = sorted(set(before.pinned_layers) - set(self.layers))
-        if missing:
-            raise ImpossiblePlanError(
-                f"plan: layers {missing} of {before.model_type!r} must stay, since "
-                f"{before.why_pinned}"
-            )
+        if missing := sorted(set(before.pinned_layers) - set(self.layers)):
+            told = f"layers {missing} of {model} must stay, since {before.why_pinned}"
+            raise ImpossiblePlanError(f"plan: {told}")
         for kind in sorted({*before.kinds} - {before.layers[i].kind for i in self.layers}):
-            raise ImpossiblePlanError(
-                f"plan: no layer of {before.model_type!r} with {kind} stays; at least one of its "
-                f"{before.kinds[kind]} must"
-            )
+            told = f"no layer of {model} with {kind} stays"
+            raise ImpossiblePlanError(f"plan: {told}; at least one of {before.kinds[kind]} must")
 
     @classmethod
     def everything(cls, anatomy: Anatomy) -> "Plan":
@@ -106,7 +94,7 @@ class Plan:
         return cls(anatomy, tuple(range(anatomy.num_layers)), groups, neurons, "both", 0.0)
 
     def with_units(self, index: int, kept: Mapping[str, Kept]) -> "Plan":
-        """The same plan with other units kept of a layer; kinds that are not named stay."""
+        """Return the plan with other units kept of a layer; kinds that are not named stay."""
         rows: dict[str, Any] = {}
         for unit, units in kept.items():
             row = self.kept(unit)
@@ -136,8 +124,8 @@ class Plan:
     @property
     def ratio(self) -> float:
         """Share of the backbone's parameters that the plan removes."""
-        lost_in_tokens = self.before.backbone_params - self._of_kept_tokens.backbone_params
-        return (self._lost_in_layers + lost_in_tokens) / self.before.backbone_params
+        of_tokens = self.before.backbone_params - self._of_kept_tokens.backbone_params
+        return (self._lost_in_layers + of_tokens) / self.before.backbone_params
 
     @property
     def decoder_ratio(self) -> float:
@@ -146,7 +134,7 @@ class Plan:
 
     @property
     def cuts_layers(self) -> bool:
-        """Whether anything of the decoder layers goes."""
+        """Whether anything of the decoder layers is removed."""
         return self._lost_in_layers > 0
 
     @property
@@ -172,7 +160,7 @@ class Plan:
 
     @property
     def file_format(self) -> Literal["native", "uneven"]:
-        """How it is written: plainly, or with the Python file that applies layers' own widths."""
+        """How the model is written: plainly, or with the Python file for layers' own widths."""
         after, before = self._narrowed, self.before
         is_legal = after.is_uniform
         if is_legal and after.mlp_widths:
@@ -186,10 +174,10 @@ class Plan:
         return "native" if is_legal else "uneven"
 
     def summary(self) -> str:
-        """One line: what is kept, which ratio that is, and what loading it needs."""
+        """Describe in one line what is removed and kept, and what loading needs."""
         groups = sorted({len(self.kv_groups[i]) for i in self.layers} - {0})
         neurons = sorted({len(self.neurons[i]) for i in self.layers} - {0})
-        asked = "" if self.asked_ratio is None else f" (asked {self.asked_ratio:.2%})"
+        asked = "" if self.asked_ratio is None else f" (requested {self.asked_ratio:.2%})"
         others = ""
         if (fewer := self._narrowed.expert_counts) and fewer != self.before.expert_counts:
             others = f", {_span(fewer)} of {_span(self.before.expert_counts)} experts"
@@ -198,17 +186,16 @@ class Plan:
             if len(stay) > 1 and 2 * stay[kind] <= count:
                 others += f", only {stay[kind]} of {count} layers with {kind}"
         if self.tokens is not None:
-            others += f", {len(self.tokens):,} of {self.before.vocab_size:,} tokens"
+            others += f", {len(self.tokens):,} of {self.before.vocab_size:,} vocabulary tokens"
         if self.file_format == "uneven":
             others += "; layers of different widths: needs trust_remote_code=True"
-        return (
-            f"removes {self.ratio:.2%} of the backbone{asked}: "
-            f"{len(self.layers)} of {self.before.num_layers} layers, "
-            f"{_span(groups)} KV groups, {_span(neurons)} neurons a layer{others}"
-        )
+        layers = f"{len(self.layers)} of {self.before.num_layers} layers"
+        widths = f"{_span(groups)} KV groups and {_span(neurons)} neurons per layer"
+        removed = f"removes {self.ratio:.2%} of the backbone{asked}"
+        return f"{removed}; keeps {layers}, {widths}{others}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Convert to plain values, for JSON."""
         rows = (f"{unit}s" for unit in LAYER_UNITS)
         names = ("axis", "asked_ratio", "ratio", "criteria", "layers", *rows, "tokens")
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
@@ -230,10 +217,8 @@ class Plan:
         file = built(PlanFile, values, where)
         before = file.before
         if before.model_type not in FAMILIES or before.text_type not in BACKBONES:
-            raise ConfigError(
-                f"{where}: before names the unknown model types "
-                f"{before.model_type!r} and {before.text_type!r}"
-            )
+            kinds = f"{before.model_type!r} and {before.text_type!r}"
+            raise ConfigError(f"{where}: before names the unknown model types {kinds}")
         impossible = [
             s
             for s in before.layers
@@ -270,6 +255,5 @@ def _are_indices(kept: Sequence[Any], count: int) -> bool:
 
 
 def _span(values: Sequence[Any]) -> str:
-    if not values:
-        return "0"
-    return f"{values[0]}" if len(values) == 1 else f"{values[0]}-{values[-1]}"
+    ends = dict.fromkeys((*values[:1], *values[-1:]))
+    return "-".join(f"{value:,}" for value in ends) or "0"

@@ -1,7 +1,7 @@
 """Apply a plan to a live model, and express it as a Hugging Face configuration beforehand."""
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -27,7 +27,7 @@ MULTI_TOKEN_FIELDS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 """Fields with the number of multi-token prediction layers, which transformers does not read."""
 
 _FROM_PYTHON = (
-    "from Python any number by prune_(model, plan, allow_uneven=True), whose files need "
+    "from Python any number by prune_(model, plan, allow_uneven=True): such files need "
     "trust_remote_code=True"
 )
 
@@ -48,7 +48,7 @@ def smaller_text_config(
         kept = {name: value for name, value in new.to_dict().items() if name in known}
         new = target(**{**kept, **row.retype_fields})
         new._attn_implementation = old._attn_implementation
-    # what holds a value for each layer, or names layers
+    # fields with a value for each layer, or with numbers of layers
     new.num_hidden_layers = len(plan.layers)
     if row.shared_tail is not None:
         first = old.num_hidden_layers - getattr(old, row.shared_tail)
@@ -62,8 +62,9 @@ def smaller_text_config(
     for name in row.layer_maps:
         given = {int(index): value for index, value in old.to_dict().get(name, {}).items()}
         setattr(new, name, {place: given[i] for place, i in enumerate(plan.layers) if i in given})
-    for name in multi_token_fields(old):
-        setattr(new, name, 0)
+    for name in MULTI_TOKEN_FIELDS:
+        if getattr(old, name, None):
+            setattr(new, name, 0)
     renumber_config_(new, plan)
     if uneven:
         own = [_changed_widths(new, after.with_layers([shape])) for shape in after.layers]
@@ -88,20 +89,16 @@ def with_renumbered(
     return config
 
 
-def multi_token_fields(text_config: Any) -> list[str]:
-    """List the set fields of `MULTI_TOKEN_FIELDS`; a pruned checkpoint lacks their weights."""
-    return [name for name in MULTI_TOKEN_FIELDS if getattr(text_config, name, None)]
-
-
 def lost_heads(config: PreTrainedConfig) -> str | None:
-    """Describe the multi-token heads that pruning drops; None if there are none."""
-    if fields := multi_token_fields(text_config_of(config)):
-        return f"multi-token heads: transformers does not read them, so {fields[0]} becomes 0"
+    """Describe the multi-token heads that pruning removes; None if there are none."""
+    for name in MULTI_TOKEN_FIELDS:
+        if getattr(text_config_of(config), name, None):
+            return f"multi-token heads: transformers does not read them, so {name} becomes 0"
     return None
 
 
 def _changed_widths(text_config: Any, after: Anatomy) -> dict[str, Any]:
-    """Fields whose values differ from the widths of the layers."""
+    """Return the fields, with new values, that differ from the widths of the layers."""
     changed: dict[str, Any] = {}
     for kv_heads, queries_per_group, head_dim in after.attention_shapes:
         heads = {"num_attention_heads": kv_heads * queries_per_group}
@@ -131,19 +128,18 @@ _COUNTS = {
 
 
 def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> None:
-    """Cut a model down to a plan, in place: afterwards it is an ordinary smaller model.
+    """Prune a model by a plan, in place: afterwards it is an ordinary smaller model.
 
-    The new configuration is built and checked before any weight is touched. Query heads go with
-    their KV head, fused matrices are cut inside their blocks, biases follow their rows and the
-    biases of output projections stay whole. Layers are renumbered for the cache.
+    The new configuration is built and checked before any weight is touched. Query heads are removed
+    with their KV head, fused matrices are cut inside their blocks, biases are cut with their rows,
+    and the biases of output projections remain. Layers are renumbered for the cache. If the head
+    count needs it (`Plan.needs_retype`), the language model is retyped: Llama to Mistral, which
+    computes the same.
 
-    If the head count needs it, the language model is retyped (Llama → Mistral, which computes the
-    same); `Plan.needs_retype` tells beforehand.
-
-    Layers of different widths cannot be said in a plain configuration. The model then becomes the
-    subclass of its class that ``modeling_pruned.py`` defines, and ``save_pretrained`` writes that
-    file too. With ``allow_uneven``, equal layers may be written like that if their head count
-    cannot be configured. Loading such files needs ``trust_remote_code=True``.
+    A plain configuration cannot express layers of different widths. The model then becomes the
+    subclass of its class in ``modeling_pruned.py``, and ``save_pretrained`` also writes that file.
+    With ``allow_uneven``, so do equal layers whose head count cannot be configured. Loading such
+    files needs ``trust_remote_code=True``.
 
     Raises:
         ConfigError: If the plan is for another model.
@@ -152,8 +148,7 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
     text_config = require_expressible(model, plan, allow_uneven)
     embedding, head = Parts(model).token_matrices()
     is_tied = head.weight is embedding.weight
-    for cut in list(cuts_of(model, plan)):
-        _cut_(cut)
+    _cut_(cuts_of(model, plan))
     if is_tied:
         head.weight = embedding.weight
     parts = Parts(model)
@@ -161,10 +156,10 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
     text_model.layers = nn.ModuleList(kept)
     for name in plan.before.backbone.live_lists:
         setattr(text_model, name, [getattr(text_model, name)[i] for i in plan.layers])
-    modules = ((index, module) for index, layer in enumerate(kept) for module in layer.modules())
-    for index, module in modules:  # numbered anew for the cache
-        if "layer_idx" in vars(module):
-            module.layer_idx = index  # type: ignore[assignment]
+    for index, layer in enumerate(kept):
+        for module in layer.modules():  # renumbered for the cache
+            if "layer_idx" in vars(module):
+                module.layer_idx = index  # type: ignore[assignment]
     # every module gets the new configuration, and copies of counts
     old = text_config_of(model.config)
     model.config = with_renumbered(model.config, text_config, plan)
@@ -190,16 +185,14 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
 def require_expressible(
     model: PreTrainedModel, plan: Plan, allow_uneven: bool = False
 ) -> PreTrainedConfig:
-    """Build the configuration of the smaller language model; refuse plans as `prune_` does."""
+    """Build the pruned language model's configuration; refuse the plans that `prune_` refuses."""
     models.require_full_precision(model.config, "pruned")
     require_match(model, plan)
     require_named_tokens(model, plan)
     uneven = not plan.after.is_uniform or (allow_uneven and plan.file_format == "uneven")
     if uneven and not plan.before.backbone.can_be_uneven:
-        raise ImpossiblePlanError(
-            f"plan: layers of {plan.before.text_type!r} must stay equally wide, since "
-            "modeling_pruned.py cannot cut them one by one. Plan with allocation 'uniform'"
-        )
+        told = f"plan: layers of {plan.before.text_type!r} must stay equally wide"
+        raise ImpossiblePlanError(f"{told}. Plan with allocation 'uniform'")
     config, text_config = model.config, smaller_text_config(model.config, plan, uneven)
     if not uneven:
         legal = plan.before.legal_neurons()
@@ -207,11 +200,9 @@ def require_expressible(
             if neurons not in legal:
                 nearest = sorted(sorted(legal, key=lambda count: abs(count - neurons))[:2])
                 near = ", ".join(map(str, nearest))
-                also = f", or {_FROM_PYTHON}" if plan.before.backbone.can_be_uneven else ""
-                raise ImpossiblePlanError(
-                    f"plan: {plan.before.model_type!r} cannot be configured with {neurons} neurons "
-                    f"in a layer; the nearest that it can have: {near}{also}"
-                )
+                near += f", or {_FROM_PYTHON}" if plan.before.backbone.can_be_uneven else ""
+                told = f"{plan.before.model_type!r} cannot be configured with {neurons} neurons"
+                raise ImpossiblePlanError(f"plan: {told} in a layer. Possible near it: {near}")
     cause: Exception | None = None
     try:
         checked = type(text_config).from_dict(text_config.to_dict())
@@ -224,12 +215,10 @@ def require_expressible(
         if (found.layers, found.backbone_params) == shapes:
             return text_config
         why = "a model built from the new configuration has other shapes"
-    counts = [shape[0] for shape in plan.after.attention_shapes] or [0]
-    legal_heads = ", ".join(map(str, plan.before.legal_kv_heads()))
-    raise ImpossiblePlanError(
-        f"plan: {plan.before.text_type!r} cannot be configured with {counts[0]} KV groups "
-        f"({why}). KV groups that it can have: {legal_heads}, or {_FROM_PYTHON}"
-    ) from cause
+    groups, *_ = [shape[0] for shape in plan.after.attention_shapes] or [0]
+    told = f"plan: {plan.before.text_type!r} cannot be configured with {groups} KV groups ({why})"
+    possible = ", ".join(map(str, plan.before.legal_kv_heads()))
+    raise ImpossiblePlanError(f"{told}. Possible: {possible}, or {_FROM_PYTHON}") from cause
 
 
 @dataclass(frozen=True)
@@ -263,7 +252,7 @@ def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
 def cuts_of_layer(
     model: nn.Module, plan: Plan, index: int, units: Collection[str] = LAYER_UNITS
 ) -> Iterator[Cut]:
-    """List the cuts of a layer that stays; a weight of experts may have two."""
+    """List the cuts of a kept layer; a weight of experts may have two."""
     layer, row = Parts(model).layers[index], plan.before.backbone
     for matrix in chain(*layer_matrices(layer, row)):
         projection = matrix.projection
@@ -281,8 +270,7 @@ def cut_layer_(
     model: nn.Module, plan: Plan, index: int, units: Collection[str] = LAYER_UNITS
 ) -> None:
     """Cut one layer, in place; the model runs only layer by layer until all of it is cut."""
-    for cut in list(cuts_of_layer(model, plan, index, units)):
-        _cut_(cut)
+    _cut_(cuts_of_layer(model, plan, index, units))
     shape, groups = plan.before.layers[index], len(plan.kv_groups[index])
     if groups < shape.num_kv_heads and "kv_group" in units:
         attention: Any = Parts(model).layers[index].get_submodule("self_attn")
@@ -292,18 +280,18 @@ def cut_layer_(
         set_counts_(attention, config, heads, groups)
 
 
-def _cut_(cut: Cut) -> None:
-    owner: Any = cut.owner
-    parameter = getattr(owner, cut.name)
-    kept = parameter.detach().index_select(cut.dim, cut.keep.to(parameter.device))
-    setattr(owner, cut.name, nn.Parameter(kept, parameter.requires_grad))
-    if isinstance(owner, nn.Linear):
-        owner.out_features, owner.in_features = owner.weight.shape
-    elif isinstance(owner, nn.Embedding):
-        owner.num_embeddings, owner.embedding_dim = owner.weight.shape
-    if cut.count is not None:
-        unit, count = cut.count
-        for name in set(_COUNTS[unit]) & set(vars(owner)):
+def _cut_(cuts: Iterable[Cut]) -> None:
+    for cut in list(cuts):
+        owner: Any = cut.owner
+        parameter = getattr(owner, cut.name)
+        kept = parameter.detach().index_select(cut.dim, cut.keep.to(parameter.device))
+        setattr(owner, cut.name, nn.Parameter(kept, parameter.requires_grad))
+        if isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = owner.weight.shape
+        elif isinstance(owner, nn.Embedding):
+            owner.num_embeddings, owner.embedding_dim = owner.weight.shape
+        unit, count = cut.count or ("", 0)
+        for name in set(_COUNTS.get(unit, ())) & set(vars(owner)):
             setattr(owner, name, count)
 
 
@@ -311,9 +299,9 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
     """Switch off the removed units of a plan without changing any shape, in place.
 
     The columns of ``o_proj`` and ``down_proj`` that read removed units become zero. Removed layers
-    become zero altogether, and a hook passes their input on. Routers score removed experts with
-    minus infinity. Removed tokens are zero in the embedding, and a hook sets their logits to minus
-    infinity. This is the slow and obvious meaning of a plan, against which `prune_` is tested.
+    become zero altogether, and a hook returns their input. Routers score removed experts with minus
+    infinity. Removed tokens are zero in the embedding, and a hook sets their logits to minus
+    infinity. `prune_` is tested against this slow and obvious form of a plan.
     """
 
     def pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -342,16 +330,16 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
                     _route_without(layer.get_submodule(path), matrix.weight, plan.experts[index])
         if plan.tokens is not None:
             embedding, head = parts.token_matrices()
-            gone = _removed(len(embedding.weight), plan.tokens)
+            lost = _removed(len(embedding.weight), plan.tokens)
             for holder in (embedding, *(holder for stack, holder in parts.stacks() if stack.rows)):
-                holder.weight[gone.to(holder.weight.device)] = 0
+                holder.weight[lost.to(holder.weight.device)] = 0
             head.register_forward_hook(
-                lambda module, args, logits: logits.masked_fill(gone.to(logits.device), -torch.inf)
+                lambda module, args, logits: logits.masked_fill(lost.to(logits.device), -torch.inf)
             )
 
 
 def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
-    """Let a router score the experts that are not kept with minus infinity."""
+    """Let a router score removed experts with minus infinity."""
     removed, forward = _removed(len(weight), kept).to(weight.device), router.forward
 
     class Masked(TorchFunctionMode):
@@ -372,33 +360,32 @@ def require_match(model: nn.Module, plan: Plan) -> None:
     models.require_undivided(model, "pruned")
     anatomy = read_anatomy(model)
     if anatomy.layers != plan.before.layers or anatomy.model_type != plan.before.model_type:
-        before, found = _shape_line(plan.before), _shape_line(anatomy)
-        raise ConfigError(f"plan: made for {before}, but the model is {found}")
+        shapes: list[str] = []
+        for each in (plan.before, anatomy):
+            groups = max(shape.num_kv_heads for shape in each.layers)
+            neurons = max(shape.intermediate_size for shape in each.layers)
+            experts = "".join(f", {count} experts" for count in each.expert_counts)
+            layers = f"{each.model_type} with {each.num_layers} layers"
+            shapes.append(f"{layers}, {groups} KV groups, {neurons} neurons{experts}")
+        raise ConfigError("plan: made for {}, but the model is {}".format(*shapes))
     expected, count = plan.before.vocab_size, anatomy.vocab_size
     if plan.tokens is not None and count != expected:
         raise ConfigError(f"plan: made for {expected:,} tokens, but the model has {count:,}")
     for stack, holder in Parts(model).stacks():
         if plan.tokens is not None and stack.rows and len(holder.weight) != count:
             rows = f"{stack.path} has {len(holder.weight):,} rows"
-            raise ConfigError(f"plan: no token can go: {rows}, the vocabulary {count:,} tokens")
-
-
-def _shape_line(anatomy: Anatomy) -> str:
-    groups = max(shape.num_kv_heads for shape in anatomy.layers)
-    neurons = max(shape.intermediate_size for shape in anatomy.layers)
-    experts = "".join(f", {count} experts" for count in anatomy.expert_counts)
-    layers = f"{anatomy.model_type} with {anatomy.num_layers} layers"
-    return f"{layers}, {groups} KV groups, {neurons} neurons{experts}"
+            told = f"{rows}, the vocabulary {count:,} tokens"
+            raise ConfigError(f"plan: no token can be removed: {told}")
 
 
 def kept_channels(plan: Plan, index: int, projection: Projection) -> Tensor:
-    """The channels of a matrix of layer ``index`` that a plan keeps along its divided dimension."""
+    """List the channels of a matrix of layer ``index`` that a plan keeps along its axis."""
     units = plan.kept(unit_of(projection))[index]
     return channels_of(projection, plan.before.layers[index], units)
 
 
 def _removed(count: int, kept: Kept | Tensor) -> Tensor:
-    """A mask of the indices that are not kept."""
+    """Return a mask of the indices that are not kept."""
     removed = torch.ones(count, dtype=torch.bool)
     removed[torch.as_tensor(kept, dtype=torch.long)] = False
     return removed

@@ -1,27 +1,31 @@
 """Write checkpoint files in a layout that older transformers, engines and the newest all read.
 
-transformers 5 moved rotary settings into ``rope_parameters``, renamed ``torch_dtype`` and took a
-level out of the names of CLIP and SigLIP towers. Older versions load such a folder without an
+transformers 5 moved rotary settings into ``rope_parameters``, renamed ``torch_dtype`` and removed a
+level from the names of CLIP and SigLIP towers. Older versions load such a folder without an
 exception, but with a random tower and another rotary base; vLLM refuses it. So checkpoints get the
-old fields beside the new ones and the old names in place of the new ones, wherever the newest
-transformers reads both and older ones were seen to compute the same. Tokenizers get the class and
-the fields that both know, whatever the model.
+old fields in addition to the new ones, and the old names instead of the new ones, wherever the
+newest transformers reads both and older ones were seen to compute the same. Tokenizers get the
+class and the fields that both know, whatever the model.
 """
 
 import json
 import re
-import shutil
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimvlm.core.files import new_file, write_text
 from slimvlm.core.tables import read_table
 from slimvlm.data.chat import tokenizer_of
+from slimvlm.models.files import write_weights
+
+Reader = Callable[[str], Tensor]  # gives parameters by name, if a model has no storage for them
+SHARD_BYTES = 10**9  # largest weight file written tensor by tensor: one is in memory at a time
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,9 @@ def lay_out(folder: Path, config: Any) -> None:
         return
     path = folder / "config.json"
     values = json.loads(path.read_text())
-    for part in list(_parts(values)):
+    parts = [values]  # grows by the parts of its parts
+    for part in parts:
+        parts += [v for v in part.values() if isinstance(v, dict) and "model_type" in v]
         if "dtype" in part:
             part["torch_dtype"] = part["dtype"]
         rope = part.get("rope_parameters") or {}
@@ -78,25 +84,29 @@ def lay_out(folder: Path, config: Any) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
     if not layout.tower_level:
         return
-
-    def rename(name: str) -> str:
-        return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
-
-    # bytes of tensors are copied and never held in memory
+    old, new = re.compile(r"^vision_tower\.(?!vision_model\.)"), "vision_tower.vision_model."
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as source, new_file(path) as written:
-            (length,) = struct.unpack("<Q", source.read(8))
-            header = json.loads(source.read(length))
-            renamed = json.dumps({rename(k): v for k, v in header.items()}).encode()
-            renamed += b" " * (-len(renamed) % 8)
-            with written.open("wb") as target:
-                target.write(struct.pack("<Q", len(renamed)) + renamed)
-                shutil.copyfileobj(source, target, 2**24)
+        with new_file(path) as written:  # from mapped memory: no tensor is held
+            renamed = {old.sub(new, name): tensor for name, tensor in load_file(path).items()}
+            save_file(renamed, written, {"format": "pt"})
     index = folder / "model.safetensors.index.json"
     if index.exists():
         values = json.loads(index.read_text())
-        values["weight_map"] = {rename(k): v for k, v in values["weight_map"].items()}
+        values["weight_map"] = {old.sub(new, k): v for k, v in values["weight_map"].items()}
         write_text(index, json.dumps(values, indent=2) + "\n")
+
+
+def write_model(
+    folder: Path, model: PreTrainedModel, processor: Any, read: Reader | None = None
+) -> None:
+    """Write configuration, weights, code and processor in the layout that most libraries read."""
+    if read is None:
+        model.save_pretrained(folder)
+    else:
+        write_weights(model, read, folder, SHARD_BYTES)
+    lay_out(folder, model.config)
+    if processor is not None:
+        write_processor(processor, folder)
 
 
 def write_processor(processor: Any, folder: Path) -> None:
@@ -119,10 +129,3 @@ def write_processor(processor: Any, folder: Path) -> None:
             if name in config and name not in PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
         }
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield config
-    for value in config.values():
-        if isinstance(value, dict) and "model_type" in value:
-            yield from _parts(value)

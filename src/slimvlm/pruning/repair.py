@@ -1,4 +1,4 @@
-"""Closed-form repair: the best weights for a matrix that lost some of its inputs.
+"""Repair in closed form: the best weights for a matrix some of whose inputs were removed.
 
 O output, C input channel, K kept channel, T token. Sums over tokens are enough: `Moments` gathers
 them, `refit` solves for the new weights. `repair_` does so in one shot for the matrices that write
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, NumericalError
+from slimvlm.core.options import AT_LEAST_0
 from slimvlm.models.anatomy import read_anatomy, segments, unit_of
+from slimvlm.models.devices import with_float64
 from slimvlm.models.families import INPUT_COLUMNS, Backbone, Projection
 from slimvlm.models.hidden import all_finite
-from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, layer_matrices
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import kept_channels
@@ -52,7 +53,7 @@ def confirmed(
     rows: Iterable[Sequence[Tensor]],
     keep: Int[Tensor, " K"],
 ) -> tuple[float, float, float]:
-    """Return the errors of sliced and of blended weights on held-out tokens, and the best share.
+    """Return the errors of sliced and of blended weights on validation tokens, and the best share.
 
     Along ``W_K + s (W' - W_K)``, and the bias likewise, the squared error is a parabola in the
     share ``s``: with ``r`` the residual of the sliced weights and ``c`` the change by the new ones,
@@ -60,8 +61,8 @@ def confirmed(
 
     ``rows`` are inputs ``[T, C]``, weights ``[T]`` and, if any, residuals ``[T, O]``.
     """
-    whole, gone = weight.detach().clone(), weight.detach().clone()
-    gone[:, keep] = 0
+    whole, removed = weight.detach().clone(), weight.detach().clone()
+    removed[:, keep] = 0
     change = torch.zeros_like(whole)
     change[:, keep] = (new[0] - weight[:, keep].to(new[0])).to(change)
     dtype = torch.promote_types(whole.dtype, torch.float32)
@@ -70,7 +71,7 @@ def confirmed(
         shift = (new[1] - bias).to(dtype)
     toward = square = sliced = target = whole.new_zeros((), dtype=torch.float64)
     for inputs, weights, *residuals in rows:
-        lacking, added, wanted = (inputs @ matrix.T for matrix in (gone, change, whole))
+        lacking, added, wanted = (inputs @ matrix.T for matrix in (removed, change, whole))
         lacking, added, wanted = lacking.to(dtype), added.to(dtype) + shift, wanted.to(dtype)
         for residual in residuals:
             lacking, wanted = lacking + residual, wanted + residual
@@ -209,17 +210,13 @@ class Writer:
 
     @property
     def weight(self) -> Tensor:
-        """The matrix where it is fitted: on its device, or on the CPU if that has no float64."""
+        """The matrix on the device where it is fitted: the CPU if its own has no float64."""
         return with_float64(self.linear.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        """Its bias in the same place, if it has one."""
+        """Its bias on the same device, if it has one."""
         return None if self.linear.bias is None else with_float64(self.linear.bias)
-
-    def kept_channels(self, plan: Plan) -> Tensor:
-        """The input channels that a plan keeps, where the matrix is fitted."""
-        return kept_channels(plan, self.index, self.projection).to(self.weight.device)
 
     def parameters(self, weight: Tensor, bias: Tensor | None) -> dict[str, nn.Parameter]:
         """Convert new values to the module's data type; refuse what is not finite in it."""
@@ -236,17 +233,11 @@ class Writer:
 
 
 def writers_of_layer(layer: nn.Module, index: int, row: Backbone) -> Iterator[Writer]:
-    """Writers of one layer, in the order in which they run; experts are no modules and left out."""
+    """List the writers of one layer in the order of their calls; experts are no modules of one."""
     attention, mlp, _ = layer_matrices(layer, row)
     for matrix in (*attention, *mlp):
         if matrix.projection.dim == INPUT_COLUMNS and isinstance(matrix.owner, nn.Linear):
             yield Writer(index, matrix.projection, matrix.owner)
-
-
-def require_ridge(ridge: float) -> None:
-    """Refuse a ridge below 0 or without bounds."""
-    if not 0 <= ridge < float("inf"):
-        raise ConfigError(f"ridge {ridge} must be a finite number of 0 or more")
 
 
 @torch.no_grad()
@@ -255,20 +246,21 @@ def repair_(
 ) -> WalkReport:
     """Repair the widths of a pruned model from Gram matrices of the original one, in place.
 
-    Every matrix is fitted to the original inputs, as if only it had been pruned, in one pass over
-    the data. `slimvlm.walk_` is better: it takes each layer's inputs from the smaller layers before
-    it, and it alone can repair the seams of removed layers.
+    Every matrix is fitted to the original inputs, as if only it had been pruned. `slimvlm.walk_` is
+    better: it takes each layer's inputs from the pruned layers before it, and it alone can repair
+    the seams of removed layers.
 
-    ``model`` is what ``prune_(model, plan)`` left, ``statistics`` are those of
+    ``model`` was pruned by ``prune_(model, plan)``, ``statistics`` are those of
     ``sv.collect(original, batches, "obs")``, and `slimvlm.pruning.repair.refit` explains ``ridge``.
     The report's errors are those on the statistics. If a new weight is not finite, a
-    `NumericalError` is raised and the model stays as it is.
+    `NumericalError` is raised and the model does not change.
     """
-    require_ridge(ridge)
+    if not AT_LEAST_0.holds(ridge):
+        raise ConfigError(f"ridge {ridge} must be {AT_LEAST_0.meaning}")
     if not statistics.matrices:
         raise ConfigError("statistics cannot repair: only those of criterion 'obs' can")
     if read_anatomy(model).layers != plan.after.layers:
-        raise ConfigError("model: does not have the shape that the plan leaves; prune it first")
+        raise ConfigError("model: its shape is not the plan's; prune it first")
     fitted: list[tuple[Writer, Refit, dict[str, nn.Parameter]]] = []  # none is set before all are
     for index, layer in zip(plan.layers, Parts(model).layers, strict=True):
         for writer in writers_of_layer(layer, index, plan.before.backbone):
@@ -280,7 +272,7 @@ def repair_(
             channels = sum(units * width for _, _, units, width in whole)
             if weight.shape != (writer.linear.out_features, channels):
                 raise ConfigError(f"statistics: {writer.name!r} is of another model")
-            keep = writer.kept_channels(plan)
+            keep = kept_channels(plan, index, writer.projection).to(device)
             if len(keep) < channels:
                 sums = (part.gram.to(device), part.total.to(device), part.count.to(device))
                 found = refit(weight.to(device), writer.bias, Moments(*sums), keep, ridge)

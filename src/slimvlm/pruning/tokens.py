@@ -1,7 +1,7 @@
 """Remove tokens from the tokenizer, and renumber every field that holds token ids.
 
 Kept tokens get new ids in their old order. Ids outside the vocabulary, as some configurations have
-for pictures or by default, stay as they are.
+for images or by default, do not change.
 """
 
 import copy
@@ -21,7 +21,7 @@ from slimvlm.planning.plan import Plan
 
 _OF_PROCESSOR = re.compile(r"\w*_(id|ids|index)")
 _MAY_GO = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
-"""Fields that forbid tokens; removed tokens are dropped from them."""
+"""Fields that forbid tokens; removed tokens are also removed from them."""
 _UNKNOWN = ("sequence_bias", "forced_decoder_ids")  # name tokens in forms that are not renumbered
 
 
@@ -34,13 +34,13 @@ def trim_tokenizer_(processor: Any, plan: Plan) -> None:
     """Remove a plan's tokens from the original's processor or tokenizer, in place.
 
     Vocabulary, merges, added tokens, the template of special tokens and padding change together. A
-    text whose tokens all stay gets the same ones, by their new numbers; any other text gets more,
-    shorter tokens, and decodes to itself as before. A tokenizer that is trimmed already stays, and
-    so does any where the plan has no ``tokens``.
+    text of kept tokens gets the same ones, with their new ids; any other text gets more, shorter
+    tokens, and still decodes to itself. Nothing changes if the tokenizer is trimmed already or the
+    plan has no ``tokens``.
 
     Raises:
         ConfigError: If the plan has tokens that the tokenizer lacks, or removes one that it needs.
-        UnsupportedModelError: If the tokenizer is of a kind that cannot lose tokens.
+        UnsupportedModelError: If tokenizers of this kind cannot be trimmed.
     """
     if plan.tokens is None:
         return
@@ -50,7 +50,7 @@ def trim_tokenizer_(processor: Any, plan: Plan) -> None:
     tokenizer = tokenizer_of(processor)
     trimmed = Tokenizer.from_str(file.trimmed(plan.tokens))
     if trimmed.get_vocab(with_added_tokens=True) != file.numbered(plan.tokens):
-        raise UnsupportedModelError(f"tokens: {file.name} cannot be numbered anew")
+        raise UnsupportedModelError(f"tokens: {file.name} cannot be renumbered")
     trimmed.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
     tokenizer._tokenizer = trimmed
     if processor is not tokenizer:
@@ -70,7 +70,7 @@ def trimmed_processor(processor: Any, plan: Plan | None) -> Any:
 
 
 def token_ids_of(*configs: Any) -> set[int]:
-    """Token ids in configurations, such as those for pictures and for the end of a text."""
+    """Collect the token ids in configurations, such as those of images and the end of a text."""
     return {
         number
         for config in configs
@@ -89,15 +89,13 @@ def require_named_tokens(model: PreTrainedModel, plan: Plan) -> None:
     for config in (model.config, model.generation_config):
         for name in _UNKNOWN:
             if getattr(config, name, None) is not None:
-                raise ConfigError(
-                    f"plan: {type(config).__name__} has a {name}, whose tokens cannot be numbered "
-                    "anew; remove it first"
-                )
+                told = f"plan: the tokens of {name} in {type(config).__name__} cannot be renumbered"
+                raise ConfigError(f"{told}; remove it first")
         for _, where, name, value in token_fields(config):
             lost = [n for n in token_numbers(value) if 0 <= n < rows and n not in kept]
             if lost and name not in _MAY_GO:
                 named = f"the model's {where} {shortened(value)}"
-                raise ConfigError(f"plan: tokens must hold {lost[0]}, which is {named}")
+                raise ConfigError(f"plan: tokens must contain {lost[0]}, which is {named}")
 
 
 def renumber_config_(config: PreTrainedConfig, plan: Plan) -> None:
@@ -140,7 +138,7 @@ def renumber_modules_(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def _renumbered(value: Any, new: Mapping[int, int], name: str) -> Any:
-    """Replace the token ids in a field's value; leave out forbidden tokens that are gone."""
+    """Replace the token ids in a field's value; leave out forbidden tokens that were removed."""
     if isinstance(value, list | tuple):
         if name in _MAY_GO:
             value = [each for each in value if all(n in new for n in token_numbers(each))]

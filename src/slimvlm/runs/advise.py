@@ -1,5 +1,6 @@
 """Tell before a run, without weights, what it would do and cost: `advise`, and a dry run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -15,9 +16,9 @@ from slimvlm.data.chat import encode_samples
 from slimvlm.data.general import SHARE as GENERAL_TEXT
 from slimvlm.data.samples import Sample
 from slimvlm.data.vocabulary import TokenizerFile
-from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.cost import BYTES, free_memory, params_of_target, weight_bytes
+from slimvlm.models.cost import BYTES, params_of_target, weight_bytes
+from slimvlm.models.devices import device_named, free_memory
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.load import load_config, load_processor, resolve
 from slimvlm.models.pictures import PictureBudget, with_settings
@@ -27,7 +28,6 @@ from slimvlm.runs import request as requests
 from slimvlm.runs.compress import compress_command, request_of
 from slimvlm.runs.cost import Cost, Sizes, bytes_of_picture, cost, image_tokens, kept_bytes
 from slimvlm.runs.recipes import Recipe, expected, recipe_for, rules, subject_of
-from slimvlm.runs.request import resolved
 from slimvlm.runs.stages import settled
 from slimvlm.runs.tables import millions, size
 
@@ -37,7 +37,7 @@ _ENCODED = 16  # samples that are encoded at most, to learn how long they are
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """AVG-% that was measured with a recipe where as large a share of the layers went."""
+    """AVG-% that was measured with a recipe where as large a share of the layers was removed."""
 
     model: str
     percent: float
@@ -52,11 +52,11 @@ class Advice:
     model: str
     ratio: float  # share of the backbone to remove
     axis: options.AxisChoice  # auto lets the data decide, before training
-    token_share: float  # share of the backbone that goes with tokens
-    decoder_ratio: float  # share of the decoder layers that goes with the rest
+    token_share: float  # share of the backbone removed with tokens
+    decoder_ratio: float  # share of the decoder layers removed with the rest
     recipe: Recipe
     expected: tuple[Expectation, ...]  # of this model first, then of others of about its size
-    latency: float | None  # time to read a question as a share of the original's
+    latency: float | None  # prefill time as a share of the original's
     params: tuple[int, int]  # of the whole model before and after
     weight_bytes: tuple[int, int]  # likewise
     fraction: float  # share of the data to train on
@@ -80,7 +80,7 @@ def advise(
     """Choose a recipe for a model and exactly one budget, which must be possible to meet.
 
     Arguments are the options of ``slimvlm advise``; ``gpu`` is by default whether this machine has
-    one, and ``samples`` as many as the study had.
+    one, and ``samples`` as many as the paper used.
     """
     shape, known = anatomy_of(model), rules()
     if samples is not None and samples < 1:
@@ -92,11 +92,11 @@ def advise(
     recipe = recipe_for(gone, data, bool(shape.projector_params))
     row = next(row for row in known.fractions if gone <= row.up_to)
     fraction, why = row.fraction, f"{row.why} ({known.fractions_source})"
-    needed, given = round(fraction * known.full_set), known.full_set if samples is None else samples
-    if samples is not None:  # few are all used
-        fraction = 1.0 if samples <= needed else round(needed / samples, 4)
-        if samples <= needed:
-            why = f"train on all {samples:,} conversations: the study trained on {needed:,}"
+    given, needed = samples or known.full_set, round(fraction * known.full_set)
+    if samples is not None and samples <= needed:  # few are all used
+        fraction, why = 1.0, f"train on all {samples:,} samples: the paper trained on {needed:,}"
+    elif samples is not None:
+        fraction = round(needed / samples, 4)
     tokens, on_tokens = _tokens_first(model, shape, gone, data and target_latency is None)
     pictures = image_tokens(model) if shape.vision_params else 0
     sizes = Sizes(
@@ -108,7 +108,7 @@ def advise(
         vocabulary=tokens,
         beside=bytes_of_picture(load_config(model), pictures, dtype) if pictures else 0.0,
     )
-    device = models.default_device()
+    device = device_named()
     if gpu is not None and gpu == (device.type == "cpu"):
         device = torch.device("cuda" if gpu else "cpu")
 
@@ -127,7 +127,9 @@ def advise(
     def cost_of(recipe: Recipe) -> Cost:
         tried = len(get_args(options.Axis)) if recipe.train else 0
         tried *= sizes.token_share < gone
-        return cost(resolved(request_of("", config_of(recipe))), sizes, device, dtype, tried)
+        return cost(
+            requests.resolved(request_of("", config_of(recipe))), sizes, device, dtype, tried
+        )
 
     found, notes = cost_of(recipe), list[str]()
     limit, hours = known.constants.max_hours_without_gpu, found.training_hours
@@ -136,7 +138,7 @@ def advise(
         gone = _ratio(shape, subject, budget, False, dtype)  # a latency's depends on the axis
         recipe = recipe_for(gone, False)
         found = cost_of(recipe)
-    notes.append(f"the study's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
+    notes.append(f"the paper's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
     if recipe.train and sizes.token_share < gone:
         notes += [known.notes["axis_auto"], why]
     notes += on_tokens
@@ -144,19 +146,6 @@ def advise(
         notes.append(known.notes["experts"].format(shape=shape))
     share, config = sizes.decoder_share(gone), config_of(recipe)
     axis = request_of(model, replace(config, axis=None)).prune.axis or recipe.axis
-    promised = list[Expectation]()
-    # all weights were trained of the demo model only, LoRA of the study's
-    for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
-        for name, layers in known.decoder_shares.items():
-            factor, same = shape.backbone_params / known.backbone_params[name], name == subject
-            if same or 1 / known.alike_within <= factor <= known.alike_within:
-                promised += [
-                    Expectation(model=name, percent=value, source=curve.source, same=same)
-                    for curve, value in expected(recipe.axis, train, recipe.loss, share * layers)
-                    if curve.model == name
-                    and (train == recipe.train or curve.ours)
-                    and (curve.repaired or not curve.ours)  # the study's are of its own command
-                ]
     before, after = shape.total_params, shape.total_params - round(gone * shape.backbone_params)
     held = weight_bytes(shape, dtype)
     return Advice(
@@ -166,7 +155,7 @@ def advise(
         token_share=min(sizes.token_share, gone),
         decoder_ratio=share,
         recipe=recipe,
-        expected=tuple(sorted(promised, key=lambda each: not each.same)),
+        expected=_expectations(shape, subject, recipe, share),
         latency=_latency(recipe.axis, max(gone - sizes.token_share, 0.0), subject),
         params=(before, after),
         weight_bytes=(held, round(held * after / before)),
@@ -175,6 +164,26 @@ def advise(
         notes=tuple(notes),
         command=compress_command(model, replace(config, axis=axis), "run"),
     )
+
+
+def _expectations(
+    shape: Anatomy, subject: str | None, recipe: Recipe, share: float
+) -> tuple[Expectation, ...]:
+    """List what a recipe retained of models of about this size, this one first."""
+    known, found = rules(), list[Expectation]()
+    # all weights were trained of the demo model only, LoRA of the papers'
+    for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
+        for name, layers in known.decoder_shares.items():
+            factor, same = shape.backbone_params / known.backbone_params[name], name == subject
+            if same or 1 / known.alike_within <= factor <= known.alike_within:
+                found += [
+                    Expectation(model=name, percent=value, source=curve.source, same=same)
+                    for curve, value in expected(recipe.axis, train, recipe.loss, share * layers)
+                    if curve.model == name
+                    and (train == recipe.train or curve.ours)
+                    and (curve.repaired or not curve.ours)  # the papers' are of their own command
+                ]
+    return tuple(sorted(found, key=lambda each: not each.same))
 
 
 def _ratio(
@@ -205,7 +214,7 @@ def _ratio(
 
 
 def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
-    """Estimate the time to read a question, as a share of the original's."""
+    """Estimate the prefill time as a share of the original's."""
     curves = [row for row in rules().latency if row.axis == axis]
     own = [row for row in curves if row.model == subject]
     others = [row for row in curves if not row.ours]
@@ -219,7 +228,7 @@ def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
 def _tokens_first(
     model: str, shape: Anatomy, ratio: float, is_open: bool
 ) -> tuple[int | None, list[str]]:
-    """Choose how many tokens stay where some go first, None for all; with notes."""
+    """Choose how many tokens to keep where some are removed first, None for all; with notes."""
     # is_open: there is data to count, and a budget that fewer tokens help to meet
     rule, fewest = rules().tokens_first, requests.tokens_to_try(shape, ratio)
     if fewest is None:
@@ -235,53 +244,69 @@ def _tokens_first(
             raise ConfigError("the model has no tokenizer")
         file = TokenizerFile.of(processor)
     except SlimError as error:
-        return None, [f"{alone}; no token can go: {error}"]
+        return None, [f"{alone}; no token can be removed: {error}"]
     if not is_open:
         return None, [f"{alone}; fewer tokens make it smaller: compress --vocab-size auto"]
     kept = max(fewest, len(file.with_parts(file.needed)))
     choice = "compress --vocab-size auto keeps as many as the data needs, all keeps every one"
-    return kept, [f"{many}, and {rule.why} ({rule.source}): {kept:,} stay; {choice}"]
+    return kept, [f"{many}, and {rule.why} ({rule.source}): {kept:,} are kept; {choice}"]
 
 
 def advice_rows(advice: Advice) -> list[list[str]]:
     """Make rows of a name and a value."""
     recipe, spent = advice.recipe, advice.cost
     axis = "the axis that the data chooses" if advice.axis == "auto" else advice.axis
-    layers = f"{advice.decoder_ratio:.1%} of its layers, along {axis}"
-    first = f"{advice.ratio:.1%} of the backbone"
-    if advice.token_share:
-        first += f": tokens first, about {advice.token_share:.1%}"
-    gone = [first] if advice.token_share and not advice.decoder_ratio else [first, layers]
+    removed = f"{advice.ratio:.1%} of the backbone"
+    of_layers = f"{advice.decoder_ratio:.1%} of its layers, along {axis}"
+    if not advice.token_share:
+        removed += f", {of_layers}"
+    else:
+        removed += f": tokens first, about {advice.token_share:.1%}"
+        removed += f"; then {of_layers}" if advice.decoder_ratio else ""
     kept = [
         f"{row.percent:.1f} % ({row.model}{', this model' if row.same else ''}; {row.source})"
         for row in advice.expected
     ]
-    before, after = advice.params
-    held, smaller = advice.weight_bytes
+    (before, after), (held, smaller) = advice.params, advice.weight_bytes
     rows = [
-        ["remove", ("; then " if advice.token_share else ", ").join(gone)],
+        ["remove", removed],
         ["train", f"{recipe.train}, loss {recipe.loss}" if recipe.train else "nothing"],
         ["parameters", f"{millions(after)} of {millions(before)}"],
         ["weights", f"{size(smaller)} of {size(held)}"],
         *_under("expected AVG-%", kept or [rules().notes["not_measured"]]),
     ]
     if advice.latency is not None:
-        rows.append(["time to read a question", f"{advice.latency:.0%} of the original's"])
-    rows += _needs("pruning", f"about {size(spent.calibration_bytes)}", spent.pruning_hours)
+        rows.append(["prefill time", f"{advice.latency:.0%} of the original's"])
     if recipe.train:
-        rows.append(["training data", f"{spent.samples:,} conversations"])
-        rows += _needs("training", f"about {size(spent.training_bytes)}", spent.training_hours)
-    return [*rows, *_under("why", advice.notes), *_basis(spent)]
+        rows.append(["training samples", f"{spent.samples:,}"])
+    return [*rows, *_under("why", advice.notes), *_needs(spent)]
 
 
-def _needs(stage: str, memory: str, hours: float) -> list[list[str]]:
-    return [[f"memory of {stage}", memory], [f"time of {stage}", f"about {duration(3600 * hours)}"]]
+def _needs(spent: Cost, device: str = "", free: float = math.inf) -> list[list[str]]:
+    """Make rows of memory and time, compared with what is free on a device, and their basis."""
 
+    def memory(needed: float, cure: str) -> str:
+        if needed > free:
+            return f"about {size(needed)}, more than the {size(free)} free on {device}: {cure}"
+        return f"about {size(needed)}" + f" on {device}" * bool(device)
 
-def _basis(spent: Cost) -> list[list[str]]:
-    """Make the rows of what an estimate leaves out and rests on."""
-    load = [["load", spent.load]] if spent.load else []
-    return [*load, *_under("estimates rest on", spent.rests_on)]
+    def hours(count: float) -> str:
+        return f"about {duration(3600 * count)}"
+
+    rows = [
+        ["memory of pruning", memory(spent.calibration_bytes, rules().notes["less_to_prune"])],
+        ["time of pruning", hours(spent.pruning_hours)],
+    ]
+    if device and spent.hidden_states:
+        rows.append(["hidden states", spent.hidden_states])
+    if spent.training_bytes:
+        rows.append(["memory of training", memory(spent.training_bytes, WORDS["cures"]["train"])])
+        rows.append(["time of training", hours(spent.training_hours)])
+    if spent.questions_hours:
+        rows.append(["time of evaluation", hours(spent.questions_hours)])
+    if spent.load:
+        rows.append(["load", spent.load])
+    return [*rows, *_under("estimates rest on", spent.rests_on)]
 
 
 def _under(name: str, lines: Sequence[str]) -> list[list[str]]:
@@ -293,14 +318,14 @@ def _under(name: str, lines: Sequence[str]) -> list[list[str]]:
 class DryRun:
     """The plan of a compression that was not run, and its needs."""
 
-    plan: Plan  # how much stays; which units is drawn at random
+    plan: Plan  # how much is kept; which units is drawn at random
     axes: tuple[str, ...]  # that would be tried; one if it is decided
-    fewer_tokens: int  # that would stay in a further try of the best axis; 0 without one
+    fewer_tokens: int  # kept in a further try of the best axis; 0 without one
     calibration: int  # samples
     training: int
-    report: int  # samples held out for the end
+    report: int  # test samples
     tokens: float  # mean length of a sample
-    pictures: PictureBudget | None  # if pictures are to take fewer tokens
+    pictures: PictureBudget | None  # if images are to take fewer tokens
     dtype: str  # of the weights
     device: str
     free_bytes: int  # on the device now
@@ -310,12 +335,13 @@ class DryRun:
 def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     """Check a compression, as `compress` does, and estimate its plan, memory and time."""
     shape = anatomy_of(model)
-    request, _, samples = settled(request_of(model, config), None, say)
+    request, alone, samples = settled(request_of(model, config), None, say)
     by_axis: dict[Any, Any] = {request.prune.axis: request}
     if request.prune.axis == "auto":
         by_axis = dict(requests.requests_by_axis(request, shape))
     axes = tuple(by_axis)
-    first = replace(by_axis[axes[0]], report_samples=len(samples.report))
+    first = replace(by_axis[axes[0]], test_samples=len(samples.test))
+    axes = axes if alone is None else axes[:1]  # nothing is left to try
     described = load_config(model, config.trust_remote_code)
     processor = load_processor(resolve(model), described, config.trust_remote_code)
     if request.pictures is not None:
@@ -338,9 +364,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         stored = str(described.dtype).removeprefix("torch.")
         dtype = stored if stored in BYTES else "bfloat16"
     seen = described, image_tokens(model, config.trust_remote_code) if pictures else 0
-    alone = requests.tokens_alone(first, shape)
-    axes = axes if alone is None else axes[:1]  # nothing is left to try
-    device, tries = models.device_named(config.device), len(axes) + bool(request.fewer_tokens)
+    device, tries = device_named(config.device), len(axes) + bool(request.fewer_tokens)
     sizes = Sizes(
         shape=shape,
         tokens=fmean(lengths) if lengths else 0.0,
@@ -351,14 +375,13 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         vocabulary=None if request.tokens is None else len(request.tokens),
         beside=pictures / max(len(samples.calibration), 1) * bytes_of_picture(*seen, dtype),
     )
-    plan = alone or requests.dry_plan(first.prune, shape, first.tokens)
     return DryRun(
-        plan=plan,
+        plan=alone or requests.dry_plan(first.prune, shape, first.tokens),
         axes=axes,
         fewer_tokens=len(request.fewer_tokens or ()),
         calibration=sizes.calibration,
         training=sizes.samples,
-        report=len(samples.report),
+        report=len(samples.test),
         tokens=sizes.tokens,
         pictures=request.pictures,
         dtype=dtype,
@@ -372,36 +395,21 @@ def dry_run_rows(found: DryRun) -> list[list[str]]:
     """Make rows of a name and a value."""
     before, after, spent = found.plan.before, found.plan.after, found.cost
     smaller, held = (size(weight_bytes(shape, found.dtype)) for shape in (after, before))
-    counts = {"calibrate": found.calibration, "train": found.training, "are held out": found.report}
-    samples = ", ".join(f"{count:,} {use}" for use, count in counts.items() if count) or "none"
+    uses = {"calibration": found.calibration, "training": found.training, "test": found.report}
+    samples = ", ".join(f"{count:,} {use}" for use, count in uses.items() if count) or "none"
     if found.tokens:
         samples += f"; about {found.tokens:.0f} tokens each"
-
-    def memory(needed: float, cure: str) -> str:
-        if needed <= found.free_bytes:
-            return f"about {size(needed)} on {found.device}"
-        free = f"{size(found.free_bytes)} free on {found.device}"
-        return f"about {size(needed)}, more than the {free}: {cure}"
-
-    less = rules().notes["less_to_prune"]
     rows = [
         ["plan", found.plan.summary()],
         ["parameters", f"{after.total_params:,} of {before.total_params:,}"],
         ["weights", f"{smaller} of {held} in {found.dtype}"],
         ["samples", samples],
-        *([["pictures", f"take {found.pictures}"]] if found.pictures is not None else []),
-        *_needs("pruning", memory(spent.calibration_bytes, less), spent.pruning_hours),
     ]
-    if spent.hidden_states:
-        rows.append(["hidden states", spent.hidden_states])
+    if found.pictures is not None:
+        rows.append(["images", f"take {found.pictures}"])
     if len(found.axes) > 1 or found.fewer_tokens:
         tried = f"{', '.join(found.axes)} are tried; the plan is of the first"
         if found.fewer_tokens:
             tried += f"; the best is tried again after trimming to {found.fewer_tokens:,} tokens"
         rows.insert(1, ["axes", tried])
-    if found.training:
-        needed = memory(spent.training_bytes, WORDS["cures"]["train"])
-        rows += _needs("training", needed, spent.training_hours)
-    if spent.questions_hours:
-        rows.append(["time of questions", f"about {duration(3600 * spent.questions_hours)}"])
-    return [*rows, *_basis(found.cost)]
+    return [*rows, *_needs(spent, found.device, found.free_bytes)]

@@ -1,4 +1,4 @@
-"""Compress in one run folder: score, plan, prune, recover, evaluate, save.
+"""Compress a model in one run folder: score, plan, prune, recover, evaluate, save.
 
 Every stage writes its output whole and is skipped where that exists, so that a stopped run resumes
 when the same command is given again.
@@ -30,7 +30,8 @@ from slimvlm.evaluation.bench import PairedTimes, paired_times
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.evaluation.results import Result, read_baseline
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import free_memory, peak_memory, release_memory, weight_bytes
+from slimvlm.models.cost import weight_bytes
+from slimvlm.models.devices import free_memory, peak_memory, release_memory
 from slimvlm.models.hidden import head_weights_of
 from slimvlm.models.load import anatomy, load_as, resolve
 from slimvlm.planning.plan import Plan
@@ -46,8 +47,8 @@ from slimvlm.training.recover import TRACKER_FOLDER
 
 STAGES = (ORIGINAL, PRUNED, RECOVERED)
 TIMES_FILE = "times.json"  # times of the smaller model beside the original's, among a run's results
-_PREDICTIONS = "said.safetensors"  # of the original, on held-out samples
-_NOT_TRAINED, _UNTRAINED = "none", "acts where something is trained"
+_PREDICTIONS = "said.safetensors"  # of the original, on test samples
+_NOT_TRAINED, _UNTRAINED = "none", "needs training"
 
 
 def request_of(model: str, config: CompressConfig) -> Request:
@@ -56,7 +57,7 @@ def request_of(model: str, config: CompressConfig) -> Request:
         of_tasks = ("limit", "batch_size", "baseline", "task_folder", "template_args", "floors")
         config.refuse(of_tasks, "needs --tasks")
     if config.data is None:
-        config.refuse(("training_samples", "report_samples"), "needs --data")
+        config.refuse(("training_samples", "test_samples"), "needs --data")
         if config.recover is not None:
             raise ConfigError(f"train {config.recover.train!r} needs --data")
     if config.recover is None:
@@ -69,7 +70,7 @@ def request_of(model: str, config: CompressConfig) -> Request:
         prune=prune,
         recover=config.recover,
         training_samples=config.training_samples,
-        report_samples=config.unseen(config.samples),
+        test_samples=config.most_test_samples(config.samples),
         questions=config.part(options.Questions) if config.tasks else None,
         require=config.require,
         latency=config.target_latency,
@@ -99,10 +100,10 @@ class Compressed:
     plan: Plan
     results: dict[str, Result]  # by stage (original, pruned, recovered), if tasks were given
     held_out: dict[str, on_data.DataResult]  # by stage, if there was data
-    times: PairedTimes | None  # beside the original's, if they were measured
+    times: PairedTimes | None  # against the original's, if they were measured
 
     def load(self) -> tuple[PreTrainedModel, Any]:
-        """Read the smaller model and its processor."""
+        """Read the compressed model and its processor."""
         return load_as(self.config, self.folder)
 
     def __iter__(self) -> Iterator[Any]:
@@ -120,12 +121,12 @@ def compress(
     say: Say = print,
     **options: Any,
 ) -> Compressed:
-    """Make a smaller model in one run folder.
+    """Compress a model in one run folder.
 
-    Give ``config``, or as ``options`` what a file of ``--config`` may hold. As there, the study's
-    decision chart says how to train unless ``recover`` does: ``"none"``, a `RecoverConfig`, or some
-    options. With ``force``, a folder of another run is replaced once the new one is whole. Mistakes
-    are found before weights are read. docs/files.md lists what is in the folder.
+    Give ``config``, or as ``options`` what a file of ``--config`` may hold. As there, the extended
+    paper's decision chart says how to train unless ``recover`` does: ``"none"``, a `RecoverConfig`,
+    or some options. With ``force``, a folder of another run is replaced once the new one is whole.
+    Mistakes are found before weights are read. docs/files.md lists what is in the folder.
     """
     if out is None or (config is not None and options):
         raise ConfigError("compress needs out, and either config or options by name")
@@ -143,7 +144,7 @@ def compress(
             documents.require_same_request(noted, about, told, "Use --force to replace it")
         require_free(folder, force or is_same)
         if is_same:
-            say(f"going on with the unfinished run in {folder}")
+            say(f"resuming the unfinished run in {folder}")
         # every mistake that can be found without weights
         request = request_of(model, config)
         if config.baseline:
@@ -152,9 +153,9 @@ def compress(
         request, given, samples = stages.settled(request, None, say)
         chart = recipe_for(ratio_of(request.prune), request.trains)
         if given is not None:
-            say("the tokens alone give the ratio: nothing else goes")
+            say("trimming the vocabulary reaches the ratio: no layer is pruned")
         elif request.prune.axis == "auto":
-            say("axis auto: depth, width and both are tried, and held-out answers choose")
+            say("axis auto: short trials of depth, width, both; the lowest validation loss decides")
         elif config.axis != request.prune.axis == chart.axis:
             say(f"axis {chart.axis}: {chart.why} ({chart.source})")
         # begin the folder, or resume in it
@@ -197,7 +198,7 @@ def compress(
 
 
 def config_from(given: Mapping[str, Any], model: str) -> CompressConfig:
-    """Build a configuration from options; the study's decision chart fills in how to train."""
+    """Build a configuration from options; the decision chart says how to train if they do not."""
     recover = given.get("recover", {})
     config = documents.built(CompressConfig, {k: given[k] for k in given if k != "recover"})
     if recover is None or isinstance(recover, RecoverConfig):
@@ -213,7 +214,7 @@ def config_from(given: Mapping[str, Any], model: str) -> CompressConfig:
     if train is None and chart.train == "projector" and not anatomy(model).projector_params:
         chart = recipe_for(ratio, has_data, has_projector=False)
     if how.setdefault("seed", config.seed) != config.seed:
-        raise ConfigError(f"recover: seed {how['seed']}: a run has one, which is {config.seed}")
+        raise ConfigError(f"seed {config.seed} conflicts with recover.seed {how['seed']}")
     how["train"] = train or chart.train or _NOT_TRAINED
     if how["train"] == _NOT_TRAINED:
         asked = {n: v for n, v in how.items() if n not in ("train", "seed") and v is not None}
@@ -280,14 +281,14 @@ def _identity(made: Path) -> str:
 
 
 def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> None:
-    """Evaluate the model of a stage on the tasks and on held-out samples, unless it was."""
-    questions, samples, results = run.request.questions, run.samples.report, run.folder / "results"
+    """Evaluate the model of a stage on the tasks and on test samples, unless it was."""
+    questions, samples, results = run.request.questions, run.samples.test, run.folder / "results"
     path = results / f"{stage}.json"
     if questions is not None and not path.exists():
         if stage == ORIGINAL and run.config.baseline:
             result = Result.load(run.config.baseline)
         else:
-            run.say(f"evaluate the {stage} model")
+            run.say(f"evaluating the {stage} model on the tasks")
             if stage != ORIGINAL:  # floors are the original's
                 questions = replace(questions, floors=False)
             result = evaluate_all(model, processor, questions, stage, run.folder / "answers")
@@ -297,9 +298,9 @@ def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> No
         result.save(path)
     path, stored = results / f"data-{stage}.json", run.folder / _PREDICTIONS
     if samples and not path.exists():
-        run.say(f"ask the {stage} model on {len(samples)} samples that stay unseen")
+        run.say(f"evaluating the {stage} model on {len(samples)} test samples")
         if stage == ORIGINAL:
-            how = (stages.HELD_OUT_BATCH, ORIGINAL, head_weights_of(model))
+            how = (stages.TEST_BATCH, ORIGINAL, head_weights_of(model))
             found = on_data.predictions_of(model, processor, samples, *how)
             found.save(stored)
             on_data.result_of(found, samples, model.device).save(path)
@@ -309,16 +310,16 @@ def _measure(run: Run, stage: str, model: PreTrainedModel, processor: Any) -> No
 
 
 def _time(run: Run, model: PreTrainedModel, processor: Any) -> None:
-    """Time the smaller model beside the original, which is read once more."""
+    """Time the pruned model against the original, which is read once more."""
     results, say, pictures = run.folder / "results", run.say, run.request.pictures
     if (results / TIMES_FILE).exists():
         return
     needed = weight_bytes(anatomy(run.request.model), str(model.dtype).removeprefix("torch."))
     if needed > (free := free_memory(model.device)):
         size, left = tables.size(needed), tables.size(free)
-        say(f"times are not paired: the original's {size} beside it exceed {left} of memory")
+        say(f"times are not measured: the original's {size} exceed the {left} of free memory")
         return
-    say("time the original and the pruned model in turn")
+    say("timing the original and the pruned model in turn")
     try:
         shown = USUAL_SIZE if pictures is None else pictures.size
         found = paired_times(model, processor, *stages.load_original(run.request), shown)
@@ -326,7 +327,7 @@ def _time(run: Run, model: PreTrainedModel, processor: Any) -> None:
         why = one_line(error) if isinstance(error, SlimError) else repr(error)
         if is_out_of_memory(error):
             why = f"both models do not fit on {model.device} together ({one_line(error)})"
-        say(f"times are not paired: {why}")
+        say(f"times are not measured: {why}")
         return
     finally:
         release_memory()  # of the original
@@ -335,7 +336,7 @@ def _time(run: Run, model: PreTrainedModel, processor: Any) -> None:
             replace(Result.load(path), **vars(times)).save(path)
     found.save(results / TIMES_FILE)
     if run.config.target_latency is not None:
-        say(f"target_latency {run.config.target_latency}: here it is {found.prefill}")
+        say(f"target_latency {run.config.target_latency}: measured {found.prefill}")
 
 
 def _card_facts(run: Run) -> CardFacts:
@@ -360,13 +361,14 @@ def _card_facts(run: Run) -> CardFacts:
 def finish(run: Run, plan: Plan) -> None:
     """Write the summary, remove what only a resume needs."""
     folder, results, pictures = run.folder, read_results(run.folder), run.request.pictures
-    lines = [f"# {run.request.model} at {plan.ratio:.1%}", "", plan.summary(), ""]
+    removed = f"{plan.ratio:.1%} of the backbone removed"
+    lines = [f"# {run.request.model}, {removed}", "", plan.summary(), ""]
     if pictures is not None:
-        lines += [f"Pictures take {pictures}. The original is measured with all of them.", ""]
+        lines += [f"Images take {pictures}. The original is evaluated with all tokens.", ""]
     if results:
         lines.append(tables.as_markdown(*tables.result_rows(results)))
     if held_out := tables.held_out_text(read_held_out(folder), read_times(folder)):
-        lines += ["## What was kept", "", held_out]
+        lines += ["## Retention on test samples", "", held_out]
     loss = "" if run.request.recover is None else run.request.recover.loss
     for note in tables.training_notes(results, read_held_out(folder), loss):
         run.say(note)
@@ -400,13 +402,13 @@ def read_results(folder: Path) -> dict[str, Result]:
 
 
 def read_held_out(folder: Path) -> dict[str, on_data.DataResult]:
-    """Read the results on held-out samples of a run so far, by stage, the original first."""
+    """Read the results on test samples of a run so far, by stage, the original first."""
     paths = {stage: folder / "results" / f"data-{stage}.json" for stage in STAGES}
     return {stage: on_data.DataResult.load(path) for stage, path in paths.items() if path.exists()}
 
 
 def read_times(folder: Path) -> PairedTimes | None:
-    """Read the times of a run's model beside the original's, if they were measured."""
+    """Read the times of a run's model against the original's, if they were measured."""
     path = folder / "results" / TIMES_FILE
     return PairedTimes.load(path) if path.exists() else None
 
@@ -446,15 +448,15 @@ def read_config(path: str | Path) -> tuple[str, CompressConfig, Mapping[str, Any
     for name in {"trust_remote_code", "force"} & chosen.keys():
         if chosen[name]:
             flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{where}: {name} counts on the command line only: give {flag}")
+            raise ConfigError(f"{where}: {name} is only a flag of the command line: give {flag}")
         del chosen[name]
     if chosen.get("recover") == _NOT_TRAINED:
         chosen["recover"] = None
     given, config = chosen.get("recover", {}), documents.built(CompressConfig, chosen, where)
     if config.recover is not None:
         if read is documents.read_yaml and given.get("seed", config.seed) != config.seed:
-            told = f"seed {given['seed']}: a run has one, {config.seed}"
-            raise ConfigError(f"{where}: recover: {told}")
+            told = f"seed {config.seed} conflicts with recover.seed {given['seed']}"
+            raise ConfigError(f"{where}: {told}")
         config = replace(config, recover=replace(config.recover, seed=config.seed))
     return values["model"], config, given
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,14 @@ from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as loading
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.cost import BYTES, free_memory, load_of_others, usable_cores, weight_bytes
+from slimvlm.models.cost import BYTES, weight_bytes
+from slimvlm.models.devices import (
+    computes_bfloat16,
+    device_named,
+    free_memory,
+    load_of_others,
+    usable_cores,
+)
 from slimvlm.models.losses import rows_at_once
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.pruning.walk.engine import PASSES, aims_at_original
@@ -36,6 +44,7 @@ CALIBRATION_BATCH = 4  # calibration samples in a batch
 USUAL_PICTURE = (480, 640)  # height and width in pixels, where no data says
 TRIAL_SHARE = 1 / 6  # share of a training that an axis is tried with
 LOGITS_COPIES = 3  # tensors as large as a chunk's logits that a loss and its gradient hold at once
+_UNLIMITED = 2.0**50  # free bytes of a device that is not here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +52,17 @@ class Sizes:
     """Sizes of the model and the data, for an estimate."""
 
     shape: Anatomy  # of the unpruned model
-    tokens: float  # mean of a conversation, those of its pictures included
-    samples: int  # conversations to train on
+    tokens: float  # mean of a sample, image tokens included
+    samples: int  # training samples
     longest: tuple[float, float] = (0.0, 0.0)  # length of those to calibrate and to train on
-    calibration: int = CalibrationConfig().samples  # conversations to calibrate on
+    calibration: int = CalibrationConfig().samples  # calibration samples
     token_bytes: Mapping[str, float] = field(default_factory=dict)  # `kept_bytes` by data type
-    vocabulary: int | None = None  # tokens that stay in the smaller model; None for all
-    beside: float = 0.0  # `bytes_of_picture` of a conversation's pictures
+    vocabulary: int | None = None  # tokens of the pruned model; None for all
+    beside: float = 0.0  # `bytes_of_picture` of a sample's images
 
     @property
     def pass_flops(self) -> float:
-        """FLOP of reading a conversation; embeddings do not count, as they only look up."""
+        """FLOP of a sample's forward pass; embeddings do not count, as they only look up."""
         looked_up = self.shape.embedding_params if self.shape.head_params else 0
         taken, mixed = self.shape.experts_per_token, (s for s in self.shape.layers if s.num_experts)
         idle = sum((layer.num_experts - taken) * layer.expert_params for layer in mixed)
@@ -61,17 +70,17 @@ class Sizes:
 
     @property
     def token_share(self) -> float:
-        """Share of the backbone that goes with its tokens."""
+        """Share of the backbone removed with its tokens."""
         gone = self.shape.vocab_size - (self.vocabulary or self.shape.vocab_size)
         return gone * self.shape.token_params / self.shape.backbone_params
 
     def decoder_share(self, ratio: float) -> float:
-        """Share of the decoder layers that goes with a share of the backbone."""
+        """Share of the decoder layers that is removed with a share of the backbone."""
         rest = max(ratio - self.token_share, 0.0) * self.shape.backbone_params
         return min(rest / sum(layer.params for layer in self.shape.layers), 1.0)
 
     def learnt(self, config: RecoverConfig) -> int:
-        """Count the conversations that a training reads, of those that there are."""
+        """Count the samples that a training reads."""
         return max(round(self.samples * config.fraction), 1)
 
 
@@ -84,7 +93,7 @@ class Cost:
     training_bytes: float = 0.0  # peak of recovery on the device, 0 without
     training_hours: float = 0.0
     questions_hours: float = 0.0  # of asking both models, 0 without tasks
-    samples: int = 0  # conversations to train on
+    samples: int = 0  # training samples
     hidden_states: str = ""  # size and place in a walk; empty where the device is absent
     load: str = ""  # how much longer it takes beside other work; empty if hardly longer
     rests_on: tuple[str, ...] = ()  # assumptions and their sources
@@ -92,24 +101,67 @@ class Cost:
 
 def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried: int = 0) -> Cost:
     """Estimate memory and time of a resolved request, in which ``tried`` axes are tried first."""
-    constants, config, prune = rules().constants, request.recover, request.prune
-    shape, ratio = sizes.shape, ratio_of(prune)
+    known, config, prune = rules(), request.recover, request.prune
+    is_cpu, left = device.type == "cpu", 1 - ratio_of(prune)
+    peak, states = _pruning_bytes(request, sizes, device, dtype)
     speed, timed = speed_of(device, dtype)
-    is_cpu, is_here = device.type == "cpu", _is_here(device)
-    room = free_memory(device) if is_here else 2.0**50  # of an absent one unlimited
-    of_logits = LOGITS_COPIES * BYTES["float32"] * shape.vocab_size  # bytes of a position
-    # the largest of the steps of pruning, up to the written model
-    held, left = weight_bytes(shape, dtype), 1 - ratio * shape.backbone_params / shape.total_params
-    smaller, free = held * left, max(room - held, 0.0)
+    brief = replace(request, prune=replace(prune, local_steps=0), test_samples=0)
+    work = stage_flops("calibrate", request, sizes) + stage_flops("prune", request, sizes)
+    work += tried * stage_flops("prune", brief, sizes)  # with the same scores
+    asking = 0.0
+    if (asked := request.questions) is not None:
+        alone = replace(request, questions=replace(asked, floors=False))
+        asking = stage_flops("evaluate", request, sizes)
+        asking += stage_flops("evaluate", alone, sizes, left)
+    about = [
+        f"memory of {device}" + ", the process among it" * is_cpu,
+        known.notes["pruning_memory"].format(constants=known.constants),
+        f"time: {timed}; {sizes.tokens:.0f} tokens per sample; the vision tower is not counted",
+    ]
+    training: dict[str, Any] = {}
+    if config is not None:
+        told = {"kept": sizes.token_bytes.get(dtype, 0.0) / 1000, "batch": config.batch_size}
+        about.append(known.notes["training_memory"].format(constants=known.constants, **told))
+        flops = stage_flops("recover", request, sizes, left)
+        learning, _ = speed_of(device, "float32" if config.bf16 is False else "bfloat16")
+        training = {
+            "training_bytes": _training_bytes(request, config, sizes, device, dtype),
+            "training_hours": (1 + tried * TRIAL_SHARE) * flops / (3600 * learning),
+            "samples": sizes.learnt(config),
+        }
+    return Cost(
+        calibration_bytes=peak,
+        pruning_hours=work / (3600 * speed),
+        hidden_states=str(states or "") if _is_here(device) else "",
+        questions_hours=asking / (3600 * speed),
+        load=load_of_others() if is_cpu else "",
+        rests_on=tuple(about),
+        **training,
+    )
+
+
+def _pruning_bytes(
+    request: Request, sizes: Sizes, device: torch.device, dtype: str
+) -> tuple[float, StatesPlace | None]:
+    """Estimate the largest of the steps of pruning, up to the written model.
+
+    Also return size and place of the hidden states between the layers of a walk.
+    """
+    constants, prune, shape = rules().constants, request.prune, sizes.shape
+    ratio, is_cpu, is_here = ratio_of(prune), device.type == "cpu", _is_here(device)
+    room = free_memory(device) if is_here else _UNLIMITED
+    held = weight_bytes(shape, dtype)
+    smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
+    free = max(room - held, 0.0)
     largest = max(shape.layers, key=lambda layer: layer.params)
-    longest, longest_learnt = (max(each, sizes.tokens) for each in sizes.longest)
+    longest = max(sizes.longest[0], sizes.tokens)
     batch = CALIBRATION_BATCH * longest * sizes.token_bytes.get(dtype, 0.0)
     steps: list[float] = [held]
     if is_cpu:
         steps.append(2 * smaller)  # while it is read back
     elif smaller <= free:
         steps.append(held + smaller)  # while both are timed
-    states = None  # size and place of the hidden states between layers of a walk
+    states = None
     if prune.data is not None and _is_walked(request):
         aims = aims_at_original(prune.repair, prune.local_steps, prune.axis != "width")
         tokens = sizes.tokens * sizes.calibration
@@ -136,40 +188,27 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
         more = max(grams + inputs + running * BYTES[dtype], learning)
         steps.append(held + states.needed * are_here + new * is_cpu + more)
     if any(CRITERIA[name].capture.backward for name in prune.criterion):
-        logits = rows_at_once(device, round(free)) * of_logits
+        logits = (
+            rows_at_once(device, round(free)) * LOGITS_COPIES * BYTES["float32"] * shape.vocab_size
+        )
         steps.append(held + batch + largest.params * BYTES[dtype] + logits)
-    brief = replace(request, prune=replace(prune, local_steps=0), report_samples=0)
-    work = stage_flops("calibrate", request, sizes) + stage_flops("prune", request, sizes)
-    work += tried * stage_flops("prune", brief, sizes)  # with the same scores
-    asking = 0.0
-    if (asked := request.questions) is not None:
-        alone = replace(request, questions=replace(asked, floors=False))
-        asking = stage_flops("evaluate", request, sizes)
-        asking += stage_flops("evaluate", alone, sizes, 1 - ratio)
-    about = [
-        f"memory of {device}" + ", the process among it" * is_cpu,
-        rules().notes["pruning_memory"].format(constants=constants),
-        f"time: {timed}; {sizes.tokens:.0f} tokens a conversation; the vision tower is not counted",
-    ]
-    pruning = Cost(
-        calibration_bytes=float(constants.process_bytes * is_cpu + max(steps)),
-        pruning_hours=work / (3600 * speed),
-        hidden_states=str(states or "") if is_here else "",
-        questions_hours=asking / (3600 * speed),
-        load=load_of_others() if is_cpu else "",
-        rests_on=tuple(about),
-    )
-    if config is None:
-        return pruning
-    # training: weights, learning parameters, activations, logits
+    return float(constants.process_bytes * is_cpu + max(steps)), states
+
+
+def _training_bytes(
+    request: Request, config: RecoverConfig, sizes: Sizes, device: torch.device, dtype: str
+) -> float:
+    """Estimate the peak of training: weights, learning parameters, activations, logits."""
+    constants, shape, ratio = rules().constants, sizes.shape, ratio_of(request.prune)
+    is_cpu, is_here = device.type == "cpu", _is_here(device)
     is_bfloat16 = config.bf16
     if is_bfloat16 is None:
-        is_bfloat16 = not is_here or loading.computes_bfloat16(device)
+        is_bfloat16 = not is_here or computes_bfloat16(device)
     held_in = dtype if is_bfloat16 else "float32"
     # on a CPU, attention that keeps its scores makes up for activations in bfloat16
     kept_in = "bfloat16" if is_bfloat16 and not is_cpu else held_in
     held = weight_bytes(shape, held_in)
-    smaller = held * left
+    smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
     # a teacher shares the weights that stay frozen
     models = held + smaller * (config.train == "full") if config.needs_teacher else smaller
     learn = learning_params(shape, ratio, config.train, config.lora_rank)
@@ -185,24 +224,21 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
     if config.gradient_checkpointing:
         of_token /= shape.num_layers
         of_token += shape.num_layers * shape.hidden_size * BYTES[held_in]
-    batch = min(config.batch_size, sizes.learnt(config))
     if config.loss_weights.keys() & set(HIDDEN_LOSSES):  # both models' states, where compared
         compared = 1 if "sft" in config.loss_weights else 1 + shape.num_layers
         of_token += 2 * compared * shape.hidden_size * BYTES[kept_in]
-    activations = batch * longest_learnt * of_token * (1 - sizes.decoder_share(ratio))
-    beside = constants.learning_bytes * learn + activations
-    logits = rows_at_once(device, round(room - models)) * of_logits
-    told = {"kept": sizes.token_bytes.get(dtype, 0.0) / 1000, "batch": config.batch_size}
-    about.append(rules().notes["training_memory"].format(constants=constants, **told))
-    flops = stage_flops("recover", request, sizes, 1 - ratio)
-    speed, _ = speed_of(device, "float32" if config.bf16 is False else "bfloat16")
-    return replace(
-        pruning,
-        training_bytes=float(constants.process_bytes * is_cpu + models + beside + logits),
-        training_hours=(1 + tried * TRIAL_SHARE) * flops / (3600 * speed),
-        samples=sizes.learnt(config),
-        rests_on=tuple(about),
+    batch = min(config.batch_size, sizes.learnt(config))
+    longest = max(sizes.longest[1], sizes.tokens)
+    activations = batch * longest * of_token * (1 - sizes.decoder_share(ratio))
+    room = free_memory(device) if is_here else _UNLIMITED
+    logits = (
+        rows_at_once(device, round(room - models))
+        * LOGITS_COPIES
+        * BYTES["float32"]
+        * shape.vocab_size
     )
+    beside = constants.learning_bytes * learn + activations
+    return float(constants.process_bytes * is_cpu + models + beside + logits)
 
 
 def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) -> float:
@@ -221,7 +257,7 @@ def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) ->
             passes += 3 * PASSES * share
         elif prune.local_steps:
             passes += 3 * prune.local_steps / max(sizes.calibration / CALIBRATION_BATCH, 1)
-        passes += (2 - ratio) * request.report_samples / max(sizes.calibration, 1)
+        passes += (2 - ratio) * request.test_samples / max(sizes.calibration, 1)
         flops = passes * sizes.pass_flops * sizes.calibration
         if WALKING in prune.criterion:  # eliminates neurons one by one in the Gram matrix
             widths = [shape.intermediate_size for shape in sizes.shape.layers]
@@ -258,12 +294,12 @@ def optimizer_steps(config: RecoverConfig, samples: int, gone: float) -> int:
         return config.max_steps
     batches = -(-samples // config.batch_size)
     each = -(-batches // config.gradient_accumulation)
-    return math.ceil(config.passes(samples, gone) * each)
+    return math.ceil(config.epochs_over(samples, gone) * each)
 
 
 def _is_here(device: torch.device) -> bool:
     """Whether this machine has a device; advice can be for another machine."""
-    return device.type in ("cpu", loading.default_device().type)
+    return device.type in ("cpu", device_named().type)
 
 
 def _is_walked(request: Request) -> bool:
@@ -357,7 +393,7 @@ def device_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of a matrix product: the best of 12, as other work slows some."""
     # On a CPU it is that of one core in seconds of its own work, times the cores. So a busy machine
     # counts as an idle one, and no thread counts that waits for another one.
-    if dtype != torch.float32 and not loading.computes_bfloat16(device):
+    if dtype != torch.float32 and not computes_bfloat16(device):
         dtype = torch.float32
     is_cpu, threads = device.type == "cpu", torch.get_num_threads()
     clock, cores = (time.thread_time, usable_cores()) if is_cpu else (time.perf_counter, 1.0)

@@ -22,7 +22,7 @@ NEAR = 0.03  # how far a measured ratio may be from the one in question, outside
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The study's choice up to a ratio: axis, training and loss, with the reason."""
+    """The paper's choice up to a ratio: axis, training and loss, with the reason."""
 
     up_to: float
     axis: Axis
@@ -43,7 +43,7 @@ class Curve:
     train: Train | None = None
     loss: str = ""
     ours: bool = False
-    repaired: bool = True  # whether what is left was fitted before it was trained; of ours
+    repaired: bool = True  # whether the weights were repaired before training; of ours
 
     def at(self, ratio: float) -> float | None:
         """Interpolate the value at a ratio; None if it is too far outside the measured ones."""
@@ -84,7 +84,7 @@ def rules() -> Rules:
 
 
 def recipe_for(ratio: float, has_data: bool, has_projector: bool = True) -> Recipe:
-    """Choose the study's recipe: one that trains if there are data, a projector if there is one."""
+    """Choose the paper's recipe: one that trains if there is data, a projector if there is one."""
     if not 0 <= ratio < 1:
         raise ConfigError(f"ratio {ratio} must be at least 0 and below 1")
     rows = rules().with_training if has_data else rules().without_training

@@ -1,4 +1,4 @@
-"""The `Request` to the stages, which all who ask make, resolve and check before any work."""
+"""Make, resolve and check the `Request` to the stages before any work."""
 
 import math
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import prefill_flops
+from slimvlm.models.devices import device_named
 from slimvlm.models.pictures import PictureBudget
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
@@ -28,7 +29,15 @@ from slimvlm.scoring import criteria as scoring
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.unit_scores import Scores, Statistics
 
-_OF_DATA = ("images", "max_bad", "max_length", "too_long", "repair", "local_steps", "general_text")
+_OF_DATA = (
+    "images",
+    "max_bad_rows",
+    "max_length",
+    "too_long",
+    "repair",
+    "local_steps",
+    "general_text",
+)
 _RATIO_STEP = 1e-3  # how much further a ratio goes at least while it is too small
 
 
@@ -38,18 +47,18 @@ class Request:
 
     model: str  # the original: folder, hub id or demo
     prune: PruneConfig
-    hold_out: bool = False  # set aside every fourth calibration sample; set by `resolved`
+    hold_out: bool = False  # every fourth calibration sample validates; set by `resolved`
     recover: RecoverConfig | None = None  # None for no recovery
-    training_samples: int | None = None  # at most; None for all that do not calibrate
-    report_samples: int = 0  # held out for the end, at most
+    training_samples: int | None = None  # at most; None for all outside the calibration set
+    test_samples: int = 0  # at most
     questions: Questions | None = None
     require: tuple[str, ...] = ()  # of the result
     made_from: tuple[str, ...] = ()  # hashes of model and data, so that exchanged files are noticed
     tokens: tuple[int, ...] | None = None  # ids to keep, once they are chosen
-    # ids to keep in a further try of axis auto, () for none
+    # ids to keep in a further trial of axis auto, () for none
     fewer_tokens: tuple[int, ...] | None = None
     latency: float | None = None  # share of the original's time, which gives each axis its ratio
-    image_tokens: float | None = None  # share of the tokens of a picture
+    image_tokens: float | None = None  # share of the image tokens
     pictures: PictureBudget | None = None  # the settings that give it, once they are chosen
 
     @property
@@ -59,7 +68,7 @@ class Request:
 
     @property
     def tries_tokens(self) -> bool:
-        """Whether held-out answers decide on fewer tokens, too."""
+        """Whether the validation loss also decides on a trimmed vocabulary."""
         is_open = self.prune.axis == "auto" and self.prune.vocab_size is None
         return is_open and self.latency is None  # tokens make nothing faster
 
@@ -87,9 +96,9 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
         chosen = (config.ratio or config.experts) and reads and not reads & set(config.criterion)
         if chosen and config.data is None and not needs_tokens:  # default criteria choose
             config.refuse(("images",), "needs --data")
-            say("no --data: calibrating on the demo's conversations")
-            config = replace(config, data="demo", images=None, too_long="cut")
-            request = replace(request, recover=None, report_samples=0)
+            say("no --data: calibrating on the demo's samples")
+            config = replace(config, data="demo", images=None, too_long="truncate")
+            request = replace(request, recover=None, test_samples=0)
         has_experts = shape is not None and any(s.expert_neuron_params for s in shape.layers)
         if has_experts and config.ratio and not config.criterion:  # no walk chooses their neurons
             own = {WALKING: scoring.EXPERT_NEURON_CRITERION}
@@ -118,7 +127,7 @@ def resolved(request: Request, say: Say = silent, shape: Anatomy | None = None) 
 
 
 def _ratio_for_latency(request: Request, share: float, shape: Anatomy) -> float:
-    """Find about the smallest ratio, of the first axis that can, to read in a share of the work."""
+    """Find about the smallest ratio whose prefill takes a share of the work, on the first axis."""
     known = rules().constants
     prompt = known.text_tokens + (known.image_tokens if shape.vision_params else 0)
     whole = prefill_flops(shape, prompt)
@@ -171,7 +180,7 @@ def requests_by_axis(request: Request, anatomy: Anatomy) -> dict[Axis, Request]:
 def ratio_of(config: PruneConfig) -> float:
     """Return the ratio; 0 where only tokens and experts go."""
     if config.ratio is None and not config.tokens_first:
-        raise ConfigError("ratio: say which share of the backbone to remove")
+        raise ConfigError("ratio is required: the share of the backbone to remove, such as 0.3")
     return config.ratio or 0.0
 
 
@@ -194,7 +203,7 @@ def scored_by(config: PruneConfig) -> tuple[str, ...]:
 
 def check_options(config: PruneConfig) -> None:
     """Check the options as far as possible without model and data."""
-    models.device_named(config.device)
+    device_named(config.device)
     rows = {name: scoring.criterion_named(name, {}) for name in criteria_of(config)}
     data_bound = [name for name, row in rows.items() if row.needs_data]
     given = [name for name in data_bound if name in config.criterion]
@@ -222,7 +231,9 @@ def require_possible(request: Request, anatomy: Anatomy, say: Say) -> None:
 
 def dry_plan(config: PruneConfig, anatomy: Anatomy, tokens: tuple[int, ...] | None = None) -> Plan:
     """Make a plan from random scores, to raise the errors that `make_plan` would after scoring."""
-    if tokens is None and config.loses_tokens:  # not chosen yet: the first so many stand for them
+    if (
+        tokens is None and config.trims_vocabulary
+    ):  # not chosen yet: the first so many stand for them
         asked = config.vocab_size
         count = asked if isinstance(asked, int) else anatomy.vocab_size // 3
         tokens = tuple(range(min(count, anatomy.vocab_size)))
@@ -248,11 +259,15 @@ def check_questions(questions: Questions, blind: bool = False, log: bool = False
     if theirs:
         found |= check_names(theirs, questions.limit, questions.task_folder)
         if blind or questions.floors or log:
-            raise ConfigError(f"--blind, --floors and --log do not work with {theirs[0]!r}")
+            raise ConfigError(f"--blind, --floors and --replies do not work with {theirs[0]!r}")
     elif questions.task_folder is not None:
-        raise ConfigError(f"task_folder {questions.task_folder!r} is for benchmarks such as mme")
+        raise ConfigError(
+            f"task_folder {questions.task_folder!r} is only for benchmarks such as mme"
+        )
     if blind and questions.floors:
-        raise ConfigError("--floors: a --blind result is the floor; leave out one of them")
+        raise ConfigError(
+            "--floors conflicts with --blind, whose result is the floor: leave one of them out"
+        )
     return found
 
 
@@ -297,14 +312,14 @@ def vocabulary_for(
 
 
 def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) -> Request:
-    """Choose the tokens of a request that has none yet, or those of a further try.
+    """Choose the tokens of a request that has none yet, or those of a further trial.
 
-    For a try all stay that the data needs, more by rank, up to a third, and as the ratio allows.
-    There is none where too little is known of unseen text, or tokens weigh little or cannot go.
+    A trial keeps all that the data needs, more by rank, up to a third, and as the ratio allows.
+    There is none where too little is known of other text, or tokens weigh little or must stay.
     """
     config, model = request.prune, request.model
     if not request.tries_tokens or request.fewer_tokens is not None:
-        if not config.loses_tokens or request.tokens is not None:
+        if not config.trims_vocabulary or request.tokens is not None:
             return request
         chosen = vocabulary_for(model, config, samples, config.trust_remote_code)
         say(chosen.line())
@@ -316,16 +331,16 @@ def with_tokens(request: Request, samples: Sequence[Sample], say: Say = silent) 
     try:
         chosen = vocabulary_for(model, config, samples, config.trust_remote_code, fewest)
     except SlimError as error:
-        say(f"all tokens stay: {error}")
+        say(f"the vocabulary stays whole: {error}")
         return none
     if chosen.coverage is None or len(chosen.tokens) == chosen.total:
         return none
-    say(f"tried, too, and taken if held-out answers lose less by it: {chosen.line()}")
+    say(f"also trying a trimmed vocabulary; used only if validation loss drops: {chosen.line()}")
     return replace(request, fewer_tokens=chosen.tokens)
 
 
 def tokens_to_try(shape: Anatomy, ratio: float) -> int | None:
-    """Return how many tokens a try keeps at least; None where they weigh too little."""
+    """Return how many tokens a trial keeps at least; None where they weigh too little."""
     rule, weigh = rules().tokens_first, shape.token_params * shape.vocab_size
     if weigh < rule.from_share * shape.backbone_params:
         return None
@@ -334,7 +349,7 @@ def tokens_to_try(shape: Anatomy, ratio: float) -> int | None:
 
 
 def tokens_alone(request: Request, anatomy: Anatomy) -> Plan | None:
-    """Make the plan where a request's tokens alone remove its ratio; None if more must go."""
+    """Make the plan where a request's tokens reach its ratio; None if more must be removed."""
     if request.tokens is None or request.prune.experts:
         return None
     plan = make_plan(anatomy, [], 0.0, tokens=request.tokens)

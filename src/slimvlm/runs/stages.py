@@ -1,4 +1,4 @@
-"""The stages as functions of one resolved request: calibrate, prune, recover, evaluate."""
+"""Run the stages of one resolved request: calibrate, prune, recover, evaluate."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimvlm.core.documents import digest
-from slimvlm.core.errors import ConfigError, SlimError, raised_as
+from slimvlm.core.errors import ConfigError, NumericalError, SlimError, raised_as
 from slimvlm.core.options import Axis, DataConfig, RecoverConfig
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data import read
@@ -44,13 +44,13 @@ from slimvlm.training.recover import History
 from slimvlm.training.recover import recover as train
 from slimvlm.training.trainer import prepare_training
 
-UNSEEN_SHARE, FEWEST_UNSEEN = 5, 2  # fewer than two have no interval
-"""At most one of so many samples stays unseen, and so many at least."""
-HELD_OUT_BATCH = 4  # held-out samples that run at once
-ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"  # the models that are compared
+TEST_SHARE, FEWEST_TESTS = 5, 2  # fewer than two have no interval
+"""At most one of so many samples is a test sample, and there are so many at least or none."""
+TEST_BATCH = 4  # test samples in a batch
+ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"  # the compared models
 _AXIS, _TRIAL_BATCHES = "axis", 12
-EVEN = 0.02  # held-out losses of two axes count as even if they differ by a smaller share
-BEHIND = " behind fewer tokens"  # suffix of a try in which these go first, then the axis
+EVEN = 0.02  # validation losses of two axes count as even below this relative difference
+TRIMMED = " with a trimmed vocabulary"  # suffix of a trial of axis and vocabulary
 
 
 @dataclass(frozen=True)
@@ -59,27 +59,27 @@ class SampleSplit:
 
     calibration: Sequence[Sample]
     training: Sequence[Sample]
-    report: Sequence[Sample] = ()  # held out; none equals one of the others
+    test: Sequence[Sample] = ()  # none equals one of the others
 
     def counted(self, request: Request) -> list[Sample]:
-        """Return the samples whose tokens count: without the held-out ones if these judge."""
+        """Return the samples whose tokens count: without validation samples if these decide."""
         judges = {*map(id, _judging(self.calibration) if request.tries_tokens else ())}
         known = {id(sample): sample for sample in (*self.calibration, *self.training)}
         return [sample for key, sample in known.items() if key not in judges]
 
 
 def _judging(calibration: Sequence[Sample]) -> Sequence[Sample]:
-    """Return the user's validation samples, by which alone is judged; of fewer than four all."""
+    """Return the user's validation samples, which alone decide; all of fewer than four."""
     own = [sample for sample in calibration if not sample.is_general]
     return own if len(own) < VALIDATION_EVERY else split_validation(own)[1]
 
 
 def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
-    """Divide samples at random; those for the test are the same for all seeds and numbers."""
+    """Split samples at random; the test samples are the same for all seeds and numbers."""
     config = request.prune
-    unseen = min(request.report_samples, len(samples) // UNSEEN_SHARE)
-    unseen = 0 if unseen < FEWEST_UNSEEN else unseen
-    order = read.drawn([sample.place for sample in samples], config.seed, unseen)
+    tests = min(request.test_samples, len(samples) // TEST_SHARE)
+    tests = 0 if tests < FEWEST_TESTS else tests
+    order = read.drawn([sample.place for sample in samples], config.seed, tests)
     used, last = ([samples[index] for index in part] for part in order)
     shown, rest = used[: config.samples], used[config.samples :]
     # the first ones, too, where these are none or fewer than `training_samples`
@@ -90,7 +90,7 @@ def split(samples: Sequence[Sample], request: Request) -> SampleSplit:
         count = round(len(shown) * config.general_text / (1 - config.general_text))
         usual = round(median(sample.tokens for sample in shown)) or None  # length of a passage
         shown += general_samples(count, config.seed, min(longest, default=None), usual)
-    return SampleSplit(shown, training, not_among(last, used) if unseen else ())
+    return SampleSplit(shown, training, not_among(last, used) if tests else ())
 
 
 def not_among(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
@@ -106,27 +106,27 @@ def not_among(samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sampl
 
 
 def rows_to_read(request: Request) -> int | None:
-    """Count the samples of the file that a request needs; None for all."""
+    """Count the samples that a request needs; None for all."""
     training = request.training_samples if request.trains else 0
     if training is None:
         return None
-    needed = request.prune.samples + training + request.report_samples
-    return max(needed, request.report_samples * UNSEEN_SHARE)
+    needed = request.prune.samples + training + request.test_samples
+    return max(needed, request.test_samples * TEST_SHARE)
 
 
 def read_split(request: Request, say: Say) -> SampleSplit:
-    """Read the samples of a request, as many as it needs, and divide them."""
+    """Read the samples of a request, as many as it needs, and split them."""
     config = request.prune
-    how = (rows_to_read(request), say, config.seed, request.report_samples)
+    how = (rows_to_read(request), say, config.seed, request.test_samples)
     samples = samples_for(request.model, config.part(DataConfig), *how)
     found = split(samples, request)
     if count := sum(sample.is_general for sample in found.calibration):
-        say(f"{count} passages of general text calibrate, too (general_text)")
-    if samples and request.report_samples and not found.report:
-        enough = FEWEST_UNSEEN * UNSEEN_SHARE
-        few = f"{len(samples)} samples are too few, {enough} would do"
-        why = few if len(samples) < enough else "the test samples also stand among the others"
-        say(f"data: no sample stays unseen, so the end cannot say what was kept: {why}")
+        say(f"added {count} general-text passages to the calibration set (general_text)")
+    if samples and request.test_samples and not found.test:
+        enough = FEWEST_TESTS * TEST_SHARE
+        few = f"{len(samples)} samples are too few, {enough} are needed"
+        why = few if len(samples) < enough else "the last samples equal others"
+        say(f"data: no test samples left, so retention will not be measured: {why}")
     return found
 
 
@@ -150,11 +150,11 @@ def settled(
     request = requests.resolved(request, say, shape if given is None else None)
     config = request.prune
     asked = {} if request.questions is None else requests.check_questions(request.questions)
-    has_unseen = config.data is not None and request.report_samples > 0
+    has_unseen = config.data is not None and request.test_samples > 0
     gates.parse(request.require, gates.in_percent(asked, has_unseen))
     requests.check_options(config)
     if given is None:
-        requests.require_possible(request, shape, silent if config.loses_tokens else say)
+        requests.require_possible(request, shape, silent if config.trims_vocabulary else say)
     if (line := lost_heads(described)) is not None:
         say(line)
     try_lora(described, request.recover)
@@ -163,20 +163,20 @@ def settled(
         if not shape.projector_params:
             raise ConfigError(f"train 'projector': {shape.model_type!r} has no projector")
         if not any(sample.images for sample in samples.training):
-            raise ConfigError("train 'projector': it learns from pictures, and the data have none")
-    gates.parse(request.require, gates.in_percent(asked, bool(samples.report)))
+            raise ConfigError("train 'projector' needs images, and the data have none")
+    gates.parse(request.require, gates.in_percent(asked, bool(samples.test)))
     if request.image_tokens is not None:
         name = models.resolve(request.model)
         processor = models.load_processor(name, described, config.trust_remote_code)
         shown = [*samples.calibration, *samples.training]
         chosen = budgets_for(described, processor, shown)(request.image_tokens)
-        say(f"pictures take {chosen}; the original is measured with all of them")
+        say(f"images take {chosen}; the original is evaluated with all tokens")
         request = replace(request, pictures=chosen)
     if given is None:  # only the user's own data says which tokens are needed
         request = with_tokens(request, samples.counted(request) if has_data else [], say)
         request = requests.resolved(request, shape=shape)  # a latency's ratio is beside the tokens
         given = tokens_alone(request, shape)
-        if given is None and config.loses_tokens:
+        if given is None and config.trims_vocabulary:
             requests.require_possible(request, shape, say)
     return request, given, samples
 
@@ -184,13 +184,13 @@ def settled(
 def samples_for(
     model: str | Path, source: DataConfig, limit: int | None, say: Say, seed: int = 0, test: int = 0
 ) -> list[Sample]:
-    """Read the conversations that options name, if any; ``say`` hears of each skipped row."""
+    """Read the samples that options name, if any; ``say`` reports each skipped row."""
     if source.data is None:
         return []
     config = models.load_config(model, source.trust_remote_code)
     processor = models.load_processor(models.resolve(model), config, source.trust_remote_code)
     how = (processor, source.max_length, context_of(config), source.too_long, seed, test)
-    return read.load_samples(source.data, source.images, limit, source.max_bad, say, *how)
+    return read.load_samples(source.data, source.images, limit, source.max_bad_rows, say, *how)
 
 
 @dataclass
@@ -212,7 +212,7 @@ class Calibration:
     @cached_property
     def held_out(self) -> list[dict[str, Any]]:
         """Validation batches of the user's samples."""
-        return self._encoded(_judging(self.samples), "encode held-out")
+        return self._encoded(_judging(self.samples), "encode validation samples")
 
     @cached_property
     def general(self) -> list[dict[str, Any]]:
@@ -221,13 +221,13 @@ class Calibration:
         return self._encoded(general, "encode general text") if general else []
 
     def _encoded(self, samples: Sequence[Sample], description: str) -> list[dict[str, Any]]:
-        """Encode batches of like length."""
+        """Encode batches of similar length."""
         alike = sorted(samples, key=lambda s: (len(s.images), read.estimated_length(s, 0)))
         return list(calibration_batches(self.processor, alike, CALIBRATION_BATCH, description))
 
 
 def load_original(request: Request, device: str | None = None) -> tuple[PreTrainedModel, Any]:
-    """Load the unpruned model and its processor."""
+    """Load the original model and its processor."""
     return models.load_as(request.prune, request.model, device)
 
 
@@ -253,7 +253,7 @@ def walk(
     plan: Plan | None = None,
     say: Say = silent,
 ) -> Walked:
-    """Choose the units that stay, unless a plan does, and compute their repaired weights."""
+    """Choose the units to keep, unless a plan does, and compute their repaired weights."""
     config, shape = request.prune, read_anatomy(source.model)
     if plan is None and scored_by(config) == config.criterion:
         plan = requests.ranked_plan(config, shape, scores, request.tokens)
@@ -265,7 +265,7 @@ def walk(
     given = config.local_steps
     count = steps_for(plans[0], len(calibration.fitted)) if given is None else given
     steps = Steps(repair=config.repair, count=count)
-    if not chooses and not steps.kinds and not count:
+    if not chooses and steps.repair == "none" and not count:
         return Walked(plans[0])
     held_out = calibration.held_out if request.hold_out else []
     weights = requests.token_weights_of(config)
@@ -306,7 +306,7 @@ def prune_(
     walked.apply_(model)
     if texts:
         after = answer_loss(model, texts)
-        notes += (f"loss of general text, which decides nothing: {before:.4f} -> {after:.4f}",)
+        notes += (f"loss on general text (for information): {before:.4f} -> {after:.4f}",)
     return replace(walked, report=replace(walked.report, notes=(*notes, *walked.report.notes)))
 
 
@@ -318,10 +318,10 @@ def try_axes(
     training: Sequence[Sample] = (),
     known: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Measure the held-out loss after a short try along each axis; the model stays unchanged.
+    """Measure the validation loss after a short trial of each axis; the model stays unchanged.
 
-    The best axis is tried again with fewer tokens, if the request has such. Losses, by axis (and
-    `BEHIND`), are in nats for each token of the original's tokenizer.
+    The best axis is tried again with a trimmed vocabulary, if the request has one. Losses, by axis
+    (and `TRIMMED`), are in nats per token of the original's tokenizer.
     """
     shape, shown = read_anatomy(model), replace(calibration)  # with fewer batches, of all lengths
     shown.fitted = calibration.fitted[:: max(len(calibration.fitted) // _TRIAL_BATCHES, 1)]
@@ -361,21 +361,26 @@ def try_axes(
     if request.fewer_tokens:
         fewer = requests_by_axis(replace(request, tokens=request.fewer_tokens), shape)
         best = min(fewer, key=lambda axis: losses.get(axis, math.inf))
-        losses[best + BEHIND] = tried(fewer[best])
+        losses[best + TRIMMED] = tried(fewer[best])
     return losses
 
 
 def best_axis(request: Request, losses: Mapping[str, float], shape: Anatomy) -> tuple[Request, str]:
     """Resolve the request along the axis with the least loss; of `EVEN` ones that is width."""
     # width kept as many answers or more (docs/results.md)
-    most = (1 + EVEN) * min(losses.values())
+    finite = [loss for loss in losses.values() if math.isfinite(loss)]
+    if not finite:
+        raise NumericalError(
+            f"axis auto: every trial ended with a validation loss of NaN: {losses}"
+        )
+    most = (1 + EVEN) * min(finite)
     even = {name: loss for name, loss in losses.items() if loss <= most}
-    best = min(even, key=lambda name: (name.partition(BEHIND)[0] != "width", even[name]))
+    best = min(even, key=lambda name: (name.partition(TRIMMED)[0] != "width", even[name]))
     others = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if name != best)
-    axis, fewer, _ = best.partition(BEHIND)
+    axis, fewer, _ = best.partition(TRIMMED)
     if fewer:
         request = replace(request, tokens=request.fewer_tokens)
-    note = f"axis {best}: held-out loss {losses[best]:.4f} ({others})"
+    note = f"axis {best}: validation loss {losses[best]:.4f} ({others})"
     return requests.along(request, cast(Axis, axis), shape), note
 
 

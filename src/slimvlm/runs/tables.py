@@ -30,9 +30,9 @@ GIB = 1024**3
 MIB = 1024**2
 MARK = " *"
 LEGEND = "* The 95 % interval of the paired difference excludes 0."  # below a marked cell
-FLOORS = ("chance", "majority", "blind")  # guessing, the best constant answer, other pictures
+FLOORS = ("chance", "majority", "blind")  # guessing, the best constant answer, other images
 INTERVALS = "In brackets: 95 % intervals over samples; those of one image count as one."
-UNSEEN = "On samples of the data that neither calibrated nor trained."
+UNSEEN = "On samples used for neither calibration nor training."
 _OF_A_MODEL = (
     *("total_params", "backbone_params", "weight_bytes", *TIMES),
     *("blind", "limit", "batch_size", "dtype"),
@@ -51,7 +51,7 @@ def millions(params: int) -> str:
 
 
 def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
-    """Give the figures of models as plain values; the first one is the baseline of the others.
+    """Return the figures of models as plain values; the first one is the baseline of the others.
 
     Differences of tasks are of the same questions; AVG-% needs a baseline with an average.
     """
@@ -71,7 +71,7 @@ def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
                 require_same_task(task, each, theirs)
                 apart = task_difference(task, each, theirs)
                 if each.metric not in LIKELIHOODS:
-                    row["difference"] = vars(apart)
+                    row["difference"] = apart.as_points()
                 row["significant"] = apart.significant
         values: dict[str, Any] = {
             **{"model": result.model, "tasks": tasks},
@@ -82,7 +82,7 @@ def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
         if first is not None and found and not math.isnan(first.average):
             change = result.difference(first)
             values["retention"] = result.retention(first).as_json()
-            values["average_difference"] = vars(change)
+            values["average_difference"] = change.as_points()
             values["average_significant"] = change.significant
             for kind, kept in result.retention_by_kind(first).items():
                 values["by_kind"][kind]["retention"] = kept.as_json()
@@ -136,7 +136,7 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
         if any(each and each["cut"] for each in asked):
             cells = [f"{each['cut']} of {each['n']}" if each else "-" for each in asked]
             figures.append([f"{task}: replies cut off at max_new_tokens", *cells])
-    for label, name in (("prefill ms (batch 1)", "prefill"), ("decode ms a token", "decode")):
+    for label, name in (("prefill ms (batch 1)", "prefill"), ("decode ms per token", "decode")):
         times = [(m[f"{name}_ms"], m[f"{name}_range_ms"]) for m in models]
         figures.append([label, *(f"{Estimate(middle, *ends or ()):.1f}" for middle, ends in times)])
     rows += [[label, *[""] * len(shown), *cells] for label, *cells in figures]
@@ -148,7 +148,7 @@ def _kept(values: Mapping[str, Any], names: Sequence[str] = ("percent", "low", "
 
 
 def held_out_json(results: Mapping[str, DataResult]) -> dict[str, dict[str, Any]]:
-    """Give the figures of each stage as plain values."""
+    """Return the figures of each stage as plain values."""
     return {
         stage: {
             "samples": len(result.samples),
@@ -161,7 +161,7 @@ def held_out_json(results: Mapping[str, DataResult]) -> dict[str, dict[str, Any]
 
 
 def held_out_rows(results: Mapping[str, DataResult]) -> tuple[list[str], list[list[str]]]:
-    """Make a row for each figure of held-out samples, a column for each stage."""
+    """Make a row for each figure of test samples, a column for each stage."""
     rows, first = [], next(iter(results.values()))
     for name, (label, digits) in _WORDS["held_out"].items():
         figures = [getattr(result.figures, name) for result in results.values()]
@@ -183,7 +183,7 @@ def held_out_text(results: Mapping[str, DataResult], times: PairedTimes | None =
 def training_notes(
     results: Mapping[str, Result], on_data: Mapping[str, DataResult], loss: str
 ) -> list[str]:
-    """Say what training did beside bringing the original back, and whether it did harm."""
+    """Say what training did besides restoring the original, and whether it did harm."""
     found = []
     if len(results or on_data) == 3 and "sft" in loss:
         found.append(_WORDS["learnt"].format(loss))
@@ -207,9 +207,9 @@ def held_out_notes(results: Mapping[str, DataResult]) -> list[str]:
 
 @dataclass(frozen=True)
 class AtBudget(PictureBudget):
-    """A model with an image-token budget, beside itself with all tokens of its pictures."""
+    """A model with an image-token budget, compared with itself with all image tokens."""
 
-    kv_cache_bytes: int  # of a picture
+    kv_cache_bytes: int  # per image
     times: PairedTimes | None
     held_out: Mapping[str, DataResult]  # of the data, and of the first answers of each task
 
@@ -241,39 +241,21 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     ]  # fmt: skip
     neurons_of = [
         f"{s.intermediate_size}{' in every expert' * (s.expert_neuron_params > 0)}"
-        if s.intermediate_size else "none that can go" for s in shapes
+        if s.intermediate_size else "none that can be removed" for s in shapes
     ]  # fmt: skip
     group = [f"{s.kv_group_params:,}" if s.num_kv_heads else "none" for s in shapes]
     neuron = [f"{s.neuron_params:,}" if s.intermediate_size else "none" for s in shapes]
     if anatomy.why_tokens_stay is not None:
-        token = f"all stay: {anatomy.why_tokens_stay}"
+        token = f"all are kept: {anatomy.why_tokens_stay}"
     else:
         share = anatomy.vocab_size * anatomy.token_params / anatomy.backbone_params
         these = f"all {anatomy.vocab_size:,} are {share:.0%} of the backbone"
         token = f"{anatomy.token_params:,}; {these} (compress --vocab-size)"
     experts: list[list[str]] = []
-    legal_experts: list[list[str]] = []
     if anatomy.expert_counts:
-        taken, most = anatomy.experts_per_token, anatomy.expert_counts[-1]
         expert = [f"{s.expert_params:,}" if s.num_experts else "none" for s in shapes]
         share_of_all = f"{anatomy.expert_share:.0%} of the backbone (compress --experts)"
         experts = [*_by_layer("    one expert", expert), ["    all experts", share_of_all]]
-        legal_experts = [
-            *_by_layer("experts in a layer", [f"{s.num_experts or 'none'}" for s in shapes]),
-            ["legal experts", f"{taken} to {most}: each token takes {taken}"],
-        ]
-    groups = anatomy.legal_kv_heads()
-    legal = [["legal KV groups", ", ".join(map(str, groups)) or "none"]]
-    if anatomy.retypable and groups:
-        queries = anatomy.attention_shapes[-1][1]
-        if retyped := [n for n in groups if anatomy.hidden_size % (n * queries)]:
-            legal.append([f"  as {anatomy.backbone.retype}", ", ".join(map(str, retyped))])
-    neuron_counts, step = anatomy.legal_neurons(), anatomy.backbone.neuron_multiple
-    widths = ", ".join(map(str, neuron_counts)) or "none"
-    if len(neuron_counts) > 3:  # at equal steps; the last, the current width, may be no multiple
-        regular = [width for width in neuron_counts if width % step == 0]
-        widths = f"{regular[0]} to {regular[-1]}" + (f" in steps of {step}" if step > 1 else "")
-        widths += "" if regular[-1] == neuron_counts[-1] else f", and {neuron_counts[-1]}"
     pinned = ", ".join(map(str, anatomy.pinned_layers))
     rows = [
         ["model type", f"{anatomy.model_type} ({anatomy.text_type} backbone)"],
@@ -290,9 +272,7 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         ["layers", f"{anatomy.num_layers}" + (f" ({pinned} must stay)" if pinned else "")],
         *_by_layer("KV groups in a layer", groups_of),
         *_by_layer("neurons in a layer", neurons_of),
-        *legal_experts,
-        *legal,
-        ["legal neurons", widths],
+        *_legal_rows(anatomy),
         ["hidden size", f"{anatomy.hidden_size}"],
     ]
     for dtype in BYTES:
@@ -300,6 +280,29 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         cache = size(kv_cache_bytes(anatomy, 1024, dtype))
         rows.append([f"memory in {dtype}", f"{memory} weights, {cache} cache for 1024 tokens"])
     return rows
+
+
+def _legal_rows(anatomy: Anatomy) -> list[list[str]]:
+    """Make the rows of how many experts, KV groups and neurons a layer may keep."""
+    rows: list[list[str]] = []
+    if anatomy.expert_counts:
+        taken, most = anatomy.experts_per_token, anatomy.expert_counts[-1]
+        counts = [f"{shape.num_experts or 'none'}" for shape in anatomy.layers]
+        rows += _by_layer("experts in a layer", counts)
+        rows.append(["legal experts", f"{taken} to {most}: each token takes {taken}"])
+    groups = anatomy.legal_kv_heads()
+    rows.append(["legal KV groups", ", ".join(map(str, groups)) or "none"])
+    if anatomy.retypable and groups:
+        queries = anatomy.attention_shapes[-1][1]
+        if retyped := [n for n in groups if anatomy.hidden_size % (n * queries)]:
+            rows.append([f"  as {anatomy.backbone.retype}", ", ".join(map(str, retyped))])
+    neuron_counts, step = anatomy.legal_neurons(), anatomy.backbone.neuron_multiple
+    widths = ", ".join(map(str, neuron_counts)) or "none"
+    if len(neuron_counts) > 3:  # at equal steps; the last, the current width, may be no multiple
+        regular = [width for width in neuron_counts if width % step == 0]
+        widths = f"{regular[0]} to {regular[-1]}" + (f" in steps of {step}" if step > 1 else "")
+        widths += "" if regular[-1] == neuron_counts[-1] else f", and {neuron_counts[-1]}"
+    return [*rows, ["legal neurons", widths]]
 
 
 def _by_layer(label: str, texts: Sequence[str]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The verbs that do one stage, from folder to files; each checks options before reading weights."""
+"""Run the verbs of one stage, from folder to files; each checks options before reading weights."""
 
 import json
 import shlex
@@ -31,8 +31,9 @@ from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as models
 from slimvlm.models import pictures
 from slimvlm.models.cost import kv_cache_bytes, params_of_target
+from slimvlm.models.devices import device_named
 from slimvlm.models.hidden import evaluating, gathered_weights, head_weights_of
-from slimvlm.models.load import check_models, device_named, load_as
+from slimvlm.models.load import check_models, load_as
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.planning.make import make_plan, make_plan_for_params
 from slimvlm.planning.plan import Plan
@@ -100,7 +101,9 @@ def _opened(request: Request) -> tuple[LazyCheckpoint, Any]:
     config = request.prune
     for option in ("attn_implementation", "device_map"):
         if (value := getattr(config, option)) is not None:
-            raise ConfigError(f"{option} {value!r}: --low-memory reads one layer at a time")
+            raise ConfigError(
+                f"{option} {value!r} conflicts with --low-memory: leave one of them out"
+            )
     opened = open_checkpoint(request.model, config.dtype, config.trust_remote_code)
     name, described = str(opened.folder), opened.model.config
     return opened, models.load_processor(name, described, config.trust_remote_code)
@@ -128,7 +131,7 @@ def plan(
     force: bool = False,
     say: Say = print,
 ) -> Plan:
-    """Make and write a plan; without scores, score on the demo's data."""
+    """Make and write a plan; without scores, score on the demo's samples."""
     files.require_free(out, force)
     device_named(config.device)
     shape, targets = models.anatomy(model), (config.target_params, config.target_memory)
@@ -141,18 +144,18 @@ def plan(
     size = (config.ratio or 0.0) if target is None else target
     how = {name: getattr(config, name) for name in ("axis", "allocation", "kv_heads")}
     how |= config.of_units
-    if config.loses_tokens:
+    if config.trims_vocabulary:
         chosen = requests.vocabulary_for(model, config, ())
         say(chosen.line())
         how["tokens"] = chosen.tokens
     if not given:
         ratio = size if target is None else 0.5  # any ratio: 0 needs fewer scores
-        shown = options.PruneConfig(data="demo", too_long="cut", device=config.device)
+        shown = options.PruneConfig(data="demo", too_long="truncate", device=config.device)
         whole = replace(shown, ratio=ratio, axis=config.axis, experts=config.experts)
         criteria = requests.resolved(Request(model=model, prune=whole), shape=shape).prune.criterion
         dry = [requests.dummy_scores(shape, [name]) for name in criteria]
-        if make(shape, dry, size, **how).cuts_layers or not config.loses_tokens:
-            say(f"no --scores: using {' and '.join(criteria)} on the demo's conversations")
+        if make(shape, dry, size, **how).cuts_layers or not config.trims_vocabulary:
+            say(f"no --scores: scoring by {' and '.join(criteria)} on the demo's samples")
             request = Request(model=model, prune=replace(shown, criterion=criteria))
             given = _scores(request, stages.read_split(request, say).calibration)
     made = make(shape, given, size, **how)
@@ -167,25 +170,26 @@ def prune(
     out: Path,
     plan_file: Path | None = None,
     memory: options.MemoryOptions = options.MemoryOptions(),
-    report: options.ReportOptions = options.ReportOptions(),
+    final: options.FinalEvaluation = options.FinalEvaluation(),
     force: bool = False,
     say: Say = print,
 ) -> tuple[Walked, dict[str, DataResult]]:
-    """Write a smaller checkpoint, from a plan or a request; return results on held-out samples."""
+    """Write a pruned checkpoint, from a plan or a request; return results on test samples."""
     files.require_free(out, force)
     if (plan_file is None) != (config.ratio is not None or config.tokens_first):
-        told = "either --ratio or --plan, or --vocab-size or --experts alone"
+        told = "either --ratio or --plan, or --vocab-size or --experts without a ratio"
         raise ConfigError(f"prune needs {told}")
     if plan_file is not None:
         planned = ("axis", "allocation", "criterion", "gradient", "units", "protect", "round_to")
-        config.refuse(planned, "is decided by --plan; leave out one of them")
+        config.refuse(planned, "conflicts with --plan, which decides it: leave one of them out")
     if config.data is None:
-        report.refuse(("report_samples",), "needs --data")
+        final.refuse(("test_samples",), "needs --data")
     plan = None if plan_file is None else Plan.load(plan_file)
-    request = Request(model=model, prune=config, report_samples=report.unseen(config.samples))
+    most = final.most_test_samples(config.samples)
+    request = Request(model=model, prune=config, test_samples=most)
     if memory.low_memory:
         if config.axis == "auto":
-            raise ConfigError("axis 'auto': low_memory can only do depth, width, both or chart")
+            raise ConfigError("axis 'auto' with --low-memory must be depth, width, both or chart")
         for criterion in scored_by(config):
             require_low_memory(criterion)
     request, plan, samples = stages.settled(request, plan, say)
@@ -195,8 +199,8 @@ def prune(
     loaded, processor = stages.load_original(request)
     models.require_undivided(loaded, "pruned")
     held_out: dict[str, DataResult] = {}
-    if unseen := samples.report:
-        how = (stages.HELD_OUT_BATCH, ORIGINAL, head_weights_of(loaded))  # which outlive it
+    if unseen := samples.test:
+        how = (stages.TEST_BATCH, ORIGINAL, head_weights_of(loaded))  # which outlive it
         predicted = on_data.predictions_of(loaded, processor, unseen, *how)
         held_out[ORIGINAL] = result_of(predicted, unseen, loaded.device)
     calibration = Calibration(processor, samples.calibration, request.hold_out)
@@ -223,7 +227,7 @@ def _prune_from_files(
     say: Say,
 ) -> tuple[Walked, dict[str, DataResult]]:
     """Prune with one layer in memory at a time; the same scratch folder resumes."""
-    config, model, unseen = request.prune, request.model, samples.report
+    config, model, unseen = request.prune, request.model, samples.test
     device, (opened, processor) = device_named(config.device), _opened(request)
     data = [] if config.data is None else [identity_of_data(config.data)]
     data += [identity_of_general_text()] if config.general_text else []
@@ -279,7 +283,7 @@ def _predictions(
     device: torch.device,
 ) -> Predictions:
     """Predict samples layer by layer; what does not fit in memory between lies in ``folder``."""
-    encoded = on_data.batches_of(processor, samples, stages.HELD_OUT_BATCH)
+    encoded = on_data.batches_of(processor, samples, stages.TEST_BATCH)
     places, batches = map(list, zip(*encoded, strict=True))
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     width = text_config_of(source.model.config).hidden_size
@@ -315,7 +319,7 @@ def recover(
     force: bool,
     say: Say,
 ) -> History:
-    """Train a pruned checkpoint towards the original."""
+    """Train a pruned checkpoint towards the original model."""
 
     def loaded(name: str, device: str | None = None) -> tuple[PreTrainedModel, Any]:
         if shard:  # in float32
@@ -336,7 +340,7 @@ def recover(
     if shard and num_ranks() < 2:
         raise ConfigError("--shard needs several processes: start slimvlm with torchrun")
     if shard and source.device is not None:
-        raise ConfigError(f"device {source.device!r}: with --shard every process has its own")
+        raise ConfigError(f"device {source.device!r} conflicts with --shard: leave --device out")
     check_models(source, *filter(None, (model, teacher)))
     stages.try_lora(models.load_config(model, source.trust_remote_code), config)
     samples = stages.samples_for(model, source, None, say)
@@ -374,11 +378,11 @@ def evaluate(
     say: Say,
     require: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Evaluate ``model``, after ``baseline`` if given, on data or else on tasks; judge nothing."""
+    """Evaluate ``model``, after ``baseline`` if given, on data or else on tasks."""
     has_data, blind, tasks = source.data is not None, questions.blind, {}
     is_file = baseline is not None and files.path_of(baseline, "baseline").is_file()
     if not has_data:
-        tasks = check_questions(questions, blind, questions.log is not None)
+        tasks = check_questions(questions, blind, questions.replies is not None)
     elif is_file:
         raise ConfigError(f"baseline {baseline!r}: with --data it must be a model, not a file")
     gates.parse(require, gates.in_percent(tasks, has_data), baseline is not None)
@@ -398,7 +402,7 @@ def evaluate(
             is_original = role == "baseline" or baseline is None
             given = replace(questions, floors=floors and is_original)
             title = f"{name} (blind)" if blind else name
-            results[role] = evaluate_all(*loaded, given, title, questions.log, blind)
+            results[role] = evaluate_all(*loaded, given, title, questions.replies, blind)
         elif role == "baseline":
             head = head_weights_of(loaded[0])
             predicted = on_data.predictions_of(*loaded, samples, size, name, head)
@@ -420,7 +424,7 @@ def side_by_side(
     loading: options.LoadConfig,
     require: Sequence[str] = (),
 ) -> tuple[Comparison, dict[str, Result]]:
-    """Compare two models or result files, answer by answer; return their results, too."""
+    """Compare two models or result files, question by question; also return their results."""
     chosen = find_tasks(tasks)
     results = {name: Result.load(name) for name in (a, b) if name.endswith(".json")}
     models = [name for name in dict.fromkeys((a, b)) if name not in results]
@@ -433,7 +437,7 @@ def side_by_side(
     return compare(results[a], results[b], known), {"A": results[a], "B": results[b]}
 
 
-def images(
+def image_tokens(
     model: str,
     source: options.TrainingData,
     shares: Sequence[float],
@@ -444,9 +448,9 @@ def images(
     force: bool,
     say: Say,
 ) -> list[AtBudget]:
-    """Measure a model at shares of its pictures' tokens, and write it with one of them."""
+    """Measure a model at shares of its image tokens, and write it with one of them."""
     if (keep is None) != (out is None):
-        raise ConfigError(f"keep {keep}: it needs --out, and --out needs it")
+        raise ConfigError("--keep and --out must be given together")
     named = [] if tasks is None else find_tasks(tasks)
     check_models(source, model)
     base, trusted = models.resolve(model), source.trust_remote_code
@@ -458,7 +462,7 @@ def images(
     if keep is not None and out is not None:
         budget, small = choose(keep), models.empty_model(config)
         changed = budget.apply_(small, processor)
-        words = ["slimvlm", "images", model, "--data", source.data, "--budgets", "--keep"]
+        words = ["slimvlm", "image-tokens", model, "--data", source.data, "--no-measure", "--keep"]
         command = shlex.join([*words, str(keep), "--out", out.name])
         facts = CardFacts(base=base, name=out.name, command=command, pictures=budget, copied=True)
         with files.new_folder(out, force) as folder:
@@ -468,16 +472,16 @@ def images(
             if (folder / IMAGE_PROCESSOR_NAME).is_file():  # which older readers read
                 changed.image_processor.save_pretrained(folder)
             values = read_object(folder / CONFIG_NAME, "model")
-            values |= pictures.in_config(config, budget.settings)
+            values |= {n: v for n, v in budget.settings.items() if n in vars(config)}
             files.write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
             again = models.load_processor(str(folder), models.load_config(folder, trusted), trusted)
             if again.image_processor.to_dict() != changed.image_processor.to_dict():
                 raise ReloadError(f"{str(out)!r}: the processor reads back with other settings")
             write_card(folder, small, plan_of(folder), facts, changed)
             files.mark_checkpoint(folder)
-        say(f"{out}: pictures take {budget}")
+        say(f"{out}: images take {budget}")
         if option := pictures.llama_cpp_option(changed, config):
-            say(f"llama.cpp resizes pictures by itself: give it {option}")
+            say(f"llama.cpp resizes images by itself: give it {option}")
     chosen = {1.0: choose(1.0)} if shares else {}
     for share in sorted({*shares} - {1.0}, reverse=True):
         try:

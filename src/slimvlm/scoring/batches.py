@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from slimvlm.core.errors import DataError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
 from slimvlm.data.roles import token_weights as weights_by_role
+from slimvlm.models.devices import with_float64
 from slimvlm.models.hidden import (
     all_finite,
     as_inputs,
@@ -21,7 +23,6 @@ from slimvlm.models.hidden import (
     layer_output,
     require_finite_values,
 )
-from slimvlm.models.load import with_float64
 from slimvlm.models.losses import Head, Hidden, label_counts, token_cross_entropy
 from slimvlm.models.parts import Parts
 
@@ -31,15 +32,16 @@ Targets = tuple[Int[Tensor, "B T"], Float[Tensor, "B T-1"]]
 """Labels, `IGNORE` where the prediction does not count, and the weight of each prediction."""
 
 
+@dataclass
 class Pass:
     """One pass over the calibration batches; hooks read the batch in flight from it."""
 
-    mask: Tensor  # [B, T] its valid tokens
-    weights: Tensor  # [B, T] of its tokens, 0 for padding; `backward`: [B, T - 1] of predictions
-
-    def __init__(self) -> None:
-        self.num_samples = self.num_tokens = 0
-        self.weight = torch.zeros((), dtype=torch.float64)
+    mask: Tensor = field(init=False)  # [B, T] its valid tokens
+    weights: Tensor = field(init=False)
+    """``[B, T]`` of its tokens, 0 for padding; in `backward` ``[B, T - 1]`` of its predictions."""
+    num_samples: int = 0
+    num_tokens: int = 0
+    weight: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
     def forward(
@@ -92,7 +94,7 @@ def batches_with_targets(
     """Yield each batch without its labels, and the tokens whose predictions count.
 
     Without ``token_weights`` labelled tokens count 1 each (without labels all of the text). With
-    them a prompt or answer token counts the weight of its role, labelled or not; tokens of pictures
+    them a prompt or answer token counts the weight of its role, labelled or not; image tokens
     are never predicted, nor are any by padding.
     """
     for batch in _all_on_device(model, batches):
@@ -130,7 +132,7 @@ def mean_answer_loss(
         counted = (label_counts(labels) if given is None else next(given)).to(found.device)
         means += (found / counted)[counted > 0].tolist()
     if not means:
-        raise DataError("held-out batches have no labelled token: nothing to judge by")
+        raise DataError("validation batches have no labelled token to take a loss of")
     return sum(means) / len(means)
 
 
@@ -159,40 +161,15 @@ def without_labels(batch: Batch) -> Batch:
 
 
 def labels_of(config: Any, batch: Batch) -> Tensor:
-    """Return the given labels or the whole text, but pictures and what padding would predict."""
+    """Return the given labels or the whole text, without images and what padding would predict."""
     labels: Tensor | None = batch.get("labels")
     if labels is None:
         if "input_ids" not in batch:
             raise DataError("a batch of inputs_embeds needs labels for this criterion")
-        is_picture = role_masks(config, batch)["image"]
-        labels = batch["input_ids"].masked_fill(is_picture, IGNORE)
+        is_image = role_masks(config, batch)["image"]
+        labels = batch["input_ids"].masked_fill(is_image, IGNORE)
     mask = valid_tokens(batch)  # of tokens, and of those that predict them
     return labels.masked_fill(mask * mask.roll(1, 1) == 0, IGNORE)
-
-
-class Watched:
-    """Remember which batches are in flight: the last two, since some captures read one ahead."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = batches
-        self._last: list[tuple[int, Batch]] = []
-
-    def __iter__(self) -> Iterator[Batch]:
-        first = 1
-        for batch in self._batches:
-            self._last = [*self._last[-1:], (first, batch)]
-            yield batch
-            first += len(valid_tokens(batch))
-
-    def place(self, model: Any) -> str:
-        """Name the samples in flight and the first layer whose output is not finite."""
-        for first, batch in self._last:
-            layer = first_spoilt_layer(model, batch)
-            if layer is not None:
-                last = first + len(valid_tokens(batch)) - 1
-                which = f"sample {last}" if last == first else f"samples {first} to {last}"
-                return f" (calibration {which}, from layer {layer} on)"
-        return ""
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
-from slimvlm.models.hidden import weight_of
-from slimvlm.models.load import with_float64
+from slimvlm.data.roles import require_token_weights
+from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy
+from slimvlm.models.devices import weight_of, with_float64
 from slimvlm.models.parts import Parts, layer_matrices
 from slimvlm.scoring import forward, gradients
 from slimvlm.scoring.batches import Batch
@@ -57,8 +57,8 @@ def score_magnitude(statistics: Statistics, anatomy: Anatomy, reduction: str = "
 def score_spacing(statistics: Statistics, anatomy: Anatomy) -> Values:
     """Place removed layers as far apart as possible, whatever their number.
 
-    Layers are taken in farthest-point order: the next to go is the one farthest from all gone so
-    far and from both ends. Ties go to the later layer.
+    Layers are taken in farthest-point order: the next one is farthest from all removed so far
+    and from both ends. Ties go to the later layer.
     """
     L = anatomy.num_layers
     distance = torch.minimum(torch.arange(L) + 1, L - torch.arange(L)).double()
@@ -86,8 +86,7 @@ class Capture:
     """How statistics are collected, and the cost of it.
 
     The function is ``(model, batches, token_weights, **options) -> Statistics``; where no data is
-    read, without ``token_weights``. With ``layer_bytes``, the size of one layer's statistics, these
-    are collected for a few layers at a time, which are the function's option ``layers``.
+    read, without ``token_weights``.
     """
 
     function: Callable[..., Statistics]
@@ -95,7 +94,8 @@ class Capture:
     passes: int = 1  # cost of a sample in forward passes of the model; 0 if no data is read
     sees: Literal["nothing", "layer", "hidden_states"] = "layer"  # at a time, beyond shapes
     backward: bool = False  # whether it computes gradients of a loss, which low memory refuses
-    layer_bytes: Callable[[LayerShape], int] | None = None
+    # statistics are large, so that the function takes a few ``layers`` at a time
+    is_divided: bool = False
 
 
 NOTHING = Capture(lambda model, batches: Statistics(), sees="nothing", passes=0)
@@ -103,7 +103,7 @@ WEIGHTS = Capture(capture_weights, ("p",), passes=0)
 HIDDEN_STATES = Capture(forward.capture_hidden_states, sees="hidden_states")
 ACTIVATIONS = Capture(forward.capture_activations)
 MOMENTS = Capture(forward.capture_moments)
-GRAMS = Capture(forward.capture_grams, layer_bytes=forward.gram_bytes)
+GRAMS = Capture(forward.capture_grams, is_divided=True)
 GATES = Capture(gradients.capture_gates, passes=3, backward=True)
 GRADIENTS = Capture(gradients.capture_gradients, ("order", "gradient"), passes=3, backward=True)
 ROUTING = Capture(forward.capture_routing, passes=2)
@@ -145,7 +145,10 @@ CRITERIA: dict[str, Criterion] = {
         ("layer",), NOTHING, score_spacing, "compared in arXiv:2603.20275",
         "removed layers as far apart as possible"),
     "taylor": Criterion(
-        ("layer", *WIDTH_UNITS), GRADIENTS, gradients.score_taylor, _LLM_PRUNER,
+        ("layer", *WIDTH_UNITS), GRADIENTS,
+        lambda found, anatomy: {
+            **per_unit(found.parts, anatomy), "layer": per_layer(found.parts, anatomy)},
+        _LLM_PRUNER,
         "first order: |weight x gradient| summed over the unit",
         options={"gradient": ("batch", "per_sample")}, fixed={"order": "first"},
         from_request=("gradient",)),
@@ -176,7 +179,9 @@ CRITERIA: dict[str, Criterion] = {
         ("expert",), ROUTING, forward.score_reap, "REAP, arXiv:2510.13999",
         "mean size of what the expert adds to the tokens that take it"),
     "frequency": Criterion(
-        ("expert",), ROUTING, forward.score_frequency, "baseline in REAP, arXiv:2510.13999",
+        ("expert",), ROUTING,
+        lambda found, anatomy: {at: count / found.weight for at, (count, _) in found.parts.items()},
+        "baseline in REAP, arXiv:2510.13999",
         "share of the tokens that take the expert"),
     "magnitude": Criterion(
         ("layer", *LAYER_UNITS), WEIGHTS, score_magnitude, _LLM_PRUNER,
@@ -202,8 +207,10 @@ On our tiny one it is not; see "Fewer experts" in ``docs/results.md``.
 EXPERT_NEURON_CRITERION = "activation"  # for widths with experts, whose neurons no walk chooses
 
 
-def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
-    """Look a criterion up and check its options."""
+def criterion_named(
+    name: str, options: Mapping[str, Any], token_weights: Mapping[str, float] | None = None
+) -> Criterion:
+    """Look a criterion up; check its options and weights of tokens, which need data to weigh."""
     if name not in CRITERIA:
         raise ConfigError(f"criterion {name!r} is not known. Choose from: {', '.join(CRITERIA)}")
     known = CRITERIA[name].options
@@ -216,12 +223,18 @@ def criterion_named(name: str, options: Mapping[str, Any]) -> Criterion:
         if allowed is not None and value not in allowed:
             choices = ", ".join(map(str, allowed))
             raise ConfigError(f"criterion {name!r}: {option}={value!r} must be one of: {choices}")
+    if token_weights is not None:
+        if not CRITERIA[name].needs_data:
+            raise ConfigError(f"token_weights: criterion {name!r} reads no data to weigh")
+        require_token_weights(token_weights)
     return CRITERIA[name]
 
 
-def require_low_memory(name: str, options: Mapping[str, Any] = {}) -> Criterion:
+def require_low_memory(
+    name: str, options: Mapping[str, Any] = {}, token_weights: Mapping[str, float] | None = None
+) -> Criterion:
     """Look up a criterion that can be computed with one layer in memory at a time."""
-    row = criterion_named(name, options)
+    row = criterion_named(name, options, token_weights)
     if row.capture.backward:
         others = [
             other

@@ -15,17 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slimvlm.core.errors import UnsupportedModelError
-from slimvlm.models.anatomy import Anatomy, LayerShape, read_anatomy, unit_of
-from slimvlm.models.cost import BYTES
+from slimvlm.models.anatomy import Anatomy, read_anatomy, unit_of
+from slimvlm.models.devices import weight_of, with_float64
 from slimvlm.models.families import INPUT_COLUMNS, Projection
-from slimvlm.models.hidden import (
-    layer_input,
-    layer_output,
-    main_stream,
-    require_finite_values,
-    weight_of,
-)
-from slimvlm.models.load import with_float64
+from slimvlm.models.hidden import layer_input, layer_output, main_stream, require_finite_values
 from slimvlm.models.parts import Matrix, Parts, backbone_of
 from slimvlm.scoring.batches import Batch, Pass, TokenWeights
 from slimvlm.scoring.moments import Moments
@@ -66,49 +59,41 @@ def capture_hidden_states(
     token_weights: TokenWeights | None = None,
     angles: bool = True,
 ) -> Statistics:
-    """Sum block influences over tokens by weight, and angular distances over samples if asked.
+    """Sum block influences over tokens by weight, and angular distances over samples if requested.
 
-    Entry ``[n - 1, i]`` of ``angular_sum`` is the distance over the run of ``n`` layers that begins
-    at layer ``i``, at the last token, whatever its weight. In ``postnorm`` the last layer has the
-    final norm. Memory: one layer's input, and one vector for each sample and layer.
+    The last entry of ``influence_sum`` is that of the last layer with the final norm, which the
+    last layer also has in ``postnorm``. Entry ``[n - 1, i]`` of ``angular_sum`` is the distance
+    over the run of ``n`` layers that begins at layer ``i``, at the last token, whatever its weight.
+    Memory: one layer's input, and one vector for each sample and layer.
     """
     parts, seen = Parts(model), Pass()
     count = len(parts.layers)
-    sizes: dict[str, tuple[int, ...]] = {"influence_sum": (count,), "influence_sum_postnorm": ()}
+    sizes: dict[str, tuple[int, ...]] = {"influence_sum": (count + 1,)}
     if angles:
         sizes |= {"angular_sum": (count, count), "angular_sum_postnorm": (count,)}
     sums = {n: torch.zeros(size, dtype=torch.float64) for n, size in sizes.items()}
     last_input: list[Tensor] = []
     last_tokens: list[Tensor] = []  # before each layer, after the last one, after the norm
 
-    def influence_of(hidden_in: Tensor, hidden_out: Tensor) -> Tensor:
-        device = hidden_out.device  # the input may come from another card
-        values = block_influence(hidden_in.to(device), hidden_out, seen.mask.to(device))
-        weighted = with_float64(values * seen.weights.to(device))
-        return weighted.sum(dtype=torch.float64).cpu()
-
-    def note_last_token(hidden: Tensor) -> None:
-        positions = torch.arange(seen.mask.shape[1], device=seen.mask.device)
-        last = (seen.mask * positions).argmax(1).to(hidden.device)
-        last_tokens.append(hidden[torch.arange(len(hidden), device=hidden.device), last].cpu())
-
-    def on_layer(index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after(index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Add up what a layer does, or the final norm, which is called after the last one."""
         hidden_in = main_stream(layer_input(args, kwargs))
         hidden_out = main_stream(layer_output(output))
-        require_finite_values(hidden_out, f"the output of layer {index}")
-        sums["influence_sum"][index] += influence_of(hidden_in, hidden_out)
-        while len(last_tokens) <= index:  # a layer that was skipped passes its input on
-            note_last_token(hidden_in)
+        if index < count:
+            require_finite_values(hidden_out, f"the output of layer {index}")
+        before = last_input.pop() if last_input else hidden_in
         if index == count - 1:
-            last_input[:] = [hidden_in]
-            note_last_token(hidden_out)
-
-    def on_norm(module: nn.Module, args: Any, output: Tensor) -> None:
-        while len(last_tokens) <= count:
-            note_last_token(args[0])
-        before = last_input.pop() if last_input else args[0]
-        sums["influence_sum_postnorm"] += influence_of(before, output)
-        note_last_token(output)
+            last_input.append(hidden_in)
+        device = hidden_out.device  # the input may come from another card
+        values = block_influence(before.to(device), hidden_out, seen.mask.to(device))
+        weighted = with_float64(values * seen.weights.to(device))
+        sums["influence_sum"][index] += weighted.sum(dtype=torch.float64).cpu()
+        positions = torch.arange(seen.mask.shape[1], device=seen.mask.device)
+        last = (seen.mask * positions).argmax(1)
+        passed_on = [hidden_in] * (index + 1 - len(last_tokens))  # also by layers that were skipped
+        for hidden in [*passed_on, hidden_out] if index >= count - 1 else passed_on:
+            rows = torch.arange(len(hidden), device=hidden.device)
+            last_tokens.append(hidden[rows, last.to(hidden.device)].cpu())
 
     def after_batch() -> None:
         """Compare the last tokens at both ends of every run of layers."""
@@ -123,10 +108,9 @@ def capture_hidden_states(
         last_tokens.clear()
 
     with ExitStack() as stack:
-        for index, layer in enumerate(parts.layers):
-            hook = partial(on_layer, index)
-            stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
-        stack.enter_context(parts.norm.register_forward_hook(on_norm))
+        for index, module in enumerate([*parts.layers, parts.norm]):
+            hook = partial(after, index)
+            stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         seen.forward(model, batches, token_weights, after_batch if angles else last_tokens.clear)
     return Statistics(parts=sums, **seen.totals)
 
@@ -134,20 +118,20 @@ def capture_hidden_states(
 def score_block_influence(
     statistics: Statistics, anatomy: Anatomy, reduction: str = "mean", last_layer: str = "prenorm"
 ) -> Values:
-    """Take the block influence of each layer; the least influential layers go first.
+    """Take the block influence of each layer; the least influential layers are removed first.
 
     ``reduction`` is the ``mean`` over valid tokens by weight, or their ``sum`` as in the reference
     code (same order; long samples weigh more in both). ``last_layer`` takes the last layer's own
     output (``prenorm``), or that of the final norm as the reference code does (``postnorm``).
     """
-    values = statistics.parts["influence_sum"].clone()
+    *values, with_norm = statistics.parts["influence_sum"]
     if last_layer == "postnorm":
-        values[-1] = statistics.parts["influence_sum_postnorm"]
-    return {"layer": values / statistics.weight if reduction == "mean" else values}
+        values[-1] = with_norm
+    return {"layer": torch.stack(values) / (statistics.weight if reduction == "mean" else 1)}
 
 
 def score_angular(statistics: Statistics, anatomy: Anatomy, last_layer: str = "prenorm") -> Values:
-    """Take the angular distance over runs of layers at the last valid token; the least one goes."""
+    """Take the angular distance over runs of layers at the last valid token."""
     totals, count = statistics.parts["angular_sum"].clone(), anatomy.num_layers
     lengths = torch.arange(count)
     if last_layer == "postnorm":  # only runs that end with the last layer differ
@@ -170,11 +154,6 @@ def linear_matrices(model: nn.Module) -> list[tuple[int, Projection, nn.Linear]]
     return found
 
 
-def writing_matrices(model: nn.Module) -> list[tuple[int, Matrix]]:
-    """List the matrices that write to the residual stream, experts' too, by layer."""
-    return [row for row in Parts(model).matrices() if row[1].projection.dim == INPUT_COLUMNS]
-
-
 def on_inputs(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -182,7 +161,7 @@ def on_inputs(
     call: Callable[[int, Projection, Tensor, Tensor, int | None], None],
     layers: Collection[int] | None = None,
 ) -> Pass:
-    """Run a model, and call a function for the inputs of its matrices (of some layers).
+    """Run a model, and call a function for the inputs of matrices that write to the stream.
 
     As ``call(layer, matrix, x [T, C], weights [T, 1], the expert whose inputs they are or None)``.
     """
@@ -201,8 +180,9 @@ def on_inputs(
             call(index, projection, x, weights, expert)
 
     with ExitStack() as stack:
-        for index, matrix in writing_matrices(model):
-            if layers is None or index in layers:
+        for index, matrix in Parts(model).matrices():
+            writes = matrix.projection.dim == INPUT_COLUMNS
+            if writes and (layers is None or index in layers):
                 hook = partial(before, index, matrix)
                 stack.enter_context(matrix.owner.register_forward_pre_hook(hook))
         seen.forward(model, batches, token_weights)
@@ -262,7 +242,9 @@ def capture_moments(
 ) -> Statistics:
     """Sum ``w_t x_t`` and ``w_t x_t²`` of each input channel, a row for each expert."""
     parts: dict[Place, dict[str, Tensor]] = {}
-    for index, each in writing_matrices(model):
+    for index, each in Parts(model).matrices():
+        if each.projection.dim != INPUT_COLUMNS:
+            continue
         weight = weight_of(each.owner, each.name)
         weight = with_float64(weight.mT if each.projection.transposed else weight).double()
         l1, square = weight.abs().sum(-2), weight.square().sum(-2)
@@ -305,12 +287,6 @@ def capture_grams(
 
     seen = on_inputs(model, batches, token_weights, add, layers)
     return Statistics(parts=parts, matrices=weights, **seen.totals)
-
-
-def gram_bytes(shape: LayerShape) -> int:
-    """Count the bytes of a layer's Gram matrices, for a model in float32 or less."""
-    channels = (shape.num_heads * shape.head_dim, shape.intermediate_size)
-    return sum(count**2 for count in channels) * BYTES["float32"]
 
 
 def capture_routing(
@@ -389,8 +365,3 @@ def score_reap(statistics: Statistics, anatomy: Anatomy) -> Values:
     """
     least = torch.finfo(torch.float64).tiny
     return {p: size / count.clamp_min(least) for p, (count, size) in statistics.parts.items()}
-
-
-def score_frequency(statistics: Statistics, anatomy: Anatomy) -> Values:
-    """Compute the share of the tokens that take the expert: a baseline in REAP."""
-    return {place: count / statistics.weight for place, (count, _) in statistics.parts.items()}

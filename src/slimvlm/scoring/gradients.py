@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimvlm.models.anatomy import Anatomy, read_anatomy, spread, unit_of
+from slimvlm.models.anatomy import read_anatomy, spread, unit_of
+from slimvlm.models.devices import weight_of, with_float64
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
-from slimvlm.models.hidden import frozen, layer_input, require_finite_values, weight_of
-from slimvlm.models.load import with_float64
+from slimvlm.models.hidden import frozen, layer_input, require_finite_values
 from slimvlm.models.parts import Parts
 from slimvlm.scoring.batches import Batch, Pass, TokenWeights, batches_with_targets
 from slimvlm.scoring.forward import linear_matrices
-from slimvlm.scoring.unit_scores import Place, Statistics, Values, per_layer, per_unit
+from slimvlm.scoring.unit_scores import Place, Statistics
 
 _BLOCK = 2**19  # numbers of a block that fits a CPU's cache; other devices take whole matrices
 
@@ -53,10 +53,10 @@ def capture_gradients(
     is_mix, is_joined = order == "mix", (order, gradient) == ("first", "batch")
     is_kept = is_mix or (is_joined and second is not None)
     sums: dict[Place, Tensor] = {}  # of terms over channels
-    kept: dict[Place, list[Tensor]] = {}  # sums over batches of gradients, and of their squares
+    # sums over batches of gradients, and of their squares, with the dimension that units divide
+    kept: dict[Place, tuple[int, Tensor, list[Tensor]]] = {}
 
     def add(place: Place, dim: int, matrix: Tensor, rows: slice, terms: Tensor) -> None:
-        """Add the terms of some rows of a matrix whose dimension ``dim`` units divide."""
         if place not in sums:
             sums[place] = with_float64(terms.new_zeros(matrix.shape[dim])).double()
         total = sums[place]
@@ -71,15 +71,16 @@ def capture_gradients(
             x, factors = x.flatten(0, 1)[None], [1]
         if is_kept and place not in kept:
             zeros = [torch.zeros_like(matrix, dtype=torch.float32) for _ in range(1 + is_mix)]
-            kept[place] = zeros
+            kept[place] = dim, matrix, zeros
         for rows in _row_blocks(matrix):
             weight = matrix[rows].float()
             for x_j, dy_j, factor in zip(x, dy, factors, strict=True):
                 g = (dy_j[:, rows].mT @ x_j).float()
                 if is_kept:
-                    kept[place][0][rows].add_(g, alpha=factor)
-                    if is_mix:
-                        kept[place][1][rows].addcmul_(g, g)
+                    total, *squares = kept[place][2]
+                    total[rows].add_(g, alpha=factor)
+                    for square in squares:
+                        square[rows].addcmul_(g, g)
                 elif order == "second":
                     add(place, dim, matrix, rows, weight * g.square() * weight)
                 else:
@@ -87,17 +88,15 @@ def capture_gradients(
 
     with on_products(model, on_product):
         seen.backward(model, chain([first], [] if second is None else [second], found))
-    for index, projection, linear in linear_matrices(model):
-        place, matrix = (index, projection.path), weight_of(linear)
-        total, *squares = kept.pop(place, (matrix[:0],))
-        for rows in _row_blocks(matrix[: len(total)]):
+    while kept:
+        place, (dim, matrix, (total, *squares)) = kept.popitem()
+        for rows in _row_blocks(matrix):
             w = matrix[rows].float()
-            if is_mix:
-                g, square = total[rows] / float(seen.weight), squares[0][rows]
-                terms = w * g - 0.5 * w * (square / seen.num_samples) * w
-            else:
-                terms = w * total[rows]
-            add(place, projection.dim, matrix, rows, terms.abs())
+            terms = w * total[rows]
+            for square in squares:  # of `mix`
+                g = total[rows] / float(seen.weight)
+                terms = w * g - 0.5 * w * (square[rows] / seen.num_samples) * w
+            add(place, dim, matrix, rows, terms.abs())
     count = 1 if is_mix else float(seen.weight) if is_joined else seen.num_samples
     return Statistics(parts={p: (total / count).cpu() for p, total in sums.items()}, **seen.totals)
 
@@ -183,9 +182,3 @@ def capture_gates(
         seen.backward(model, data, after_batch)
     means = {place: total.float() / float(seen.num_samples) for place, total in sums.items()}
     return Statistics(parts=means, **seen.totals)
-
-
-def score_taylor(statistics: Statistics, anatomy: Anatomy) -> Values:
-    """Add ``|w g|`` over each unit, and for layers over all matrices that units own, each once."""
-    layer = per_layer(statistics.parts, anatomy)
-    return {**per_unit(statistics.parts, anatomy), "layer": layer}

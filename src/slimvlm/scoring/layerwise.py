@@ -5,8 +5,9 @@ then every layer takes all batches in turn. Captures see a model that has this l
 stored inputs through it. So they are the same functions that score a model in memory.
 """
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from slimvlm.core.documents import digest
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, raised_as
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models import load as models
+from slimvlm.models.devices import digest_of_tensors
 from slimvlm.models.files import Origin, origins_in_files, unreadable, weight_files
 from slimvlm.models.hidden import (
     all_finite,
@@ -35,7 +37,7 @@ from slimvlm.models.hidden import (
 )
 from slimvlm.models.parts import Parts, shares_keys
 from slimvlm.scoring.batches import Batch, forward_backbone
-from slimvlm.scoring.stores import Store, packed, unpacked
+from slimvlm.scoring.stores import Store
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _KEPT = ("input_ids", "labels", "image_embeds_position_mask")
@@ -46,9 +48,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class LayerCalls:
-    """The arguments to run one batch through the decoder layer by layer."""
+    """The arguments to run one batch through the decoder, layer by layer."""
 
-    arguments: dict[int, Arguments]  # by layer; none where a batch skips one (Mllama, no picture)
+    arguments: dict[int, Arguments]  # by layer; none where a batch skips one (Mllama, no image)
     # by layer: features added to the states before it (deepstack), and the tokens that get them
     added: dict[int, tuple[Tensor, Tensor]]
 
@@ -79,7 +81,7 @@ class LayerCalls:
 
 @dataclass(frozen=True)
 class LazyCheckpoint:
-    """A native model without weights, and the files that they are read from when asked for."""
+    """A native model without weights, and the files that they are read from on request."""
 
     folder: Path
     model: PreTrainedModel  # parameters have no storage, buffers that files lack are there
@@ -111,7 +113,7 @@ class LazyCheckpoint:
         """Give a part of the model its values inside, mapped from the files on a CPU.
 
         It is a layer, by its number; all ``before`` the layers: towers, projector and embeddings;
-        or the norm and the head ``after`` them. On another device this holds for its buffers, too,
+        or the norm and the head ``after`` them. On another device also its buffers are moved,
         and those of no layer, which any may read.
         """
         parts = Parts(self.model)
@@ -119,16 +121,13 @@ class LazyCheckpoint:
         norm = f"{parts.family.backbone}.{parts.row.final_norm}."
         known: dict[int | str, tuple[str, ...]] = {"before": (layers, head), "after": (norm, head)}
         begin = known.get(part, (f"{layers}{part}.",))
-
-        def has(name: str) -> bool:
-            return name.startswith(begin) != (part == "before")
-
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        own = {n for n in {**parameters, **buffers} if n.startswith(begin) != (part == "before")}
+        chosen = [name for name in parameters if name in own]
+        elsewhere = [name for name, buffer in buffers.items() if buffer.device.type != device.type]
+        moved = [n for n in elsewhere if n in own or not n.startswith(layers)]
         put = partial(set_module_tensor_to_device, clear_cache=False)  # else it waits each time
-        parameters = self.model.named_parameters(remove_duplicate=False)
-        chosen = [name for name, _ in parameters if has(name)]
-        buffers = self.model.named_buffers(remove_duplicate=False)
-        elsewhere = [name for name, buffer in buffers if buffer.device.type != device.type]
-        moved = [n for n in elsewhere if has(n) or not n.startswith(layers)]
         try:
             for name in moved:
                 put(self.model, name, device)
@@ -205,6 +204,21 @@ class Live:
 Source = Live | LazyCheckpoint
 
 
+def _named(tensors: dict[str, Tensor], part: Any) -> dict[Any, Any]:
+    """Name a tensor among a layer's arguments in their JSON, and put it into ``tensors``."""
+    if isinstance(part, Mapping):
+        return dict(part)
+    if not isinstance(part, Tensor):
+        raise UnsupportedModelError(
+            f"low memory: decoder layers are called with a {type(part).__name__}, which cannot be "
+            "kept"
+        )
+    known = (name for name, tensor in tensors.items() if tensor is part)
+    name = next(known, f"call.{len(tensors):03}")
+    tensors[name] = part
+    return {"tensor": name}
+
+
 @dataclass(frozen=True)
 class LayerwiseModel:
     """A model that runs one layer at a time, over one set of batches that are stored between."""
@@ -251,7 +265,7 @@ class LayerwiseModel:
             for index, layer in enumerate(Parts(self.model).layers):
                 stack.enter_context(replaced_forward(layer, partial(note, index)))
             for place, batch in enumerate(batches):
-                code = models.digest_of_tensors(batch)
+                code = digest_of_tensors(batch)
                 self._digests.append(code)
                 stored = self.store.about("batches", place)
                 if stored is not None and stored["digest"] == code:
@@ -263,8 +277,8 @@ class LayerwiseModel:
                 tensors = {f"batch.{name}": moved[name] for name in _KEPT if name in moved}
                 tensors["batch.attention_mask"] = valid_tokens(moved)
                 tree = {
-                    str(index): given if keeps_objects else packed(given, tensors)
-                    for index, _, given in noted
+                    str(i): g if keeps_objects else json.dumps(g, default=partial(_named, tensors))
+                    for i, _, g in noted
                 }
                 tensors["hidden"] = hidden
                 added = list[int]()
@@ -282,13 +296,9 @@ class LayerwiseModel:
 
     def input_of(self, index: int, place: int) -> Tensor:
         """Read the input of a layer; after the last one, of the final norm."""
-        if index == 0:
-            return self.store.read("batches", place, self.devices[0], "hidden")["hidden"]
-        return self.calls(place, index - 1).after(index - 1, self.output_of(index - 1, place))
-
-    def output_of(self, index: int, place: int) -> Tensor:
-        """Read the output of a layer."""
-        return self.store.read(f"hidden-{index + 1}", place, self.devices[index + 1])["hidden"]
+        stored = f"hidden-{index}" if index else "batches"
+        hidden = self.store.read(stored, place, self.devices[index], "hidden")["hidden"]
+        return self.calls(place, index - 1).after(index - 1, hidden) if index else hidden
 
     @cached_property
     def devices(self) -> list[torch.device]:
@@ -303,25 +313,48 @@ class LayerwiseModel:
         return set(map(int, self.store.about("batches", place)["calls"]))
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[PreTrainedModel]:
-        """Inside, the model has one layer alone, with its weights, and runs stored batches."""
-        layer = Parts(self.model).layers[index]
+    def layer(self, index: int | None) -> Iterator[PreTrainedModel]:
+        """Inside, the model runs stored batches through one layer, whose weights are there.
 
-        def run(place: int) -> None:
-            output = self.calls(place, index).run(layer, index, self.input_of(index, place))
-            if not all_finite(output):
-                mask = "batch.attention_mask"
-                earlier = (self.store.read("batches", p, self.device, mask) for p in range(place))
-                first = 1 + sum(len(stored[mask]) for stored in earlier)
-                spoilt = (~torch.isfinite(output).flatten(1).all(1)).nonzero().flatten() + first
-                samples = ", ".join(map(str, spoilt.tolist()))
-                where = f"the output of layer {index} for calibration sample {samples}"
-                require_finite_values(output, where)
-            if not self.store.has(f"hidden-{index + 1}"):
-                self.store.write(f"hidden-{index + 1}", place, {"hidden": output}, {"ran": True})
+        With None through all layers, which return their stored outputs, and the final norm.
+        """
+        text_model = Parts(self.model).text_model
+        layers, norm = text_model.layers, Parts(self.model).norm
+        own = [layers[index]] if index is not None else [nn.Identity() for _ in layers]
 
-        with self.source.loaded(index, self.device), self._reduced([layer], run):
-            yield self.model
+        def run(place: int, **batch: Any) -> None:
+            if index is not None:
+                hidden = self.input_of(index, place)
+                output = self.calls(place, index).run(layers[index], index, hidden)
+                self._store(index, place, output)
+                return
+            for number, layer in enumerate(own, 1):
+                name, device = f"hidden-{number}", self.devices[number]
+                output = self.store.read(name, place, device)["hidden"]
+                with replaced_forward(layer, lambda hidden_states, answer=output: answer):
+                    layer(self.input_of(number - 1, place))
+            norm(self.input_of(len(own), place))
+
+        with self.source.loaded("after" if index is None else index, self.device):
+            text_model.layers = nn.ModuleList(own)
+            try:
+                with replaced_forward(self.model.base_model, run):
+                    yield self.model
+            finally:
+                text_model.layers = layers
+
+    def _store(self, index: int, place: int, output: Tensor) -> None:
+        """Store the output of a layer for a batch; refuse NaN and infinity, and name the sample."""
+        if not all_finite(output):
+            mask = "batch.attention_mask"
+            earlier = (self.store.read("batches", p, self.device, mask) for p in range(place))
+            first = 1 + sum(len(stored[mask]) for stored in earlier)
+            spoilt = (~torch.isfinite(output).flatten(1).all(1)).nonzero().flatten() + first
+            samples = ", ".join(map(str, spoilt.tolist()))
+            where = f"the output of layer {index} for calibration sample {samples}"
+            require_finite_values(output, where)
+        if not self.store.has(f"hidden-{index + 1}"):
+            self.store.write(f"hidden-{index + 1}", place, {"hidden": output}, {"ran": True})
 
     @torch.no_grad()
     def finish(self, index: int) -> None:
@@ -331,47 +364,26 @@ class LayerwiseModel:
                 forward_backbone(self.model, batch)
         self.store.finish(f"hidden-{index + 1}")
 
-    @contextmanager
-    def replayed(self) -> Iterator[PreTrainedModel]:
-        """Inside, each layer returns its stored output, and the final norm is there."""
-        layers = [nn.Identity() for _ in Parts(self.model).layers]
-
-        def run(place: int) -> None:
-            for index, layer in enumerate(layers):
-                output = self.output_of(index, place)
-                with replaced_forward(layer, lambda hidden_states, answer=output: answer):
-                    layer(self.input_of(index, place))
-            Parts(self.model).norm(self.input_of(len(layers), place))
-
-        with self.source.loaded("after", self.device), self._reduced(layers, run):
-            yield self.model
-
-    @contextmanager
-    def _reduced(self, layers: Sequence[nn.Module], run: Callable[[int], object]) -> Iterator[None]:
-        """Inside, the model has these layers alone, and runs the stored batch at a place."""
-        text_model = Parts(self.model).text_model
-        before = text_model.layers
-        text_model.layers = nn.ModuleList(layers)
-        try:
-            with replaced_forward(self.model.base_model, lambda place, **batch: run(place)):
-                yield
-        finally:
-            text_model.layers = before
-
     def calls(self, place: int, only: int | None = None) -> LayerCalls:
         """Read the calls of the layers by the batch at a place, or what one layer needs of them."""
 
-        def read(name: str) -> Tensor:
+        def read(value: Any) -> Any:
+            """Read a tensor by its name, or the one that a JSON object names."""
+            if isinstance(value, dict) and "tensor" not in value:
+                return value
+            name = value["tensor"] if isinstance(value, dict) else value
             return self.store.read("batches", place, self.device, name)[name]
 
         about = self.store.about("batches", place)
-        calls = {int(index): given for index, given in about["calls"].items()}
-        if only is not None:
-            calls = {only: calls[only]} if only in calls else {}
-        arguments = {i: unpacked(given, read) for i, given in calls.items()}
+        arguments = dict[int, Arguments]()
+        for index, given in ((int(number), given) for number, given in about["calls"].items()):
+            if only in (None, index):  # as JSON, with lists for tuples, or as it was
+                is_json = isinstance(given, str)
+                args, named = json.loads(given, object_hook=read) if is_json else given
+                arguments[index] = (*args,), named
         added = {
             i: (read(f"added.{i:03}"), read(f"gets.{i:03}"))
             for i in about["added"]
             if only in (None, i - 1)
         }
-        return LayerCalls({i: ((*args,), named) for i, (args, named) in arguments.items()}, added)
+        return LayerCalls(arguments, added)

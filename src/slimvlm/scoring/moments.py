@@ -18,7 +18,7 @@ SYMMETRIC_BLOCK = 608  # rows at once: enough for a product to run at its full r
 
 @dataclass
 class Moments:
-    """Weighted sums over tokens of the input ``x`` of a matrix and, where asked, of a residual.
+    """Weighted sums over tokens of the input ``x`` of a matrix and, where requested, of a residual.
 
     The residual ``e`` is ``y - W x - b`` for a target ``y`` other than the original output.
     """

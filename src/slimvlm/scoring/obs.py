@@ -12,19 +12,19 @@ from torch import Tensor
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.models.anatomy import Anatomy, unit_of
-from slimvlm.models.load import with_float64
+from slimvlm.models.devices import with_float64
 from slimvlm.scoring.moments import add_product_, invert_, mirror_
 from slimvlm.scoring.unit_scores import Statistics, Values, strictly_increasing, with_shapes
 
 DAMPING = 0.01
 
 INFLATION = 1e4  # ``max H_jj [H⁻¹]_jj`` up to which float32 is enough: the digits that are lost
-BLOCK = 64  # larger ones use faster matrix products, smaller ones waste less on channels that stay
-TIE = 1e-5  # prices that differ by less than this share are equal, and the first unit goes
+BLOCK = 64  # larger ones use faster matrix products, smaller ones waste less on kept channels
+TIE = 1e-5  # prices that differ by less than this share are equal, and the first unit is removed
 
 
 def score_obs(statistics: Statistics, anatomy: Anatomy) -> Values:
-    """Price each unit when it goes, least first, with the others refitted after each step.
+    """Price each unit when it is removed, cheapest first; the others are refitted after each step.
 
     ``tr(W_B ([G⁻¹]_BB)⁻¹ W_Bᵀ)``, where ``W_B`` are the columns of ``o_proj`` or ``down_proj`` that
     read the unit and ``G`` is the mean Gram matrix of their inputs; never below the unit before, so
@@ -45,16 +45,16 @@ def score_obs(statistics: Statistics, anatomy: Anatomy) -> Values:
 
 @dataclass(frozen=True)
 class Elimination:
-    """A greedy removal of units, and the columns of those that stay, refitted with a ridge."""
+    """A greedy removal of units, and the refitted columns of the kept ones."""
 
     order: Int64[Tensor, " _"]  # the removed units
-    costs: Float64[Tensor, " _"]  # the squared error that each of them added when it went
-    left: Int64[Tensor, " _"]  # those that stay, sorted
+    costs: Float64[Tensor, " _"]  # the squared error that each of them added
+    left: Int64[Tensor, " _"]  # the kept units, sorted
     prices: Float64[Tensor, " _"]  # the cost of removing each of these next
     weights: Float[Tensor, "O _"]
 
     def scores(self) -> Float[Tensor, " unit"]:
-        """Join costs in order of removal and prices: the first to go has the lowest score."""
+        """Join costs in order of removal and prices: the first one removed has the lowest score."""
         ranked = self.prices.argsort(stable=True)
         order = torch.cat([self.order, self.left[ranked]])
         values = torch.empty(len(order), device=order.device)
@@ -78,8 +78,8 @@ def removal_order(
 
     The inverse takes ``C³`` operations, removing ``K`` channels at most ``K C (4 O + K)``. Memory
     is three matrices like ``gram``, in float32 where that keeps the order but for near ties (see
-    `INFLATION`). Units are equally many consecutive channels each; ``stop`` of them go, or all.
-    `NumericalError` if ``H`` is not positive definite.
+    `INFLATION`). Units are equally many consecutive channels each; ``stop`` of them
+    are removed, or all. `NumericalError` if ``H`` is not positive definite.
 
     As in a Cholesky factorisation with pivots by blocks (LAPACK's ``pstrf``), what the last
     removals change is applied to the diagonal at once and to the rest in one product.
@@ -102,15 +102,15 @@ def removal_order(
 
 
 class _State:
-    """``W`` and ``H⁻¹`` of the units ``left``, of which some are ``gone`` since.
+    """``W`` and ``H⁻¹`` of the units ``left``, of which some were removed since (``gone``).
 
-    With ``B`` the channels of a unit that goes and ``L Lᵀ = [H⁻¹]_BB``, ``H⁻¹`` loses ``Uᵀ U`` and
-    ``P`` loses ``Uᵀ V + Vᵀ U``, where ``U = L⁻¹ [H⁻¹]_B:``, ``V = L⁻¹ P_B: - ½ S U`` and
+    With ``B`` the channels of a removed unit and ``L Lᵀ = [H⁻¹]_BB``, ``H⁻¹`` is reduced by
+    ``Uᵀ U`` and ``P`` by ``Uᵀ V + Vᵀ U``, where ``U = L⁻¹ [H⁻¹]_B:``, ``V = L⁻¹ P_B: - ½ S U`` and
     ``S = L⁻¹ P_BB L⁻ᵀ``, whose trace is the price.
 
-    Rows are prepared for the cheapest units at once, in matrix products. In which order these go is
+    Rows are prepared for the cheapest units at once, in matrix products. Their order of removal is
     found on the CPU in their own rows and columns; then all prices after each of them say how many
-    go before one that is not prepared. ``u`` has all ``U`` that are not applied, in ``count`` rows.
+    precede one that is not prepared. ``u`` has all ``U`` that are not applied, in ``count`` rows.
     """
 
     def __init__(self, inverse: Tensor, weights: Tensor, width: int) -> None:
@@ -138,7 +138,7 @@ class _State:
             costs.append(prices)
             if not prices.isfinite().all():
                 return None
-            # W - Y U with the Y that leaves nothing of the columns that have gone
+            # W - Y U with the Y that leaves nothing of the removed columns
             channels = self._channels(units)
             u = self.u[self.count : self.count + len(channels)]
             y = torch.linalg.solve_triangular(
@@ -149,7 +149,9 @@ class _State:
             if self.count * 8 < size or stop * self.width * 3 < size:
                 continue
             # enough removals follow to pay for applying u and dropping removed units
-            u, stays = self.u[: self.count], self._remaining_places()
+            u = self.u[: self.count]
+            # their known number avoids a read of the device
+            stays = self.gone.byte().argsort(stable=True)[: self.remaining]
             add_product_(self.inverse, u, u, -1)
             mirror_(self.inverse)
             channels = self._channels(stays)
@@ -159,7 +161,7 @@ class _State:
             self.product_blocks = self.product_blocks[stays]
             self.left, self.gone = self.left[stays], self.gone[stays]
             self.prices = self.prices[stays]
-        stays = self._remaining_places()
+        stays = self.gone.byte().argsort(stable=True)[: self.remaining]
         prices = self.prices[stays].double()
         if not prices.isfinite().all():
             return None
@@ -195,7 +197,7 @@ class _State:
         gone = self.gone | (goes < steps[:, None])
         prices = _prices(inverse, product, gone)
         cheapest = _tied(prices)[:-1].byte().argmax(-1)
-        count = max(int((cheapest == units).cumprod(0).sum()), 1)  # the cheapest always goes
+        count = max(int((cheapest == units).cumprod(0).sum()), 1)  # the cheapest is always removed
         self.inverse_blocks, self.product_blocks = inverse[count], product[count]
         self.prices, self.gone = prices[count], gone[count]
         self.remaining -= count
@@ -204,7 +206,7 @@ class _State:
     def _ordered(
         self, own: Float64[Tensor, "2 C C"], stop: int
     ) -> tuple[Tensor, Float64[Tensor, " N"], tuple[Tensor, Tensor]]:
-        """Find the order in which a few units go among themselves, from ``H⁻¹`` and ``P`` of them.
+        """Find the order of removal of a few units, from ``H⁻¹`` and ``P`` of them alone.
 
         Returns their channels in that order, the costs, and ``Uᵀ`` and ``Vᵀ`` of these channels.
         """
@@ -230,10 +232,6 @@ class _State:
         factors = [torch.cat(each)[:, order].mT for each in (us, vs)]
         return order.double(), torch.stack(costs), (factors[0], factors[1])
 
-    def _remaining_places(self) -> Int64[Tensor, " N"]:
-        """Find the remaining units; their known number avoids a read of the device."""
-        return self.gone.byte().argsort(stable=True)[: self.remaining]
-
     def _channels(self, units: Int64[Tensor, " N"]) -> Int64[Tensor, " _"]:
         if self.width == 1:
             return units
@@ -251,7 +249,7 @@ def _prices(
     product: Float[Tensor, "*N U W W"],
     gone: Bool[Tensor, "*N U"],
 ) -> Float[Tensor, "*N U"]:
-    """Compute ``tr S`` of every unit, infinite for those that have gone."""
+    """Compute ``tr S`` of every unit, infinite for removed ones."""
     if inverse.shape[-1] == 1:
         prices = (product / inverse)[..., 0, 0]
     else:  # nothing is left of a block that went, which has no root

@@ -1,23 +1,25 @@
 """Score a model's units on calibration data: model + batches → `Scores`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimvlm.core.errors import ConfigError, DataError, NumericalError, raised_as
+from slimvlm.core.errors import DataError, NumericalError, raised_as
 from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data.chat import batches_by_kind, encode_samples
-from slimvlm.data.roles import require_token_weights
+from slimvlm.data.roles import valid_tokens
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import LAYER_UNITS, read_anatomy
+from slimvlm.models.devices import device_named
 from slimvlm.models.hidden import evaluating
-from slimvlm.models.load import device_named, require_full_precision
+from slimvlm.models.load import require_full_precision
 from slimvlm.models.parts import Parts, text_config_of
-from slimvlm.scoring.batches import Batch, Watched
+from slimvlm.scoring.batches import Batch, first_spoilt_layer
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named, require_low_memory
 from slimvlm.scoring.layerwise import LayerwiseModel, LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.stores import Scratch, scratch_folder
@@ -42,7 +44,7 @@ def collect(
     ``token_weights`` are weights of tokens by role (``image``, ``prompt``, ``answer``; roles that
     are not named weigh 1), for any criterion that needs data. Without them sums run over all valid
     tokens, losses over the labelled ones. With them sums and losses are weighted; losses are those
-    of prompt and answer tokens, since tokens of pictures are never predicted.
+    of prompt and answer tokens, since image tokens are never predicted.
 
     Raises:
         ConfigError: If the criterion, an option or a role is unknown, or a weight cannot be used.
@@ -65,23 +67,24 @@ def score(
     options. A criterion that needs Gram matrices reads the batches several times if those of all
     layers take more than 2 GiB (``PART_BYTES``), for so many layers at a time.
     """
-    layer_bytes = criterion_named(criterion, options).capture.layer_bytes
     parts, room = list[list[int]](), 0  # runs of layers whose statistics fit, one layer at least
-    sizes = [layer_bytes(shape) for shape in read_anatomy(model).layers] if layer_bytes else []
-    for index, size in enumerate(sizes):
+    is_divided = criterion_named(criterion, options).capture.is_divided
+    for index, shape in enumerate(read_anatomy(model).layers if is_divided else ()):
+        channels = (shape.num_heads * shape.head_dim, shape.intermediate_size)
+        size = sum(count**2 for count in channels) * torch.float32.itemsize  # of Gram matrices
         if not parts or size > room:
             parts.append([])
             room = PART_BYTES
         parts[-1].append(index)
         room -= size
     given = list(batches) if len(parts) > 1 else batches
-    asked = ({"layers": layers} for layers in parts) if layer_bytes else [{}]
+    asked = ({"layers": layers} for layers in parts) if is_divided else [{}]
     found = (_collected(model, given, criterion, token_weights, options, **part) for part in asked)
     return scores_from(found, model, criterion, token_weights, **options)
 
 
 def _collected(
-    model: nn.Module,
+    model: Any,
     batches: Iterable[Batch],
     criterion: str,
     token_weights: Mapping[str, float] | None,
@@ -89,19 +92,33 @@ def _collected(
     **part: Any,
 ) -> Statistics:
     """As `collect`; ``part`` names the part of the statistics that is collected."""
-    config: Any = model.config
-    require_full_precision(config, "scored")
-    row = criterion_named(criterion, options)
+    require_full_precision(model.config, "scored")
+    row = criterion_named(criterion, options, token_weights)
     given = {**row.fixed, **{k: v for k, v in options.items() if k in row.capture.options}}
     if token_weights is not None:
-        check_token_weights(criterion, token_weights)
         given["token_weights"] = token_weights
-    watched = Watched(batches)
+    # the batches in flight, since some captures read one ahead, by the numbers of first samples
+    in_flight = deque[tuple[int, Batch]](maxlen=2)
+
+    def watched() -> Iterator[Batch]:
+        first = 1
+        for batch in batches:
+            in_flight.append((first, batch))
+            yield batch
+            first += len(valid_tokens(batch))
+
     with evaluating(model):
         try:
-            return row.capture.function(model, watched, **given, **part)
+            return row.capture.function(model, watched(), **given, **part)
         except NumericalError as error:
-            raise NumericalError(f"{error}{watched.place(model)}") from error
+            for first, batch in in_flight:
+                layer = first_spoilt_layer(model, batch)
+                if layer is not None:
+                    last = first + len(valid_tokens(batch)) - 1
+                    which = f"sample {last}" if last == first else f"samples {first} to {last}"
+                    where = f"(calibration {which}, from layer {layer} on)"
+                    raise NumericalError(f"{error} {where}") from error
+            raise
 
 
 def scores_from(
@@ -122,13 +139,6 @@ def scores_from(
     if token_weights is not None:
         about["token_weights"] = dict(token_weights)
     return Scores.of_units(criterion, row.units, anatomy.num_layers, values, about)
-
-
-def check_token_weights(criterion: str, token_weights: Mapping[str, float]) -> None:
-    """Refuse token weights without data, and those that no one can use."""
-    if not criterion_named(criterion, {}).needs_data:
-        raise ConfigError(f"token_weights: criterion {criterion!r} reads no data to weigh")
-    require_token_weights(token_weights)
 
 
 def score_checkpoint(
@@ -167,9 +177,7 @@ def score_checkpoint(
         UnsupportedModelError: If layers read keys and values of earlier ones.
     """
     device = device_named(device)
-    require_low_memory(criterion, options)
-    if token_weights is not None:
-        check_token_weights(criterion, token_weights)
+    require_low_memory(criterion, options, token_weights)
     checkpoint = open_checkpoint(model, dtype, trust_remote_code)
     asked = {criterion: options}
     return score_by_layer(checkpoint, batches, asked, token_weights, scratch, say, device)[0]
@@ -233,27 +241,32 @@ def score_by_layer(
             if captures[name].sees == "nothing":
                 scores.append(score(model, (), name, **options))
             elif captures[name].sees == "hidden_states":
-                with runner.replayed() as view:
+                with runner.layer(None) as view:
                     statistics = collect(view, runner.batches(), name, token_weights, **options)
                 scores.append(scores_from([statistics], model, name, token_weights, **options))
             else:
                 files = (folder / f"scores-{name}-{index}" / "scores" for index in range(depth))
-                parts = [Scores.load(file) for file in files]
-                rows: dict[str, Any] = {
-                    unit: [values for part in parts for values in part.of(unit)]
-                    for unit in LAYER_UNITS
-                    if parts[0].of(unit) is not None
-                }
-                if parts[0].layer is not None:
-                    rows["layer"] = torch.cat([part.of("layer") for part in parts])
-                scores.append(Scores(name, options=parts[0].options, **rows))
+                scores.append(_joined([Scores.load(file) for file in files]))
         return scores
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Join scores of models that have a layer each."""
+    first = parts[0]
+    rows: dict[str, Any] = {
+        unit: [values for part in parts for values in part.of(unit)]
+        for unit in LAYER_UNITS
+        if first.of(unit) is not None
+    }
+    if first.layer is not None:
+        rows["layer"] = torch.cat([part.of("layer") for part in parts])
+    return Scores(first.criterion, options=first.options, **rows)
 
 
 def calibration_batches(
     processor: Any, samples: Sequence[Sample], batch_size: int = 1, description: str = "calibrate"
 ) -> Iterable[dict[str, Tensor]]:
-    """Encode samples batch by batch, with pictures or without; show progress on stderr."""
+    """Encode samples batch by batch, with images or without; show progress on stderr."""
     if not samples:
         raise DataError("no calibration sample was given")
     sees = [bool(sample.images) for sample in samples]

@@ -2,13 +2,13 @@
 
 A store holds named sets of tensors, one entry for each batch: ``batches`` (inputs, and arguments of
 layers), ``<stream>-<i>`` (outputs of layer ``i - 1``), and results that are kept for a restart. A
-folder of files takes its name when all of them are there, so that a killed run resumes after the
-last whole layer.
+set is marked as whole when all its entries are there, so that a killed run resumes after the last
+whole layer.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slimvlm.core.documents import digest, is_begun_for, note_request
-from slimvlm.core.errors import OutputError, SlimError, UnsupportedModelError
+from slimvlm.core.errors import OutputError, SlimError
 from slimvlm.core.files import explained, held, new_file, working_folder
 from slimvlm.core.progress import Say, silent
-from slimvlm.models.cost import free_memory
-from slimvlm.models.load import digest_of_tensors
+from slimvlm.models.devices import digest_of_tensors, free_memory
 
 Tensors = Mapping[str, Tensor]
 Names = str | tuple[str, ...]
@@ -38,7 +37,7 @@ class Memory:
 
     def __init__(self, device: torch.device | None = None, pinned: bool = False) -> None:
         self.device, self.pinned = device, pinned
-        self.keeps_objects = device is None  # what a layer changes among its arguments stays
+        self.keeps_objects = device is None  # so layers may change their arguments
         self._sets: dict[str, dict[int, tuple[dict[str, Tensor], Any]]] = {}
         self._whole: set[str] = set()
 
@@ -61,7 +60,7 @@ class Memory:
         self._sets.setdefault(name, {})[place] = stored, about
 
     def read(self, name: str, place: int, device: torch.device, begin: Names = "") -> Tensors:
-        """Read the tensors of an entry whose names begin so."""
+        """Read the tensors of an entry, or those whose names begin with ``begin``."""
         return {
             key: value.to(device, non_blocking=device.type in PINNING)
             for key, value in self._sets[name][place][0].items()
@@ -91,60 +90,48 @@ class Scratch:
             self._temporary = TemporaryDirectory(prefix="slimvlm-scratch-")
             folder = Path(self._temporary.name)
         self.folder = folder
-        self._sound: set[Path] = set()  # sets and entries that were written or checked here
+        self._whole: set[Path] = set()  # sets that were finished or checked here
+        self._notes: dict[Path, str] = {}  # of entries that were written or checked here
         folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, name: str) -> bool:
-        """As `Memory.has`; a set with a damaged entry, which a kill can leave, is dropped."""
+        """As `Memory.has`; entries that are damaged or missing, as after a kill, are noticed."""
         whole = self.folder / name
-        if whole not in self._sound and whole.is_dir():
+        if not (whole / "whole").exists():
+            return False
+        if whole not in self._whole:
             entries = [*whole.glob("*.safetensors")]
-            if not (whole / f"{len(entries)}.whole").exists() or not all(
-                map(self._is_sound, entries)
-            ):
-                self.drop(name)
-            self._sound.add(whole)
-        return whole.is_dir()
+            count = (whole / "whole").read_text(encoding="utf-8")
+            if count == str(len(entries)) and all(self._note(e) is not None for e in entries):
+                self._whole.add(whole)
+        return whole in self._whole
 
     def finish(self, name: str) -> None:
-        """As `Memory.finish`: the folder takes its name."""
-        entries = [*self._folder(name).glob("*.safetensors")]
-        (self._folder(name) / f"{len(entries)}.whole").touch()  # says later if one is missing
-        whole = self._folder(name).rename(self.folder / name)
-        self._sound |= {whole, *whole.iterdir()}
+        """As `Memory.finish`: a file says how many entries there are."""
+        whole = self.folder / name
+        count = len([*whole.glob("*.safetensors")])
+        (whole / "whole").write_text(str(count), encoding="utf-8")
+        self._whole.add(whole)
 
     def drop(self, name: str) -> None:
         """As `Memory.drop`."""
-        for path in (self.folder / name, self.folder / f".{name}.partial"):
-            shutil.rmtree(path, ignore_errors=True)
+        whole = self.folder / name
+        shutil.rmtree(whole, ignore_errors=True)
+        self._whole.discard(whole)
+        for path in [path for path in self._notes if path.parent == whole]:
+            del self._notes[path]
 
     def write(self, name: str, place: int, tensors: Tensors, about: Any = None) -> None:
         """As `Memory.write`."""
-        self._folder(name).mkdir(exist_ok=True)
+        path = self._path(name, place)
+        path.parent.mkdir(exist_ok=True)
         # copies: safetensors writes none that share memory, such as a mask and its view
         stored = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-        noted = {"about": json.dumps(about)}
-        path = self._path(name, place)
-        noted["digest"] = digest([name, path.name, digest_of_tensors(stored), noted["about"]])
+        note = json.dumps(about)
+        code = digest([name, path.name, digest_of_tensors(stored), note])
         with new_file(path, outlives_power_cut=False) as partial:
-            save_file(stored, partial, noted)
-        self._sound.add(path)
-
-    def _is_sound(self, path: Path) -> bool:
-        """Whether an entry holds what was written."""
-        if path not in self._sound:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    noted = file.metadata()
-                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                name = path.parent.name.removeprefix(".").removesuffix(".partial")
-                its = [name, path.name, digest_of_tensors(tensors), noted["about"]]
-                if noted["digest"] != digest(its):
-                    return False
-            except (OSError, SafetensorError, KeyError, TypeError):  # metadata may be None
-                return False
-            self._sound.add(path)
-        return True
+            save_file(stored, partial, {"about": note, "digest": code})
+        self._notes[path] = note
 
     def read(self, name: str, place: int, device: torch.device, begin: Names = "") -> Tensors:
         """As `Memory.read`; mapped on a CPU."""
@@ -156,12 +143,9 @@ class Scratch:
         return value.detach().cpu()
 
     def about(self, name: str, place: int) -> Any:
-        """As `Memory.about`."""
-        path = self._path(name, place)
-        if not path.is_file() or not self._is_sound(path):
-            return None
-        with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["about"])
+        """As `Memory.about`; None also if an entry is damaged."""
+        note = self._note(self._path(name, place))
+        return None if note is None else json.loads(note)
 
     def keep_if_same(self, file: str, request: dict[str, Any], spared: str | None = None) -> None:
         """Drop earlier work, but for the spared set, unless ``file`` notes the same request."""
@@ -169,8 +153,8 @@ class Scratch:
         if is_begun_for(note, request):
             return
         for path in self.folder.iterdir():
-            if path.is_dir() and path.name not in (spared, f".{spared}.partial"):
-                shutil.rmtree(path)
+            if path.is_dir() and path.name != spared:
+                self.drop(path.name)
         note_request(note, request)
 
     def announce(self, needed: int, say: Say) -> None:
@@ -184,42 +168,23 @@ class Scratch:
                 f"{stored / 2**30:.1f} GiB there already, {free / 2**30:.1f} GiB free"
             )
 
-    def _folder(self, name: str) -> Path:
-        """The folder, or the one that is filled before `finish` gives it its name."""
-        whole = self.folder / name
-        return whole if whole.is_dir() else self.folder / f".{name}.partial"
-
     def _path(self, name: str, place: int) -> Path:
-        return self._folder(name) / f"{place:06}.safetensors"
+        return self.folder / name / f"{place:06}.safetensors"
+
+    def _note(self, path: Path) -> str | None:
+        """Read the note of an entry; None unless it holds what was written."""
+        damaged = (OSError, SafetensorError, KeyError, TypeError)  # metadata may be None
+        if path not in self._notes:
+            with suppress(*damaged), safe_open(path, framework="pt") as file:
+                noted = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                its = [path.parent.name, path.name, digest_of_tensors(tensors), noted["about"]]
+                if noted["digest"] == digest(its):
+                    self._notes[path] = noted["about"]
+        return self._notes.get(path) if path.is_file() else None
 
 
 Store = Memory | Scratch
-
-
-def packed(value: Any, tensors: dict[str, Tensor]) -> str:
-    """Turn a layer's arguments into JSON with names of tensors, which go into ``tensors``."""
-
-    def named(part: Any) -> dict[Any, Any]:
-        if isinstance(part, Tensor):
-            known = (name for name, tensor in tensors.items() if tensor is part)
-            name = next(known, f"call.{len(tensors):03}")
-            tensors[name] = part
-            return {"tensor": name}
-        if isinstance(part, Mapping):
-            return dict(part)
-        kind = type(part).__name__
-        raise UnsupportedModelError(
-            f"low memory: decoder layers are called with a {kind}, which cannot be kept"
-        )
-
-    return json.dumps(value, default=named)
-
-
-def unpacked(value: Any, read: Callable[[str], Tensor]) -> Any:
-    """The inverse of `packed`, with lists for tuples; objects that were kept are as they are."""
-    if not isinstance(value, str):
-        return value
-    return json.loads(value, object_hook=lambda d: read(d["tensor"]) if "tensor" in d else d)
 
 
 @dataclass(frozen=True)
@@ -272,7 +237,7 @@ def scratch_folder(scratch: str | Path | None) -> Iterator[Path]:
             yield Path(made)
         return
     folder = Path(scratch).absolute() / "slimvlm-scratch"
-    if folder.is_symlink():  # a lock would be written beside its target
+    if folder.is_symlink():  # a lock would be written next to its target
         working_folder(folder)  # refuses it
     try:
         with held(folder), explained(folder):

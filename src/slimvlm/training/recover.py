@@ -1,10 +1,12 @@
-"""Train a pruned model back towards its teacher: one loop, the loss a weighted sum."""
+"""Train a pruned model towards its teacher: one loop, the loss a weighted sum."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -27,15 +29,14 @@ from slimvlm.data.read import subset
 from slimvlm.data.samples import Sample, identifying_bytes
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import free_memory, release_memory
-from slimvlm.models.hidden import evaluating, frozen, is_sharded
-from slimvlm.models.load import digest_of_weights
+from slimvlm.models.devices import computes_bfloat16, digest_of_weights, free_memory, release_memory
+from slimvlm.models.hidden import is_sharded
 from slimvlm.models.losses import layer_map
 from slimvlm.models.parts import Parts, part_at
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.training import trainer as training
-from slimvlm.training.teacher import plan_fits, seeing_once, share_
+from slimvlm.training.teacher import plan_fits, teaching
 from slimvlm.training.trainer import TRAINED_FILE, DistillationTrainer, merge, num_workers
 
 RATE, RATE_OF_ALL = 2e-4, 4e-4
@@ -54,13 +55,13 @@ class History:
     steps: tuple[Mapping[str, int | float], ...]
     """Log rows: step, loss, its components, learning rate."""
     num_samples: Count
-    """Samples that were learnt from; fewer than ``sample_ids`` if the steps ended earlier."""
+    """Samples that were trained on; fewer than ``sample_ids`` if the steps ended earlier."""
     sample_ids: tuple[str, ...]
-    """Names of those that they were drawn from, in order."""
+    """Names of all training samples, in order."""
     trained_params: Count
-    """Parameters that learned."""
+    """Parameters that were trained."""
     teacher: str = "none"
-    """Where the teacher's answers came from, and how much memory it shared."""
+    """How the teacher was held, and how much memory it shared."""
 
     @classmethod
     def load(cls, path: str | Path) -> "History":
@@ -92,13 +93,13 @@ def recover(
 
     ``teacher`` is the original, on any device; for the loss ``sft`` alone None. The ``processor``
     is by default that of the folder or hub id that the model was read from, without the tokens that
-    ``plan`` removes. A folder ``work`` holds resumable checkpoints; training goes on from the last
-    one to the same result, and it also gets an adapter to keep and a tracker's files.
+    ``plan`` removes. A folder ``work`` holds resumable checkpoints (training resumes from the last
+    one with the same result), an adapter to keep and a tracker's files.
 
-    ``plan`` is what pruned the model: for comparing inner layers, a teacher's numbers of tokens,
-    and a teacher that reads the model's own weights wherever these are frozen and equal
-    (`training.teacher.share_`). Such a teacher is used up: its weights are gone when training ends.
-    With ``share`` False it keeps its own weights and is not changed.
+    ``plan`` is the one that pruned the model. It serves to compare inner layers, to find the
+    teacher's token ids, and to let the teacher read the model's own weights wherever these are
+    frozen and equal (`training.teacher.share_`). Such a teacher has no weights after training. With
+    ``share`` False it keeps its own and does not change.
 
     Raises:
         ConfigError: If a teacher or processor is needed and missing, or the teacher does not fit.
@@ -121,37 +122,18 @@ def recover(
     teacher = teacher if config.needs_teacher else None
     tokens = _tokens_of_teacher(model, teacher, dataset, config, work, plan)
     learnt = subset(list(dataset), config.fraction, config.seed)
-    layer_pairs: list[tuple[int, int]] = []
-    if teacher is not None:
-        if plan is not None and not plan_fits(plan, model, teacher):
-            plan = None
+    their_layers: Sequence[int] = ()
+    if plan is not None and teacher is not None:
+        plan = plan if plan_fits(plan, model, teacher) else None
         terms = config.loss_weights.keys()
-        is_alone = "sft" not in terms and not config.paper_exact  # the study compares the end
+        is_alone = "sft" not in terms and not config.paper_exact  # the paper compares the end
         if plan is not None and terms & set(HIDDEN_LOSSES) and is_alone:
-            # nothing is learnt from answers: hidden states are compared after every kept layer
-            layer_pairs = list(enumerate(layer_map(plan.layers, plan.before.num_layers)))
-    dtype = model.dtype
+            # no answers are learnt: hidden states are compared after every kept layer
+            their_layers = layer_map(plan.layers, plan.before.num_layers)
+    dtype, about_teacher = model.dtype, "none"
     with TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(work) if work is not None else Path(temporary)
-        # only an equal request may resume in the folder; no process holds a sharded model whole
-        both = (("model", model), ("teacher", teacher))
-        images = [each for sample in learnt for each in sample.images]
-        request = {
-            "config": asked(config),
-            "processes": num_ranks(),
-            **{n: None if m is None or is_sharded(m) else digest_of_weights(m) for n, m in both},
-            "samples": [sample.id for sample in learnt],
-            "conversations": digest([[sample.messages for sample in learnt]]),
-            "pictures": digest(identifying_bytes(each, may_move=True) for each in images),
-            "plan": None if plan is None else digest([plan.to_dict()]),
-        }
-        what = f"training folder {str(folder)!r} belongs to a run"
-        cure = "Remove it, or give those options and data again"
-        noted = documents.noted_request(folder / REQUEST_FILE)
-        documents.require_same_request(noted, request, what, cure)
-        if is_first_rank():
-            folder.mkdir(parents=True, exist_ok=True)
-            documents.note_request(folder / REQUEST_FILE, request)
+        _require_same_run(folder, config, model, teacher, learnt, plan)
         torch.manual_seed(config.seed)
         is_resumable = work is not None and not is_sharded(model)
         arguments = _training_arguments(config, model, plan, folder, len(learnt), is_resumable)
@@ -161,28 +143,20 @@ def recover(
         stack.enter_context(training.training_precision(model, teacher, device, arguments.bf16))
         trained = training.prepare_training(model, config)
         trained_params = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-        given = {
-            "model": trained,
-            "teacher": teacher,
-            "config": config,
-            "layer_pairs": layer_pairs,
-            "tokens": tokens,
-            "train_dataset": learnt,
-            "data_collator": training.Collator(processor, config.positions),
-        }
-        about_teacher = "none"
-        with training.projector_in_every_graph(model), ExitStack() as teaching, stage("train"):
+        with training.projector_in_every_graph(model), ExitStack() as inner, stage("train"):
             if teacher is not None:
-                about_teacher = "separate, sharded"
-                for state in (evaluating, frozen):
-                    teaching.enter_context(state(teacher))
-            if teacher is not None and not is_sharded(model):
-                about_teacher = "separate"
-                if plan is not None and share:
-                    about_teacher = share_(teacher, trained, plan).line()
-                    teaching.callback(nn.Module.to, teacher, "meta")
-                teacher.to(device)  # type: ignore[arg-type]
-                teaching.enter_context(seeing_once(model, teacher, config.paper_exact))
+                shared = plan if share else None
+                how = (shared, device, config.paper_exact)
+                about_teacher = inner.enter_context(teaching(teacher, model, trained, *how))
+            given = {
+                "model": trained,
+                "teacher": teacher,
+                "config": config,
+                "their_layers": their_layers,
+                "tokens": tokens,
+                "train_dataset": learnt,
+                "data_collator": partial(training.collate, processor, config.positions),
+            }
             trainer = _trained(given, arguments, folder)
         plain = training.without_autocast(trainer)
         if config.keep_adapter and is_first_rank():
@@ -201,10 +175,39 @@ def recover(
     )
 
 
+def _require_same_run(
+    folder: Path,
+    config: RecoverConfig,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    learnt: Sequence[Sample],
+    plan: Plan | None,
+) -> None:
+    """Note the request in the training folder; refuse a folder that another request began."""
+    both = (("model", model), ("teacher", teacher))  # no process holds a sharded model whole
+    images = [each for sample in learnt for each in sample.images]
+    request = {
+        "config": asked(config),
+        "processes": num_ranks(),
+        **{n: None if m is None or is_sharded(m) else digest_of_weights(m) for n, m in both},
+        "samples": [sample.id for sample in learnt],
+        "conversations": digest([[sample.messages for sample in learnt]]),
+        "pictures": digest(identifying_bytes(each, may_move=True) for each in images),
+        "plan": None if plan is None else digest([plan.to_dict()]),
+    }
+    what = f"training folder {str(folder)!r} belongs to a run"
+    cure = "Remove it, or give those options and data again"
+    noted = documents.noted_request(folder / REQUEST_FILE)
+    documents.require_same_request(noted, request, what, cure)
+    if is_first_rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        documents.note_request(folder / REQUEST_FILE, request)
+
+
 def _trained(
     given: Mapping[str, Any], arguments: TrainingArguments, folder: Path
 ) -> DistillationTrainer:
-    """Train from the last checkpoint on; batches that do not fit are divided and accumulated."""
+    """Train from the last checkpoint on; batches too large for memory are divided, accumulated."""
     is_alone = arguments.device.type != "cpu" and num_ranks() == 1
     before: dict[str, Tensor] | None = None  # needed where memory ends after the first step
     learning = dict(training.learning_parameters(given["model"]))
@@ -246,7 +249,7 @@ def _trained(
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """Find the newest checkpoint that was written to its end; None if there is none."""
+    """Find the newest complete checkpoint; None if there is none."""
     written = (path.parent for path in folder.glob(f"checkpoint-*/{TRAINED_FILE}"))
     by_step = {path.name.removeprefix("checkpoint-"): path for path in written}
     for step in sorted(filter(str.isdecimal, by_step), key=int, reverse=True):
@@ -264,7 +267,7 @@ def _tokens_of_teacher(
     work: str | Path | None,
     plan: Plan | None,
 ) -> Tensor | None:
-    """Refuse what does not go together; find the teacher's number of each token, by the plan."""
+    """Refuse conflicting requests; find the teacher's id of each token by the plan."""
     if teacher is None and config.needs_teacher:
         raise ConfigError(f"loss {config.loss!r} needs a teacher (--teacher)")
     if config.keep_adapter:
@@ -279,13 +282,11 @@ def _tokens_of_teacher(
         for name in ("keep_adapter", "paper_exact"):
             if getattr(config, name):
                 raise ConfigError(f"{name} True is not possible with a sharded model")
-        # processes of a divided model run its tower together: all see pictures in a step, or none
+        # processes of a divided model run its tower together: all see images in a step, or none
         blind = [sample for sample in dataset if not sample.images]
         if blind and len(blind) < len(dataset):
-            raise ConfigError(
-                f"data: sample {blind[0].id!r} has no picture and others have. A model that "
-                "--shard divides needs pictures in all samples or in none"
-            )
+            told = f"data: sample {blind[0].id!r} has no image and others have"
+            raise ConfigError(f"{told}. --shard needs images in all samples or in none")
     ours, theirs = (None if each is None else read_anatomy(each) for each in (model, teacher))
     tokens = None
     if plan is not None and plan.tokens is not None:
@@ -310,8 +311,8 @@ def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) 
     # measured on a model with 576 channels (``docs/log.md``); a wider one takes less in proportion,
     # as the hidden matrices of μP do (arXiv:2203.03466, Table 3)
     width = read_anatomy(model).hidden_size
-    gone = plan.decoder_ratio if plan is not None and plan.cuts_layers else UNKNOWN_SHARE
-    return RATE_OF_ALL * gone * min(MEASURED_CHANNELS / width, 1.0)
+    removed = plan.decoder_ratio if plan is not None and plan.cuts_layers else UNKNOWN_SHARE
+    return RATE_OF_ALL * removed * min(MEASURED_CHANNELS / width, 1.0)
 
 
 def _training_arguments(
@@ -324,18 +325,18 @@ def _training_arguments(
 ) -> TrainingArguments:
     """Make the Trainer's arguments; bfloat16 autocast by default where the device is fast at it."""
     device = model.device
-    gone = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
+    removed = UNKNOWN_SHARE if plan is None else plan.decoder_ratio
     is_pinned = device.type not in ("cpu", "mps")  # MPS shares the memory of its host
     wrong = raised_as(ConfigError, (ValueError, TypeError), f"trainer {dict(config.trainer)}:")
-    with wrong, training.old_names_allowed():
+    with wrong, warnings.catch_warnings(action="ignore", category=FutureWarning):  # old names
         arguments = TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation,
-            num_train_epochs=config.passes(num_samples, gone),
+            num_train_epochs=config.epochs_over(num_samples, removed),
             max_steps=config.max_steps,
             learning_rate=peak_rate(config, model, plan),
-            bf16=models.computes_bfloat16(device) if config.bf16 is None else config.bf16,
+            bf16=computes_bfloat16(device) if config.bf16 is None else config.bf16,
             use_cpu=device.type == "cpu",
             save_strategy="steps" if is_resumable else "no",
             dataloader_pin_memory=is_pinned,

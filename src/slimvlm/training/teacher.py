@@ -1,12 +1,12 @@
-"""Share the student's frozen weights and pictures with its teacher.
+"""Share the student's frozen weights and encoded images with its teacher.
 
 A pruned student is its teacher with layers and units missing. So the teacher can read the
-student's frozen weights and needs memory for the missing ones alone. Adapters stand beside the
+student's frozen weights and needs memory for the missing ones alone. Adapters are apart from the
 student's weights, and the teacher never sees them. The vision tower runs once for both.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from slimvlm.models.anatomy import channels_by_segment, read_anatomy, unit_of
+from slimvlm.models.anatomy import channels_of, read_anatomy, segments, unit_of
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS
-from slimvlm.models.hidden import replaced_forward
+from slimvlm.models.hidden import evaluating, frozen, is_sharded, replaced_forward
 from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
 from slimvlm.training.trainer import plain_model
@@ -33,50 +33,68 @@ class Sharing:
     own_params: int  # pruned, or trainable in the student, or different
     differing: tuple[str, ...] = ()  # teacher's tensors, frozen in the student with other values
 
-    def line(self) -> str:
-        """Summarise it in one line."""
-        total = self.shared_params + self.own_params
-        shares = f"the teacher shares {self.shared_params / total:.0%} of its weights"
-        if not self.differing:
-            return f"{shares} with the model"
-        more = f" and {len(self.differing) - 1} more" * (len(self.differing) > 1)
-        return f"{shares} with the model; copied are {self.differing[0]!r}{more}, which differ"
 
+class Joined(nn.Module):
+    """A projection in two parts: units that the student kept, and those that were removed.
 
-class JoinedRows(nn.Module):
-    """A projection into units: rows that the student kept, then those that it lost, per segment.
-
-    ``sizes`` has both numbers of channels of each segment. The teacher's units are merely permuted
-    by that, since the matrix that reads them (`JoinedColumns`) has the same order.
+    A projection into units (``sizes`` has both numbers of channels of each segment) joins the
+    outputs of both parts segment by segment, which merely permutes the teacher's units: the
+    projection out of them reads the same order, ``y = W_kept x_kept + W_removed x_removed + b``.
     """
 
-    def __init__(self, kept: nn.Linear, removed: nn.Linear, sizes: list[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        kept: nn.Linear,
+        removed: nn.Linear,
+        bias: nn.Parameter | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> None:
         super().__init__()
-        self.kept, self.removed = kept, removed
+        self.kept, self.removed, self.bias = kept, removed, bias
         self._sizes = [list(both) for both in zip(*sizes, strict=True)]
 
     def forward(self, inputs: Float[Tensor, "*B D"]) -> Float[Tensor, "*B U"]:
-        """Multiply by both parts and join the outputs segment by segment."""
+        """Multiply by both parts, and join or add the outputs."""
+        if not self._sizes:
+            kept, removed = inputs.split([self.kept.in_features, self.removed.in_features], -1)
+            of_kept = F.linear(kept, self.kept.weight, self.bias)
+            return of_kept + F.linear(removed, self.removed.weight)
         outputs = (self.kept(inputs), self.removed(inputs))
         parts = (out.split(sizes, -1) for out, sizes in zip(outputs, self._sizes, strict=True))
         return torch.cat([part for pair in zip(*parts, strict=True) for part in pair], -1)
 
 
-class JoinedColumns(nn.Module):
-    """A projection out of units, in two parts: ``y = W_kept x_kept + W_removed x_removed + b``."""
-
-    def __init__(self, kept: nn.Linear, removed: nn.Linear, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.kept, self.removed, self.bias = kept, removed, bias
-
-    def forward(self, inputs: Float[Tensor, "*B U"]) -> Float[Tensor, "*B D"]:
-        """Add the outputs of both parts."""
-        kept, removed = inputs.split([self.kept.in_features, self.removed.in_features], -1)
-        return F.linear(kept, self.kept.weight, self.bias) + F.linear(removed, self.removed.weight)
+@contextmanager
+def teaching(
+    teacher: PreTrainedModel,
+    model: PreTrainedModel,
+    trained: Any,
+    plan: Plan | None,
+    device: torch.device,
+    through_students_projector: bool,
+) -> Iterator[str]:
+    """Prepare a teacher on a device, by `share_` if there is a plan; yield a line on its memory."""
+    with evaluating(teacher), frozen(teacher), ExitStack() as stack:
+        if is_sharded(model):
+            yield "separate, sharded"
+            return
+        told = "separate"
+        if plan is not None:
+            sharing = share_(teacher, trained, plan)
+            stack.callback(nn.Module.to, teacher, "meta")
+            share = sharing.shared_params / (sharing.shared_params + sharing.own_params)
+            told = f"the teacher shares {share:.0%} of its weights with the model"
+            if sharing.differing:
+                first, *others = sharing.differing
+                more = f" and {len(others)} more" * bool(others)
+                told += f"; copied are {first!r}{more}, which differ"
+        teacher.to(device)  # type: ignore[arg-type]
+        stack.enter_context(seeing_once(model, teacher, through_students_projector))
+        yield told
 
 
 def plan_fits(plan: Plan, model: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Check that a plan has the shapes of both, so that it says how one came from the other."""
+    """Check that a plan is for the teacher's shapes and leaves the model's."""
     pairs = ((teacher, plan.before), (model, plan.after))
     shapes = ((read_anatomy(whole), expected) for whole, expected in pairs)
     return all((a.hidden_size, a.layers) == (b.hidden_size, b.layers) for a, b in shapes)
@@ -119,7 +137,7 @@ def share_(teacher: PreTrainedModel, trained: Any, plan: Plan) -> Sharing:
 def _share_cut_matrices(
     teacher: PreTrainedModel, plan: Plan, ours: dict[str, Tensor]
 ) -> Iterator[str]:
-    """Divide or reorder what the plan cuts; yields frozen matrices of the student that differ."""
+    """Divide or reorder what a plan cuts; yield frozen matrices of the student that differ."""
     for index, projection, linear in list(Parts(teacher).projections()):
         if index not in plan.layers:
             continue
@@ -127,7 +145,9 @@ def _share_cut_matrices(
         units = plan.kept(unit_of(projection))[index]
         lost = sorted({*range(shape.block(projection.segments[0])[0])} - {*units})
         kept, removed = (
-            [part.to(device) for part in channels_by_segment(projection, shape, some)]
+            channels_of(projection, shape, some)
+            .to(device)
+            .split([len(some) * width for *_, width in segments(projection, shape)])
             for some in (units, lost)
         )
         if not any(len(part) for part in removed):
@@ -144,13 +164,13 @@ def _share_cut_matrices(
             and (bias is None or equal_tensors(linear.bias[keep], bias))
         ):
             others = linear.weight.index_select(dim, rest).to(weight.device)
-            joined: nn.Module
             if dim == INPUT_COLUMNS:
-                joined = JoinedColumns(_frozen(weight), _frozen(others), linear.bias)
+                joined = Joined(_frozen(weight), _frozen(others), linear.bias)
             else:
                 rest_bias = None if bias is None else linear.bias[rest].to(weight.device)
                 sizes = [(len(k), len(r)) for k, r in zip(kept, removed, strict=True)]
-                joined = JoinedRows(_frozen(weight, bias), _frozen(others, rest_bias), sizes)
+                parts = (_frozen(weight, bias), _frozen(others, rest_bias))
+                joined = Joined(*parts, sizes=sizes)
             teacher.set_submodule(path, joined)
             continue
         order = torch.cat([part for pair in zip(kept, removed, strict=True) for part in pair])
@@ -217,7 +237,7 @@ def seeing_once(
 def _replay_(
     stack: ExitStack, model: PreTrainedModel, source: nn.Module | None, target: nn.Module
 ) -> None:
-    """Let ``target`` give the outputs of ``source``, call by call, or else its input."""
+    """Let ``target`` return the outputs of ``source``, call by call; without one, its input."""
     outputs: deque[Any] = deque()
     forward: Callable[..., Any] = lambda hidden, *args, **kwargs: hidden  # noqa: E731
     if source is not None:

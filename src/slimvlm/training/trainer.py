@@ -1,6 +1,5 @@
-"""What learns, how precisely, and the Trainer with our loss. B sample, T token, V vocabulary."""
+"""Trainable weights, precision, and a Trainer with our loss. B sample, T token, V vocabulary."""
 
-import json
 import math
 import multiprocessing
 import os
@@ -10,10 +9,9 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,13 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from slimvlm.core.errors import ConfigError, NumericalError, raised_as
-from slimvlm.core.files import write_text
 from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, Positions, RecoverConfig
 from slimvlm.core.progress import LoggedStage, num_ranks
-from slimvlm.data.chat import batches_by_kind, encode_samples
+from slimvlm.data.chat import encode_samples
 from slimvlm.data.roles import predicts_label, valid_tokens
 from slimvlm.data.samples import Sample
 from slimvlm.models import losses
@@ -59,7 +56,7 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
         if has_experts and not config.lora.keys() & {"target_modules", "lora_dropout"}:
             options["lora_dropout"] = 0.0  # PEFT has no dropout before weights of experts
         wrong = raised_as(ConfigError, (ValueError, TypeError), f"lora {dict(config.lora)}:")
-        with wrong, old_names_allowed():
+        with wrong, warnings.catch_warnings(action="ignore", category=FutureWarning):  # old names
             settings = peft.LoraConfig(r=config.lora_rank, **options)
             trained = peft.get_peft_model(model, settings)
     if config.train == "full":
@@ -81,18 +78,10 @@ def _towers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @contextmanager
-def old_names_allowed() -> Iterator[None]:
-    """Allow the name of checkpointing that all supported versions of transformers know."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
-        yield
-
-
-@contextmanager
 def training_precision(
     model: PreTrainedModel, teacher: PreTrainedModel | None, device: torch.device, autocast: bool
 ) -> Iterator[None]:
-    """Hold what learns in float32, and the rest unless autocast computes bfloat16; put all back."""
+    """Hold trainable weights in float32, the rest too unless autocast is on; restore all after."""
     models = [model, *([] if teacher is None else [teacher])]
     dtypes = [each.dtype for each in models]
     if not is_sharded(model):
@@ -128,21 +117,29 @@ def without_autocast(trainer: Trainer) -> Any:
 
 def projector_in_every_graph(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """Add zero times the projector, so that batches of text alone give it a gradient (for DDP)."""
-    if is_sharded(model):  # sees pictures always, or never
+    paths = Parts(model).family.projector
+    parameters = [each for path in paths for each in parameters_below(model, path)]
+    if is_sharded(model) or not parameters:  # a sharded one sees images always, or never
         return nullcontext()
+    return model.get_input_embeddings().register_forward_hook(
+        lambda module, args, embeddings: (
+            embeddings + sum((0.0 * each.sum()).to(embeddings.dtype) for each in parameters)
+        )
+    )
 
-    def add_nothing(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
-        for path in Parts(model).family.projector:
-            for parameter in parameters_below(model, path):
-                embeddings = embeddings + (0.0 * parameter.sum()).to(embeddings.dtype)
-        return embeddings
 
-    return model.get_input_embeddings().register_forward_hook(add_nothing)
+def plain_model(trained: Any) -> PreTrainedModel:
+    """Return the transformers model inside a trained one; LoRA's matrices stay beside its own."""
+    import peft
+
+    is_peft = isinstance(trained, peft.PeftModel)
+    model: PreTrainedModel = trained.get_base_model() if is_peft else trained
+    return model
 
 
 @torch.no_grad()
 def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the plain model behind a trained one: LoRA merged, in ``dtype``, nothing frozen."""
+    """Merge LoRA; return the plain model in ``dtype``, with nothing frozen."""
     plain = plain_model(trained)
     if plain is not trained:
         sharing: AbstractContextManager[None] = nullcontext()
@@ -160,12 +157,10 @@ def merge(trained: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def save_adapter(trained: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write what learned as a PEFT adapter; the projector is whole, in ``modules_to_save``."""
-    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+    """Write the trained weights as a PEFT adapter, with the whole projector in it."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-    trained.save_pretrained(folder)
-    model = plain_model(trained)
-    weights, whole = load_file(folder / SAFETENSORS_WEIGHTS_NAME), []
+    model, whole, projector = plain_model(trained), list[str](), dict[str, Tensor]()
     for path in Parts(model).family.projector:
         part = part_at(model, path)
         if not isinstance(part, nn.Module):
@@ -173,74 +168,48 @@ def save_adapter(trained: Any, folder: Path, dtype: torch.dtype) -> None:
         is_list = isinstance(part, nn.ModuleList)
         whole += [f"{path}.{name}" for name, _ in part.named_children()] if is_list else [path]
         for name, value in part.state_dict().items():
-            weights[f"base_model.model.{path}.{name}"] = value.to(dtype).contiguous()
-    save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME)
-    config = json.loads((folder / CONFIG_NAME).read_text())
-    config["modules_to_save"] = whole or None
-    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2))
-
-
-def plain_model(trained: Any) -> PreTrainedModel:
-    """Return the transformers model inside a trained one, LoRA still beside its weights."""
-    import peft
-
-    is_peft = isinstance(trained, peft.PeftModel)
-    model: PreTrainedModel = trained.get_base_model() if is_peft else trained
-    return model
+            projector[f"base_model.model.{path}.{name}"] = value.to(dtype).contiguous()
+    trained.peft_config[trained.active_adapter].modules_to_save = whole or None
+    trained.save_pretrained(folder)
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    save_file({**load_file(file), **projector}, file)
 
 
 TRAINED_FILE = "trained.safetensors"
 DISTANCES = {"hidden": losses.hidden_l2, "cosine": losses.hidden_cosine}  # of hidden states
 SUPERVISION = "supervision"  # key of the supervision in a batch
-REST = "rest"  # key of the samples without a picture, where others of the batch have one
+REST = "rest"  # key of the samples without an image, where others of the batch have one
 LEAST_SHARED = 2**30  # bytes of free shared memory that batches from other processes need
 
 
-@dataclass(frozen=True)
-class Supervision:
+class Supervision(TypedDict):
     """Targets of a batch's losses."""
 
     ids: tuple[str, ...]  # of the samples
     labels: Int[Tensor, "B T"]
     compared: Bool[Tensor, "B T"]  # positions where the student is compared with its teacher
 
-    @property
-    def counts(self) -> Float[Tensor, "2"]:
-        """Number of positions that count for sft, and for the other losses."""
-        return torch.stack([losses.label_counts(self.labels).sum(), self.compared.sum()]).float()
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Supervision":
-        """Move to a device; Accelerate calls this as it does for tensors."""
-        both = (self.labels, self.compared)
-        return Supervision(self.ids, *(t.to(device, non_blocking=non_blocking) for t in both))
-
-    def pin_memory(self) -> "Supervision":
-        """Copy to pinned memory; DataLoader calls this as it does for tensors."""
-        return Supervision(self.ids, self.labels.pin_memory(), self.compared.pin_memory())
+def counts_of(*supervisions: Supervision) -> Float[Tensor, "2"]:
+    """Count the positions that sft reads, and those that the other losses read."""
+    labels = torch.stack([losses.label_counts(each["labels"]).sum() for each in supervisions])
+    compared = torch.stack([each["compared"].sum() for each in supervisions])
+    return torch.stack([labels.sum(), compared.sum()]).float()
 
 
-@dataclass(frozen=True)
-class Collator:
-    """Encode samples as model inputs and their `Supervision`; distillation reads ``positions``."""
-
-    processor: Any
-    positions: Positions
-
-    def __call__(self, samples: list[Sample]) -> dict[str, Any]:
-        """Encode and pad some samples: those with pictures, and apart from them the others."""
-        samples = sorted(samples, key=lambda sample: not sample.images)
-        sees, size = [bool(sample.images) for sample in samples], len(samples)
-        kinds = batches_by_kind(range(size), sees, size)
-        first, *rest = (self._encoded([samples[place] for place in kind]) for kind in kinds)
-        return {**first, REST: rest}
-
-    def _encoded(self, samples: list[Sample]) -> dict[str, Any]:
-        inputs = encode_samples(self.processor, samples)
+def collate(processor: Any, positions: Positions, samples: list[Sample]) -> dict[str, Any]:
+    """Encode samples with their `Supervision`; those without images come apart, under `REST`."""
+    kinds: list[dict[str, Any]] = []
+    for has_images in (True, False):
+        if not (group := [each for each in samples if bool(each.images) == has_images]):
+            continue
+        inputs: dict[str, Any] = {**encode_samples(processor, group)}
         labels = inputs.pop("labels")
-        is_all = self.positions == "all"
-        compared = valid_tokens(inputs).bool() if is_all else predicts_label(labels)
-        ids = tuple(sample.id for sample in samples)
-        return {**inputs, SUPERVISION: Supervision(ids, labels, compared)}
+        compared = valid_tokens(inputs).bool() if positions == "all" else predicts_label(labels)
+        ids = tuple(sample.id for sample in group)
+        inputs[SUPERVISION] = Supervision(ids=ids, labels=labels, compared=compared)
+        kinds.append(inputs)
+    return {**kinds[0], REST: kinds[1:]}
 
 
 def num_workers(device: torch.device) -> int:
@@ -257,8 +226,9 @@ class DistillationTrainer(Trainer):
     """The Trainer with a weighted sum of losses, and with our progress bar or log lines.
 
     The head runs only over positions that a loss reads. A mean over tokens is one over all ranks
-    and all accumulated batches. ``layer_pairs`` are layers to compare besides the end: (student's,
-    teacher's). ``tokens`` are the teacher's ids of the student's tokens, if it has fewer.
+    and all accumulated batches. Besides the last hidden states, those after the student's layers
+    are compared with ``their_layers`` of the teacher, if given, one for each. ``tokens`` are the
+    teacher's ids of the student's tokens, if it has fewer.
     """
 
     def __init__(
@@ -266,21 +236,19 @@ class DistillationTrainer(Trainer):
         *,
         teacher: PreTrainedModel | None,
         config: RecoverConfig,
-        layer_pairs: Sequence[tuple[int, int]] = (),
+        their_layers: Sequence[int] = (),
         tokens: Int[Tensor, " V"] | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         for theirs in (PrinterCallback, ProgressCallback):
             self.remove_callback(theirs)
-        for ours in (Bar if sys.stderr.isatty() else LoggedTraining, LastLog):
-            self.add_callback(ours)
+        self.add_callback(ShownTraining)
         self.model_accepts_loss_kwargs = False  # our loss is a mean already
         self._recovery = config
         self._reduction: losses.Reduction = "paper" if config.paper_exact else "token_mean"
         self._teacher = teacher
-        self._our_layers = [ours for ours, _ in layer_pairs]
-        self._their_layers = [theirs for _, theirs in layer_pairs]
+        self._our_layers, self._their_layers = range(len(their_layers)), their_layers
         self._tokens = None if tokens is None else tokens.to(self.args.device)
         self._sums: dict[str, Tensor] = {}
         self._num_sums = 0
@@ -295,14 +263,14 @@ class DistillationTrainer(Trainer):
                 module.training = isinstance(module, GradientCheckpointingLayer)
         batches, values = [inputs, *inputs.pop(REST)], dict[str, Tensor]()
         supervisions = [batch.pop(SUPERVISION) for batch in batches]
-        total, means = torch.stack([each.counts for each in supervisions]).sum(0), 1
+        total, means = counts_of(*supervisions), 1
         if self._step_counts is not None:  # so that the mean over batches is one over tokens
             means = self.accelerator.num_processes * self.current_gradient_accumulation_steps
             total = self._step_counts
-        rows = sum(len(wanted.ids) for wanted in supervisions)
+        rows = sum(len(wanted["ids"]) for wanted in supervisions)
         for place, (batch, wanted) in enumerate(zip(batches, supervisions, strict=True)):
-            scale = wanted.counts / total.clamp_min(1) * means
-            of_teacher = len(wanted.ids) / rows if self._recovery.paper_exact else scale[1]
+            scale = counts_of(wanted) / total.clamp_min(1) * means
+            of_teacher = len(wanted["ids"]) / rows if self._recovery.paper_exact else scale[1]
             # DDP counts passes: the first alone is its own
             found = self._losses(batch, wanted, None if place else model)
             for name, value in found.items():
@@ -319,55 +287,48 @@ class DistillationTrainer(Trainer):
     ) -> dict[str, Tensor]:
         """Compute each loss of samples of one kind."""
         student, weights = plain_model(self.model), self._recovery.loss_weights
+        tokens, theirs = self._tokens, inputs
+        if tokens is not None:
+            theirs = {**inputs, "input_ids": tokens[inputs["input_ids"]]}
         with self.accelerator.autocast():
             hidden = hidden_states(student, inputs, self._our_layers, runner=runner)
             parts = {}
             if "sft" in weights:
-                parts["sft"] = losses.cross_entropy(hidden[0], head_of(student), wanted.labels)
+                parts["sft"] = losses.cross_entropy(hidden[0], head_of(student), wanted["labels"])
             if self._teacher is not None:
                 with torch.no_grad():
-                    read = self._as_teacher_reads(inputs)
-                    targets = hidden_states(self._teacher, read, self._their_layers)
-                if not self._recovery.paper_exact:  # the study's trainer compares all positions
-                    hidden = [states[wanted.compared][None] for states in hidden]
-                    targets = [states[wanted.compared][None] for states in targets]
+                    targets = hidden_states(self._teacher, theirs, self._their_layers)
+                if not self._recovery.paper_exact:  # the paper's trainer compares all positions
+                    hidden = [states[wanted["compared"]][None] for states in hidden]
+                    targets = [states[wanted["compared"]][None] for states in targets]
                 for name, distance in DISTANCES.items():
                     if name in weights:
                         of = partial(distance, mask=None, reduction=self._reduction)
                         pairs = zip(hidden, targets, strict=True)  # no float32 copy stays
                         each = [checkpoint(of, *pair, use_reentrant=False) for pair in pairs]
                         parts[name] = torch.stack(each).mean()
-                head, tokens = head_of(self._teacher), self._tokens
-                theirs = head if tokens is None else lambda states: head(states)[..., tokens]
-                ends = (hidden[0], targets[0].to(hidden[0].dtype), head_of(student), theirs)
+                whole = head_of(self._teacher)
+                head = whole if tokens is None else lambda states: whole(states)[..., tokens]
+                ends = (hidden[0], targets[0].to(hidden[0].dtype), head_of(student), head)
                 how = (self._recovery.temperature, self._reduction)
                 for kind in DIVERGENCES:
                     if kind in weights:
                         parts[kind] = losses.divergence(*ends, None, kind, *how)
         values = torch.stack([value.detach().float() for value in parts.values()])
         for name, number in zip(parts, values.tolist(), strict=True):  # read once
-            if not math.isfinite(number):
-                where = f"step {self.state.global_step + 1} (samples {', '.join(wanted.ids)})"
-                origin = self._origin_of_nan(student, inputs)
-                raise NumericalError(f"loss {name!r} is {number} at {where}{origin}")
-        return parts
-
-    def _as_teacher_reads(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self._tokens is None:
-            return inputs
-        return {**inputs, "input_ids": self._tokens[inputs["input_ids"]]}
-
-    def _origin_of_nan(self, student: PreTrainedModel, inputs: dict[str, Tensor]) -> str:
-        """Find the first decoder layer that is not finite, as the end of a message."""
-        for whose, model in (("", student), (" of the teacher", self._teacher)):
-            if model is None or is_sharded(model):  # a pass of one process would wait for others
+            if math.isfinite(number):
                 continue
-            read = inputs if model is student else self._as_teacher_reads(inputs)
-            with self.accelerator.autocast():
-                layer = first_spoilt_layer(model, read)
-            if layer is not None:
-                return f", from layer {layer}{whose} on"
-        return ""
+            where = f"step {self.state.global_step + 1} (samples {', '.join(wanted['ids'])})"
+            both = (("", student, inputs), (" of the teacher", self._teacher, theirs))
+            for whose, model, read in both:  # a pass of one process of several would wait for them
+                if model is not None and not is_sharded(model):
+                    with self.accelerator.autocast():
+                        layer = first_spoilt_layer(model, read)
+                    if layer is not None:
+                        where += f", from layer {layer}{whose} on"
+                        break
+            raise NumericalError(f"loss {name!r} is {number} at {where}")
+        return parts
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -377,7 +338,7 @@ class DistillationTrainer(Trainer):
         self._step_counts = None
         if batches and (len(batches) > 1 or self.accelerator.num_processes > 1):
             kinds = [kind for batch in batches for kind in (batch, *batch[REST])]
-            counts = torch.stack([kind[SUPERVISION].counts for kind in kinds]).sum(0)
+            counts = counts_of(*(kind[SUPERVISION] for kind in kinds))
             self._step_counts = self.accelerator.reduce(counts.to(self.args.device), "sum")
         return batches, num_items
 
@@ -414,38 +375,40 @@ class DistillationTrainer(Trainer):
         return True
 
 
-class Bar(ProgressCallback):
-    """A progress bar in a terminal with the current loss; the original prints logs on stdout."""
+class ShownTraining(ProgressCallback):
+    """A bar with the loss in a terminal, else lines in a log now and then.
+
+    The steps after the Trainer's last log row also get a row.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        """Start at the first step, or after those of a stopped run."""
+        self._stage = None
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, *rest, **kwargs)  # type: ignore[no-untyped-call]
+        else:
+            self._stage = LoggedStage("train", state.max_steps, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show how far the training is; request a log row after the last step."""
+        control.should_log |= state.global_step >= state.max_steps
+        if self._stage is None:
+            super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        else:
+            known = [row["loss"] for row in state.log_history if "loss" in row]
+            self._stage.reached(state.global_step, f", loss {known[-1]:.4f}" if known else "")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the loss at the bar's end."""
+        """Show the loss at the bar's end; the original prints all logs on stdout."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=logs["loss"])
 
-
-class LoggedTraining(TrainerCallback):
-    """Log lines where there is no terminal: at the beginning, now and then, and at the end."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start at the first step, or after those of a stopped run."""
-        self._stage = LoggedStage("train", state.max_steps, state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log how far the training is, if that is due."""
-        known = [row["loss"] for row in state.log_history if "loss" in row]
-        self._stage.reached(state.global_step, f", loss {known[-1]:.4f}" if known else "")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log the end."""
-        self._stage.end()
-
-
-class LastLog(TrainerCallback):
-    """Log the steps after the last log line, too."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a line after the last step."""
-        control.should_log |= state.global_step >= state.max_steps
+    def on_train_end(self, *call: Any, **kwargs: Any) -> None:
+        """End the bar or the log."""
+        if self._stage is None:
+            super().on_train_end(*call, **kwargs)  # type: ignore[no-untyped-call]
+        else:
+            self._stage.end()
 
 
 def learning_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:

@@ -180,7 +180,7 @@ def test_auto_is_never_worse_than_slicing_on_held_out_answers(layers):
     assert report.loss <= report.loss_sliced
     assert all(row.repaired <= row.sliced for row in report.refits.values())
     assert all(0 <= row.share <= 1 for row in report.refits.values())
-    gone = "the first layers are gone: no layer before them could be repaired"
+    gone = "the first layers are removed: no layer before them could be repaired"
     assert (gone in report.notes) == (layers == [1, 2, 3])
 
 

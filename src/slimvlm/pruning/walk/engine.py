@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from slimvlm.core.documents import built
 from slimvlm.core.errors import NumericalError, raised_as
 from slimvlm.core.options import AT_LEAST_0, Options, Repair
 from slimvlm.core.progress import progress
@@ -19,7 +20,7 @@ from slimvlm.models.anatomy import WIDTH_UNITS
 from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning import repair as repairs
-from slimvlm.pruning.cut import cut_layer_
+from slimvlm.pruning.cut import cut_layer_, kept_channels
 from slimvlm.pruning.repair import MLP, REPAIRS, RIDGE, SEAM, writers_of_layer
 from slimvlm.pruning.walk import result
 from slimvlm.pruning.walk.result import LayerReport, MatrixReport, Walked, WalkReport, entry_of
@@ -30,27 +31,22 @@ from slimvlm.scoring.stores import Store
 from slimvlm.scoring.unit_scores import Scores
 
 PASSES, RATE = 10.0, 0.02
-"""Passes over the data, and peak rate of Adam as a share of a parameter's root mean square, if all
-of the decoder went: both grow with the share that goes. The rate rises for a third of the steps,
+"""Epochs, and Adam's peak learning rate as a share of a parameter's root mean square, if the whole
+decoder were removed: both grow with the removed share. The rate rises for a third of the steps,
 then falls. Measured in ``docs/results.md``."""
 
 
 def steps_for(plan: Plan, batches: int) -> int:
-    """Return as many steps as a plan needs."""
+    """Return the default number of local steps for a plan."""
     return math.ceil(PASSES * plan.decoder_ratio * batches)
 
 
-@dataclass(frozen=True)
-class Lesson:
+class Lesson(NamedTuple):
     """One batch that a layer learns from."""
 
     run: Callable[[], Float[Tensor, "B T D"]]  # the layer after the smaller layers before it
     target: Callable[[], Float[Tensor, "B T D"]]  # what the original's next layer reads
     weights: Float[Tensor, " BT"]  # of each token
-
-    def error(self) -> Float[Tensor, ""]:
-        """`relative_error` of the layer's output."""
-        return relative_error(self.run(), self.target(), self.weights)
 
 
 def relative_error(
@@ -75,14 +71,12 @@ def relative_error(
 def distil_(
     layer: nn.Module, lessons: Sequence[Lesson], exams: Sequence[Lesson], count: int, rate: float
 ) -> tuple[float, float]:
-    """Train one layer alone; return its `relative_error` on held-out batches before and after.
+    """Train one layer alone; return its `relative_error` on validation batches before and after.
 
     A step of Adam changes an entry by about the learning rate, whatever the gradient. So the peak
-    learning rate of a parameter is ``rate`` times its root mean square. A bias has that of its
-    module's weight.
-
-    It gets new parameters; the old ones stay as they are. Held-out tokens choose among the trained
-    layer, the one halfway to it and the one before; without any the trained layer stays.
+    learning rate of a parameter is ``rate`` times its root mean square, of a bias that of its
+    module's weight. Validation batches (``exams``) choose between the trained layer, the one
+    halfway to it and the one before. The layer gets new parameters; the old ones do not change.
     """
     is_half = any(p.dtype in (torch.bfloat16, torch.float16) for p in layer.parameters())
     judges = exams or lessons
@@ -109,7 +103,8 @@ def distil_(
         for _ in range(count):
             waiting = waiting or draw.sample(lessons, len(lessons))
             with torch.enable_grad():
-                waiting.pop().error().backward()
+                run, target, weights = waiting.pop()
+                relative_error(run(), target(), weights).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -119,12 +114,13 @@ def distil_(
         parameter.data = parameter.data.to(before[name].dtype)
     after = {name: p.detach().clone() for name, p in layer.named_parameters()}
     errors: dict[float, float] = {}
+    totals = torch.stack([lesson.weights.sum() for lesson in judges]).tolist()
     for share in (0.0, 1.0, 0.5) if exams else (0.0, 1.0):
         _blend_(layer, before, after, share)
         with torch.no_grad():
-            totals = torch.stack([lesson.weights.sum() for lesson in judges]).tolist()
-            found = torch.stack([lesson.error() for lesson in judges]).tolist()
-        errors[share] = sum(e * n for e, n in zip(found, totals, strict=True)) / sum(totals)
+            found = [relative_error(run(), target(), weights) for run, target, weights in judges]
+        pairs = zip(torch.stack(found).tolist(), totals, strict=True)
+        errors[share] = sum(error * total for error, total in pairs) / sum(totals)
     finite = [share for share in errors if math.isfinite(errors[share])]
     if not finite:
         raise NumericalError("its outputs are NaN or infinite, before its local steps and after")
@@ -141,24 +137,14 @@ def _blend_(
         parameter.copy_(before[name].lerp(after[name], share) if share else before[name])
 
 
-@dataclass(frozen=True, kw_only=True)
 class Steps(Options):
     """Steps of a walk in one layer; a `ConfigError` if a value is not allowed."""
 
     repair: Repair = "auto"
-    """With ``auto`` the walk is judged by the answers of held-out batches at its end, and its new
-    weights are dropped if plain slices do better."""
-    ridge: float = RIDGE  # see `slimvlm.pruning.repair.refit`
+    """With ``auto`` the loss on validation batches at the end decides whether the new weights are
+    kept: they are dropped if plain slices do better."""
+    ridge: Annotated[float, AT_LEAST_0] = RIDGE  # see `slimvlm.pruning.repair.refit`
     count: Annotated[int, AT_LEAST_0] = 0  # optimizer steps on each layer alone
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        repairs.require_ridge(self.ridge)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of repair that are allowed."""
-        return REPAIRS[self.repair]
 
 
 @dataclass(frozen=True)
@@ -185,10 +171,10 @@ class LayerWalk:
 
     streams: Streams
     config: WalkConfig
-    plan: Plan  # the units that stay; if the walk chooses, only how many
+    plan: Plan  # the kept units; if the walk chooses, only how many
     index: int  # the layer's original number
     end: int  # the layer whose input is to be made; more than one further at a seam
-    judged: bool  # whether held-out states also pass through plain slices, for comparison
+    judged: bool  # whether validation states also pass through plain slices, for comparison
     _kept: dict[str, Kept] = field(default_factory=dict, init=False)
     _scores: dict[str, Tensor] = field(default_factory=dict, init=False)
     _refits: dict[str, MatrixReport] = field(default_factory=dict, init=False)
@@ -197,18 +183,19 @@ class LayerWalk:
     def go(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Choose, cut, refit, distil, and pass the states on; return what is stored of it."""
         streams, steps, index, end = self.streams, self.config.steps, self.index, self.end
+        repairable = REPAIRS[steps.repair]
         model, is_idle = streams.runner.model, index not in streams.layers_run
         layer, notes = Parts(model).layers[index], list[str]()
         writers = list(writers_of_layer(layer, index, self.plan.before.backbone))
-        # the last matrix is fitted for the layers that are gone behind this one
+        # the last matrix is fitted for the removed layers behind this one
         mlp = [writer.linear for writer in writers if writer.kind == MLP]
-        is_seam = end > index + 1 and not is_idle and SEAM in steps.kinds and bool(mlp)
+        is_seam = end > index + 1 and not is_idle and SEAM in repairable and bool(mlp)
         if is_seam and not streams.adds_plainly(index, mlp[-1]):
             is_seam = False
-            notes.append(f"layer {index} has a norm after its MLP: its seam stays")
+            notes.append(f"layer {index} has a norm after its MLP: its seam is not repaired")
         for writer in writers:
             kind = SEAM if is_seam and writer.kind == MLP else writer.kind
-            self._work_on(writer, kind if kind in steps.kinds and not is_idle else None)
+            self._work_on(writer, kind if kind in repairable and not is_idle else None)
         cut_layer_(model, self.plan, index)
         if self.judged:  # refitted matrices are plain slices for a while
             walked = [dict(linear._parameters) for linear, _ in self._sliced]
@@ -220,7 +207,7 @@ class LayerWalk:
         distilled = None
         if steps.count:
             streams.kept.clear()
-            lessons: dict[bool, list[Lesson]] = {False: [], True: []}  # True: held out
+            lessons: dict[bool, list[Lesson]] = {False: [], True: []}  # True: of validation
             for place in streams.places:
                 of_tokens = streams.weights[place].to(streams.runner.devices[index])
                 if index in streams.runner.layers_of(place) and of_tokens.any():
@@ -262,8 +249,8 @@ class LayerWalk:
             self._scores[unit] = found.scores()
             self._kept[unit] = tuple(found.left.tolist())
             self.plan = self.plan.with_units(self.index, {unit: self._kept[unit]})
-        keep = writer.kept_channels(self.plan)
-        if kind is not None:  # refit as far as held-out tokens confirm
+        keep = kept_channels(self.plan, self.index, writer.projection).to(weight.device)
+        if kind is not None:  # refit as far as validation tokens confirm
             new: tuple[Tensor, Tensor | None]
             if must_choose and bias is None and kind != SEAM and ridge > 0 and streams.held_out:
                 new = found.weights, None
@@ -292,7 +279,7 @@ class LayerWalk:
 
 _TRIAL_PLAN = "trial-plan"
 _TRIAL = "trial"  # the stream of the trial: hidden states after whole layers
-_TRIED = 2  # layers that are tried, spread evenly over those that lose units
+_TRIED = 2  # layers that are tried, spread evenly over those with the most kinds of cuts
 
 
 @dataclass
@@ -308,8 +295,8 @@ class Walk:
         """Walk all layers that are not walked yet."""
         streams, results = self.streams, self.results
         self._depth = len(Parts(streams.runner.model).layers)
-        # Held-out answers decide between the new weights and plain slices, unless hidden states
-        # hold several residual streams, which only the model merges.
+        # The validation loss decides between the new weights and plain slices, unless hidden
+        # states hold several residual streams, which only the model merges.
         can_judge = len(streams.held_out) > 0 and streams.runner.input_of(0, 0).ndim < 4
         self._is_judged = self.config.steps.repair == "auto" and can_judge
         if not results.has(_TRIAL_PLAN):
@@ -329,21 +316,18 @@ class Walk:
                     results.finish(entry_of(index))
             about = results.about(entry_of(index), 0)
             stored = results.read(entry_of(index), 0, torch.device("cpu"), "scores.")
-            pair, rows = about["report"]["distilled"], about["report"]["refits"].items()
-            refits = {path: MatrixReport(**row) for path, row in rows}
-            reports.append(LayerReport(index, refits, None if pair is None else tuple(pair)))
+            reports.append(built(LayerReport, about["report"], f"layer {index} of the walk"))
             of_layers += about["notes"]
             for name, values in stored.items():
                 scored.setdefault(name.removeprefix("scores."), {})[index] = values
-            kept = {unit: tuple(units) for unit, units in about["kept"].items()}
-            plan = plan.with_units(index, kept)
+            plan = plan.with_units(index, {u: tuple(units) for u, units in about["kept"].items()})
         notes = []
         if idle := sorted(set(plan.layers) - streams.layers_run):
             numbers = ", ".join(map(str, idle))
             by = "by the size of their weights" if self.config.chooses else "as planned"
-            notes.append(f"no calibration batch runs layer {numbers}: units go {by}, no refit")
-        if SEAM in self.config.steps.kinds and plan.layers[0] > 0:
-            notes.append("the first layers are gone: no layer before them could be repaired")
+            notes.append(f"no calibration batch runs layer {numbers}: units removed {by}, no refit")
+        if SEAM in REPAIRS[self.config.steps.repair] and plan.layers[0] > 0:
+            notes.append("the first layers are removed: no layer before them could be repaired")
         notes += of_layers
         report = WalkReport(reports, notes=notes)
         scores: dict[str, Any] = {}  # layers without a choice have zeros
@@ -360,15 +344,15 @@ class Walk:
         report = replace(report, loss_sliced=sliced, loss=min(sliced, loss))
         if loss <= sliced:
             return replace(walked, report=report)
-        note = f"held-out loss {loss:.4f} with new weights: they were dropped"
+        note = f"validation loss {loss:.4f} with new weights: they were dropped"
         report = replace(report, layers=(), notes=(*notes, note))
         return replace(walked, report=report, weights={})
 
     @contextmanager
     def _layer(self, plan: Plan, index: int) -> Iterator[tuple[nn.Module, int]]:
-        """Load a layer, to be changed; yield it with the number of the next one that stays."""
+        """Load a layer, to be changed; yield it with the number of the next kept one."""
         place = plan.layers.index(index)
-        begin = index if place else 0  # the original runs the layers that go before it, too
+        begin = index if place else 0  # the original also runs removed layers before the first
         end = (*plan.layers, self._depth)[place + 1]
         layer, runner = Parts(self.streams.runner.model).layers[index], self.streams.runner
         for i in range(begin, end) if self.config.aims_at_original else ():
@@ -415,7 +399,7 @@ def aims_at_original(repair: str, local_steps: int | None, removes_layers: bool)
 
 
 def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
-    """Choose the plan with the least squared error when its units go from a few of the layers."""
+    """Choose the plan with the least squared error when a few of the layers lose its units."""
     first, *others = plans
     if not others:
         return first
@@ -424,7 +408,7 @@ def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
         for i in first.layers
     }
     losing = [index for index, count in kinds.items() if count == max(kinds.values())]
-    # of hybrid models, few layers have attention that can go: it counts for so much less
+    # in hybrid models few layers have attention that can be pruned: it counts for so much less
     having = {u: sum(first.before.layers[i].units(u) > 0 for i in kinds) for u in WIDTH_UNITS}
     step = len(losing) / (_TRIED + 1)
     tried = sorted({losing[int(step * (place + 1))] for place in range(_TRIED)})

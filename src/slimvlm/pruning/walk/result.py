@@ -22,7 +22,7 @@ Weights = Mapping[tuple[int, str], Tensor]
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """How a matrix was refitted; errors are on held-out tokens where there are some."""
+    """How a matrix was refitted; errors are those on validation tokens, if there are some."""
 
     kind: str  # of repair
     sliced: float  # squared error of the output as a share of the target, if it is only cut
@@ -42,41 +42,37 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class WalkReport:
-    """Report of a walk: its layers and its losses on held-out batches."""
+    """Report of a walk: its layers and its losses on validation batches."""
 
     layers: Sequence[LayerReport] = ()
     loss_sliced: float | None = None
-    """Mean answer loss on the held-out batches with plain slices; None if not measured."""
+    """Mean answer loss on the validation batches with plain slices; None if not measured."""
     loss: float | None = None
     """The same with the new weights."""
     notes: Sequence[str] = ()
-    """Parts that were left alone, and the reasons."""
+    """Parts that were not repaired, and the reasons."""
 
     @property
     def refits(self) -> dict[str, MatrixReport]:
         """All refitted matrices, named ``<original layer>.<path>``."""
         return {f"{r.index}.{path}": row for r in self.layers for path, row in r.refits.items()}
 
-    @property
-    def kept(self) -> dict[str, float]:
-        """How much of each kind of repair is kept, on average over its matrices."""
+    def summary(self) -> str:
+        """Summarize in one line how much of each kind of repair is kept, and the errors."""
         rows = self.refits.values()
         kinds = dict.fromkeys(row.kind for row in rows)
-        return {kind: fmean(row.share for row in rows if row.kind == kind) for kind in kinds}
-
-    def summary(self) -> str:
-        """One line: what was repaired and what it gained."""
-        parts = [f"{kind} {share:.2g}" for kind, share in self.kept.items() if share]
+        kept = {kind: fmean(row.share for row in rows if row.kind == kind) for kind in kinds}
+        parts = [f"{kind} {share:.2g}" for kind, share in kept.items() if share]
         line = f"repair: {', '.join(parts) or 'nothing kept'}"
-        if refits := self.refits.values():
-            sliced, repaired = fmean(r.sliced for r in refits), fmean(r.repaired for r in refits)
+        if rows:
+            sliced, repaired = fmean(r.sliced for r in rows), fmean(r.repaired for r in rows)
             line += f"; mean output error {sliced:.2%} -> {repaired:.2%}"
         distilled = [report.distilled for report in self.layers if report.distilled is not None]
         if distilled:
             before, after = (fmean(pair[i] for pair in distilled) for i in (0, 1))
             line += f"; local distillation {before:.2%} -> {after:.2%}"
         if self.loss_sliced is not None and self.loss is not None:
-            line += f"; held-out loss {self.loss_sliced:.4f} -> {self.loss:.4f}"
+            line += f"; validation loss {self.loss_sliced:.4f} -> {self.loss:.4f}"
         return "; ".join([line, *self.notes])
 
 
@@ -92,7 +88,7 @@ class Walked:
     """The scores that units were chosen by; None if the walk chose none."""
 
     def summary(self) -> str:
-        """A line for each part."""
+        """Summarize the plan and its repair, a line each."""
         lines = [self.plan.summary()]
         if self.plan.needs_retype:
             kind = self.plan.after.text_type

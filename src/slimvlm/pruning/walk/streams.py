@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
-from slimvlm.models.cost import free_memory
+from slimvlm.models.devices import free_memory, with_float64
 from slimvlm.models.hidden import all_finite, head_of, replaced_forward, require_finite_values
-from slimvlm.models.load import with_float64
 from slimvlm.models.parts import Parts, shares_keys
 from slimvlm.pruning.repair import Writer
 from slimvlm.scoring.batches import TokenWeights, labels_of, mean_answer_loss
@@ -38,7 +37,7 @@ class KeptInputs:
     """The inputs of the matrix that ends a block; the modules before it need not run again."""
 
     block: nn.Module  # returns the output of the matrix
-    linear: nn.Linear  # the matrix, as it is when it is asked
+    linear: nn.Linear  # the matrix, with its weights at the time of the call
     extra: int  # further outputs of the block, all of them None
     values: dict[int, Float[Tensor, "... C"]]  # inputs of the matrix, by batch
     held: Callable[[Tensor], Tensor]  # puts a tensor where the values are kept
@@ -53,42 +52,25 @@ class _ReachedError(Exception):
     """Stop a forward pass when the inputs that are needed have been recorded."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Streams:
-    """The hidden states of stored batches; all streams begin with the embeddings."""
+    """The hidden states of embedded batches; all streams begin with the embeddings."""
 
     runner: LayerwiseModel
     fitted: range  # places of the batches for choices and fits
-    held_out: range  # places of the batches that confirm and judge
+    held_out: range  # places of the validation batches, which confirm and judge
     token_weights: TokenWeights | None  # weight of tokens by role; None: all weigh 1
     # blocks of the layer that is walked whose last inputs are kept, for the stream of walked layers
     kept: list[KeptInputs] = field(default_factory=list, init=False)
     _own_calls: dict[tuple[str, int], LayerCalls] = field(default_factory=dict, init=False)
 
-    @property
-    def places(self) -> range:
-        """All places."""
-        return range(len(self.fitted) + len(self.held_out))
-
-    def calls(self, stream: str, index: int, place: int) -> LayerCalls:
-        """Return the call of a layer for a batch; streams do not share dictionaries of keys."""
-        # layers of Gemma 3n and Gemma 4 put keys and values for later layers into these
-        if not shares_keys(self.runner.model.config):
-            return self.runner.calls(place, index)
-        if (stream, place) not in self._own_calls:
-            self._own_calls[stream, place] = self.runner.calls(place).with_own_dictionaries()
-        return self._own_calls[stream, place]
-
-    @cached_property
-    def weights(self) -> list[Tensor]:
-        """Weight of each token of each batch, ``[B * T]``."""
+    def __post_init__(self) -> None:
         config, given = self.runner.model.config, self.token_weights
-        return [weights_by_role(config, b, given).flatten() for b in self.runner.batches()]
-
-    @cached_property
-    def layers_run(self) -> set[int]:
-        """The layers that some fitted batch runs."""
-        return {i for place in self.fitted for i in self.runner.layers_of(place)}
+        self.places = range(len(self.fitted) + len(self.held_out))
+        # of each token of each batch, ``[B * T]``
+        self.weights = [weights_by_role(config, b, given).flatten() for b in self.runner.batches()]
+        # the layers that some fitted batch runs
+        self.layers_run = {i for place in self.fitted for i in self.runner.layers_of(place)}
 
     def state(self, stream: str, index: int, place: int) -> Tensor:
         """Input of a layer, or of the final norm."""
@@ -100,11 +82,17 @@ class Streams:
     def output(self, stream: str, index: int, place: int) -> Tensor:
         """Run a layer on a stream."""
         layer, hidden = Parts(self.runner.model).layers[index], self.state(stream, index, place)
+        if not shares_keys(self.runner.model.config):
+            calls = self.runner.calls(place, index)
+        elif (stream, place) in self._own_calls:
+            calls = self._own_calls[stream, place]
+        else:  # layers of Gemma 3n and 4 store keys and values for later layers of their stream
+            calls = self.runner.calls(place).with_own_dictionaries()
+            self._own_calls[stream, place] = calls
         with ExitStack() as stack:
             for inputs in self.kept if stream == PREFIX else ():
                 answer = partial(inputs.answer, place)
                 stack.enter_context(replaced_forward(inputs.block, answer))
-            calls = self.calls(stream, index, place)
             return calls.after(index, calls.run(layer, index, hidden))
 
     def pass_on(self, stream: str, index: int, end: int, places: Sequence[int]) -> None:
@@ -215,7 +203,7 @@ class Streams:
         return bool((share - 1).abs() < 0.25)
 
     def answer_loss(self, stream: str, end: int) -> float:
-        """Mean cross-entropy of the held-out batches' labels; the model has ``end`` layers."""
+        """Mean cross-entropy of the validation batches' labels; the model has ``end`` layers."""
         model = self.runner.model
         with self.runner.source.loaded("after", self.runner.device):
             batches = (b for b in self.runner.batches() if b["place"] in self.held_out)

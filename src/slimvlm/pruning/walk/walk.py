@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
@@ -16,6 +17,7 @@ from slimvlm.data.roles import valid_tokens
 from slimvlm.data.samples import split_validation
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import WIDTH_UNITS, Anatomy, read_anatomy
+from slimvlm.models.devices import device_named, digest_of_tensors
 from slimvlm.models.hidden import device_of, evaluating, frozen
 from slimvlm.models.parts import text_config_of
 from slimvlm.planning.make import make_plan, width_candidates
@@ -27,9 +29,9 @@ from slimvlm.pruning.walk.engine import Steps, Walk, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import Streams
 from slimvlm.scoring.batches import Batch, TokenWeights
-from slimvlm.scoring.criteria import DEFAULT_CRITERIA
+from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named
 from slimvlm.scoring.layerwise import LayerwiseModel, Live, Source, open_checkpoint
-from slimvlm.scoring.score_model import check_token_weights, score, score_by_layer
+from slimvlm.scoring.score_model import score, score_by_layer
 from slimvlm.scoring.stores import Memory, Scratch, StatesPlace, Store, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
 
@@ -54,37 +56,36 @@ def walk_(
 ) -> Walked:
     """Prune a model in one pass through its layers, in place.
 
-    The decoder is gone through once. Each layer reads what the already smaller layers before it
-    give. Units of attention are chosen by what their removal costs there when the others are
-    refitted (criterion ``obs``), cut, and what is left of ``o_proj`` is refitted by least squares;
-    then those of the MLP behind it, likewise. In the layer before removed ones, the MLP's output is
-    fitted to what brings the hidden states to where the original has them after the removed layers.
-    With ``local_steps``, the layer then learns alone from what the original gives there.
+    Each layer reads the hidden states after the already pruned layers before it. The attention
+    units are chosen whose removal costs least there once the others are refitted (criterion
+    ``obs``); the layer is cut, and ``o_proj`` refitted by least squares. Then the same is done with
+    the MLP. At a seam (the layer before removed ones) the MLP's output is fitted to the original's
+    hidden states after the removed layers. With ``local_steps``, the layer is then trained alone
+    towards the original's hidden states.
 
-    Needs, beyond the model: the new weights, in host memory; the hidden states of all batches
-    between two layers (twice where the original's are aimed at), on the model's device, in host
+    Memory, beyond the model: the new weights, in host memory; the hidden states of all batches
+    between two layers (twice where the original's are a target), on the model's device, in host
     memory or in files (`slimvlm.scoring.stores.StatesPlace`); and one layer's sums.
 
-    Options are those of ``slimvlm compress``, or of `make_plan`. A ``plan`` says what to remove
-    instead of these, ``ratio`` and ``axis``; ``scores`` of widths choose the units in place of the
-    walk, and those of layers default to `DEFAULT_CRITERIA`. ``held_out`` batches confirm and judge:
-    for ``repair="auto"`` and ``local_steps`` without any, every fourth batch is set aside.
-    ``ridge`` is that of `slimvlm.pruning.repair.refit`.
+    Options are those of ``slimvlm compress``, or of `make_plan`. A ``plan`` takes the place of
+    these, of ``ratio`` and of ``axis``. ``scores`` of widths choose the units instead of the walk;
+    those of layers default to `DEFAULT_CRITERIA`. ``held_out`` are validation batches, which
+    confirm and judge: for ``repair="auto"`` and ``local_steps`` without any, every fourth batch is
+    set aside. ``ridge`` is that of `slimvlm.pruning.repair.refit`.
 
     Raises:
         ConfigError: If an argument is unknown or the plan is for another model.
         DataError: If there are no batches, or too few to set some aside.
-        NumericalError: If NaN or infinity appears; the message says in which layer. The model is
-            not changed then.
+        NumericalError: If NaN or infinity appears, with the layer's number. The model is unchanged.
     """
-    _check(plan, token_weights, ratio=ratio, **options)
-    fitted, judges, steps = _prepared(list(batches), held_out, repair, ridge, local_steps)
+    how = (repair, ridge, local_steps, plan, token_weights)
+    fitted, judges, steps = _prepared(batches, held_out, *how, ratio=ratio, **options)
     models.require_full_precision(model.config, "pruned")
     models.require_undivided(model, "pruned")
     given = [scores] if isinstance(scores, Scores) else scores
     by = DEFAULT_CRITERIA["depth"][0]
-    asked = (ratio, axis, allocation, lambda: [score(model, fitted, by, token_weights)])
-    plans, chooses = plans_for(read_anatomy(model), given, *asked, plan=plan, **options)
+    requested = (ratio, axis, allocation, lambda: [score(model, fitted, by, token_weights)])
+    plans, chooses = plans_for(read_anatomy(model), given, *requested, plan=plan, **options)
     config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
     walked = walk(Live(model), config, device_of(model), Memory(torch.device("cpu")))
     walked.apply_(model)
@@ -116,34 +117,33 @@ def walk_checkpoint(
 ) -> Walked:
     """`slimvlm.walk_` and `slimvlm.save` for a checkpoint that does not fit in memory.
 
-    One decoder layer is in memory at a time, read from the safetensors files; on a GPU, it travels
-    there. Hidden states between layers are kept where they fit (see `walk_`), new weights in a
-    scratch folder; a run that was killed goes on after the last whole layer when it is started
-    again with the same ``scratch``.
+    One decoder layer is in memory at a time, read from the safetensors files. Hidden states between
+    layers are kept where they fit (see `walk_`), new weights in a scratch folder; a killed run
+    resumes after the last whole layer when it is started again with the same ``scratch``.
 
-    ``out`` is the new folder, which ``force`` lets replace an existing one; ``say`` receives a line
-    on where hidden states are kept. ``model``, ``dtype`` (``auto``: as stored), ``scratch``,
-    ``device`` and ``trust_remote_code`` are as in `slimvlm.score_checkpoint`, and all other
-    arguments those of `walk_`. Errors are those of these two and of `slimvlm.prune_checkpoint`.
+    ``say`` receives a line on where hidden states are kept. ``out`` and ``force`` are as in
+    `slimvlm.save`, ``model``, ``dtype``, ``scratch``, ``device`` and ``trust_remote_code`` as in
+    `slimvlm.score_checkpoint`, all other arguments as in `walk_`. Errors are those of these three.
     """
     require_free(out, force)
-    place = models.device_named(device)
-    _check(plan, token_weights, ratio=ratio, **options)
-    fitted, judges, steps = _prepared(list(batches), held_out, repair, ridge, local_steps)
+    place = device_named(device)
+    how = (repair, ridge, local_steps, plan, token_weights)
+    fitted, judges, steps = _prepared(batches, held_out, *how, ratio=ratio, **options)
     given = [scores] if isinstance(scores, Scores) else scores
     opened = open_checkpoint(model, dtype, trust_remote_code)
     with scratch_folder(scratch) as folder:
         request = {
             **opened.identity,
-            "batches": [[*map(models.digest_of_tensors, part)] for part in (fitted, judges)],
+            "batches": [[*map(digest_of_tensors, part)] for part in (fitted, judges)],
             "asked": repr((ratio, axis, plan, allocation, token_weights, steps, options)),
-            "scores": [models.digest_of_tensors(each.tensors()) for each in given],
+            "scores": [digest_of_tensors(each.tensors()) for each in given],
         }
         Scratch(folder).keep_if_same("request.json", request)
         by: dict[str, Any] = {DEFAULT_CRITERIA["depth"][0]: {}}
-        how = (fitted, by, token_weights, folder / "scoring", say, device)
-        asked = (given, ratio, axis, allocation, lambda: score_by_layer(opened, *how))
-        plans, chooses = plans_for(read_anatomy(opened.model), *asked, plan=plan, **options)
+        scoring = (fitted, by, token_weights, folder / "scoring", say, device)
+        requested = (ratio, axis, allocation, lambda: score_by_layer(opened, *scoring))
+        anatomy = read_anatomy(opened.model)
+        plans, chooses = plans_for(anatomy, given, *requested, plan=plan, **options)
         config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
         walked = walk(opened, config, place, Scratch(folder / "walk"), say=say)
         weights = walked.weights
@@ -151,28 +151,31 @@ def walk_checkpoint(
     return walked
 
 
-def _check(plan: Plan | None, weights: TokenWeights | None, **options: Any) -> None:
-    """Refuse options beside a plan, and token weights as those of scores."""
+def _prepared(
+    batches: Iterable[Batch],
+    held_out: Iterable[Batch] | None,
+    repair: str,
+    ridge: float,
+    count: int,
+    plan: Plan | None,
+    token_weights: TokenWeights | None,
+    **options: Any,
+) -> tuple[list[Batch], list[Batch], Steps]:
+    """Check the options; set validation batches aside, if none are given and some are needed."""
     for name, value in options.items():
         if plan is not None and value is not None:
-            raise ConfigError(f"{name} {value}: the plan says that already")
-    if weights is not None:
-        check_token_weights(WALKING, weights)
-
-
-def _prepared(
-    batches: list[Batch], held_out: Iterable[Batch] | None, repair: str, ridge: float, count: int
-) -> tuple[list[Batch], list[Batch], Steps]:
-    """Check the steps; set held-out batches aside, if none are given and some are needed."""
+            raise ConfigError(f"{name} {value} conflicts with the plan: leave one of them out")
+    if token_weights is not None:
+        criterion_named(WALKING, {}, token_weights)
     steps = Steps(repair=cast(Repair, repair), ridge=ridge, count=count)
-    judges = list(held_out) if held_out is not None else []
+    fitted, judges = list(batches), [] if held_out is None else list(held_out)
     if (steps.repair == "auto" or steps.count) and not judges:
-        batches, judges = split_validation(batches)
+        fitted, judges = split_validation(fitted)
         if not judges:
             raise DataError("the walk needs held_out batches, or 4 calibration batches")
-    if not batches:
+    if not fitted:
         raise DataError("no calibration batch was given")
-    return batches, judges, steps
+    return fitted, judges, steps
 
 
 def plans_for(
@@ -186,7 +189,7 @@ def plans_for(
     plan: Plan | None = None,
     **options: Any,
 ) -> tuple[list[Plan], bool]:
-    """Make the plans that a walk may follow; tell whether it chooses the units itself."""
+    """Make the plans that a walk may follow; return whether it chooses the units itself."""
     if plan is not None:
         return [plan], False
     if ratio is None:
@@ -201,19 +204,9 @@ def plans_for(
 
 
 def states_bytes(hidden_size: int, tokens: float, itemsize: int, aims: bool) -> float:
-    """Count the bytes of the hidden states that a walk keeps at one time; padding counts."""
+    """Count the bytes of the hidden states, padding included, that a walk keeps at one time."""
     # embeddings, twice those after walked layers, half of plain slices; twice the original's
     return (3.5 + 2 * aims) * tokens * hidden_size * itemsize
-
-
-def bytes_beside(source: Source, batches: Sequence[Batch], device: torch.device) -> float:
-    """Measure by the largest batch what is kept of all beside hidden states: masks, pictures."""
-    sizes = [sum(v.nbytes for v in b.values() if isinstance(v, torch.Tensor)) for b in batches]
-    one = LayerwiseModel(source, Memory(torch.device("cpu")), device)
-    one.embed([batches[sizes.index(max(sizes))]])
-    kept = one.store.read("batches", 0, torch.device("cpu"))
-    beside = sum(value.nbytes for name, value in kept.items() if name != "hidden")
-    return beside * sum(sizes) / max(sizes)
 
 
 def walk(
@@ -224,7 +217,7 @@ def walk(
     states: Store | None = None,
     say: Say = silent,
 ) -> Walked:
-    """Walk a model that is run layer by layer; it is the same afterwards."""
+    """Walk a model that is run layer by layer; it does not change."""
     model, everything = source.model, [*config.batches, *config.held_out]
     if all(plan.tokens is not None and not plan.cuts_layers for plan in config.plans):
         return Walked(config.plans[0])
@@ -236,10 +229,17 @@ def walk(
         if states is None:
             # shared keys, and the masks of flex_attention, which are no tensors, stay on the device
             with suppress(UnsupportedModelError):
-                beside = bytes_beside(source, everything, device)
+                tensors = ([v for v in b.values() if isinstance(v, Tensor)] for b in everything)
+                sizes = [sum(value.nbytes for value in each) for each in tensors]
+                # the largest batch tells what is kept but hidden states: masks, images
+                one = LayerwiseModel(source, Memory(torch.device("cpu")), device)
+                one.embed([everything[sizes.index(max(sizes))]])
+                kept = one.store.read("batches", 0, torch.device("cpu"))
+                others = sum(value.nbytes for name, value in kept.items() if name != "hidden")
                 tokens = sum(valid_tokens(batch).numel() for batch in everything)
                 size, aims = text_config_of(model.config).hidden_size, config.aims_at_original
-                needed = beside + states_bytes(size, tokens, model.dtype.itemsize, aims)
+                needed = states_bytes(size, tokens, model.dtype.itemsize, aims)
+                needed += others * sum(sizes) / max(sizes)
                 place = StatesPlace.of(needed, device)
                 say(f"hidden states: {place}")
                 folder = results.folder / "states" if isinstance(results, Scratch) else None
@@ -260,7 +260,6 @@ def require_choosable(plan: Plan) -> None:
     for index in plan.layers:
         shape = plan.before.layers[index]
         if shape.expert_neuron_params and len(plan.neurons[index]) < shape.intermediate_size:
-            raise UnsupportedModelError(
-                f"layer {index} has experts, whose neurons no walk chooses: score width by "
-                "activation, wanda, flap, magnitude or random, or prune depth or experts"
-            )
+            cure = "activation, wanda, flap, magnitude or random, or prune depth or experts"
+            told = f"layer {index} has experts, whose neurons no walk chooses"
+            raise UnsupportedModelError(f"{told}: score width by {cure}")

@@ -1,27 +1,29 @@
 """Draw the charts of a report: entries, plans, scores and trainings → SVG in the page's colours.
 
-Every chart is made by `draw` from marks: lines, points, bars and spans. The SVG is part of the
-page: it follows dark mode and print, needs no script, and takes the page's font. Colours become CSS
-variables; each mark's values become its tooltip.
+The SVG is part of the page: it follows dark mode and print, needs no script, and takes the page's
+font. Colours become CSS variables; each mark's values become its tooltip.
 """
 
+import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 from xml.etree.ElementTree import SubElement, fromstring, tostring
 
 import matplotlib
+import pandas as pd
 import torch
 from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.collections import PatchCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -29,14 +31,14 @@ from torch import Tensor
 
 from slimvlm.core.tables import read_table
 from slimvlm.planning.plan import Plan
-from slimvlm.runs.recipes import expected
-from slimvlm.runs.report import Entry
+from slimvlm.runs.report.record import interval, published
+from slimvlm.runs.stages import ORIGINAL
 from slimvlm.scoring.unit_scores import Scores
 
 _TABLES = read_table(__file__, "charts.yaml")
 COLOURS: Mapping[str, str] = _TABLES["colours"]
 STYLES: Mapping[str, Mapping[str, Any]] = _TABLES["styles"]
-TRAINED: Mapping[str | None, tuple[str, str, str]] = _TABLES["trained"]
+TRAINED: Mapping[str, tuple[str, str, str]] = _TABLES["trained"]
 _LOOK = Path(__file__).with_name("charts.mplstyle")
 STYLE: Any = matplotlib.rc_params_from_file(_LOOK, use_default_template=False)
 WIDTH, HEIGHT = 400, 270  # size of a chart with axes, in CSS pixels, before the page scales it
@@ -48,20 +50,18 @@ NEURON_ROWS = 24  # rows of the neurons' heatmap: shares of a layer's neurons, b
 _LABELLED = 5  # marks have their names next to them up to so many
 _REMOVED = "removed share of the backbone (%)"
 _MANY = 66  # points of a line that are marked at most
+Points = Sequence[Sequence[float]]
+Limits = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Shapes of one kind."""
+    """Shapes of one artist, each with a tooltip."""
 
-    kind: Literal["line", "points", "bars", "spans"]
-    # points, or points of one line: x, y; bars: x, y, width, height; spans: both ends
-    rows: Sequence[Sequence[float]]
-    look: str = ""  # CSS classes
-    texts: Sequence[str] = ()  # tooltip of each shape
-    links: Sequence[str] = ()  # id of a table row for each shape; empty for none
-    names: Sequence[str] = ()  # labels next to the points
-    style: Mapping[str, Any] = field(default_factory=dict)  # options of matplotlib
+    artist: Artist
+    look: str  # CSS classes
+    texts: Sequence[str]  # tooltip of each shape
+    link: str  # id of the table row that they lead to; empty for none
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,34 @@ class Chart:
     title: str
     caption: str  # how to read it; may be empty
     figure: Figure
-    marks: Sequence[Marks]
-
-    @property
-    def axes(self) -> Axes:
-        """Its only axes."""
-        return self.figure.axes[0]
-
-    @property
-    def width(self) -> float:
-        """Width in CSS pixels, before the page scales it."""
-        return 72 * self.figure.get_figwidth()
+    axes: Axes  # its only ones
+    width: float  # in CSS pixels, before the page scales it
+    marks: list[Marks] = field(default_factory=list)
 
     def of(self, look: str) -> list[Marks]:
         """Return the marks of a CSS class."""
         return [marks for marks in self.marks if look in marks.look.split()]
+
+    def mark(self, artist: Artist, look: str, texts: Sequence[str], link: str = "") -> None:
+        """Give the shapes of an artist their tooltips."""
+        artist.set_gid(f"marks-{len(self.marks)}")
+        self.marks.append(Marks(artist, look, texts, link))
+
+    def line(self, points: Points, look: str, name: str, colour: str, **style: Any) -> None:
+        """Draw a line, in one of `COLOURS`."""
+        style = {"color": COLOURS.get(colour, COLOURS["soft"]), **style}
+        self.mark(self.axes.plot(*zip(*points, strict=True), **style)[0], f"line {look}", [name])
+
+    def bars(self, rows: Points, look: str, texts: Sequence[str], style: Mapping[str, Any]) -> None:
+        """Draw rectangles: x, y, width and height of each."""
+        shapes = [Rectangle((x, y), width, height) for x, y, width, height in rows]
+        self.mark(self.axes.add_collection(PatchCollection(shapes, **style)), look, texts)
+
+    def crosses(self, places: Points) -> None:
+        """Cross what was removed."""
+        if places:
+            drawn = self.axes.scatter(*zip(*places, strict=True), **STYLES["gone"])
+            self.mark(drawn, "gone", ["removed"] * len(places))
 
     @cached_property
     def svg(self) -> Markup:
@@ -113,17 +126,12 @@ class Chart:
         # Give each shape its tooltip, and its link.
         groups = {group.get("id"): group for group in root.iter("g")}
         for number, marks in enumerate(self.marks):
-            if not marks.texts:
-                continue
             group = groups[f"marks-{number}"]
             group.set("class", marks.look)
-            drawn = list(group.iter("path"))
-            links = marks.links or [""] * len(drawn)
-            for shape, text, link in zip(drawn, marks.texts, links, strict=True):
-                where = shape
-                if link:
-                    attributes, shape.attrib = shape.attrib, {"href": f"#{link}", "tabindex": "-1"}
-                    shape.tag = "a"
+            for shape, text in zip(list(group.iter("path")), marks.texts, strict=True):
+                where, link = shape, {"href": f"#{marks.link}", "tabindex": "-1"}
+                if marks.link:
+                    shape.tag, shape.attrib, attributes = "a", link, shape.attrib
                     where = SubElement(shape, "path", attributes)
                 SubElement(where, "title").text = text
         # Take colours and font of the page, round coordinates, leave out ids: a page has many.
@@ -144,19 +152,19 @@ class Chart:
         return Markup(tostring(root, encoding="unicode"))
 
 
-def draw(
+@contextmanager
+def drawing(
     title: str,
-    marks: Sequence[Marks],
     labels: tuple[str, str] = ("", ""),
     caption: str = "",
-    x_limits: tuple[float | None, float | None] | None = None,
-    y_limits: tuple[float | None, float | None] | None = None,
+    x_limits: Limits = (None, None),
+    y_limits: Limits = (None, None),
     layers: int = 0,
     height: float = HEIGHT,
-) -> Chart:
-    """Draw marks, the first ones at the bottom; a limit of None follows the values.
+) -> Iterator[Chart]:
+    """Yield a chart to draw on, from the bottom up; a limit of None follows the values.
 
-    ``layers`` draws a column for each of so many layers, without a vertical axis; then ``height``,
+    ``layers`` is for a column for each of so many layers, without a vertical axis; then ``height``,
     in CSS pixels before the page scales it, is without their numbers.
     """
     with matplotlib.rc_context(STYLE):
@@ -166,21 +174,7 @@ def draw(
         axes = figure.add_subplot()
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        for number, each in enumerate(marks):
-            artist: Artist
-            match each.kind:
-                case "line":
-                    artist = axes.plot(*zip(*each.rows, strict=True), **each.style)[0]
-                case "points":
-                    artist = axes.scatter(*zip(*each.rows, strict=True), **each.style)
-                case "bars":
-                    bars = [Rectangle((x, y), w, h) for x, y, w, h in each.rows]
-                    artist = axes.add_collection(PatchCollection(bars, **each.style))
-                case "spans":
-                    ends = [[(x0, y0), (x1, y1)] for x0, y0, x1, y1 in each.rows]
-                    artist = axes.add_collection(LineCollection(ends, **each.style))
-            if each.texts:
-                artist.set_gid(f"marks-{number}")
+        yield Chart(title, caption, figure, axes, width)
         if layers:
             figure.subplots_adjust(left=0, right=1, top=1, bottom=_BELOW / whole)
             named = range(0, layers, 5 if layers <= 40 else 10)
@@ -194,25 +188,10 @@ def draw(
             axes.margins(0.08)
             axes.locator_params(nbins=6)
             axes.autoscale_view()
-        if x_limits is not None:
-            axes.set_xlim(*x_limits)
-        if y_limits is not None:
-            axes.set_ylim(*y_limits)
-        pairs = [pair for each in marks for pair in zip(each.rows, each.names, strict=False)]
-        points = [(row[0], row[1]) for row, _ in pairs]
-        placed: Any = axes.transData.transform(points) if points else ()
-        places = [(float(x), float(y)) for x, y in placed]
-        heights = labels_apart(places)
-        for (_, name), point, (left, y), lower in zip(pairs, points, places, heights, strict=True):
-            is_left = left < WIDTH / 2
-            text = "".join(each if each.isprintable() else "\ufffd" for each in name)  # for XML
-            beside, side = (9 if is_left else -9, lower - y), "left" if is_left else "right"
-            how: Any = {"textcoords": "offset points", "ha": side, "va": "center", "weight": "bold"}
-            axes.annotate(text, point, beside, **how)
-    return Chart(title, caption, figure, marks)
+        axes.set(xlim=x_limits, ylim=y_limits)
 
 
-def labels_apart(places: Sequence[tuple[float, float]]) -> list[float]:
+def labels_apart(places: Points) -> list[float]:
     """Move labels down from these places, from the top one on, so that none covers another."""
     heights: dict[int, float] = {}
     for index in sorted(range(len(places)), key=lambda i: -places[i][1]):
@@ -222,72 +201,75 @@ def labels_apart(places: Sequence[tuple[float, float]]) -> list[float]:
     return [heights[index] for index in range(len(places))]
 
 
-def legend(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
-    """List colour, sign and meaning of every kind of mark among the entries."""
-    axes = dict.fromkeys(entry.axis or "original" for entry in entries)
-    trained = dict.fromkeys(entry.train for entry in entries if not entry.is_original)
+def legend(entries: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """List colour, sign and meaning of every kind of mark among measured models."""
+    trained = entries.loc[entries["axis"] != ORIGINAL, "train"].unique()
     return [
-        *((axis, "●", axis) for axis in axes),
+        *((axis, "●", axis) for axis in entries["axis"].unique()),
         *(("any", TRAINED[train][1], TRAINED[train][2]) for train in trained),
     ]
 
 
-def trade_offs(entries: Sequence[Entry]) -> list[Chart]:
+def trade_offs(entries: pd.DataFrame) -> list[Chart]:
     """Draw AVG-% against parameters and latencies, with the Pareto frontier."""
-    shown = [entry for entry in entries if entry.percent is not None]
+    shown = entries[entries["avg_percent"].notna()]
     if len(shown) < 2:
         return []
-    unit, divisor = ("B", 1e9) if shown[0].total_params >= 2e9 else ("M", 1e6)
-    costs: list[tuple[str, str, Callable[[Entry], float]]] = [
-        ("Kept against size", f"parameters of the model ({unit})",
-         lambda e: e.total_params / divisor),
-        ("Kept against time to read a question", "prefill (ms)", lambda e: e.prefill_ms),
-        ("Kept against time to write", "decode (ms a token)", lambda e: e.decode_ms),
-    ]  # fmt: skip
+    unit, divisor = ("B", 1e9) if shown["total_params"].iloc[0] >= 2e9 else ("M", 1e6)
+    costs = [
+        ("Retention by size", f"parameters of the model ({unit})", shown["total_params"] / divisor),
+        ("Retention by prefill time", "prefill (ms)", shown["prefill_ms"]),
+        ("Retention by decode time", "decode (ms per token)", shown["decode_ms"]),
+    ]
     charts = []
     for title, label, cost in costs:
-        xs = [cost(entry) for entry in shown]
-        best = frontier([(x, entry.percent or 0.0) for x, entry in zip(xs, shown, strict=True)])
-        words = "no other model keeps more at this cost"
-        edge = _line(best, "frontier", words, "soft", linestyle=(0, (2, 4)), linewidth=1.2)
-        dots = _dots(shown, xs, are_named=len(shown) <= _LABELLED)
-        charts.append(draw(title, [edge, *dots], (label, "AVG-%")))
+        points = [*zip(cost, shown["avg_percent"], strict=True)]
+        words = "no other model retains more at this cost"
+        dotted = {"linestyle": (0, (2, 4)), "linewidth": 1.2}
+        with drawing(title, (label, "AVG-%")) as chart:
+            chart.line(frontier(points), "frontier", words, "soft", **dotted)
+            _dots(chart, shown, cost)
+        charts.append(chart)
+        if len(shown) > _LABELLED:
+            continue
+        places = chart.axes.transData.transform(points).tolist()
+        of_each = zip(shown["name"], points, places, labels_apart(places), strict=True)
+        with matplotlib.rc_context(STYLE):
+            for name, point, (x, y), lower in of_each:
+                text = "".join(c if c.isprintable() else "\ufffd" for c in name)  # for XML
+                right, side = (9, "left") if x < WIDTH / 2 else (-9, "right")
+                how: Any = {"textcoords": "offset points", "ha": side, "va": "center"}
+                chart.axes.annotate(text, point, (right, lower - y), weight="bold", **how)
     return charts
 
 
-def by_ratio(entries: Sequence[Entry]) -> list[Chart]:
-    """Draw AVG-% over the ratio: a chart per recovery, a line for each axis and the study's."""
-    ways: dict[tuple[str, str], list[Entry]] = {}
-    for entry in entries:
-        if entry.percent is not None and not entry.is_original:
-            ways.setdefault((entry.recovery, entry.variant), []).append(entry)
+def by_ratio(entries: pd.DataFrame) -> list[Chart]:
+    """Draw AVG-% over the ratio: a chart for each recovery, with a line and the papers' by axis."""
+    rated = entries[entries["avg_percent"].notna() & (entries["axis"] != ORIGINAL)]
     charts = []
-    for shown in ways.values():
-        if len({round(entry.ratio, 1) for entry in shown}) < 2:
+    for (recovery, variant), shown in rated.groupby(["recovery", "variant"], sort=False):
+        if shown["achieved_ratio"].round(1).nunique() < 2:
             continue
-        first, lines = shown[0], []
-        for axis in dict.fromkeys(entry.axis for entry in shown):
-            groups: dict[float, list[Entry]] = {}
-            for entry in sorted((e for e in shown if e.axis == axis), key=lambda e: e.ratio):
-                groups.setdefault(round(entry.ratio, 2), []).append(entry)
-            means = [
-                (100 * fmean(e.ratio for e in group), fmean(e.percent or 0.0 for e in group))
-                for group in groups.values()
-            ]
-            lines.append(_line(means, axis, f"{axis}, mean over seeds", axis))
-            there = []  # the study's mean over its models, at those of the ratios that it has
-            for ratio, _ in means if first.fraction == 1 else ():
-                if found := expected(axis, first.train, first.loss, ratio / 100, False):
-                    there.append((ratio, fmean(value for _, value in found)))
-            if there:
-                name = f"{axis}, mean of the study's models"
-                dotted = _line(there, f"{axis} published", name, axis, linestyle=(0, (1, 2)))
-                lines.append(dotted)
-        way = filter(None, (first.recovery if first.train else "untrained", first.variant))
-        title, labels = f"Kept at each ratio: {', '.join(way)}", (_REMOVED, "AVG-%")
-        marks = [*lines, *_dots(shown, [100 * entry.ratio for entry in shown])]
-        top = 1.08 * max(100.0, *(entry.high or 0.0 for entry in shown))
-        charts.append(draw(title, marks, labels, x_limits=(0, None), y_limits=(0, top)))
+        way = "untrained" if shown["train"].iloc[0] == "none" else recovery
+        title = f"Retention at each ratio: {', '.join(filter(None, (way, variant)))}"
+        limits: Any = {
+            "x_limits": (0, None),
+            "y_limits": (0, 1.08 * max(100, shown["avg_percent_high"].max())),
+        }
+        with drawing(title, (_REMOVED, "AVG-%"), **limits) as chart:
+            for axis, of in shown.groupby("axis", sort=False):
+                groups = of.groupby(of["achieved_ratio"].round(2))
+                ratios, means = groups["achieved_ratio"].mean(), groups["avg_percent"].mean()
+                points = [*zip(100 * ratios, means, strict=True)]
+                chart.line(points, axis, f"{axis}, mean over seeds", axis)
+                # the papers' mean over their models, at those of the ratios that they have
+                found = {ratio: published(of.iloc[0], ratio) for ratio in ratios}
+                there = {100 * r: fmean(value for _, value in found[r]) for r in found if found[r]}
+                if there:
+                    name, dotted = f"{axis}, mean of the paper's models", (0, (1, 2))
+                    chart.line([*there.items()], f"{axis} published", name, axis, linestyle=dotted)
+            _dots(chart, shown, 100 * shown["achieved_ratio"])
+        charts.append(chart)
     return charts
 
 
@@ -298,12 +280,14 @@ def loss_curves(steps: Sequence[Mapping[str, float]]) -> list[Chart]:
         rows = [(row["step"], row[name]) for row in steps if name in row]
         if len(rows) < 2:
             continue
-        marks = [_line(rows, "training", "training samples", "depth")]
-        if len(rows) <= _MANY:
-            texts = [f"step {step:g}: {value:.4g}" for step, value in rows]
-            marks.append(Marks("points", rows, "tiny", texts, style=STYLES["tiny"]))
         title = "Sum of the losses" if name == "loss" else name.removeprefix("loss_")
-        charts.append(draw(title, marks, ("step", "loss"), y_limits=(0, None)))
+        with drawing(title, ("step", "loss"), y_limits=(0, None)) as chart:
+            chart.line(rows, "training", "training samples", "depth")
+            if len(rows) <= _MANY:
+                texts = [f"step {step:g}: {value:.4g}" for step, value in rows]
+                drawn = chart.axes.scatter(*zip(*rows, strict=True), **STYLES["tiny"])
+                chart.mark(drawn, "tiny", texts)
+        charts.append(chart)
     return charts
 
 
@@ -329,85 +313,77 @@ def allocation(plan: Plan) -> Chart:
         if shape.num_experts:
             units += f", {kept.num_experts} of {shape.num_experts} experts"
         texts.append(f"layer {index}: {units if index in plan.layers else 'removed'}")
-    marks = [Marks("bars", bars[look], look, texts, style=STYLES[look]) for look in bars]
-    gone = [i for i in range(len(shapes)) if i not in plan.layers]
-    marks += _crosses([(i + 0.5, shapes[i].params / largest / 2) for i in gone])
-    caption = "Height: parameters. Outline: before pruning. Layers that are gone are crossed."
-    columns: Any = {"y_limits": (0, 1), "layers": len(shapes), "height": _BAR}
-    return draw("What each layer keeps", marks, caption=caption, **columns)
+    caption = "Height: parameters. Outline: before pruning. Removed layers are crossed."
+    size: Any = {"y_limits": (0, 1), "layers": len(shapes), "height": _BAR}
+    with drawing("What each layer keeps", caption=caption, **size) as chart:
+        for look, rows in bars.items():
+            chart.bars(rows, look, texts, STYLES[look])
+        gone = [i for i in range(len(shapes)) if i not in plan.layers]
+        chart.crosses([(i + 0.5, shapes[i].params / largest / 2) for i in gone])
+    return chart
 
 
 def score_maps(plan: Plan, found: Sequence[Scores]) -> list[Chart]:
     """Draw a heatmap of the scores for each kind of unit; removed units are crossed."""
-    maps, n = [], NEURON_ROWS
+    maps = []
     for scores in found:
         layers = [] if scores.layer is None else [value.reshape(1) for value in scores.layer]
         stay = [[0] if layer in plan.layers else [] for layer in range(len(layers))]
-        kinds: list[tuple[str, str, Sequence[Tensor] | None, Sequence[Sequence[int]]]] = [
-            ("Layers", "", layers, stay),
-            ("KV groups", ", KV group {}", scores.kv_group, plan.kv_groups),
-            ("Neurons", "", scores.neuron, plan.neurons),
-            ("Experts", ", expert {}", scores.expert, plan.experts),
-        ]
-        for kind, name, values, kept in kinds:
-            title = f"{kind} by {scores.criterion}"
-            if values is None or not any(map(len, values)):
-                continue
-            if kind == "Neurons":  # shares of a layer's, best first, and a line at the number kept
-                bins = []  # mean logarithm of the scores in each row
-                for of in values:
-                    logs = of.clamp(min=1e-30).log10().sort(descending=True).values
-                    means = [part.mean() for part in logs.tensor_split(n)]
-                    bins.append(torch.stack(means) if len(of) else of)  # some layers have none
-                shares = [len(s) / max(len(of), 1) for s, of in zip(kept, values, strict=True)]
-                cells = {
-                    (layer, row): f"layer {layer}, best {row / n:.0%} to {(row + 1) / n:.0%}: "
-                    f"about {10**value:.3g}; {shares[layer]:.0%} kept"
-                    for layer, column in enumerate(bins)
-                    for row, value in enumerate(column.tolist())
-                }
-                cut = {i: share for i, share in enumerate(shares) if len(values[i])}
-                rows = [(i, n * share, i + 1, n * share) for i, share in cut.items()]
-                texts = [f"layer {layer}: {share:.0%} kept" for layer, share in cut.items()]
-                cuts = Marks("spans", rows, "cut", texts, style=STYLES["cut"])
-                caption = "Each layer's neurons, best on top. Line: so many were kept."
-                maps.append(_heatmap(title, cells, bins, [cuts], _CELL / 2, caption))
-                continue
-            cells = {
-                (layer, unit): f"layer {layer}{name.format(unit)}: {value:.3g}, "
-                f"{'kept' if unit in kept[layer] else 'removed'}"
-                for layer, of in enumerate(values)
-                for unit, value in enumerate(of.tolist())
-            }
-            crosses = _crosses([(x + 0.5, y + 0.5) for x, y in cells if y not in kept[x]])
-            maps.append(_heatmap(title, cells, values, crosses, _CELL, "Crossed: removed."))
+        kinds: dict[str, tuple[Sequence[Tensor] | None, Sequence[Sequence[int]]]] = {
+            "Layers": (layers, stay),
+            "KV groups": (scores.kv_group, plan.kv_groups),
+            "Neurons": (scores.neuron, plan.neurons),
+            "Experts": (scores.expert, plan.experts),
+        }
+        for kind, (values, kept) in kinds.items():
+            if values is not None and any(map(len, values)):
+                maps.append(_heatmap(kind, scores.criterion, values, kept))
     return maps
 
 
 def _heatmap(
-    title: str,
-    cells: Mapping[tuple[int, int], str],
-    values: Sequence[Tensor],
-    above: Sequence[Marks],
-    height: float,
-    caption: str,
+    kind: str, criterion: str, values: Sequence[Tensor], kept: Sequence[Sequence[int]]
 ) -> Chart:
-    """Draw a cell at each layer and row, with its text; ranks give colours, as magnitudes vary."""
-    order = torch.cat(list(values)).argsort().argsort().float()
+    """Draw a column of cells for each layer; ranks give colours, as magnitudes vary."""
+    columns, cells, n = list(values), dict[tuple[int, int], str](), NEURON_ROWS
+    shares = [len(stay) / max(len(of), 1) for stay, of in zip(kept, values, strict=True)]
+    name = {"KV groups": ", KV group {}", "Experts": ", expert {}"}.get(kind, "")
+    for layer, of in enumerate(values):
+        if kind != "Neurons":
+            for unit, value in enumerate(of.tolist()):
+                told = f"{value:.3g}, {'kept' if unit in kept[layer] else 'removed'}"
+                cells[layer, unit] = f"layer {layer}{name.format(unit)}: {told}"
+        elif len(of):  # shares of the layer's neurons, best first
+            logs = of.clamp(min=1e-30).log10().sort(descending=True).values
+            columns[layer] = torch.stack([part.mean() for part in logs.tensor_split(n)])
+            for row, value in enumerate(columns[layer].tolist()):
+                told = f"about {10**value:.3g}; {shares[layer]:.0%} kept"
+                place = f"best {row / n:.0%} to {(row + 1) / n:.0%}"
+                cells[layer, row] = f"layer {layer}, {place}: {told}"
+    order = torch.cat(columns).argsort().argsort().float()
     strengths = (order / max(len(order) - 1, 1)).tolist()
-    rows = 1 + max(row for _, row in cells)
-    style = {
-        "facecolors": [to_rgba(COLOURS["heat"], 0.06 + 0.94 * s) for s in strengths],
-        **{"edgecolors": COLOURS["paper"], "linewidths": 1.2},
-    }
-    squares = [(layer, row, 1, 1) for layer, row in cells]
-    drawn = Marks("bars", squares, "heat", list(cells.values()), style=style)
+    colours = [to_rgba(COLOURS["heat"], 0.06 + 0.94 * strength) for strength in strengths]
+    style = {"facecolors": colours, "edgecolors": COLOURS["paper"], "linewidths": 1.2}
+    height, caption = _CELL, "Crossed: removed."
+    if kind == "Neurons":
+        height, caption = _CELL // 2, "Each layer's neurons, best on top. Line: number kept."
     caption = f"Strong colour: high score, kept first. {caption}"
-    columns: Any = {"y_limits": (rows, 0), "layers": len(values), "height": rows * height}
-    return draw(title, [drawn, *above], caption=caption, **columns)
+    rows = 1 + max(row for _, row in cells)
+    size: Any = {"y_limits": (rows, 0), "layers": len(columns), "height": rows * height}
+    with drawing(f"{kind} by {criterion}", caption=caption, **size) as chart:
+        squares = [(layer, row, 1, 1) for layer, row in cells]
+        chart.bars(squares, "heat", list(cells.values()), style)
+        if kind == "Neurons":
+            cut = [layer for layer, of in enumerate(values) if len(of)]
+            ends = ([n * shares[i] for i in cut], cut, [i + 1 for i in cut])
+            texts = [f"layer {i}: {shares[i]:.0%} kept" for i in cut]
+            chart.mark(chart.axes.hlines(*ends, **STYLES["cut"]), "cut", texts)
+        else:
+            chart.crosses([(x + 0.5, y + 0.5) for x, y in cells if y not in kept[x]])
+    return chart
 
 
-def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def frontier(points: Points) -> list[tuple[float, float]]:
     """Return the Pareto frontier of pairs of a cost and a benefit, by rising cost."""
     best: list[tuple[float, float]] = []
     for cost, benefit in sorted(points, key=lambda p: (p[0], -p[1])):
@@ -416,36 +392,20 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return best
 
 
-def _line(
-    points: Sequence[tuple[float, float]], look: str, name: str, colour: str, **style: Any
-) -> Marks:
-    style = {"color": COLOURS.get(colour, COLOURS["soft"]), **style}
-    return Marks("line", points, f"line {look}", [name], style=style)
-
-
-def _dots(entries: Sequence[Entry], xs: Sequence[float], are_named: bool = False) -> list[Marks]:
-    """Make a mark for each entry, and a bar for its interval; filled if something was trained."""
-    marks = []
-    for entry, x in zip(entries, xs, strict=True):
-        assert entry.percent is not None
-        colour = COLOURS.get(entry.axis or "ink", COLOURS["soft"])
-        if entry.low is not None and entry.high is not None:
-            bar = {"colors": colour, "linewidths": 1.5, "alpha": 0.65}
-            marks.append(Marks("spans", [(x, entry.low, x, entry.high)], style=bar))
+def _dots(chart: Chart, entries: pd.DataFrame, xs: Sequence[float]) -> None:
+    """Draw a mark for each model, and a bar for its interval; filled if something was trained."""
+    for x, (_, row) in zip(xs, entries.iterrows(), strict=True):
+        axis, train, kept = row["axis"], row["train"], row["avg_percent"]
+        colour = COLOURS.get("ink" if axis == ORIGINAL else axis, COLOURS["soft"])
+        if not math.isnan(row["avg_percent_low"]):
+            bar: Any = {"colors": colour, "linewidths": 1.5, "alpha": 0.65}
+            chart.axes.vlines(x, row["avg_percent_low"], row["avg_percent_high"], **bar)
         text = (
-            f"{entry.name}: AVG-% {entry.interval}, {entry.ratio:.1%} removed, "
-            f"{entry.total_params / 1e6:.1f} M parameters, prefill {entry.prefill_ms:.1f} ms, "
-            f"decode {entry.decode_ms:.1f} ms"
+            f"{row['name']}: AVG-% {interval(row, 'avg_percent')}, {row['achieved_ratio']:.1%} "
+            f"removed, {row['total_params'] / 1e6:.1f} M parameters, prefill "
+            f"{row['prefill_ms']:.1f} ms, decode {row['decode_ms']:.1f} ms"
         )
-        is_filled = entry.train or entry.is_original
-        style = {"s": 75, "marker": TRAINED[entry.train][0], "linewidth": 2, "zorder": 3}
-        style |= {"facecolor": colour if is_filled else COLOURS["paper"], "edgecolor": colour}
-        look, names = f"mark {entry.axis or 'original'}", [entry.name] if are_named else []
-        place = [(x, entry.percent)]
-        marks.append(Marks("points", place, look, [text], [entry.link], names, style))
-    return marks
-
-
-def _crosses(places: Sequence[tuple[float, float]]) -> list[Marks]:
-    removed = ["removed"] * len(places)
-    return [Marks("points", places, "gone", removed, style=STYLES["gone"])] if places else []
+        inside = COLOURS["paper"] if train == "none" and axis != ORIGINAL else colour
+        style: Any = {"s": 75, "marker": TRAINED[train][0], "linewidth": 2, "zorder": 3}
+        drawn = chart.axes.scatter([x], [kept], facecolor=inside, edgecolor=colour, **style)
+        chart.mark(drawn, f"mark {axis}", [text], row["link"])

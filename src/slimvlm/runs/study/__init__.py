@@ -6,16 +6,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from slimvlm.core.errors import ConfigError, SlimError, printable, raised_as
 from slimvlm.core.files import explained, held, new_file, require_place, write_text
@@ -27,14 +24,15 @@ from slimvlm.evaluation.metrics import average
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.load import anatomy, device_named, load_config
+from slimvlm.models.devices import device_named
+from slimvlm.models.load import anatomy, load_config
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.cost import speed_of
 from slimvlm.runs.request import Request, check_options, check_questions, dry_plan, resolved
+from slimvlm.runs.stages import ORIGINAL
 from slimvlm.runs.study import schedule as scheduling
 from slimvlm.runs.study.config import Cell, StudyConfig, expand, read_study
 from slimvlm.runs.study.schedule import STAGE_KINDS, Cache, Outcome, Schedule, Stage
-from slimvlm.runs.tables import as_table
 from slimvlm.training.recover import History
 
 _PATIENCE = 600.0  # seconds to wait for another worker that writes the table
@@ -42,7 +40,6 @@ OF_A_KIND = ("percent", "low", "high", "floor")  # columns of AVG-% of one kind 
 TABLE, STUDY = "results.parquet", "study.yaml"  # a study's measurements and its questions
 COLUMNS = read_table(__file__, "columns.yaml")  # those even where no cell is done
 OPEN, DONE, FAILED = "open", "done", "failed"
-ORIGINAL = "original"
 
 
 def run_study(
@@ -75,7 +72,7 @@ def run_study(
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"output {str(out)!r} is a file, and a study needs a folder")
     console = console or Console(stderr=True)
-    say = partial(console.print, markup=False, highlight=False)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     config, schedule = prepared(study, say, device)
     cache = Cache(out)
     with held(cache.root, _PATIENCE), explained(out):
@@ -86,15 +83,13 @@ def run_study(
     cache.sweep(schedule.stages())
     missing = schedule.missing(cache)
     write = partial(write_table, config, schedule, cache)
-    progress = Progress(missing, Clock(schedule.flops, cache), console, write)
-    shown = Live(progress, console=console, refresh_per_second=2)
+    shown = Progress(missing, Clock(schedule.flops, cache), say, write)
     try:
-        with shown if console.is_terminal else nullcontext():
-            if engine == "local":
-                scheduling.run_local(schedule, missing, cache, progress.started, progress.finished)
-            else:
-                ended, needs = progress.finished, config.resources
-                scheduling.run_ray(schedule, missing, cache, ended, needs, workers, address)
+        if engine == "local":
+            scheduling.run_local(schedule, missing, cache, shown.started, shown.finished)
+        else:
+            how = (config.resources, workers, address)
+            scheduling.run_ray(schedule, missing, cache, shown.finished, *how)
     finally:
         table = write()
     return table
@@ -147,7 +142,8 @@ def prepared(
         decided.setdefault(replace(cell, options=""), cell)
     for line in told:
         say(line)
-    scheduling.forget_files()
+    for remembered in scheduling.REMEMBERED:  # another study may find other files in their place
+        remembered.cache_clear()
     planned = [scheduling.stages_of(config, cell) for cell in decided.values()]
     schedule = Schedule(planned, config.keep_checkpoints)
     if config.data is not None:
@@ -196,66 +192,42 @@ class Forecast:
     basis: Mapping[str, str]  # of each kind: measured if the cache has such stages, else rough
 
 
-@dataclass
 class Progress:
-    """Counts of done stages and the time left: a table on a terminal, else lines."""
+    """Lines where a stage begins and ends, with the estimated time of the rest."""
 
-    missing: Sequence[Stage]
-    clock: Clock
-    console: Console
-    measured: Callable[[], object]  # called after each evaluation
-    ended: dict[str, Outcome] = field(default_factory=dict)
-    now: Stage | None = None
-    announced: set[str] = field(default_factory=set)
-    busy: float = 0.0  # seconds of all work done
-    start: float = field(default_factory=time.monotonic)
+    def __init__(
+        self, missing: Sequence[Stage], clock: Clock, say: Say, measured: Callable[[], object]
+    ) -> None:
+        self.left = {stage.name: stage for stage in missing}
+        self.total, self.clock, self.say, self.measured = len(missing), clock, say, measured
+        self.begun = set[str]()
+        self.busy, self.start = 0.0, time.monotonic()  # `busy`: seconds of all work done
 
     def started(self, stage: Stage) -> None:
-        """Note that a stage begins, or that another worker is doing it."""
-        self.now = stage
-        if not self.console.is_terminal and stage.name not in self.announced:
-            self._print(stage, len(self.ended) + 1)
-        self.announced.add(stage.name)
+        """Say that a stage begins, or that another worker is doing it."""
+        if stage.name not in self.begun:
+            self._say(stage, self.total - len(self.left) + 1)
+        self.begun.add(stage.name)
 
     def finished(self, stage: Stage, outcome: Outcome) -> None:
-        """Note that a stage has ended."""
-        self.ended[stage.name] = outcome
-        self.now = None
+        """Say how a stage ended; after an evaluation, call ``measured``."""
+        del self.left[stage.name]
         self.busy += outcome.seconds
-        if outcome.error:
-            self._print(stage, len(self.ended), f": failed ({outcome.error})")
-        elif outcome.seconds:
-            self.clock.learn(stage.kind, outcome.seconds, self.clock.flops[stage.name])
-        if not outcome.error and not self.console.is_terminal:
+        end = f": failed ({outcome.error})"
+        if not outcome.error:
+            if outcome.seconds:
+                self.clock.learn(stage.kind, outcome.seconds, self.clock.flops[stage.name])
             took = duration(outcome.seconds) if outcome.seconds else "done by another worker"
-            left = duration(self.seconds_left())
-            self._print(stage, len(self.ended), f": {took}; about {left} left")
+            # as many stages at once as so far
+            at_once = max(self.busy / max(time.monotonic() - self.start, 1e-9), 1.0)
+            rest = duration(self.clock.expected(self.left.values()) / at_once)
+            end = f": {took}; about {rest} left"
+        self._say(stage, self.total - len(self.left), end)
         if stage.kind == "evaluate":
             self.measured()
 
-    def seconds_left(self) -> float:
-        """Estimate the wall time of the rest, at as many stages at once as so far."""
-        seconds = self.clock.expected(s for s in self.missing if s.name not in self.ended)
-        elapsed = time.monotonic() - self.start
-        return seconds / max(self.busy / elapsed, 1.0) if elapsed else seconds
-
-    def __rich__(self) -> Table:
-        left = duration(self.seconds_left())
-        elapsed = duration(time.monotonic() - self.start)
-        rows = []
-        for kind in STAGE_KINDS:
-            mine = [stage for stage in self.missing if stage.kind == kind]
-            ends = [self.ended[s.name] for s in mine if s.name in self.ended]
-            bad = sum(bool(outcome.error) for outcome in ends)
-            counts = (len(mine) - len(ends), len(ends) - bad, bad)
-            now = self.now.label if self.now is not None and self.now.kind == kind else ""
-            rows.append([kind, *map(str, counts), now])
-        header = ("stage", "to do", "done", "failed", "now")
-        return as_table(header, rows, f"{elapsed} gone, about {left} left")
-
-    def _print(self, stage: Stage, number: int, end: str = "") -> None:
-        line = f"[{number}/{len(self.missing)}] {stage.kind} {stage.label}{end}"
-        self.console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
+    def _say(self, stage: Stage, number: int, end: str = "") -> None:
+        self.say(printable(f"[{number}/{self.total}] {stage.kind} {stage.label}{end}"))
 
 
 def write_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.DataFrame:

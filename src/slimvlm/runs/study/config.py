@@ -72,7 +72,6 @@ class Reference:
     rows: Listed[ReferenceRow] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
 class Resources(Options):
     """CPUs and GPUs of one stage, where an engine divides a machine or a cluster."""
 
@@ -82,7 +81,6 @@ class Resources(Options):
     """GPUs, or a share of one: 0.5 lets two stages share it."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class StudyConfig(core.Questions, core.TrainingShare):
     """A study: grids of cells, and what they share: questions among others."""
 
@@ -103,7 +101,7 @@ class StudyConfig(core.Questions, core.TrainingShare):
     resources: Resources = field(default_factory=Resources)
     """CPUs and GPUs of one stage, for ``--engine ray``."""
     keep_checkpoints: bool = False
-    """Keep the models of all cells; else a model goes when no open cell needs it any more."""
+    """Keep the models of all cells; else a model is removed once no open cell needs it."""
     reference: Reference | None = None
     """Published numbers to add to the table."""
 
@@ -135,14 +133,14 @@ class Cell:
     def label(self) -> str:
         """The options of the cell as a short text."""
         prune = self.prune
-        parts = [short_name(self.model), prune.axis, f"{100 * (prune.ratio or 0):.6g}%"]
+        parts = [short_name(self.model), prune.axis, percent(prune.ratio or 0)]
         parts += ["+".join(criteria_of(prune))]
         parts += [prune.allocation] if prune.allocation and prune.axis != "depth" else []
         parts += [f"repair {prune.repair}"] if prune.repair != "none" else []
         parts += [self.options] if self.options else []
         parts.append(self.recovery if self.recover else "no recovery")
         if self.recover and self.recover.fraction < 1:
-            parts.append(f"{100 * self.recover.fraction:.6g}% of the data")
+            parts.append(f"{percent(self.recover.fraction)} of the data")
         return " ".join([*map(str, parts), f"seed {self.seed}"])
 
     def values(self) -> dict[str, Any]:
@@ -158,6 +156,11 @@ class Cell:
             **{name: getattr(self.recover, name, value) for name, value in untrained.items()},
             "seed": self.seed,
         }
+
+
+def percent(share: float) -> str:
+    """Format a ratio, without rounding it: 12.4 % is not 12 %."""
+    return f"{100 * share:.6g}%"
 
 
 def short_name(model: str) -> str:

@@ -26,7 +26,7 @@ from slimvlm.data.read import drawn, estimated_length, identity_of_data
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.ask import identities_of_tasks
 from slimvlm.evaluation.lmms import evaluate_all
-from slimvlm.models.cost import release_memory
+from slimvlm.models.devices import release_memory
 from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import save
@@ -39,6 +39,7 @@ from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.unit_scores import Scores
 
 STAGE_KINDS = ("calibrate", "prune", "recover", "evaluate")
+MAKING_MODELS = ("prune", "recover")  # kinds that leave a checkpoint for later stages
 PLAN, SCORES, RESULT = "plan.json", "scores", "result.json"
 HISTORY, WALK = "history.json", "walk.json"
 ENGINES = ("local", "ray")
@@ -56,11 +57,6 @@ class Stage:
     request: Any  # options; with ``inputs`` they determine the outcome
     inputs: "tuple[Stage, ...]"  # stages whose outcomes are read
     label: str = field(compare=False)
-
-    @property
-    def makes_model(self) -> bool:
-        """Whether it leaves a checkpoint for later stages."""
-        return self.kind in ("prune", "recover")
 
     @cached_property
     def name(self) -> str:
@@ -111,25 +107,47 @@ class Cache:
 
     def is_ready(self, stage: Stage) -> bool:
         """Whether another stage could read the outcome."""
-        is_whole = not stage.makes_model or self.path(stage, CHECKPOINT).is_dir()
+        is_whole = stage.kind not in MAKING_MODELS or self.path(stage, CHECKPOINT).is_dir()
         return self.is_done(stage) and is_whole
 
     def records(self, kind: str, name: str = "[!.]*") -> list[Record]:
         """Read the records of all outcomes of a kind, or of the one of this name."""
-        paths = sorted((self.root / "cache" / kind).glob(f"{name}/{RECORD}"))
-        read = [(documents.read_object(path, "stage"), f"stage {str(path)!r}") for path in paths]
-        return [documents.built(Record, *each) for each in read]
+        return [
+            documents.built(Record, documents.read_object(path, "stage"), f"stage {str(path)!r}")
+            for path in sorted((self.root / "cache" / kind).glob(f"{name}/{RECORD}"))
+        ]
 
     def error_of(self, stage: Stage) -> str:
         """Read the error that a stage's last attempt ended with; empty if there is none."""
-        path = self._failure(stage)
+        path = self._state(stage, "failed", ".json")
         return str(documents.read_object(path, "stage").get("error")) if path.is_file() else ""
 
-    def run(
-        self, stage: Stage, flops: float, wait: bool, is_needed: Callable[[Stage], bool]
+    def attempt(
+        self,
+        stage: Stage,
+        flops: float,
+        failed: Collection[str],
+        left: Collection[str] = (),
+        wait: bool = True,
+        is_needed: Callable[[Stage], bool] = lambda stage: True,
+        started: Callable[[Stage], object] = lambda stage: None,
     ) -> Outcome | None:
-        """Do a stage whose inputs are ready, unless done; None if another worker does it."""
-        failure, scratch = self._failure(stage), self._scratch(stage)
+        """Do a stage if its inputs are there; None if this worker must look again later.
+
+        Other workers may change the cache at any moment. This one saw ``failed`` stages fail, and
+        has still to do those ``left``; ``wait`` is for a stage that another worker is doing.
+        """
+        if self.is_done(stage) and not is_needed(stage):
+            return Outcome(stage.name)  # by another worker, and no open stage reads its checkpoint
+        absent = {source.name for source in stage.inputs if not self.is_ready(source)}
+        if not absent.isdisjoint(failed):
+            return Outcome(stage.name, error=f"{stage.inputs[0].kind} failed")
+        if not absent.isdisjoint(left) or (absent and self.is_done(stage)):
+            return None  # if done, then since the first look, and the next one sees it
+        if absent:
+            return Outcome(stage.name, error=f"{stage.inputs[0].kind} was removed meanwhile")
+        started(stage)
+        failure, scratch = self._state(stage, "failed", ".json"), self._state(stage, "work")
         try:
             with held(self.path(stage), wait=-1 if wait else 0):
                 if self.is_ready(stage) or (self.is_done(stage) and not is_needed(stage)):
@@ -157,7 +175,7 @@ class Cache:
     def failed(self, stage: Stage, error: Exception, seconds: float = 0.0) -> Outcome:
         """Record the error that ended a stage."""
         line = f"{type(error).__name__}: {one_line(error)}"[:_LONGEST_ERROR]
-        path = self._failure(stage)
+        path = self._state(stage, "failed", ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"label": stage.label, "error": line}) + "\n")
         return Outcome(stage.name, seconds, line)
@@ -165,16 +183,13 @@ class Cache:
     def sweep(self, stages: Iterable[Stage]) -> None:
         """Remove resume files of done stages, which killed workers left."""
         for stage in stages:
-            scratch = self._scratch(stage)
+            scratch = self._state(stage, "work")
             if scratch.is_dir() and self.is_ready(stage):
                 with suppress(InUseError), held(self.path(stage)):
                     shutil.rmtree(scratch, ignore_errors=True)
 
-    def _scratch(self, stage: Stage) -> Path:
-        return self.root / "work" / f"{stage.kind}-{stage.name}"
-
-    def _failure(self, stage: Stage) -> Path:
-        return self.root / "failed" / f"{stage.kind}-{stage.name}.json"
+    def _state(self, stage: Stage, folder: str, suffix: str = "") -> Path:
+        return self.root / folder / f"{stage.kind}-{stage.name}{suffix}"
 
 
 _identity = lru_cache(maxsize=64)(documents.identity_of_files)
@@ -182,12 +197,6 @@ _identity_of_data = lru_cache(maxsize=64)(identity_of_data)
 _identities_of_tasks = lru_cache(maxsize=64)(identities_of_tasks)
 _shape_of = lru_cache(maxsize=64)(anatomy)
 """Files are read once for all cells of a study."""
-
-
-def forget_files() -> None:
-    """Clear cached files: another study may find others in the same place."""
-    for remembered in (_identity, _identity_of_data, _identities_of_tasks, _shape_of, _tokens):
-        remembered.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -217,12 +226,12 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     data += [_identity(config.vocab_text, config.vocab_text)] if config.vocab_text else []
     data += [identity_of_general_text()] if config.general_text else []
     whole = replace(whole, made_from=(_identity(cell.model, resolve(cell.model)), *data))
-    if config.loses_tokens:  # chosen as by `compress`: what is trained on counts, too
-        named = {n: getattr(config, n) for n in ("vocab_size", "vocab_text", "general_text")}
-        read = replace(whole, prune=replace(_reading(config), **named), hold_out=False)
-        read = replace(read, recover=RecoverConfig() if whole.trains else None)
+    if config.trims_vocabulary:  # chosen as by `compress`: training samples also count
+        reads = _reading(config, "vocab_size", "vocab_text", "general_text")
+        trained: dict[str, Any] = {"recover": RecoverConfig()}
         if not whole.trains:
-            read = replace(read, training_samples=None)
+            trained = {"recover": None, "training_samples": None}
+        read = replace(whole, prune=reads, hold_out=False, **trained)
         whole = replace(whole, tokens=_tokens(read, study.data is not None))
     base = replace(whole, recover=None, training_samples=None)
     scored = []  # ratio, allocation and repair change no scores
@@ -230,8 +239,8 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
         label = f"{name} {criterion}"
         known = criterion_options(base.prune, criterion)
         if CRITERIA[criterion].needs_data:
-            known |= {n: getattr(base.prune, n) for n in ("general_text", "token_weights")}
-            wanted = replace(_reading(base.prune), criterion=(criterion,), **known)
+            reads = _reading(base.prune, "general_text", "token_weights")
+            wanted = replace(reads, criterion=(criterion,), **known)
             request = replace(base, prune=wanted, tokens=None)
             label += f" seed {config.seed}"
         else:
@@ -250,10 +259,10 @@ def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
     return CellStages(cell, original, tuple(scored), prune, recover, evaluate)
 
 
-def _reading(config: PruneConfig) -> PruneConfig:
-    """Keep only the options that say what is read, and in which order."""
-    source = vars(config.part(DataConfig))
-    return PruneConfig(samples=config.samples, seed=config.seed, **source)
+def _reading(config: PruneConfig, *more: str) -> PruneConfig:
+    """Keep only the options that say what is read, and in which order, and ``more`` of them."""
+    named = {name: getattr(config, name) for name in ("samples", "seed", *more)}
+    return PruneConfig(**named, **vars(config.part(DataConfig)))
 
 
 def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) -> Stage:
@@ -285,12 +294,15 @@ def _samples(
 
 @lru_cache(maxsize=64)
 def _tokens(request: Request, has_data: bool) -> tuple[int, ...] | None:
-    """Choose the tokens that stay, from as many samples as `compress` reads."""
+    """Choose the tokens to keep, from as many samples as `compress` reads."""
     every = samples_of(request)[0] if has_data else []
     places = [sample.place for sample in every]
-    ahead, behind = drawn(places, request.prune.seed, request.report_samples)
+    ahead, behind = drawn(places, request.prune.seed, request.test_samples)
     samples = [every[row] for row in [*behind, *ahead][: stages.rows_to_read(request)]]
     return with_tokens(request, stages.split(samples, request).counted(request)).tokens
+
+
+REMEMBERED = (_identity, _identity_of_data, _identities_of_tasks, _shape_of, _tokens)
 
 
 def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
@@ -357,7 +369,7 @@ class Schedule:
             for stage in cell.all():
                 kept = smaller if stage in (cell.recover, cell.evaluate) else 1.0
                 flops = stage_flops(stage.kind, stage.request, sizes, kept)
-                times = 3 if stage.kind in ("prune", "recover") else 1
+                times = 3 if stage.kind in MAKING_MODELS else 1
                 counted[stage.name] = flops + disk * times
         return counted
 
@@ -375,11 +387,13 @@ class Schedule:
             own[cell.evaluate.name] = sum(self.flops[stage.name] for stage in after)
             of_plan[cell.prune.name] += own[cell.evaluate.name]
 
-        def place(cell: CellStages) -> tuple[Any, ...]:
-            of_model = models.index(cell.cell.model), of_plan[cell.prune.name], cell.prune.name
-            return *of_model, own[cell.evaluate.name], cell.evaluate.name
-
-        return sorted(self.cells, key=place)
+        return sorted(
+            self.cells,
+            key=lambda cell: (
+                *(models.index(cell.cell.model), of_plan[cell.prune.name], cell.prune.name),
+                *(own[cell.evaluate.name], cell.evaluate.name),
+            ),
+        )
 
     def missing(self, cache: Cache) -> list[Stage]:
         """List the open stages in order: those that lead to a missing evaluation."""
@@ -409,7 +423,7 @@ class Schedule:
     def clear_checkpoints(self, stage: Stage, cache: Cache) -> None:
         """Remove the models that a finished stage has read, where no open stage needs them."""
         for source in () if self.keeps_checkpoints else stage.inputs:
-            if source.makes_model and not self.is_needed(source, cache):
+            if source.kind in MAKING_MODELS and not self.is_needed(source, cache):
                 path = cache.path(source, CHECKPOINT)
                 with suppress(FileNotFoundError):  # unless another worker was faster
                     path.rename(path.with_name(f".{CHECKPOINT}.gone.{uuid4().hex}"))
@@ -430,7 +444,7 @@ def run_local(
     while left:
         for stage in left.values():
             flops = schedule.flops[stage.name]
-            outcome = _attempt(stage, cache, flops, failed, left, False, is_needed, started)
+            outcome = cache.attempt(stage, flops, failed, left, False, is_needed, started)
             if outcome is not None:
                 break
         else:
@@ -440,32 +454,6 @@ def run_local(
         failed |= {stage.name} if outcome.error else set()
         schedule.clear_checkpoints(stage, cache)
         finished(stage, outcome)
-
-
-def _attempt(
-    stage: Stage,
-    cache: Cache,
-    flops: float,
-    failed: Collection[str],
-    left: Collection[str] = (),
-    wait: bool = True,
-    is_needed: Callable[[Stage], bool] = lambda stage: True,
-    started: Callable[[Stage], object] = lambda stage: None,
-) -> Outcome | None:
-    """Do a stage if its inputs are there; None if this worker must look again later."""
-    # Other workers may change the cache at any moment. This one saw ``failed`` stages fail, and has
-    # still to do those ``left``.
-    if cache.is_done(stage) and not is_needed(stage):
-        return Outcome(stage.name)  # by another worker, and no open stage reads its checkpoint
-    absent = {source.name for source in stage.inputs if not cache.is_ready(source)}
-    if not absent:
-        started(stage)
-        return cache.run(stage, flops, wait, is_needed)
-    if not absent.isdisjoint(failed):
-        return Outcome(stage.name, error=f"{stage.inputs[0].kind} failed")
-    if not absent.isdisjoint(left) or cache.is_done(stage):
-        return None  # if done, then since the first look, and the next one sees it
-    return Outcome(stage.name, error=f"{stage.inputs[0].kind} was removed meanwhile")
 
 
 def run_ray(
@@ -513,4 +501,4 @@ def run_ray(
 def ray_task(stage: Stage, root: str, flops: float, *inputs: Outcome) -> Outcome:
     """Do a stage on a Ray worker; Ray calls this when the outcomes of its inputs are there."""
     failed = {done.name for done in inputs if done.error}
-    return _attempt(stage, Cache(root), flops, failed) or Outcome(stage.name)
+    return Cache(root).attempt(stage, flops, failed) or Outcome(stage.name)

@@ -1,0 +1,378 @@
+"""Read a folder of `compress` or of a study as a `Record`; a run is a study of one cell."""
+
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from slimvlm.core.documents import read_object
+from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
+from slimvlm.core.files import path_of
+from slimvlm.core.tables import read_table
+from slimvlm.data.samples import Task
+from slimvlm.evaluation.compare import Comparison, compare
+from slimvlm.evaluation.lmms import split_names
+from slimvlm.evaluation.metrics import LIKELIHOODS, Estimate
+from slimvlm.evaluation.on_data import DataResult
+from slimvlm.evaluation.results import KINDS, Result
+from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
+from slimvlm.planning.plan import Plan
+from slimvlm.runs import compress as runs
+from slimvlm.runs import tables
+from slimvlm.runs.recipes import Curve, expected
+from slimvlm.runs.stages import ORIGINAL
+from slimvlm.runs.study import DONE, FAILED, STUDY, TABLE
+from slimvlm.runs.study.config import percent
+from slimvlm.scoring.unit_scores import Scores
+from slimvlm.training.recover import History
+
+SHOWN_RATIO = 0.3  # answers are of the best model at the measured ratio nearest to this one
+_OPTIONS = ("criterion", "allocation", "repair", "options", "fraction", "seed")
+"""Columns that a cell's name and the table have only where they differ between cells of an axis."""
+_TABLES = read_table(__file__, "tables.yaml")
+Card = tuple[str, str, str]  # label, value, explanation
+Training = tuple[str, str, Sequence[Mapping[str, float]]]  # title, words, log rows
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells below a header; those that end with `slimvlm.runs.tables.MARK` are significant."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""  # written below, one list item for each line
+    folded: bool = False  # closed at first
+    wraps: bool = False  # cells are sentences, which break into lines
+    ids: Sequence[str] = ()  # of each row, that marks of charts lead to; empty for none
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that a report shows."""
+
+    title: str
+    lead: str  # a sentence below the title
+    cards: Sequence[Card]  # figures to read first
+    command: str  # of the run; empty if not known
+    config: Mapping[str, Any]
+    entries: pd.DataFrame  # the measured models, originals first, as `_measured` gives them
+    prunings: Sequence[tuple[str, Plan, Sequence[Scores]]]  # title, plan, scores that led to it
+    trainings: Sequence[Training]
+    tables: Sequence[Table]
+    comparison: Comparison | None  # the original and one smaller model, answer by answer
+    notes: Sequence[str] = ()
+
+
+def read_record(folder: str | Path, tasks: str | None = None) -> Record:
+    """Read a run folder of `compress` or of a study; ``tasks`` are evaluated ones of the user."""
+    path = path_of(folder, "run")
+    own, _ = split_names(tasks or "demo")  # lmms-eval's: answers without questions
+    known = builtin_tasks() | {task.name: task for task in find_tasks(own or "demo")}
+    try:
+        if (path / "config.json").is_file() and (path / "plan.json").is_file():
+            return _read_run(path, known)
+        if (path / TABLE).is_file() and (path / "study.json").is_file():
+            return _read_study(path, known)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        told = f"{type(error).__name__}: {one_line(error)[:LONGEST]}"
+        told = f"a file in it is not as slimvlm wrote it ({told})"
+        raise ConfigError(f"report {str(folder)!r}: {told}") from error
+    told = f"neither a run folder (config.json and plan.json) nor a study ({TABLE} and study.json)"
+    raise ConfigError(f"report {str(folder)!r}: {told}")
+
+
+def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
+    config = read_object(folder / "config.json", "report:")
+    plan, results = Plan.load(folder / "plan.json"), runs.read_results(folder)
+    on_data, recover = runs.read_held_out(folder), config.get("recover") or {}
+    rows = []
+    for stage, result in results.items():  # as a row of a study's table
+        original = results.get(ORIGINAL, result)
+        trained = recover.get("train") if stage == "recovered" else None
+        row = {"name": stage, "axis": plan.axis, "achieved_ratio": plan.ratio} | {
+            **{name: getattr(result, name) for name in ("total_params", "prefill_ms", "decode_ms")},
+            **{"train": trained or "none", "loss": recover.get("loss"), "avg": result.average},
+            **{"recovery": f"{trained} {recover['loss']}" if trained else "none"},
+            **{"fraction": recover.get("fraction", 1.0)},
+        }
+        if stage == ORIGINAL:
+            row |= {"axis": ORIGINAL, "achieved_ratio": 0.0, "avg_percent": 100.0}
+        elif not math.isnan(original.average):
+            kept = result.retention(original)
+            row |= {"avg_percent": kept.percent, "avg_percent_low": kept.low}
+            row |= {"avg_percent_high": kept.high}
+        rows.append(row)
+    entries = _measured(pd.DataFrame(rows)).fillna({"variant": "", "link": "", "model": ""})
+    listed = []
+    if results:
+        listed.append(Table("Scores in percent", *tables.result_rows(results), tables.LEGEND))
+    if on_data:
+        title, note = "Retained on test samples", "\n".join(tables.held_out_notes(on_data))
+        listed.append(Table(title, *tables.held_out_rows(on_data), note))
+    listed += _walk_tables(folder)
+    there = [
+        [row["name"], interval(row, "avg_percent"), curve.model, f"{value:.1f}", curve.source]
+        for _, row in entries.iterrows()
+        for curve, value in (() if pd.isna(row["avg_percent"]) else published(row))
+    ]
+    if there:
+        listed.append(Table(rows=there, **_TABLES["published"]))
+    command, comparison = "", None
+    with suppress(ConfigError):  # options of another version
+        model, options, _ = runs.read_config(folder / "config.json")
+        command = runs.compress_command(model, options, folder)
+    if ORIGINAL in results and len(results) > 1:
+        original, *_, smaller = results.values()
+        if any(task.metric not in LIKELIHOODS for task in original.tasks.values()):
+            comparison = compare(original, smaller, known)
+    scores = [Scores.load(path) for path in sorted((folder / "scores").glob("*.safetensors"))]
+    learns = f"{recover.get('train')} from {recover.get('loss')}"
+    return Record(
+        title=f"{Path(config['model']).name} at {plan.ratio:.0%}",
+        lead=f"This run {plan.summary()}.",
+        cards=[*_cards(folder, plan, results, on_data)],
+        command=command,
+        config=config,
+        entries=entries,
+        prunings=[("", plan, scores)],
+        trainings=_training(folder / "history.json", learns),
+        tables=listed,
+        comparison=comparison,
+        notes=tables.training_notes(results, on_data, str(recover.get("loss"))),
+    )
+
+
+def _cards(
+    folder: Path, plan: Plan, results: Mapping[str, Result], on_data: Mapping[str, DataResult]
+) -> Iterator[Card]:
+    """Yield the figures of a run to read first."""
+    compared = len(results) > 1 and ORIGINAL in results
+    first, *_, last = results.values() if compared else (None, None)
+    if first is not None and last is not None and first.average > 0:  # not NaN
+        kept = last.retention(first)
+        bounds = "no bounds: the original is not clearly above 0"
+        if not math.isnan(kept.low):
+            bounds = f"95 % interval {kept.low:.1f} to {kept.high:.1f}"
+        yield "Retained (AVG-%)", f"{kept.percent:.1f}", bounds
+        for kind, kept in last.retention_by_kind(first).items():
+            bounds = "no bounds" if math.isnan(kept.low) else f"{kept.low:.1f} to {kept.high:.1f}"
+            told = f"{bounds}, floor {kept.floor:.1f}"
+            yield f"Retained of {kind} answers", f"{kept.percent:.1f}", told
+    asked = "" if plan.asked_ratio is None else f"requested {plan.asked_ratio:.1%}"
+    yield "Backbone removed", f"{plan.ratio:.1%}", asked
+    before, after = plan.before.total_params / 1e6, plan.after.total_params / 1e6
+    yield "Parameters", f"{after:,.1f} M", f"of {before:,.1f} M"
+    if (times := runs.read_times(folder)) is not None:  # paired; else each model's own
+        for title, share in (("Prefill time", times.prefill), ("Decode time", times.decode)):
+            bounds = f"of the original's, {share.low:.0%} to {share.high:.0%} in all rounds"
+            yield title, f"{share.value:.0%}", bounds
+    elif first is not None and last is not None:
+        yield "Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"
+        yield "Decode", f"{last.decode_ms:.1f} ms", f"a token, of {first.decode_ms:.1f} ms"
+    same = list(on_data.values())[-1].figures.agreement if on_data else None
+    if same is not None and same.low is not None and same.high is not None:
+        bounds = f"on test samples, 95 % interval {same.low:.1f} to {same.high:.1f}"
+        yield "Same next token", f"{same.value:.1f} %", bounds
+
+
+def _walk_tables(folder: Path) -> Iterator[Table]:
+    """Make tables of the errors of each matrix and layer before and after repair."""
+    path = folder / "walk.json"
+    report = read_object(path, "report:") if path.is_file() else {"layers": []}
+    rows = [
+        [f"{layer['index']}.{name}", f"{row['sliced']:.2%}", f"{row['repaired']:.2%}"]
+        for layer in report["layers"]
+        for name, row in layer["refits"].items()
+    ]
+    if rows:
+        yield Table(rows=rows, note="; ".join(report.get("notes", ())), **_TABLES["refits"])
+    rows = [
+        [str(layer["index"]), *(f"{error:.2%}" for error in layer["distilled"])]
+        for layer in report["layers"]
+        if layer["distilled"] is not None
+    ]
+    if rows:
+        yield Table(rows=rows, **_TABLES["distilled"])
+
+
+def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
+    config = read_object(folder / "study.json", "report:")
+    with raised_as(ConfigError, (OSError, ValueError), f"report {str(folder)!r}: cannot be read"):
+        table = pd.read_parquet(folder / TABLE)
+    done = _measured(table[table["status"] == DONE])
+    cells, wanted = (rows[rows["axis"] != ORIGINAL] for rows in (done, table))
+    of_axis = cells.astype(str).groupby("axis")
+    varied = [name for name in _OPTIONS if (of_axis[name].nunique() > 1).any()]
+    rows = [row for _, row in done.iterrows()]
+    named = [name for name in varied if name != "seed"]
+    done["name"] = [_name(row, varied) for row in rows]
+    done["variant"] = [", ".join(_options(row, named)) for row in rows]
+    done["link"] = [f"cell-{index}" for index in done.index]
+    cells = done[done["axis"] != ORIGINAL]
+    prunings, trainings = [], list[Training]()
+    for _, row in cells.drop_duplicates("plan").iterrows():
+        scores = [Scores.load(_inside(folder, name)) for name in str(row["scores"]).split()]
+        removed = f"{row['axis']} {percent(row['ratio'])}"
+        title = f"{Path(row['model']).name} {removed}, {row['criterion']}"
+        prunings.append((title, Plan.load(_inside(folder, row["plan"])), scores))
+    for _, row in cells[cells["history"].notna()].iterrows():
+        trainings += _training(_inside(folder, row["history"]), row["name"])
+    failed = int((wanted["status"] == FAILED).sum())
+    words = f"{failed} failed, {len(wanted) - len(cells) - failed} open"
+    cards = [("Cells", str(len(cells)), words)]
+    rated = cells.dropna(subset=["avg_percent"])  # none where the original has nothing right
+    best = rated.loc[rated.groupby("ratio")["avg_percent"].idxmax()]  # of each ratio, in order
+    for _, row in best.head(5).iterrows():
+        how = f"{row['axis']}, {'untrained' if row['train'] == 'none' else row['recovery']}"
+        title = f"Best at {percent(row['ratio'])} (AVG-%)"
+        cards.append((title, f"{row['avg_percent']:.1f}", how))
+    comparison, notes = None, []
+    if not best.empty:
+        shown = best.loc[(best["ratio"] - SHOWN_RATIO).abs().idxmin()]
+        notes = [f"Answers are those of: {shown['name']}."]
+        originals = table[(table["axis"] == ORIGINAL) & (table["model"] == shown["model"])]
+        original = Result.load(_inside(folder, shown.get("original", originals.iloc[0]["result"])))
+        comparison = compare(original, Result.load(_inside(folder, shown["result"])), known)
+    models = ", ".join(Path(model).name for model in table["model"].unique())
+    axes = " and ".join(wanted["axis"].unique())
+    return Record(
+        title=f"Study of {models}",
+        lead=f"{len(cells)} of {len(wanted)} cells measured, along {axes}.",
+        cards=cards,
+        command=shlex.join(["slimvlm", "study", str(folder / STUDY), "--out", str(folder)]),
+        config=config,
+        entries=done,
+        prunings=prunings,
+        trainings=trainings,
+        tables=[*_study_tables(table, done, varied)],
+        comparison=comparison,
+        notes=notes,
+    )
+
+
+def _study_tables(
+    table: pd.DataFrame, done: pd.DataFrame, varied: Sequence[str]
+) -> Iterator[Table]:
+    """Make the tables of all cells, the claims, the scores by task, and what failed."""
+    from slimvlm_tools.claims import claims_of
+
+    rows = [row for _, row in done.iterrows()]
+    clear = (done["avg_percent_low"] > 100) | (done["avg_percent_high"] < 100)
+    optional: dict[str, list[str]] = {f"AVG-% {kind}": [] for kind in KINDS} | {"reference": []}
+    for row in rows:
+        for kind in KINDS:
+            text = interval(row, f"{kind}_percent")
+            text = text and f"{text}, floor {row[f'{kind}_floor']:.1f}"
+            optional[f"AVG-% {kind}"].append(text)
+        text = interval(row, "reference")
+        optional["reference"].append(text and f"{text} ({row['reference_source']})")
+    cells: dict[str, Any] = {
+        "model": done["name"],
+        "removed": done["achieved_ratio"].map("{:.1%}".format),
+        "AVG": done["avg"].map("{:.1f}".format),
+        "AVG-% [95 % interval]": [
+            interval(row, "avg_percent") + tables.MARK * is_clear
+            for row, is_clear in zip(rows, clear, strict=True)
+        ],
+        **{name: done[name].astype(str).where(done["axis"] != ORIGINAL, "") for name in varied},
+        "above floor": [interval(row, "above_floor") for row in rows],
+        **{name: texts for name, texts in optional.items() if any(texts)},
+        "published": [" / ".join(f"{value:.1f}" for _, value in published(row)) for row in rows],
+        "parameters": [f"{params / 1e6:.1f} M" for params in done["total_params"]],
+        "prefill ms": done["prefill_ms"].map("{:.1f}".format),
+        "decode ms": done["decode_ms"].map("{:.1f}".format),
+    }
+    texts = [*zip(*cells.values(), strict=True)]
+    yield Table(header=list(cells), rows=texts, ids=[*done["link"]], **_TABLES["cells"])
+    claims = [claim for claim in claims_of(table) if claim.verdict != "not measured"]
+    if claims:
+        lines = [[claim.name, claim.statement, claim.verdict] for claim in claims]
+        yield Table(rows=lines, **_TABLES["claims"])
+        lines = [[claim.name, line] for claim in claims for line in claim.numbers]
+        yield Table(rows=lines, **_TABLES["numbers"])
+    names = [name for name in done if name.startswith("score:")]
+    lines = [
+        [row["name"], *("" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in names)]
+        for row in rows
+    ]
+    header = ["model", *(name.removeprefix("score:") for name in names)]
+    yield Table(header=header, rows=lines, **_TABLES["scores"])
+    broken = table[table["status"] == FAILED]
+    if len(broken):
+        lines = [[_name(row), str(row["failed"])] for _, row in broken.iterrows()]
+        yield Table(rows=lines, **_TABLES["failed"])
+
+
+def _name(row: pd.Series, varied: Sequence[str] = ()) -> str:
+    short = Path(str(row["model"])).name
+    if row["axis"] == ORIGINAL:
+        return f"{short} original"
+    trained = "untrained" if row["train"] == "none" else str(row["recovery"])
+    removed = f"{short} {row['axis']} {percent(row['ratio'])}"
+    return ", ".join([removed, trained, *_options(row, varied)])
+
+
+def _options(row: pd.Series, varied: Sequence[str]) -> list[str]:
+    return [f"{name} {row[name]}" for name in varied if row[name] != ""]
+
+
+def _measured(table: pd.DataFrame) -> pd.DataFrame:
+    """Give rows of a study's table all columns of figures, as numbers, and of words."""
+    ends = {f"{kind}_{end}": f"{kind}_percent_{end}" for kind in KINDS for end in ("low", "high")}
+    figures = ["avg_percent", "above_floor", *(f"{kind}_percent" for kind in KINDS)]
+    numbers = [f"{figure}{end}" for figure in figures for end in ("", "_low", "_high")]
+    numbers += ["achieved_ratio", "avg", "total_params", "prefill_ms", "decode_ms", "fraction"]
+    words = ["name", "model", "axis", "recovery", "train", "loss", "variant", "link", "history"]
+    table = table.rename(columns=ends)
+    table = table.reindex(columns=[*dict.fromkeys([*table, *numbers, "reference", *words])])
+    table = table.astype(dict.fromkeys([*numbers, "reference"], float))
+    table["train"] = table["train"].fillna("none")  # of originals
+    for train in {*table["train"]} - {"none", "projector", "lora", "full"}:
+        raise ConfigError(f"train {shortened(train)} must be one of: none, projector, lora, full")
+    return table
+
+
+def interval(row: Mapping[str, Any], figure: str) -> str:
+    """Format a figure of a measured model with its interval; empty if it was not measured."""
+    numbers = [row.get(f"{figure}{end}") for end in ("", "_low", "_high")]
+    value, low, high = (
+        None if number is None or math.isnan(number) else number for number in numbers
+    )
+    return "" if value is None else f"{Estimate(value, low, high):.1f}"
+
+
+def published(row: Mapping[str, Any], ratio: float | None = None) -> list[tuple[Curve, float]]:
+    """Find AVG-% of the papers' models for a row's axis and training, with all of the data."""
+    if row["axis"] == ORIGINAL or row["fraction"] != 1:
+        return []
+    train = None if row["train"] == "none" else row["train"]
+    removed = row["achieved_ratio"] if ratio is None else ratio
+    return expected(row["axis"], train, row["loss"], removed, ours=False)
+
+
+def _training(path: Path, title: str) -> list[Training]:
+    if not path.is_file():
+        return []
+    history = History.load(path)
+    about = (
+        f"{history.num_samples} samples; {history.trained_params / 1e6:.1f} M parameters "
+        f"learned; teacher: {history.teacher}"
+    )
+    return [(title, about, history.steps)]
+
+
+def _inside(folder: Path, name: Any) -> Path:
+    """Find a file that a table names; refuse one outside of the folder."""
+    path = folder / str(name)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        told = f"{TABLE} names {shortened(str(name))}, which is outside of it"
+        raise ConfigError(f"report {str(folder)!r}: {told}")
+    return path
