@@ -94,6 +94,8 @@ def _described(hint: Any, text: str, default: Any) -> Any:
     """Add help to a type, and the form of its values where tyro's own would name ``None``."""
 
     def form(kind: Any) -> str:
+        if get_origin(kind) is Annotated:
+            return form(kind.__origin__)
         if get_origin(kind) is Literal:
             return "|".join(map(str, get_args(kind)))
         return {str: "TEXT"}.get(kind, getattr(kind, "__name__", "VALUE").upper())

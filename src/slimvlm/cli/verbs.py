@@ -242,7 +242,7 @@ def study(
         address: Address of a running Ray cluster. Default: RAY_ADDRESS.
         dry_run: Only show the cells, their cached stages and the estimated time of the others.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # one table shows the progress; before imports
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lines show the progress; before imports
     from slimvlm.cli.printing import print_study
     from slimvlm.runs.study import forecast, run_study
 

@@ -70,7 +70,7 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
             content = message["content"]
             if not isinstance(content, str):
                 if picture is None and any(part["type"] != "text" for part in content):
-                    raise DataError("a conversation has images, but the model cannot see")
+                    raise DataError("a sample has images, but the model cannot see")
                 content = "".join(part.get("text", picture) for part in content)
             chat[place] = {"role": message["role"], "content": content}
     if not has_template:
@@ -196,7 +196,7 @@ def process(
         return inputs
     except Exception as error:  # a text with the model's own token for images, wrong settings
         reason = one_line(error)[:LONGEST]
-        raise DataError(f"the processor refuses the conversation ({reason})") from error
+        raise DataError(f"the processor refuses the sample ({reason})") from error
     finally:
         tokenizer.pad_token, tokenizer.padding_side = pad, side
         if backend is not None:

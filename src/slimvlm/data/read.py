@@ -103,7 +103,7 @@ def _rows_of_file(path: Path, outlined: bool) -> Iterator[Any]:
         with raised_as(DataError, ValueError, f"data {str(path)!r}: the file is not JSON"):
             rows = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(rows, list):
-            raise DataError(f"data {str(path)!r}: must be a list of conversations")
+            raise DataError(f"data {str(path)!r}: must be a list of samples")
         yield from rows
     else:
         told = "must end in .json, .jsonl or .parquet, or be a folder"

@@ -128,7 +128,7 @@ def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
             return Image.open(io.BytesIO(content), formats=FORMATS)
         place = source.get("path") if isinstance(source, dict) else source
         if not isinstance(place, str):
-            raise DataError("image must be a path or a picture")
+            raise DataError("image must be a path or an image")
         shown = repr(place if len(place) < 100 else f"{place[:100]}...")
         told = f"image {shown} is not a path"
         with raised_as(DataError, (OSError, ValueError, RuntimeError), told):

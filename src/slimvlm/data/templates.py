@@ -132,7 +132,7 @@ def rendered(template: str, **values: Any) -> str:
         told = mistakes.get(type(error), f"is malformed ({error})")
         raise ConfigError(f"model: its chat template {told}") from error
     except ValueError as error:
-        raise DataError(f"the chat template refuses the conversation ({error})") from error
+        raise DataError(f"the chat template refuses the sample ({error})") from error
 
 
 Version = tuple[str, int, int]  # a tokenizer's file, its date and its size

@@ -102,7 +102,9 @@ def evaluate(
 
 def _digest_of_model(model: PreTrainedModel, processor: Any) -> str:
     """Hash all of a model that replies depend on: weights, settings, template and our own code."""
-    settings = [each.to_json_string() for each in (model.config, model.generation_config)]
+    settings: list[Any] = [
+        each.to_json_string() for each in (model.config, model.generation_config)
+    ]
     settings += [getattr(processor, name, None) for name in ("chat_template", "template_args")]
     settings.append(documents.identity_of_code())
     if chat.can_see(processor):

@@ -95,7 +95,7 @@ class PairedTimes:
     decode: Estimate
 
     def __str__(self) -> str:
-        """Complete a sentence that begins "the smaller model"."""
+        """Complete a sentence that begins "the compressed model"."""
         read, write = (f"{ms:.1f} ms" for ms in (self.pruned.prefill_ms, self.pruned.decode_ms))
         told = f"prefills in {self.prefill} of the original's time ({read})"
         return f"{told}, decodes a token in {self.decode} ({write})"
@@ -119,8 +119,8 @@ def paired_times(
 ) -> PairedTimes:
     """Time a compressed model and its original in turn, each with its own processor."""
     pairs = [(original, original_processor), (model, processor)]
-    found, (theirs, ours) = times_of(pairs, chat.plain_question(original_processor, size))
-    return PairedTimes(*found, *_shares(ours, theirs))
+    (first, second), (theirs, ours) = times_of(pairs, chat.plain_question(original_processor, size))
+    return PairedTimes(first, second, *_shares(ours, theirs))
 
 
 def times_of(
@@ -327,8 +327,8 @@ def summarised(
         speeds = []
         for size, its in runs.items():
             whole = [1e3 * size * workload.new_tokens / sum(run) for run in its[i]]
-            times = map(median, _by_phase(its[i]))
-            speeds.append(Speed(size, *times, median(whole), peaks[size][i]))
+            prefill, decode = map(median, _by_phase(its[i]))
+            speeds.append(Speed(size, prefill, decode, median(whole), peaks[size][i]))
         footprint = Footprint(
             model=side.name,
             total_params=side.shape.total_params,

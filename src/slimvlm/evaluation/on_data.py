@@ -381,7 +381,7 @@ def batches_of(
     texts = [sample for sample in samples if isinstance(sample, str)]
     conversations = [sample for sample in samples if isinstance(sample, Sample)]
     if texts and conversations:
-        raise ConfigError("samples must be conversations or plain texts, not both")
+        raise ConfigError("samples must be chat samples or plain texts, not both")
     lengths = [(0, len(text)) for text in texts]
     lengths += [(len(each.images), estimated_length(each, 0)) for each in conversations]
     order = sorted(range(len(samples)), key=lambda place: lengths[place])

@@ -180,7 +180,7 @@ def read_adapter(folder: Path) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"{where}: {ADAPTER}: {odd[0]} {value} is not merged here; use PEFT")
     weights = {f.name for f in folder.iterdir() if f.suffix in (".bin", ".safetensors")}
     if others := weights - {*TABLES["beside_adapter"]}:
-        raise ConfigError(f"{where}: beside {ADAPTER} lies {min(others)!r}, which is not merged")
+        raise ConfigError(f"{where}: next to {ADAPTER} lies {min(others)!r}, which is not merged")
     if isinstance(base, str) and Path(base).is_dir() and not (Path(base) / ADAPTER).exists():
         return base, values
     if not isinstance(base, str) or not re.fullmatch(_HUB_ID, base) or Path(base).exists():

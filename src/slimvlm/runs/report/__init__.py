@@ -121,7 +121,8 @@ def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, 
         left_out += bool(pair.question.images) and not pictures
         cards[name].append({"pair": pair, "pictures": pictures})
     differences = [*(task.difference for task in comparison.tasks.values()), comparison.difference]
-    reach = max(max(abs(d.low), abs(d.high), 1.0) for d in differences)
+    ends = [end for d in differences for end in (d.low, d.high) if end is not None]
+    reach = max(1.0, *map(abs, ends))
     return {
         "comparison": comparison,
         "cards": cards,  # by task

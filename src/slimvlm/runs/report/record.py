@@ -266,7 +266,8 @@ def _study_tables(
 
     rows = [row for _, row in done.iterrows()]
     clear = (done["avg_percent_low"] > 100) | (done["avg_percent_high"] < 100)
-    optional: dict[str, list[str]] = {f"AVG-% {kind}": [] for kind in KINDS} | {"reference": []}
+    optional: dict[str, list[str]] = {f"AVG-% {kind}": [] for kind in KINDS}
+    optional["reference"] = []
     for row in rows:
         for kind in KINDS:
             text = interval(row, f"{kind}_percent")

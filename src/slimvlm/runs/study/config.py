@@ -199,9 +199,9 @@ def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
     if name != NONE:
         if name not in study.recoveries:
             known = ", ".join([NONE, *study.recoveries])
-            raise ConfigError(f"recovery {name!r} must be one of the study's recoveries: {known}")
+            raise ConfigError(f"recovery {name!r} must be one of the recoveries: {known}")
         if study.data is None:
-            raise ConfigError(f"recovery {name!r} needs the study's key 'data'")
+            raise ConfigError(f"recovery {name!r} needs the key 'data'")
         where, training = f"recovery {name!r}", {**study.recover, **study.recoveries[name]}
         _check_home(where, training, _RECOVER_KEYS)
         if training.get("keep_adapter"):
