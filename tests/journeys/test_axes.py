@@ -164,7 +164,7 @@ def test_a_run_meets_its_latency(data, tmp_path, unhurried):
     plan = Plan.load(tmp_path / "run" / "plan.json")
     left = prefill_flops(plan.after, PROMPT) / prefill_flops(plan.before, PROMPT)
     assert 0.5 < left < 0.71  # groups and neurons share anew once they are tried
-    assert "target_latency 0.7: here it is 1.00 [1.00, 1.00]" in said  # times are made up
+    assert "target_latency 0.7: measured 1.00 [1.00, 1.00]" in said  # times are made up
     with pytest.raises(ConfigError, match=r"target_latency 0\.7 conflicts with ratio 0\.3"):
         CompressConfig(target_latency=0.7, ratio=0.3)
     with pytest.raises(ImpossiblePlanError, match=r"target_latency 0\.01"):
@@ -191,7 +191,7 @@ def test_a_stopped_run_does_not_try_again(data, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "try_axes", stops)
     said = []
     compress(model, config, out, say=said.append)
-    assert any("depth, width and both are tried" in line for line in said)
+    assert any("short trials of depth" in line for line in said)
     assert any(
         f"axis {Plan.load(out / 'plan.json').axis}: validation loss" in line for line in said
     )
