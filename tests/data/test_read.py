@@ -265,7 +265,7 @@ CUT = GOOD_LINE + b'\n{"id": "cut", "mess\n'
 REFUSED = {
     "row is a text": ("data.json", b"[%b, 1]" % GOOD_LINE, DataError, "row 1 is not an object"),
     "cut": ("data.json", b'[{"id": "cut", "conv', DataError, r"data\.json'.*not JSON"),
-    "object": ("data.json", b'{"rows": [%b]}' % GOOD_LINE, DataError, "must be a list of conv"),
+    "object": ("data.json", b'{"rows": [%b]}' % GOOD_LINE, DataError, "must be a list of samples"),
     "no text": ("data.json", b"\xff\xfe\x00\x01", DataError, r"data\.json"),
     "in latin-1": ("data.json", LATIN, DataError, "can't decode byte 0xe9"),
     "row in latin-1": ("data.jsonl", LATIN, DataError, "line 1 .*can't decode byte 0xe9"),
