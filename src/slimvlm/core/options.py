@@ -74,12 +74,19 @@ Text = Annotated[str, BeforeValidator(_text)]  # a folder, a file or a hub id
 Texts = Annotated[tuple[str, ...], BeforeValidator(listed)]
 
 
+def _plain(value: Any) -> Any:
+    """Return numbers of numpy as Python's."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
+
+
 class _Checked(type):
     """Classes whose construction raises a ConfigError for a wrong value."""
 
     def __call__(cls, *values: Any, **named: Any) -> Any:
         try:
-            return super().__call__(*values, **named)
+            return super().__call__(*values, **{name: _plain(v) for name, v in named.items()})
         except ValidationError as error:
             raise ConfigError(first_mistake(cls, error)) from error
 

@@ -54,7 +54,7 @@ def capture_gradients(
     is_kept = is_mix or (is_joined and second is not None)
     sums: dict[Place, Tensor] = {}  # of terms over channels
     # sums over batches of gradients, and of their squares, with the dimension that units divide
-    kept: dict[Place, tuple[int, Tensor, list[Tensor]]] = {}
+    kept: dict[Place, list[Tensor]] = {}
 
     def add(place: Place, dim: int, matrix: Tensor, rows: slice, terms: Tensor) -> None:
         if place not in sums:
@@ -71,13 +71,13 @@ def capture_gradients(
             x, factors = x.flatten(0, 1)[None], [1]
         if is_kept and place not in kept:
             zeros = [torch.zeros_like(matrix, dtype=torch.float32) for _ in range(1 + is_mix)]
-            kept[place] = dim, matrix, zeros
+            kept[place] = zeros  # not the matrix, which may be a copy of one on disk
         for rows in _row_blocks(matrix):
             weight = matrix[rows].float()
             for x_j, dy_j, factor in zip(x, dy, factors, strict=True):
                 g = (dy_j[:, rows].mT @ x_j).float()
                 if is_kept:
-                    total, *squares = kept[place][2]
+                    total, *squares = kept[place]
                     total[rows].add_(g, alpha=factor)
                     for square in squares:
                         square[rows].addcmul_(g, g)
@@ -88,15 +88,17 @@ def capture_gradients(
 
     with on_products(model, on_product):
         seen.backward(model, chain([first], [] if second is None else [second], found))
-    while kept:
-        place, (dim, matrix, (total, *squares)) = kept.popitem()
+    places = (each for each in linear_matrices(model) if (each[0], each[1].path) in kept)
+    for index, projection, linear in places:
+        place, matrix = (index, projection.path), weight_of(linear)
+        total, *squares = kept.pop(place)
         for rows in _row_blocks(matrix):
             w = matrix[rows].float()
             terms = w * total[rows]
             for square in squares:  # of `mix`
                 g = total[rows] / float(seen.weight)
                 terms = w * g - 0.5 * w * (square[rows] / seen.num_samples) * w
-            add(place, dim, matrix, rows, terms.abs())
+            add(place, projection.dim, matrix, rows, terms.abs())
     count = 1 if is_mix else float(seen.weight) if is_joined else seen.num_samples
     return Statistics(parts={p: (total / count).cpu() for p, total in sums.items()}, **seen.totals)
 

@@ -236,6 +236,7 @@ def walk(
                 one.embed([everything[sizes.index(max(sizes))]])
                 kept = one.store.read("batches", 0, torch.device("cpu"))
                 others = sum(value.nbytes for name, value in kept.items() if name != "hidden")
+                del one, kept  # which hold the batch
                 tokens = sum(valid_tokens(batch).numel() for batch in everything)
                 size, aims = text_config_of(model.config).hidden_size, config.aims_at_original
                 needed = states_bytes(size, tokens, model.dtype.itemsize, aims)
