@@ -263,7 +263,7 @@ def by_ratio(entries: pd.DataFrame) -> list[Chart]:
                 points = [*zip(100 * ratios, means, strict=True)]
                 chart.line(points, axis, f"{axis}, mean over seeds", axis)
                 # the papers' mean over their models, at those of the ratios that they have
-                found = {ratio: published(of.iloc[0], ratio) for ratio in ratios}
+                found = {ratio: published(dict(of.iloc[0]), ratio) for ratio in ratios}
                 there = {100 * r: fmean(value for _, value in found[r]) for r in found if found[r]}
                 if there:
                     name, dotted = f"{axis}, mean of the paper's models", (0, (1, 2))
