@@ -7,7 +7,7 @@ font. Colours become CSS variables; each mark's values become its tooltip.
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -263,7 +263,7 @@ def by_ratio(entries: pd.DataFrame) -> list[Chart]:
                 points = [*zip(100 * ratios, means, strict=True)]
                 chart.line(points, axis, f"{axis}, mean over seeds", axis)
                 # the papers' mean over their models, at those of the ratios that they have
-                found = {ratio: published(dict(of.iloc[0]), ratio) for ratio in ratios}
+                found = {ratio: published(of.iloc[0], ratio) for ratio in ratios}
                 there = {100 * r: fmean(value for _, value in found[r]) for r in found if found[r]}
                 if there:
                     name, dotted = f"{axis}, mean of the paper's models", (0, (1, 2))
@@ -392,7 +392,7 @@ def frontier(points: Points) -> list[tuple[float, float]]:
     return best
 
 
-def _dots(chart: Chart, entries: pd.DataFrame, xs: Sequence[float]) -> None:
+def _dots(chart: Chart, entries: pd.DataFrame, xs: Iterable[float]) -> None:
     """Draw a mark for each model, and a bar for its interval; filled if something was trained."""
     for x, (_, row) in zip(xs, entries.iterrows(), strict=True):
         axis, train, kept = row["axis"], row["train"], row["avg_percent"]

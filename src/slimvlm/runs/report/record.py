@@ -341,7 +341,7 @@ def _measured(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def interval(row: Mapping[str, Any], figure: str) -> str:
+def interval(row: pd.Series, figure: str) -> str:
     """Format a figure of a measured model with its interval; empty if it was not measured."""
     numbers = [row.get(f"{figure}{end}") for end in ("", "_low", "_high")]
     value, low, high = (
@@ -350,7 +350,7 @@ def interval(row: Mapping[str, Any], figure: str) -> str:
     return "" if value is None else f"{Estimate(value, low, high):.1f}"
 
 
-def published(row: Mapping[str, Any], ratio: float | None = None) -> list[tuple[Curve, float]]:
+def published(row: pd.Series, ratio: float | None = None) -> list[tuple[Curve, float]]:
     """Find AVG-% of the papers' models for a row's axis and training, with all of the data."""
     if row["axis"] == ORIGINAL or row["fraction"] != 1:
         return []
