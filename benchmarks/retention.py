@@ -26,7 +26,7 @@ import random
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ import torch
 import slimvlm as sv
 from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.core.files import write_text
+from slimvlm.data.general import general_samples
 from slimvlm.data.roles import IGNORE
 from slimvlm.evaluation.results import Result
 from slimvlm.models.devices import computes_bfloat16, device_named
@@ -186,7 +187,10 @@ class Sitting:
         request = resolved(Request(model=options.model, prune=config))
         shown = self._shown
         if kind is Calibration:
-            shown = stages.with_general_text(shown, replace(request.prune, seed=self._seed))
+            share = request.prune.general_text or 0.0
+            count = round(len(shown) * share / (1 - share))
+            usual = round(statistics.median(sample.tokens for sample in shown)) or None
+            shown = [*shown, *general_samples(count, self._seed, None, usual)]
         calibration = kind(subject.processor, shown, request.hold_out)
         model = copy.deepcopy(subject.model)
         try:

@@ -10,6 +10,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from dataclasses import fields, is_dataclass
+from inspect import signature
 from io import StringIO, TextIOWrapper
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -19,7 +21,7 @@ from slimvlm.cli import verbs
 from slimvlm.cli.options import defaults_from, name_of, parse
 from slimvlm.core import errors
 from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
-from slimvlm.core.files import held
+from slimvlm.core.files import held, require_free
 from slimvlm.core.options import CompressConfig, RecoverConfig, file_only
 from slimvlm.core.progress import current_stage, num_ranks, stage
 
@@ -120,6 +122,8 @@ def _run(verb: str, words: list[str]) -> None:
         raise ConfigError(f"{verb} runs in one process: use torchrun with recover only")
     given = parsed(verb, words[1:])
     out = None if verb == "study" else given.get("out")  # whose runs divide the work
+    if out is not None and out.is_symlink() and out.is_dir():
+        require_free(out, force=True)  # before a lock is written next to what it leads to
     with memory_explained(words), held(out) if out is not None else nullcontext():
         VERBS[verb](**given)
 
@@ -136,10 +140,12 @@ def parsed(verb: str, words: list[str]) -> dict[str, Any]:
         finder.add_argument("--config", nargs="?")
         if (file := finder.parse_known_args(words)[0].config) is not None:
             defaults = defaults_from(file, verb)
-    for word in words:
-        old = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and (new := errors.WORDS["renamed"].get(old)) is not None:
-            raise ConfigError(f"{word.partition('=')[0]} is now --{new.replace('_', '-')}")
+    groups = [p.annotation for p in signature(VERBS[verb]).parameters.values()]
+    known = {row.name for group in groups if is_dataclass(group) for row in fields(group)}
+    for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+        new = errors.WORDS["renamed"].get(flag.removeprefix("--").replace("-", "_"))
+        if new in known:
+            raise ConfigError(f"{flag} is now --{new.replace('_', '-')}")
     box, columns = StringIO(), os.environ.get("COLUMNS")
     is_help = "-h" in words or "--help" in words
     if not is_help:

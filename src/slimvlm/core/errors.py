@@ -94,8 +94,10 @@ def raised_as(
 
 def first_mistake(kind: Any, error: ValidationError, where: str = "") -> str:
     """Describe one mistake in a line; an unknown key first, as others often follow from it."""
-    telling = ("unexpected_keyword_argument", "literal_error", "range")  # the latter of unions
-    found = error.errors(include_url=False)
+    unknown, found = "unexpected_keyword_argument", error.errors(include_url=False)
+    telling = [unknown, "range"]
+    if isinstance(found[0]["input"], str):  # of a union of words and numbers
+        telling.append("literal_error")
     mistake = min(found, key=lambda each: each["type"] not in telling)
     sort, steps, context = mistake["type"], mistake["loc"], mistake.get("ctx", {})
     if sort == "missing" and isinstance(steps[-1], int):
@@ -113,8 +115,9 @@ def first_mistake(kind: Any, error: ValidationError, where: str = "") -> str:
     place, around = (": ".join(filter(None, [where, *some])) for some in (keys, keys[:-1]))
     if sort == "value_error":  # what options say of their own values
         return f"{place}: {context['error']}".removeprefix(": ")
-    if sort == telling[0] and keys[-1] in WORDS["renamed"]:
-        sort = "renamed"
+    names = [row.name for row in fields(holder)] if holder else []
+    now = WORDS["renamed"].get(keys[-1]) if sort == unknown else None
+    sort = "renamed" if now in names else sort
     default = getattr(holder, keys[-1], None) if keys else None
     return (
         WORDS["mistakes"]
@@ -124,9 +127,9 @@ def first_mistake(kind: Any, error: ValidationError, where: str = "") -> str:
             place=place or "the file",
             within=f"{around}: " if around else "",
             key=keys[-1] if keys else "",
-            now=WORDS["renamed"].get(keys[-1]) if keys else "",
+            now=now,
             value=shortened(mistake["input"]),
-            allowed=", ".join(f.name for f in fields(holder)) if holder else "",
+            allowed=", ".join(names),
             choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),
             count=len(default) if isinstance(default, tuple) else 0,
         )

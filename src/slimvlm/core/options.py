@@ -71,12 +71,13 @@ def _text(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_text)]  # a folder, a file or a hub id
+Place = Annotated[Path, BeforeValidator(lambda v: Path(v) if isinstance(v, str) else v)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(listed)]
 
 
 def _plain(value: Any) -> Any:
     """Return numbers of numpy as Python's."""
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
     return value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
 
@@ -398,7 +399,9 @@ class SizeOptions(RatioOptions):
     """Share of each layer's experts to remove. Removed experts count towards --ratio."""
     units: Annotated[tuple[Unit, ...], BeforeValidator(listed)] = ("kv_group", "neuron")
     """Units that the axis width may remove."""
-    protect: tuple[Annotated[int, AT_LEAST_0], Annotated[int, AT_LEAST_0]] = (0, 0)
+    protect: Annotated[
+        tuple[Annotated[int, AT_LEAST_0], Annotated[int, AT_LEAST_0]], BeforeValidator(listed)
+    ] = (0, 0)
     """Number of first and last layers to leave unpruned."""
     round_to: Annotated[int | None, AT_LEAST_1] = None
     """Round the number of neurons to a multiple of this. Default: 128, less for small models."""
@@ -468,7 +471,7 @@ class MemoryOptions(Options):
     low_memory: bool = False
     """For models larger than memory: load one layer at a time, keep activations on disk, write the
     checkpoint piece by piece. The same command resumes a stopped run."""
-    scratch: Path | None = None
+    scratch: Place | None = None
     """Folder for these activations. Default: next to OUT."""
 
     def scratch_beside(self, out: Path) -> Path:
@@ -505,7 +508,7 @@ class QuestionFlags(Questions):
     docvqa (need slimvlm[eval])."""
     blind: bool = False
     """Show each question with the images of another one: the floor of a model that cannot see."""
-    replies: Path | None = None
+    replies: Place | None = None
     """Folder that stores replies as they come, so that a stopped evaluation can resume."""
 
 
@@ -584,15 +587,18 @@ class Workload(Options):
     """Tokens per prompt, image tokens included."""
     new_tokens: Annotated[int, ENOUGH_TOKENS] = 32
     """Tokens per answer."""
-    batch_sizes: Annotated[tuple[int, ...], BeforeValidator(listed)] = (1, 16)
+    batch_sizes: Annotated[tuple[Annotated[int, AT_LEAST_1], ...], BeforeValidator(listed)] = (
+        1,
+        16,
+    )
     """Batch sizes to time."""
     repeats: Annotated[int, AT_LEAST_1] = 5
     """Timed repetitions per model and batch size, after one warm-up."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ConfigError(f"batch_sizes {self.batch_sizes} must be numbers of at least 1")
+        if not self.batch_sizes:
+            raise ConfigError("batch_sizes must be at least one number")
 
     @property
     def sizes(self) -> tuple[int, ...]:

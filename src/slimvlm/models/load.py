@@ -323,6 +323,12 @@ class _Published(GenerationConfig):
 def plain_generation(config: GenerationConfig | None) -> GenerationConfig:
     """Keep the known settings of a generation configuration, which may come with a model."""
     values = {} if config is None else config.to_dict()
+    for name, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        is_id = all(type(number) is int for number in numbers)
+        if name.endswith("_token_id") and value is not None and not is_id:
+            told = f"generation_config.json: {name} {shortened(value)}"
+            raise ConfigError(f"{told} must be a token id, or a list of some")
     return _Published.from_dict({k: v for k, v in values.items() if k in TABLES["generation"]})
 
 
