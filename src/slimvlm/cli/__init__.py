@@ -21,7 +21,7 @@ from slimvlm.cli import verbs
 from slimvlm.cli.options import defaults_from, name_of, parse
 from slimvlm.core import errors
 from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
-from slimvlm.core.files import held, require_free
+from slimvlm.core.files import held, require_free, require_place
 from slimvlm.core.options import CompressConfig, RecoverConfig, file_only
 from slimvlm.core.progress import current_stage, num_ranks, stage
 
@@ -122,8 +122,10 @@ def _run(verb: str, words: list[str]) -> None:
         raise ConfigError(f"{verb} runs in one process: use torchrun with recover only")
     given = parsed(verb, words[1:])
     out = None if verb == "study" else given.get("out")  # whose runs divide the work
-    if out is not None and out.is_symlink() and out.is_dir():
-        require_free(out, force=True)  # before a lock is written next to what it leads to
+    if out is not None:
+        require_place(out)
+        if out.is_symlink() and out.is_dir():
+            require_free(out, force=True)  # before a lock is written next to what it leads to
     with memory_explained(words), held(out) if out is not None else nullcontext():
         VERBS[verb](**given)
 
