@@ -132,10 +132,11 @@ def _run(verb: str, words: list[str]) -> None:
 
 def parsed(verb: str, words: list[str]) -> dict[str, Any]:
     """Read the arguments of a verb; the values of ``--config FILE`` are defaults."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
     defaults, kinds = {}, {"compress": (CompressConfig, RecoverConfig), "recover": (RecoverConfig,)}
     if verb in kinds:
         without_flag: set[str] = set().union(*map(file_only, kinds[verb]))
-        for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+        for flag in flags:
             if flag.removeprefix("--").replace("-", "_") in without_flag:
                 raise ConfigError(f"{flag} is not a flag of {verb}: set it in the file of --config")
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -144,7 +145,7 @@ def parsed(verb: str, words: list[str]) -> dict[str, Any]:
             defaults = defaults_from(file, verb)
     groups = [p.annotation for p in signature(VERBS[verb]).parameters.values()]
     known = {row.name for group in groups if is_dataclass(group) for row in fields(group)}
-    for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+    for flag in flags:
         new = errors.WORDS["renamed"].get(flag.removeprefix("--").replace("-", "_"))
         if new in known:
             raise ConfigError(f"{flag} is now --{new.replace('_', '-')}")

@@ -83,7 +83,7 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
     except errors.SlimError:
         raise
     except Exception as error:  # a template is a program
-        told = f"the chat template refuses the conversation ({one_line(error)})"
+        told = f"the chat template refuses the sample ({one_line(error)})"
         raise DataError(told) from error
 
 
