@@ -17,7 +17,7 @@ from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
-from slimvlm.cli import verbs
+from slimvlm.cli import steps, verbs
 from slimvlm.cli.options import defaults_from, name_of, parse
 from slimvlm.core import errors
 from slimvlm.core.errors import ConfigError, SlimError, one_line, printable
@@ -25,11 +25,11 @@ from slimvlm.core.files import held, require_free, require_place
 from slimvlm.core.options import CompressConfig, RecoverConfig, file_only
 from slimvlm.core.progress import current_stage, num_ranks, stage
 
-GROUPS: dict[str, tuple[Callable[..., None], ...]] = {  # every verb, by what it is for
+GROUPS: dict[str, tuple[Callable[..., object], ...]] = {  # every verb, by what it is for
     "Start to end": (verbs.advise, verbs.compress, verbs.report, verbs.study, verbs.demo),
-    "Inspect and measure": (verbs.inspect, verbs.chat, verbs.evaluate, verbs.compare, verbs.bench),
-    "Single steps": (verbs.score, verbs.plan, verbs.prune, verbs.recover),
-    "Convert and export": (verbs.image_tokens, verbs.quantize, verbs.export, verbs.convert),
+    "Inspect and measure": (verbs.inspect, verbs.chat, steps.evaluate, verbs.compare, verbs.bench),
+    "Single steps": (steps.score, steps.plan, steps.prune, steps.recover),
+    "Convert and export": (steps.image_tokens, verbs.quantize, verbs.export, verbs.convert),
 }
 VERBS = {name_of(verb): verb for group in GROUPS.values() for verb in group}
 ABOUT = "Make multimodal LLMs smaller: prune, recover, measure, save."
@@ -133,17 +133,23 @@ def _run(verb: str, words: list[str]) -> None:
 def parsed(verb: str, words: list[str]) -> dict[str, Any]:
     """Read the arguments of a verb; the values of ``--config FILE`` are defaults."""
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-    defaults, kinds = {}, {"compress": (CompressConfig, RecoverConfig), "recover": (RecoverConfig,)}
-    if verb in kinds:
-        without_flag: set[str] = set().union(*map(file_only, kinds[verb]))
+    defaults, options = (
+        {},
+        {"compress": (CompressConfig, RecoverConfig), "recover": (RecoverConfig,)},
+    )
+    if verb in options:
+        without_flag: set[str] = set().union(*map(file_only, options[verb]))
         for flag in flags:
             if flag.removeprefix("--").replace("-", "_") in without_flag:
                 raise ConfigError(f"{flag} is not a flag of {verb}: set it in the file of --config")
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", nargs="?")
-        if (file := finder.parse_known_args(words)[0].config) is not None:
-            defaults = defaults_from(file, verb)
-    groups = [p.annotation for p in signature(VERBS[verb]).parameters.values()]
+        finder.add_argument("--train", nargs="?")
+        found = finder.parse_known_args(words)[0]
+        if found.config is not None:
+            defaults = defaults_from(found.config, verb, found.train == "none")
+    kinds = [p.annotation for p in signature(VERBS[verb]).parameters.values()]
+    groups = [g for k in kinds for g in getattr(k, "groups", {"": k}).values()]
     known = {row.name for group in groups if is_dataclass(group) for row in fields(group)}
     for flag in flags:
         new = errors.WORDS["renamed"].get(flag.removeprefix("--").replace("-", "_"))

@@ -1,7 +1,7 @@
 """Tell tyro how to show and read the option classes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, field, fields, make_dataclass
+from dataclasses import MISSING, field, fields, make_dataclass, replace
 from functools import cache, partial
 from inspect import Parameter, signature
 from types import UnionType
@@ -28,25 +28,32 @@ FIRST = (  # options that help shows first in their group
 )
 
 
-def name_of(verb: Callable[..., None]) -> str:
+def name_of(verb: Callable[..., object]) -> str:
     """Return the name of a verb on the command line."""
     return verb.__name__.replace("_", "-")
 
 
 def parse(
-    verb: Callable[..., None], words: list[str], defaults: Mapping[str, Any]
+    verb: Callable[..., object], words: list[str], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Read the options of a verb, with defaults by parameter name; return its arguments by name."""
     texts, hints = USUAL | _texts(verb), get_type_hints(verb, include_extras=True)
-    rows = []
+    rows, grouped = [], dict[str, Any]()
     for name, parameter in signature(verb).parameters.items():
         default, hint = defaults.get(name, parameter.default), hints[name]
-        text = texts.get(name, "")
-        if isinstance(hint, type) and issubclass(hint, Options):  # its fields are a group
-            text = text or docstring_parser.parse_from_object(hint).short_description or ""
-            hint = Annotated[hint, tyro.conf.OmitArgPrefixes]
-        hint = _described(hint, text, default)
-        rows.append((name, hint, field() if default is Parameter.empty else field(default=default)))
+        parts = [(name, hint, default)]
+        if groups := getattr(hint, "groups", None):  # shown one by one, read as one
+            grouped[name] = hint
+            parts = [
+                (n, kind, getattr(default, n, default).part(kind)) for n, kind in groups.items()
+            ]
+        for key, kind, usual in parts:
+            text = texts.get(key, "")
+            if isinstance(kind, type) and issubclass(kind, Options):  # its fields are a group
+                text = text or docstring_parser.parse_from_object(kind).short_description or ""
+                kind = Annotated[kind, tyro.conf.OmitArgPrefixes]
+            kind = _described(kind, text, usual)
+            rows.append((key, kind, field() if usual is Parameter.empty else field(default=usual)))
     arguments: Any = tyro.cli(
         make_dataclass("Arguments", rows, kw_only=True),
         prog=f"slimvlm {name_of(verb)}",
@@ -55,7 +62,14 @@ def parse(
         config=(tyro.conf.FlagCreatePairsOff,),
         registry=REGISTRY,
     )
-    return dict(vars(arguments))
+    found = dict(vars(arguments))
+    for name, kind in grouped.items():
+        values: dict[str, Any] = {}
+        for key in kind.groups:
+            part = found.pop(key)
+            values |= {key: part} if key in kind.__dataclass_fields__ else vars(part)
+        found[name] = kind(**values)
+    return found
 
 
 @REGISTRY.struct_rule
@@ -66,6 +80,7 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
         return None
     hints, texts = get_type_hints(kind, include_extras=True), _texts(info.type)
     rows, from_file, without_flag = [], {}, core.file_only(kind)
+    flags = core.flags_of(kind)
     rank = {name: number for number, name in enumerate(FIRST)}
     every: Any = fields(kind)  # type: ignore[arg-type]
     for row in sorted(every, key=lambda row: rank.get(row.name, len(FIRST))):
@@ -75,6 +90,8 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
                 from_file[row.name] = default
             continue
         hint = _described(hints[row.name], texts.get(row.name, ""), default)
+        if row.name in flags:
+            hint = Annotated[hint, tyro.conf.arg(name=flags[row.name])]
         default = tyro.MISSING if default is MISSING else default
         rows.append(tyro.constructors.StructFieldSpec(row.name, hint, default))
     return tyro.constructors.StructConstructorSpec(partial(kind, **from_file), tuple(rows))
@@ -109,45 +126,21 @@ def _described(hint: Any, text: str, default: Any) -> Any:
     return Annotated[hint, tyro.conf.arg(help=text, metavar=forms, help_behavior_hint=hidden)]
 
 
-class RunFlags(core.RunOptions):
-    """Evaluation, image tokens and training data."""
+def defaults_from(file: str, verb: str, is_untrained: bool = False) -> dict[str, Any]:
+    """Read a configuration file as values of the parameters of `compress` or `recover`.
 
-    batch_size: Annotated[int, tyro.conf.arg(name=core.TASK_BATCH_SIZE)] = 16
-    """Questions per batch."""
-
-
-class SourceFlags(core.FileLoading, core.TrainingData):
-    """Training data, and model loading."""
-
-
-class TrainingFlags(core.TrainingConfig):
-    """Training; the extended paper's decision chart gives what is left out."""
-
-    train: Literal["projector", "lora", "full", "none"] | None = None
-    """Weights to train: the projector; LoRA on the backbone, plus the projector; full, all but the
-    vision tower; or none."""
-    loss: str | None = None
-    """Weighted sum of the losses sft, hidden, cosine, kl, rkl and jsd."""
-    paper_exact: Annotated[bool, core.FILE_ONLY] = False
-    seed: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0  # a run has one, among those of pruning
-
-
-class SizeFlags(core.TargetOptions, core.LatencyOptions):
-    """Target size or prefill time."""
-
-
-def defaults_from(file: str, verb: str) -> dict[str, Any]:
-    """Read a configuration file as values of the parameters of `compress` or `recover`."""
+    ``is_untrained`` drops its training options, which ``--train none`` replaces.
+    """
     from slimvlm.runs.compress import read_config
 
-    model, config, learning = read_config(file)
+    model, config = read_config(file)
     if verb == "recover":
-        untrained = core.RecoverConfig(seed=config.seed)
-        data = {} if config.data is None else {"source": config.part(SourceFlags)}
-        return {"teacher": model, "training": config.recover or untrained, **data}
-    given: dict[str, Any] = {"train": "none"} if learning is None else {}
-    if config.recover is not None:
-        names = {row.name for row in fields(TrainingFlags)} & set(learning or {}) - {"seed"}
-        given = {name: getattr(config.recover, name) for name in names}
-    parts = {"pruning": config.part(core.RunPruning), "evaluation": config.part(RunFlags)}
-    return {"model": model, "training": TrainingFlags(**given), **parts}
+        learns = config.recover.train != "none"
+        given = vars(config.recover) if learns else {"seed": config.seed}
+        known = {row.name for row in fields(core.RecoverConfig)}
+        given = {name: v for name, v in given.items() if name in known and v is not None}
+        data = {} if config.data is None else {"source": config.part(core.TrainingData)}
+        return {"teacher": model, "training": core.RecoverConfig(**given), **data}
+    if is_untrained:
+        config = replace(config, recover=core.RunTraining(), training_samples=None)
+    return {"model": model, "options": config}

@@ -2,14 +2,13 @@
 
 import os
 import shlex
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from slimvlm.cli import options as flags
 from slimvlm.cli.options import Model
 from slimvlm.cli.printing import print_held_out, print_json, print_results, print_table, show
 from slimvlm.core import options
@@ -18,153 +17,10 @@ from slimvlm.core.files import path_of
 from slimvlm.core.progress import duration, to_log
 
 
-def score(
-    model: Model,
-    out: Path,
-    criterion: str = "obs",
-    calibration: options.CalibrationConfig = options.CalibrationConfig(),
-    memory: options.MemoryOptions = options.MemoryOptions(),
-    force: bool = False,
-) -> None:
-    """Score the units of a model on calibration data, for later plans.
-
-    Args:
-        out: Prefix of the files OUT.json and OUT.safetensors.
-        criterion: Scoring criterion; docs/criteria.md lists them.
-    """
-    from slimvlm.runs.verbs import score as run
-
-    run(model, calibration, criterion, out, memory, force, to_log)
-
-
-def plan(
-    model: Model,
-    out: Path,
-    config: options.PlanConfig = options.PlanConfig(),
-    scores: tuple[Path, ...] = (),
-    force: bool = False,
-    json: bool = False,
-) -> None:
-    """Choose the units to keep, from saved scores and a target size, without pruning.
-
-    Args:
-        out: Plan file (JSON), which can be edited by hand.
-        scores: Score files of the units to prune. Default: the default criteria on the demo's
-            samples.
-    """
-    from slimvlm.runs.verbs import plan as run
-
-    made = run(model, config, out, scores, force=force, say=to_log)
-    if not json:
-        print(made.summary())
-        return
-    values = {name: getattr(made, name) for name in ("ratio", "asked_ratio")}
-    values |= {name: getattr(made.after, name) for name in ("backbone_params", "total_params")}
-    print_json({**values, "summary": made.summary()})
-
-
-def prune(
-    model: Model,
-    out: Path,
-    plan: Path | None = None,
-    pruning: options.PruneConfig = options.PruneConfig(),
-    memory: options.MemoryOptions = options.MemoryOptions(),
-    final: options.FinalEvaluation = options.FinalEvaluation(),
-    force: bool = False,
-) -> None:
-    """Write a pruned checkpoint, from a plan or from a ratio, criterion and data.
-
-    With --data, the pruned model is compared with the original on test samples. Without, the demo's
-    samples calibrate the default criteria.
-
-    Args:
-        plan: Plan file, instead of ratio, axis, criterion and allocation.
-    """
-    from slimvlm.runs.verbs import prune as run
-
-    walked, held_out = run(model, pruning, out, plan, memory, final, force, to_log)
-    print(f"{walked.summary()}\ncheckpoint: {out}")
-    print_held_out(held_out)
-
-
-def recover(
-    model: Model,
-    source: flags.SourceFlags,
-    out: Path,
-    teacher: str | None = None,
-    training: options.RecoverConfig = options.RecoverConfig(),
-    config: Path | None = None,
-    shard: bool = False,
-    force: bool = False,
-) -> None:
-    """Train a pruned checkpoint towards the original model.
-
-    The same command resumes a stopped run. With torchrun, several processes share the batches.
-
-    Args:
-        model: The pruned checkpoint.
-        teacher: The original model; not needed for --loss sft.
-        config: YAML file of options, such as the run.yaml of compress: its data, its model as
-            teacher, and its options under recover. Flags override it.
-        shard: Shard the weights of model and teacher over the processes of torchrun (FSDP2); such
-            a run cannot be resumed.
-    """
-    from slimvlm.runs.verbs import recover as run
-
-    if config is not None:
-        to_log(f"options of {config}, and those of the command line")
-    history = run(model, source, training, out, teacher, shard, force, to_log)
-    to_log(f"teacher: {history.teacher}")
-    to_log(f"trained on {history.num_samples} samples; checkpoint in {out}")
-
-
-def evaluate(
-    model: Model,
-    questions: options.QuestionFlags = options.QuestionFlags(),
-    baseline: str | None = None,
-    out: Path | None = None,
-    source: options.DataConfig = options.DataConfig(),
-    require: tuple[str, ...] = (),
-    force: bool = False,
-    json: bool = False,
-) -> None:
-    """Evaluate a model on benchmark tasks, or on your own data.
-
-    With --data, report loss and perplexity of the answers; with --baseline, also next-token
-    agreement and KL divergence.
-
-    Args:
-        baseline: The original model, or for tasks a result file of it: adds retention.
-        out: Result file (JSON), replies included.
-        require: Conditions such as 'agreement >= 95%' 'loss <= 1.1x', where x is the baseline's
-            figure; the exit code is 3 if one is not met. See docs/gates.md.
-    """
-    from slimvlm.evaluation.gates import judge
-    from slimvlm.runs.tables import held_out_json, held_out_notes, held_out_rows
-    from slimvlm.runs.verbs import evaluate as run
-
-    if source.data is None:
-        source.refuse(("images", "max_bad_rows", "max_length", "too_long"), "needs --data")
-    else:
-        asks = ("tasks", "task_folder", "template_args", "floors", "blind", "replies")
-        questions.refuse(asks, "is for tasks, not for --data")
-    asked = replace(questions, tasks=questions.tasks or options.Questions.tasks)
-    found = run(model, asked, source, baseline, out, force, to_log, require)
-    if source.data is None:
-        print_results(found, json)
-        judge(require, found, {}, to_log)
-        return
-    rows, notes = partial(held_out_rows, found), held_out_notes(found)
-    show(json, partial(held_out_json, found), rows, notes=notes)
-    judge(require, {}, found, to_log)
-
-
 def compress(
     model: Model,
     out: Path,
-    pruning: options.RunPruning = options.RunPruning(),
-    training: flags.TrainingFlags = flags.TrainingFlags(),
-    evaluation: flags.RunFlags = flags.RunFlags(),
+    options: options.CompressConfig = options.CompressConfig(),
     config: Path | None = None,
     dry_run: bool = False,
     force: bool = False,
@@ -177,8 +33,7 @@ def compress(
     The same command resumes a stopped run.
 
     Args:
-        out: Run folder: config, plan, scores, checkpoint, results, summary.md.
-        pruning: What to remove, and how. Without data, nothing is trained.
+        out: Run folder: configuration, plan, scores, checkpoint, results, summary.md.
         config: YAML file of options, such as the run.yaml of another run, model included. Flags
             override it.
         dry_run: Only report the plan, and the time and memory that it takes. Reads the
@@ -189,21 +44,15 @@ def compress(
     from slimvlm.runs import compress as runs
     from slimvlm.runs.tables import held_out_json, result_json
 
-    how = {name: value for name, value in vars(training).items() if name != "seed"}  # the run's
-    if config is not None and training.train == "none":  # replaces all training options of the file
-        usual = vars(flags.defaults_from(str(config), "compress")["training"])
-        how = {"train": "none", **{name: how[name] for name in how if how[name] != usual[name]}}
-        evaluation = replace(evaluation, training_samples=None)
-    whole = runs.config_from({**vars(pruning), **vars(evaluation), "recover": how}, model)
     if config is not None:
         to_log(f"options of {config}, and those of the command line")
     if dry_run:
-        needs = advising.dry_run(model, whole, to_log)
+        needs = advising.dry_run(model, options, to_log)
         values = {name: value for name, value in asdict(needs).items() if name != "plan"}
         values |= {"ratio": needs.plan.ratio, "total_params": needs.plan.after.total_params}
         show(json, lambda: values, lambda: ((), advising.dry_run_rows(needs)))
         return
-    done = runs.compress(model, whole, out, force, to_log)
+    done = runs.compress(model, options, out, force, to_log)
     held_out, times = done.held_out, done.times
     if json:
         figures = {"held_out": held_out_json(held_out), "times": times and asdict(times)}
@@ -216,7 +65,7 @@ def compress(
     to_log(f"run folder: {out}; checkpoint: {out / 'checkpoint'}")
     talk = ["slimvlm", "chat", str(out), "your question", "--other", model]
     to_log(f"next: {shlex.join(['slimvlm', 'report', str(out)])}; {shlex.join(talk)}")
-    judge(whole.require, done.results, held_out, to_log)
+    judge(options.require, done.results, held_out, to_log)
 
 
 def study(
@@ -294,7 +143,7 @@ def report(
 
 def advise(
     model: Model,
-    target: flags.SizeFlags = flags.SizeFlags(),
+    target: options.BudgetOptions = options.BudgetOptions(),
     no_data: bool = False,
     gpu: bool = False,
     no_gpu: bool = False,
@@ -410,22 +259,33 @@ def compare(
             figure.
     """
     from slimvlm.core.files import require_free, write_text
-    from slimvlm.evaluation.compare import comparison_json, comparison_rows
-    from slimvlm.evaluation.gates import judge
+    from slimvlm.evaluation import ask, gates
+    from slimvlm.evaluation import compare as comparing
+    from slimvlm.evaluation.results import Result
+    from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
+    from slimvlm.models.load import check_models, load_as
     from slimvlm.runs.report import comparison_html
-    from slimvlm.runs.verbs import side_by_side
 
     if out is not None:
         require_free(out, force)
-    found, results = side_by_side(a, b, tasks, limit, loading, require)
+    chosen = {task.name: task for task in find_tasks(tasks)}
+    results = {name: Result.load(name) for name in (a, b) if name.endswith(".json")}
+    models = [name for name in dict.fromkeys((a, b)) if name not in results]
+    gates.parse(require, gates.in_percent(results[b].tasks if b in results else chosen))
+    check_models(loading, *models)
+    for name in models:
+        loaded = load_as(loading, name)
+        results[name] = ask.evaluate(*loaded, list(chosen.values()), limit, name=name)
+    found = comparing.compare(results[a], results[b], {**builtin_tasks(), **chosen})
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, comparison_html(found, f"Answers lost and gained by {found.name_b}"))
     notes = [found.note] if found.note else []
     notes += [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
     title = f"A: {found.name_a}   B: {found.name_b}"
-    show(json, partial(comparison_json, found), partial(comparison_rows, found), title, notes)
-    judge(require, results, {}, to_log)
+    values, rows = comparing.comparison_json, comparing.comparison_rows
+    show(json, partial(values, found), partial(rows, found), title, notes)
+    gates.judge(require, {"A": results[a], "B": results[b]}, {}, to_log)
 
 
 def chat(
@@ -490,45 +350,6 @@ def bench(
     sides = filter(None, (found.baseline, found.model))
     notes = [f"{side.model}: {line}" for side in sides for line in side.warnings]
     show(json, partial(asdict, found), partial(timing.bench_rows, found), title, notes)
-
-
-def image_tokens(
-    model: Model,
-    source: options.TrainingData,
-    budgets: tuple[float, ...] = (1.0, 0.5, 0.25),
-    no_measure: bool = False,
-    tasks: str | None = None,
-    limit: int | None = None,
-    keep: float | None = None,
-    out: Path | None = None,
-    force: bool = False,
-    json: bool = False,
-) -> None:
-    """Measure what fewer image tokens cost and save, or write a model that uses fewer.
-
-    Only a setting of the image processor changes. See docs/images-budget.md.
-
-    Args:
-        source: Data with images, and model loading.
-        budgets: Shares of the image tokens to measure.
-        no_measure: With --keep, only write the model.
-        tasks: Also measure on these tasks.
-        keep: Write a model that uses this share of the image tokens: same weights, another
-            processor.
-        out: Checkpoint folder to write, for --keep.
-    """
-    from slimvlm.runs.tables import held_out_json, image_rows
-    from slimvlm.runs.verbs import image_tokens as run
-
-    if not budgets or (no_measure and keep is None):
-        raise ConfigError("budgets must be shares; to measure none give --keep and --no-measure")
-    shares = () if no_measure else budgets
-    found = run(model, source, shares, tasks, limit, keep, out, force, to_log)
-    if json:
-        rows = [{**asdict(each), "held_out": held_out_json(each.held_out)} for each in found]
-        print_json({"model": model, "budgets": rows})
-    elif found:
-        print_table(*image_rows(found), title=model)
 
 
 def export(

@@ -160,8 +160,14 @@ def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:
 def require_same_request(
     noted: Mapping[str, Any] | None, request: Mapping[str, Any], what: str, cure: str
 ) -> None:
-    """Refuse another request than the noted one, name the options that differ, and the cure."""
-    if noted is not None and (differing := list(_differing(noted, _comparable(request)))):
+    """Refuse another request than the noted one, if there is one; see `require_same`."""
+    if noted is not None:
+        require_same(noted, _comparable(request), what, cure)
+
+
+def require_same(noted: Mapping[str, Any], new: Mapping[str, Any], what: str, cure: str) -> None:
+    """Refuse other values than the noted ones, name the options that differ, and the cure."""
+    if differing := list(_differing(noted, new)):
         raise ConfigError(f"{what} with another {' and another '.join(differing)}. {cure}")
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from slimvlm.core import errors
@@ -30,7 +31,7 @@ MARKS: dict[str, Callable[[dict[str, Any]], bool]] = {
     _MARK: lambda values: values == _UNFINISHED,
     "slimvlm_checkpoint.json": lambda values: values.get("format") == "slimvlm-checkpoint/1",
     # of a run, and of a stage of a study
-    "config.json": lambda values: {"model", "made_from", "version"} <= values.keys(),
+    "run.yaml": lambda values: {"model", "made_from", "version"} <= values.keys(),
     "stage.json": lambda values: values.get("format") == "slimvlm-stage/1",
     "slimvlm_demo.json": lambda values: values.keys() == {"stamp"},
 }
@@ -72,9 +73,10 @@ def require_free(path: str | Path, force: bool = False) -> Path:
 def _is_ours(folder: Path, marks: Iterable[str] = tuple(MARKS)) -> bool:
     """Whether a folder is empty or has one of the `MARKS`."""
     for name in marks:
-        with suppress(OSError, ValueError, RecursionError):
+        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
             if (folder / name).stat().st_size < 2**24:
-                values = json.loads((folder / name).read_bytes())
+                text = (folder / name).read_bytes()
+                values = (yaml.safe_load if name.endswith(".yaml") else json.loads)(text)
                 if isinstance(values, dict) and MARKS[name](values):
                     return True
     return folder.is_dir() and not any(folder.iterdir())

@@ -12,7 +12,16 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_type_hints,
+)
 
 from pydantic import BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -57,6 +66,14 @@ SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 MIN_NEW_TOKENS = 3
 ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
 FILE_ONLY = "file only"  # in an option's type: it has no flag on the command line
+
+
+@dataclass(frozen=True)
+class Flag:
+    """The name of an option on the command line, as a part of its type."""
+
+    name: str
+
 
 _hints = cache(partial(get_type_hints, include_extras=True))
 
@@ -131,6 +148,12 @@ def file_only(kind: Any) -> set[str]:
     return own.union(*inherited)
 
 
+def flags_of(kind: Any) -> dict[str, str]:
+    """List the flags of options whose flag has another name, by option."""
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in _hints(kind).items()}
+    return {n: mark.name for n, found in marks.items() for mark in found if isinstance(mark, Flag)}
+
+
 Axis = Literal["depth", "width", "both"]
 AxisChoice = Literal["depth", "width", "both", "auto", "chart"]
 Unit = Literal["kv_group", "neuron"]
@@ -176,8 +199,14 @@ def parse_loss(expression: str) -> dict[str, float]:
 
 
 class TrainingConfig(Options):
-    """Training: amount, optimizer, reproducibility."""
+    """Training; the extended paper's decision chart gives what is left out."""
 
+    train: Literal["projector", "lora", "full", "none"] | None = None
+    """Weights to train: the projector; LoRA on the backbone, plus the projector; full, all but the
+    vision tower; or none."""
+    loss: str | None = None
+    """Weighted sum of losses: sft, hidden (L2 distance of the final hidden states), cosine (their
+    angle), kl, rkl, jsd."""
     fraction: Annotated[float, FRACTION] = 1.0
     """Share of the training data to use: a seeded subset, recorded with the run."""
     epochs: Annotated[float | None, ABOVE_0] = None
@@ -211,6 +240,8 @@ class TrainingConfig(Options):
     """Further arguments of peft.LoraConfig, such as {lora_alpha: 32}."""
 
     def __post_init__(self) -> None:
+        if self.loss is not None:
+            parse_loss(self.loss)
         _require_passable("trainer", self.trainer)
         _require_passable("lora", self.lora)
 
@@ -247,13 +278,10 @@ class RecoverConfig(TrainingConfig):
     """Weights to train: the projector; LoRA on the backbone, plus the projector; or full, all but
     the vision tower."""
     loss: str = "sft+hidden"
-    """Weighted sum of losses: sft, hidden (L2 distance of the final hidden states), cosine (their
-    angle), kl, rkl, jsd."""
     keep_adapter: bool = False
     """Also keep the LoRA matrices as an adapter, next to the merged model."""
 
     def __post_init__(self) -> None:
-        parse_loss(self.loss)
         super().__post_init__()
         if self.keep_adapter and self.train != "lora":
             raise ConfigError(f"keep_adapter True needs train 'lora', not {self.train!r}")
@@ -315,12 +343,6 @@ class LoadConfig(DeviceOptions):
 NO_RESULT = tuple(row.name for row in fields(LoadConfig) if not row.compare)
 
 
-class FileLoading(LoadConfig):
-    """Model loading, in verbs that have many options."""
-
-    without_flag = frozenset({"attn_implementation", "device_map"})
-
-
 class DataConfig(LoadConfig):
     """Data, and model loading."""
 
@@ -341,6 +363,7 @@ class DataConfig(LoadConfig):
 class TrainingData(DataConfig):
     """Training data, and model loading."""
 
+    without_flag = frozenset({"attn_implementation", "device_map"})
     data: Text = field()  # replaces the default of the base class
 
 
@@ -384,6 +407,10 @@ class LatencyOptions(Options):
     target_latency: Annotated[float | None, INSIDE] = None
     """Instead of a ratio: target prefill time as a share of the original's. The ratio is derived
     from the backbone's FLOPs, for each axis; compress also measures the share on this machine."""
+
+
+class BudgetOptions(TargetOptions, LatencyOptions):
+    """Target size or prefill time."""
 
 
 class SizeOptions(RatioOptions):
@@ -512,9 +539,6 @@ class QuestionFlags(Questions):
     """Folder that stores replies as they come, so that a stopped evaluation can resume."""
 
 
-TASK_BATCH_SIZE = "task_batch_size"  # flag of `Questions.batch_size` beside that of a training
-
-
 class FinalEvaluation(Options):
     """Final evaluation on test samples."""
 
@@ -535,6 +559,21 @@ class TrainingShare(Options):
     these."""
 
 
+class RunPruning(PruneConfig):
+    """What to remove, and how. Without data, nothing is trained."""
+
+    without_flag = frozenset({"attn_implementation", "device_map", "gradient"})
+
+
+class RunTraining(TrainingConfig):
+    """Training; the extended paper's decision chart gives what is left out."""
+
+    without_flag = frozenset({"seed", "paper_exact"})  # a run has one seed, among those of pruning
+
+
+UNTRAINED = RunTraining(train="none")
+
+
 class RunOptions(LatencyOptions, FinalEvaluation, TrainingShare, Questions):
     """Evaluation, image tokens and training data."""
 
@@ -545,36 +584,51 @@ class RunOptions(LatencyOptions, FinalEvaluation, TrainingShare, Questions):
     tasks: str | None = None  # type: ignore[assignment]
     """Tasks on which the original, pruned and trained models are evaluated; demo for the built-in
     ones."""
+    batch_size: Annotated[int, AT_LEAST_1, Flag("task_batch_size")] = 16
+    """Questions per batch."""
     baseline: Annotated[Text | None, FILE_ONLY] = None
     """Result file of the original, so that it is not evaluated again."""
     require: Annotated[Texts, FILE_ONLY] = ()
     """Conditions on the result, such as agreement >= 95%; else slimvlm compress exits with 3."""
 
 
-class RunPruning(FileLoading, PruneConfig):
-    """What to remove, how to choose it, and how to repair the rest."""
-
-    without_flag = frozenset({"gradient"})
+def _training(value: Any) -> Any:
+    """Read training options from one word, a mapping, or None for no training."""
+    if value is None or isinstance(value, str):
+        value = {"train": value or "none"}
+    return TrainingConfig(**value) if isinstance(value, Mapping) else value
 
 
 class CompressConfig(RunOptions, RunPruning):
-    """All options of a run; written into the run folder and compared on resume."""
+    """All options of a run."""
 
-    recover: RecoverConfig | None = None
-    """Recovery options; None to skip training. Its seed is the run's."""
+    groups: ClassVar = {"pruning": RunPruning, "training": RunTraining, "evaluation": RunOptions}
+    recover: Annotated[TrainingConfig, BeforeValidator(_training)] = RunTraining()
+    """Training after pruning: options by name, a value of train, or none. What is left out follows
+    the extended paper's decision chart. Its seed is the run's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        train, data = self.recover.train, self.data
         if self.target_latency is not None:
             for name, value in self.given(("ratio", "image_tokens")).items():
                 told = f"target_latency {self.target_latency} conflicts with {name} {value}"
                 raise ConfigError(f"{told}: leave one of them out")
-        if self.recover is None:
-            return
-        if self.device_map is not None:
+        if self.tasks is None:
+            of_tasks = ("limit", "batch_size", "baseline", "task_folder", "template_args", "floors")
+            self.refuse(of_tasks, "needs --tasks")
+        if data is None:
+            self.refuse(("training_samples", "test_samples"), "needs --data")
+        if train == "none" or data is None:
+            if train not in (None, "none"):
+                raise ConfigError(f"train {train!r} needs --data")
+            why, own = "needs --data" if data is None else "needs training", ("train", "seed")
+            self.refuse(("training_samples",), why)
+            self.recover.refuse({*self.recover.given()} - {*own}, why)
+        elif self.device_map is not None:
             told = f"device_map {self.device_map!r} cannot be used with training"
             raise ConfigError(f"{told}: remove it or set train none")
-        if self.recover.keep_adapter:
+        if getattr(self.recover, "keep_adapter", False):
             raise ConfigError("keep_adapter True: compress writes merged weights only; use recover")
         if (seed := self.recover.seed) not in (0, self.seed):
             raise ConfigError(f"seed {self.seed} conflicts with recover.seed {seed}")

@@ -177,3 +177,12 @@ def load_of_others() -> str:
         return ""
     busy = f"this machine is busy: load {load:.1f} on {cores} cores"
     return f"{busy}; expect at least {longer:.1f} times as long"
+
+
+def end_of_processes() -> None:
+    """Leave the group of a distributed run.
+
+    Threads that still listen when the interpreter ends can abort a process, and with it torchrun.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

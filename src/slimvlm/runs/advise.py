@@ -20,15 +20,15 @@ from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import BYTES, params_of_target, weight_bytes
 from slimvlm.models.devices import device_named, free_memory
 from slimvlm.models.load import anatomy as anatomy_of
-from slimvlm.models.load import load_config, load_processor, resolve
+from slimvlm.models.load import load_config, load_processor
+from slimvlm.models.load import resolve as resolve_name
 from slimvlm.models.pictures import PictureBudget, with_settings
 from slimvlm.planning.make import ratio_for_params
 from slimvlm.planning.plan import Plan
-from slimvlm.runs import request as requests
-from slimvlm.runs.compress import compress_command, request_of
+from slimvlm.runs.chart import ChartRow, chart_row, expected, rules, subject_of
+from slimvlm.runs.compress import compress_command
 from slimvlm.runs.cost import Cost, Sizes, bytes_of_picture, cost, image_tokens, kept_bytes
-from slimvlm.runs.recipes import Recipe, expected, recipe_for, rules, subject_of
-from slimvlm.runs.stages import settled
+from slimvlm.runs.recipe import decide, dry_plan, resolve, tokens_to_try
 from slimvlm.runs.tables import millions, size
 
 _RATIO_STEP = 0.005  # distance of the ratios that are tried for a latency
@@ -54,7 +54,7 @@ class Advice:
     axis: options.AxisChoice  # auto lets the data decide, before training
     token_share: float  # share of the backbone removed with tokens
     decoder_ratio: float  # share of the decoder layers removed with the rest
-    recipe: Recipe
+    recipe: ChartRow
     expected: tuple[Expectation, ...]  # of this model first, then of others of about its size
     latency: float | None  # prefill time as a share of the original's
     params: tuple[int, int]  # of the whole model before and after
@@ -89,7 +89,7 @@ def advise(
     targets = {"target_params": target_params, "target_memory": target_memory}
     budget = {"ratio": ratio, **targets, "target_latency": target_latency}
     gone = _ratio(shape, subject, budget, data, dtype)
-    recipe = recipe_for(gone, data, bool(shape.projector_params))
+    recipe = chart_row(gone, data, bool(shape.projector_params))
     row = next(row for row in known.fractions if gone <= row.up_to)
     fraction, why = row.fraction, f"{row.why} ({known.fractions_source})"
     given, needed = samples or known.full_set, round(fraction * known.full_set)
@@ -112,8 +112,8 @@ def advise(
     if gpu is not None and gpu == (device.type == "cpu"):
         device = torch.device("cuda" if gpu else "cpu")
 
-    def config_of(recipe: Recipe) -> CompressConfig:
-        recover = None
+    def config_of(recipe: ChartRow) -> CompressConfig:
+        recover: options.TrainingConfig = options.UNTRAINED
         if recipe.train is not None:
             recover = RecoverConfig(train=recipe.train, loss=recipe.loss, fraction=fraction)
         return CompressConfig(
@@ -124,19 +124,17 @@ def advise(
             recover=recover,
         )
 
-    def cost_of(recipe: Recipe) -> Cost:
+    def cost_of(recipe: ChartRow) -> Cost:
         tried = len(get_args(options.Axis)) if recipe.train else 0
         tried *= sizes.token_share < gone
-        return cost(
-            requests.resolved(request_of("", config_of(recipe))), sizes, device, dtype, tried
-        )
+        return cost(decide("", config_of(recipe)), sizes, device, dtype, tried)
 
     found, notes = cost_of(recipe), list[str]()
     limit, hours = known.constants.max_hours_without_gpu, found.training_hours
     if device.type == "cpu" and hours > limit:
         notes.append(known.notes["without_gpu"].format(hours=hours, limit=limit))
         gone = _ratio(shape, subject, budget, False, dtype)  # a latency's depends on the axis
-        recipe = recipe_for(gone, False)
+        recipe = chart_row(gone, False)
         found = cost_of(recipe)
     notes.append(f"the paper's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
     if recipe.train and sizes.token_share < gone:
@@ -145,7 +143,7 @@ def advise(
     if shape.expert_counts and shape.expert_counts[0] > shape.experts_per_token:
         notes.append(known.notes["experts"].format(shape=shape))
     share, config = sizes.decoder_share(gone), config_of(recipe)
-    axis = request_of(model, replace(config, axis=None)).prune.axis or recipe.axis
+    axis = decide(model, replace(config, axis=None)).axis or recipe.axis
     before, after = shape.total_params, shape.total_params - round(gone * shape.backbone_params)
     held = weight_bytes(shape, dtype)
     return Advice(
@@ -167,7 +165,7 @@ def advise(
 
 
 def _expectations(
-    shape: Anatomy, subject: str | None, recipe: Recipe, share: float
+    shape: Anatomy, subject: str | None, recipe: ChartRow, share: float
 ) -> tuple[Expectation, ...]:
     """List what a recipe retained of models of about this size, this one first."""
     known, found = rules(), list[Expectation]()
@@ -205,7 +203,7 @@ def _ratio(
     fastest = 1.0  # of the ratios whose recipe was measured, in ascending order
     for step in range(round(1 / _RATIO_STEP)):
         ratio = round(step * _RATIO_STEP, 4)
-        if (latency := _latency(recipe_for(ratio, data).axis, ratio, subject)) is None:
+        if (latency := _latency(chart_row(ratio, data).axis, ratio, subject)) is None:
             break
         fastest = min(fastest, latency)
         if latency <= value:
@@ -230,7 +228,7 @@ def _tokens_first(
 ) -> tuple[int | None, list[str]]:
     """Choose how many tokens to keep where some are removed first, None for all; with notes."""
     # is_open: there is data to count, and a budget that fewer tokens help to meet
-    rule, fewest = rules().tokens_first, requests.tokens_to_try(shape, ratio)
+    rule, fewest = rules().tokens_first, tokens_to_try(shape, ratio)
     if fewest is None:
         return None, []
     share = shape.token_params * shape.vocab_size / shape.backbone_params
@@ -240,7 +238,7 @@ def _tokens_first(
     try:
         if shape.why_tokens_stay is not None:
             raise ConfigError(shape.why_tokens_stay)
-        if (processor := load_processor(resolve(model), load_config(model))) is None:
+        if (processor := load_processor(resolve_name(model), load_config(model))) is None:
             raise ConfigError("the model has no tokenizer")
         file = TokenizerFile.of(processor)
     except SlimError as error:
@@ -335,17 +333,15 @@ class DryRun:
 def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     """Check a compression, as `compress` does, and estimate its plan, memory and time."""
     shape = anatomy_of(model)
-    request, alone, samples = settled(request_of(model, config), None, say)
-    by_axis: dict[Any, Any] = {request.prune.axis: request}
-    if request.prune.axis == "auto":
-        by_axis = dict(requests.requests_by_axis(request, shape))
-    axes = tuple(by_axis)
-    first = replace(by_axis[axes[0]], test_samples=len(samples.test))
-    axes = axes if alone is None else axes[:1]  # nothing is left to try
+    recipe, alone, samples = resolve(model, config, say=say)
+    trials = [trial for trial in recipe.trials if not trial.is_trimmed] or [recipe]
+    trimmed = [trial for trial in recipe.trials if trial.is_trimmed]
+    axes = tuple(str(trial.axis) for trial in trials[: None if alone is None else 1])
+    first = replace(trials[0], test_samples=len(samples.test))
     described = load_config(model, config.trust_remote_code)
-    processor = load_processor(resolve(model), described, config.trust_remote_code)
-    if request.pictures is not None:
-        processor = with_settings(processor, request.pictures.settings)
+    processor = load_processor(resolve_name(model), described, config.trust_remote_code)
+    if recipe.pictures is not None:
+        processor = with_settings(processor, recipe.pictures.settings)
     given = [*samples.calibration, *samples.training]
     step = max(-(-len(given) // _ENCODED), 1)
 
@@ -364,26 +360,26 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         stored = str(described.dtype).removeprefix("torch.")
         dtype = stored if stored in BYTES else "bfloat16"
     seen = described, image_tokens(model, config.trust_remote_code) if pictures else 0
-    device, tries = device_named(config.device), len(axes) + bool(request.fewer_tokens)
+    device, tries = device_named(config.device), len(axes) + bool(trimmed)
     sizes = Sizes(
         shape=shape,
         tokens=fmean(lengths) if lengths else 0.0,
         longest=(max([*lengths[:shown], ends[0]]), max([*lengths[shown:], ends[1]])),
-        samples=len(samples.training) if request.trains else 0,
+        samples=0 if recipe.recover is None else len(samples.training),
         calibration=len(samples.calibration),
         token_bytes={name: kept_bytes(described, name) for name in {dtype, "bfloat16"}},
-        vocabulary=None if request.tokens is None else len(request.tokens),
+        vocabulary=None if recipe.tokens is None else len(recipe.tokens),
         beside=pictures / max(len(samples.calibration), 1) * bytes_of_picture(*seen, dtype),
     )
     return DryRun(
-        plan=alone or requests.dry_plan(first.prune, shape, first.tokens),
+        plan=alone or dry_plan(first, shape),
         axes=axes,
-        fewer_tokens=len(request.fewer_tokens or ()),
+        fewer_tokens=len(trimmed[0].tokens or ()) if trimmed else 0,
         calibration=sizes.calibration,
         training=sizes.samples,
         report=len(samples.test),
         tokens=sizes.tokens,
-        pictures=request.pictures,
+        pictures=recipe.pictures,
         dtype=dtype,
         device=str(device),
         free_bytes=free_memory(device),

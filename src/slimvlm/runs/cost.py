@@ -1,4 +1,4 @@
-"""Estimate what a request needs in memory, work and time, before weights are read.
+"""Estimate what a recipe needs in memory, work and time, before weights are read.
 
 Work is counted in FLOP: two for each weight of the backbone that multiplies, and for each token.
 The vision tower is not counted. Constants come from ``recipes.yaml``, each with its source.
@@ -35,8 +35,8 @@ from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.pruning.walk.engine import PASSES, aims_at_original
 from slimvlm.pruning.walk.streams import most_kept
 from slimvlm.pruning.walk.walk import WALKING, states_bytes
-from slimvlm.runs.recipes import rules
-from slimvlm.runs.request import Request, ratio_of, scored_by
+from slimvlm.runs.chart import rules
+from slimvlm.runs.recipe import Recipe
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.stores import StatesPlace
 
@@ -86,7 +86,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Estimated memory and time of a request; on a CPU the time is that of an idle one."""
+    """Estimated memory and time of a recipe; on a CPU the time is that of an idle one."""
 
     calibration_bytes: float  # peak of choosing, cutting, repairing and writing, on the device
     pruning_hours: float = 0.0
@@ -99,19 +99,19 @@ class Cost:
     rests_on: tuple[str, ...] = ()  # assumptions and their sources
 
 
-def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried: int = 0) -> Cost:
-    """Estimate memory and time of a resolved request, in which ``tried`` axes are tried first."""
-    known, config, prune = rules(), request.recover, request.prune
-    is_cpu, left = device.type == "cpu", 1 - ratio_of(prune)
-    peak, states = _pruning_bytes(request, sizes, device, dtype)
+def cost(recipe: Recipe, sizes: Sizes, device: torch.device, dtype: str, tried: int = 0) -> Cost:
+    """Estimate memory and time of a recipe, in which ``tried`` axes are tried first."""
+    known, config = rules(), recipe.recover
+    is_cpu, left = device.type == "cpu", 1 - recipe.size
+    peak, states = _pruning_bytes(recipe, sizes, device, dtype)
     speed, timed = speed_of(device, dtype)
-    brief = replace(request, prune=replace(prune, local_steps=0), test_samples=0)
-    work = stage_flops("calibrate", request, sizes) + stage_flops("prune", request, sizes)
+    brief = replace(recipe, local_steps=0, test_samples=0)
+    work = stage_flops("calibrate", recipe, sizes) + stage_flops("prune", recipe, sizes)
     work += tried * stage_flops("prune", brief, sizes)  # with the same scores
     asking = 0.0
-    if (asked := request.questions) is not None:
-        alone = replace(request, questions=replace(asked, floors=False))
-        asking = stage_flops("evaluate", request, sizes)
+    if recipe.tasks is not None:
+        alone = replace(recipe, floors=False)
+        asking = stage_flops("evaluate", recipe, sizes)
         asking += stage_flops("evaluate", alone, sizes, left)
     about = [
         f"memory of {device}" + ", the process among it" * is_cpu,
@@ -122,10 +122,10 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
     if config is not None:
         told = {"kept": sizes.token_bytes.get(dtype, 0.0) / 1000, "batch": config.batch_size}
         about.append(known.notes["training_memory"].format(constants=known.constants, **told))
-        flops = stage_flops("recover", request, sizes, left)
+        flops = stage_flops("recover", recipe, sizes, left)
         learning, _ = speed_of(device, "float32" if config.bf16 is False else "bfloat16")
         training = {
-            "training_bytes": _training_bytes(request, config, sizes, device, dtype),
+            "training_bytes": _training_bytes(recipe, config, sizes, device, dtype),
             "training_hours": (1 + tried * TRIAL_SHARE) * flops / (3600 * learning),
             "samples": sizes.learnt(config),
         }
@@ -141,14 +141,14 @@ def cost(request: Request, sizes: Sizes, device: torch.device, dtype: str, tried
 
 
 def _pruning_bytes(
-    request: Request, sizes: Sizes, device: torch.device, dtype: str
+    recipe: Recipe, sizes: Sizes, device: torch.device, dtype: str
 ) -> tuple[float, StatesPlace | None]:
     """Estimate the largest of the steps of pruning, up to the written model.
 
     Also return size and place of the hidden states between the layers of a walk.
     """
-    constants, prune, shape = rules().constants, request.prune, sizes.shape
-    ratio, is_cpu, is_here = ratio_of(prune), device.type == "cpu", _is_here(device)
+    constants, shape = rules().constants, sizes.shape
+    ratio, is_cpu, is_here = recipe.size, device.type == "cpu", _is_here(device)
     room = free_memory(device) if is_here else _UNLIMITED
     held = weight_bytes(shape, dtype)
     smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
@@ -162,8 +162,8 @@ def _pruning_bytes(
     elif smaller <= free:
         steps.append(held + smaller)  # while both are timed
     states = None
-    if prune.data is not None and _is_walked(request):
-        aims = aims_at_original(prune.repair, prune.local_steps, prune.axis != "width")
+    if recipe.data is not None and _is_walked(recipe):
+        aims = aims_at_original(recipe.repair, recipe.local_steps, recipe.axis != "width")
         tokens = sizes.tokens * sizes.calibration
         needed = states_bytes(shape.hidden_size, tokens, BYTES[dtype], aims)
         needed += sizes.calibration * sizes.beside + tokens * longest  # and a mask of each batch
@@ -173,12 +173,12 @@ def _pruning_bytes(
         layers = sum(layer.params for layer in shape.layers)
         new = (1 - sizes.decoder_share(ratio)) * layers * BYTES[dtype]
         channels = (largest.num_heads * largest.head_dim, largest.intermediate_size)
-        is_walking = WALKING in prune.criterion
+        is_walking = WALKING in recipe.criterion
         grams = is_walking * constants.gram_copies * BYTES["float32"] * max(channels) ** 2
         most = most_kept(free) if are_here or is_cpu else 0.0
         read = [tokens * count * BYTES[dtype] for count in channels]
         inputs = sum(each for each in read if each <= most)
-        is_learning = prune.local_steps != 0
+        is_learning = recipe.local_steps != 0
         taken = max(shape.experts_per_token, 1) if largest.num_experts else 1
         # activations of a layer for the longest batch while it runs, and its attention scores
         of_layer = 4 * shape.hidden_size + 3 * taken * largest.intermediate_size
@@ -187,7 +187,7 @@ def _pruning_bytes(
         learning += is_learning * batch / shape.num_layers
         more = max(grams + inputs + running * BYTES[dtype], learning)
         steps.append(held + states.needed * are_here + new * is_cpu + more)
-    if any(CRITERIA[name].capture.backward for name in prune.criterion):
+    if any(CRITERIA[name].capture.backward for name in recipe.criterion):
         logits = (
             rows_at_once(device, round(free)) * LOGITS_COPIES * BYTES["float32"] * shape.vocab_size
         )
@@ -196,10 +196,10 @@ def _pruning_bytes(
 
 
 def _training_bytes(
-    request: Request, config: RecoverConfig, sizes: Sizes, device: torch.device, dtype: str
+    recipe: Recipe, config: RecoverConfig, sizes: Sizes, device: torch.device, dtype: str
 ) -> float:
     """Estimate the peak of training: weights, learning parameters, activations, logits."""
-    constants, shape, ratio = rules().constants, sizes.shape, ratio_of(request.prune)
+    constants, shape, ratio = rules().constants, sizes.shape, recipe.size
     is_cpu, is_here = device.type == "cpu", _is_here(device)
     is_bfloat16 = config.bf16
     if is_bfloat16 is None:
@@ -241,25 +241,25 @@ def _training_bytes(
     return float(constants.process_bytes * is_cpu + models + beside + logits)
 
 
-def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) -> float:
+def stage_flops(kind: str, recipe: Recipe, sizes: Sizes, kept: float = 1.0) -> float:
     """Estimate the FLOP of a stage; of a model to train or ask, a share ``kept`` is left."""
-    prune, recover, constants = request.prune, request.recover, rules().constants
+    recover, constants = recipe.recover, rules().constants
     if kind == "calibrate":
-        passes = float(sum(CRITERIA[name].capture.passes for name in scored_by(prune)))
+        passes = float(sum(CRITERIA[name].capture.passes for name in recipe.scored_by))
         return passes * sizes.pass_flops * sizes.calibration
     if kind == "prune":
-        if prune.data is None:
+        if recipe.data is None:
             return 0.0
-        ratio = ratio_of(prune)
+        ratio = recipe.size
         share = sizes.decoder_share(ratio)
-        passes = constants.walk_passes if _is_walked(request) else 0.0
-        if prune.local_steps is None:
+        passes = constants.walk_passes if _is_walked(recipe) else 0.0
+        if recipe.local_steps is None:
             passes += 3 * PASSES * share
-        elif prune.local_steps:
-            passes += 3 * prune.local_steps / max(sizes.calibration / CALIBRATION_BATCH, 1)
-        passes += (2 - ratio) * request.test_samples / max(sizes.calibration, 1)
+        elif recipe.local_steps:
+            passes += 3 * recipe.local_steps / max(sizes.calibration / CALIBRATION_BATCH, 1)
+        passes += (2 - ratio) * recipe.test_samples / max(sizes.calibration, 1)
         flops = passes * sizes.pass_flops * sizes.calibration
-        if WALKING in prune.criterion:  # eliminates neurons one by one in the Gram matrix
+        if WALKING in recipe.criterion:  # eliminates neurons one by one in the Gram matrix
             widths = [shape.intermediate_size for shape in sizes.shape.layers]
             hidden = sizes.shape.hidden_size
             flops += sum(n**3 + share * n * n * (4 * hidden + share * n) for n in widths)
@@ -272,9 +272,8 @@ def stage_flops(kind: str, request: Request, sizes: Sizes, kept: float = 1.0) ->
         seen = batches * min(recover.batch_size, samples)
         passes = kept * (2 if recover.train == "projector" else 3) + recover.needs_teacher
         return sizes.pass_flops * passes * seen
-    asked = request.questions
-    assert asked is not None
-    count = questions_of(asked.tasks, asked.limit) * (1 + asked.floors)
+    assert recipe.tasks is not None
+    count = questions_of(recipe.tasks, recipe.limit) * (1 + recipe.floors)
     return float(sizes.pass_flops * kept * count * constants.reply_passes)
 
 
@@ -302,9 +301,8 @@ def _is_here(device: torch.device) -> bool:
     return device.type in ("cpu", device_named().type)
 
 
-def _is_walked(request: Request) -> bool:
-    prune = request.prune
-    return WALKING in prune.criterion or prune.repair != "none" or prune.local_steps != 0
+def _is_walked(recipe: Recipe) -> bool:
+    return WALKING in recipe.criterion or recipe.repair != "none" or recipe.local_steps != 0
 
 
 def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> int:

@@ -3,7 +3,6 @@
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import compress as runs
 from slimvlm.runs import tables
-from slimvlm.runs.recipes import Curve, expected
+from slimvlm.runs.chart import Curve, expected
 from slimvlm.runs.stages import ORIGINAL
 from slimvlm.runs.study import DONE, FAILED, STUDY, TABLE
 from slimvlm.runs.study.config import percent
@@ -75,7 +74,7 @@ def read_record(folder: str | Path, tasks: str | None = None) -> Record:
     own, _ = split_names(tasks or "demo")  # lmms-eval's: answers without questions
     known = builtin_tasks() | {task.name: task for task in find_tasks(own or "demo")}
     try:
-        if (path / "config.json").is_file() and (path / "plan.json").is_file():
+        if (path / runs.RUN_FILE).is_file() and (path / "plan.json").is_file():
             return _read_run(path, known)
         if (path / TABLE).is_file() and (path / "study.json").is_file():
             return _read_study(path, known)
@@ -85,14 +84,17 @@ def read_record(folder: str | Path, tasks: str | None = None) -> Record:
         told = f"{type(error).__name__}: {one_line(error)[:LONGEST]}"
         told = f"a file in it is not as slimvlm wrote it ({told})"
         raise ConfigError(f"report {str(folder)!r}: {told}") from error
-    told = f"neither a run folder (config.json and plan.json) nor a study ({TABLE} and study.json)"
+    told = f"neither a run folder (run.yaml and plan.json) nor a study ({TABLE} and study.json)"
     raise ConfigError(f"report {str(folder)!r}: {told}")
 
 
 def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
-    config = read_object(folder / "config.json", "report:")
+    model, options = runs.read_config(folder / runs.RUN_FILE)
+    config = runs.option_values(model, options)
     plan, results = Plan.load(folder / "plan.json"), runs.read_results(folder)
-    on_data, recover = runs.read_held_out(folder), config.get("recover") or {}
+    on_data, recover = runs.read_held_out(folder), {}
+    if options.recover.train != "none":
+        recover = vars(options.recover)
     rows = []
     for stage, result in results.items():  # as a row of a study's table
         original = results.get(ORIGINAL, result)
@@ -125,10 +127,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
     ]
     if there:
         listed.append(Table(rows=there, **_TABLES["published"]))
-    command, comparison = "", None
-    with suppress(ConfigError):  # options of another version
-        model, options, _ = runs.read_config(folder / "config.json")
-        command = runs.compress_command(model, options, folder)
+    comparison = None
     if ORIGINAL in results and len(results) > 1:
         original, *_, smaller = results.values()
         if any(task.metric not in LIKELIHOODS for task in original.tasks.values()):
@@ -139,7 +138,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
         title=f"{Path(config['model']).name} at {plan.ratio:.0%}",
         lead=f"This run {plan.summary()}.",
         cards=[*_cards(folder, plan, results, on_data)],
-        command=command,
+        command=runs.compress_command(model, options, folder),
         config=config,
         entries=entries,
         prunings=[("", plan, scores)],

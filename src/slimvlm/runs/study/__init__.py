@@ -16,7 +16,7 @@ from rich.console import Console
 
 from slimvlm.core.errors import ConfigError, SlimError, printable, raised_as
 from slimvlm.core.files import explained, held, new_file, require_place, write_text
-from slimvlm.core.options import PruneConfig, Questions
+from slimvlm.core.options import Questions
 from slimvlm.core.progress import Say, duration
 from slimvlm.core.tables import read_table
 from slimvlm.evaluation.lmms import LMMS_TASKS, split_names
@@ -28,7 +28,7 @@ from slimvlm.models.devices import device_named
 from slimvlm.models.load import anatomy, load_config
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.cost import speed_of
-from slimvlm.runs.request import Request, check_options, check_questions, dry_plan, resolved
+from slimvlm.runs.recipe import Recipe, check_questions, check_recipe, decide, dry_plan
 from slimvlm.runs.stages import ORIGINAL
 from slimvlm.runs.study import schedule as scheduling
 from slimvlm.runs.study.config import Cell, StudyConfig, expand, read_study
@@ -118,28 +118,27 @@ def prepared(
 ) -> tuple[StudyConfig, Schedule]:
     """Read a study and plan its stages, after every check that needs no weights."""
     config = study if isinstance(study, StudyConfig) else read_study(study)
-    cells = [replace(c, prune=replace(c.prune, device=device)) for c in expand(config)]
+    cells = [replace(c, options=replace(c.options, device=device)) for c in expand(config)]
     check_questions(replace(config.part(Questions), floors=False))  # floors where possible
     own, theirs = split_names(config.tasks)
     if not theirs and not any(task.in_average for task in find_tasks(own)):
         raise ConfigError(f"tasks {config.tasks!r}: none counts in AVG, which a study compares")
     shapes: dict[str, Anatomy] = {}
     told: dict[str, None] = {}
-    possible: set[tuple[str, PruneConfig]] = set()
+    possible: set[Recipe] = set()
     decided: dict[Cell, Cell] = {}  # cells that come to the same are one
     for cell in cells:
         if cell.model not in shapes:
-            load_config(cell.model, cell.prune.trust_remote_code)
+            load_config(cell.model, cell.options.trust_remote_code)
             shapes[cell.model] = anatomy(cell.model)
         with raised_as(ConfigError, SlimError, f"cell ({cell.label}):"):
-            asked = Request(model=cell.model, prune=cell.prune, recover=cell.recover)
-            request = resolved(asked, told.setdefault, shapes[cell.model])
-            check_options(request.prune)
-            if (pruned := (cell.model, request.prune)) not in possible:
-                dry_plan(request.prune, shapes[cell.model])
+            recipe = decide(cell.model, cell.options, shapes[cell.model], told.setdefault)
+            check_recipe(recipe)
+            if (pruned := replace(recipe, recover=None, training_samples=None)) not in possible:
+                dry_plan(recipe, shapes[cell.model])
                 possible.add(pruned)
-        cell = replace(cell, prune=request.prune, recover=request.recover)
-        decided.setdefault(replace(cell, options=""), cell)
+        cell = replace(cell, options=recipe)
+        decided.setdefault(replace(cell, words=""), cell)
     for line in told:
         say(line)
     for remembered in scheduling.REMEMBERED:  # another study may find other files in their place
@@ -147,10 +146,10 @@ def prepared(
     planned = [scheduling.stages_of(config, cell) for cell in decided.values()]
     schedule = Schedule(planned, config.keep_checkpoints)
     if config.data is not None:
-        samples, notes = scheduling.samples_of(schedule.cells[0].prune.request)
+        samples, notes = scheduling.samples_of(schedule.cells[0].prune.recipe)
         for line in notes:
             say(line)
-        if len(samples) <= max(cell.prune.samples for cell in cells):
+        if len(samples) <= max(cell.options.samples for cell in cells):
             found = f"data {config.data!r} has {len(samples)} samples"
             say(f"{found}: training sees those of calibration")
     return config, schedule
@@ -176,7 +175,7 @@ class Clock:
         for stage in stages:
             seconds, done = self.done[stage.kind]
             if not done:
-                device = device_named(stage.request.prune.device)
+                device = device_named(stage.recipe.device)
                 seconds, done = 1.0, speed_of(device, "bfloat16")[0]
             total += self.flops[stage.name] * seconds / done
         return total
@@ -257,7 +256,7 @@ def results_table(study: StudyConfig, schedule: Schedule, cache: Cache) -> pd.Da
     originals = {cell.original.name: (cell, [cell.original]) for cell in cells}.values()
     rows, dtypes = [], list[str]()
     for cell, stages in [*originals, *((cell, cell.all()) for cell in cells)]:
-        dtypes.append(cell.cell.prune.dtype)
+        dtypes.append(cell.cell.options.dtype)
         options, is_original = cell.cell.values(), len(stages) == 1
         is_done = cache.is_done(stages[0]) and cache.is_done(stages[-1])
         # the first error in the order of the work

@@ -9,11 +9,17 @@ from typing import Annotated, Any
 from slimvlm.core import options as core
 from slimvlm.core.documents import Listed, built, read_yaml
 from slimvlm.core.errors import ConfigError, raised_as
-from slimvlm.core.options import AT_LEAST_0, Options, PruneConfig, RecoverConfig
-from slimvlm.runs.request import criteria_of
+from slimvlm.core.options import (
+    AT_LEAST_0,
+    CompressConfig,
+    Options,
+    PruneConfig,
+    RecoverConfig,
+)
+from slimvlm.runs.recipe import criteria_of
 
 NONE = "none"  # the recovery that trains nothing
-DEFAULT = "default"  # the criterion that `slimvlm.runs.request.criteria_of` chooses for the axis
+DEFAULT = "default"  # the criterion that `slimvlm.runs.recipe.criteria_of` chooses for the axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,37 +129,43 @@ class Cell:
 
     model: str
     seed: int
-    prune: PruneConfig
+    options: CompressConfig
+    """Once they are decided, a `Recipe`."""
     recovery: str = NONE
-    recover: RecoverConfig | None = None
-    options: str = ""
-    """Options of pruning that its grid sets otherwise than the study, in words."""
+    words: str = ""
+    """Options of pruning that its grid sets otherwise than the study."""
+
+    @property
+    def criterion(self) -> str:
+        """The criteria as they stand in a grid."""
+        return "+".join(criteria_of(self.options, self.options.axis, self.options.ratio))
 
     @property
     def label(self) -> str:
         """The options of the cell as a short text."""
-        prune = self.prune
-        parts = [short_name(self.model), prune.axis, percent(prune.ratio or 0)]
-        parts += ["+".join(criteria_of(prune))]
-        parts += [prune.allocation] if prune.allocation and prune.axis != "depth" else []
-        parts += [f"repair {prune.repair}"] if prune.repair != "none" else []
-        parts += [self.options] if self.options else []
-        parts.append(self.recovery if self.recover else "no recovery")
-        if self.recover and self.recover.fraction < 1:
-            parts.append(f"{percent(self.recover.fraction)} of the data")
+        given = self.options
+        parts = [short_name(self.model), given.axis, percent(given.ratio or 0), self.criterion]
+        parts += [given.allocation] if given.allocation and given.axis != "depth" else []
+        parts += [f"repair {given.repair}"] if given.repair != "none" else []
+        parts += [self.words] if self.words else []
+        parts.append(self.recovery if self.recovery != NONE else "no recovery")
+        if self.recovery != NONE and given.recover.fraction < 1:
+            parts.append(f"{percent(given.recover.fraction)} of the data")
         return " ".join([*map(str, parts), f"seed {self.seed}"])
 
     def values(self) -> dict[str, Any]:
         """Return the options of the cell as columns of the results table."""
-        pruning = ("axis", "ratio", "criterion", "allocation", "repair")
-        untrained = {"train": NONE, "loss": NONE, "fraction": 1.0}
+        trained = {"train": NONE, "loss": NONE, "fraction": 1.0}
+        if self.recovery != NONE:
+            trained = {name: getattr(self.options.recover, name) for name in trained}
         return {
             "model": self.model,
-            **{name: getattr(self.prune, name) for name in pruning},
-            "criterion": "+".join(criteria_of(self.prune)),
-            "options": self.options,
+            **{name: getattr(self.options, name) for name in ("axis", "ratio")},
+            "criterion": self.criterion,
+            **{name: getattr(self.options, name) for name in ("allocation", "repair")},
+            "options": self.words,
             "recovery": self.recovery,
-            **{name: getattr(self.recover, name, value) for name, value in untrained.items()},
+            **trained,
             "seed": self.seed,
         }
 
@@ -195,7 +207,7 @@ def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
     if chosen["criterion"] != DEFAULT:
         options["criterion"] = chosen["criterion"].split("+")
     usual = {f.name: f.default for f in fields(PruneConfig)} | dict(study.prune)
-    name, recover = chosen["recovery"], None
+    name, trained = chosen["recovery"], dict[str, Any](recover=NONE)
     if name != NONE:
         if name not in study.recoveries:
             known = ", ".join([NONE, *study.recoveries])
@@ -207,14 +219,15 @@ def _cell(study: StudyConfig, grid: Grid, chosen: dict[str, Any]) -> Cell:
         if training.get("keep_adapter"):
             raise ConfigError("keep_adapter True: a study keeps results, not adapters")
         training |= {key: chosen[key] for key in _RECOVER_KEYS}
-        recover = built(RecoverConfig, training, where)
+        trained = {"recover": built(RecoverConfig, training, where)}
+        trained["training_samples"] = study.training_samples
+    pruning = built(PruneConfig, {**options, "data": study.data, "images": study.images})
     return Cell(
         model=chosen["model"],
         seed=chosen["seed"],
-        prune=built(PruneConfig, {**options, "data": study.data, "images": study.images}),
+        options=CompressConfig(**vars(pruning), **trained, test_samples=0),
         recovery=name,
-        recover=recover,
-        options=" ".join(f"{k} {v}" for k, v in grid.prune.items() if v != usual.get(k)),
+        words=" ".join(f"{k} {v}" for k, v in grid.prune.items() if v != usual.get(k)),
     )
 
 

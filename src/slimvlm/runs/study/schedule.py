@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from pydantic import Field
 from slimvlm.core import documents
 from slimvlm.core.errors import ConfigError, InUseError, one_line, raised_as
 from slimvlm.core.files import held, new_folder, write_text
-from slimvlm.core.options import DataConfig, LoadConfig, PruneConfig, Questions, RecoverConfig
+from slimvlm.core.options import DataConfig, LoadConfig, Questions, RecoverConfig
 from slimvlm.core.progress import without_bars
 from slimvlm.data.general import identity_of_general_text
 from slimvlm.data.read import drawn, estimated_length, identity_of_data
@@ -31,9 +31,16 @@ from slimvlm.models.load import anatomy, load, resolve
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import save
 from slimvlm.runs import stages
+from slimvlm.runs.chart import rules
 from slimvlm.runs.cost import Sizes, image_tokens, stage_flops
-from slimvlm.runs.recipes import rules
-from slimvlm.runs.request import Request, criterion_options, resolved, scored_by, with_tokens
+from slimvlm.runs.recipe import (
+    Recipe,
+    criterion_options,
+    rows_to_read,
+    samples_for,
+    split,
+    vocabulary_for,
+)
 from slimvlm.runs.study.config import Cell, Resources, StudyConfig, short_name
 from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.unit_scores import Scores
@@ -54,7 +61,7 @@ class Stage:
     """One piece of work, named by a hash of everything that determines its outcome."""
 
     kind: str  # such as ``prune``
-    request: Any  # options; with ``inputs`` they determine the outcome
+    recipe: Recipe  # with ``inputs`` it determines the outcome
     inputs: "tuple[Stage, ...]"  # stages whose outcomes are read
     label: str = field(compare=False)
 
@@ -62,7 +69,7 @@ class Stage:
     def name(self) -> str:
         """The hash; cells that need the same work get the same name."""
         inputs = [stage.name for stage in self.inputs]
-        request = {"kind": self.kind, "request": documents.asked(self.request)}
+        request = {"kind": self.kind, "request": documents.asked(self.recipe)}
         return documents.digest([documents.identity_of_code(), request, inputs])[:20]
 
 
@@ -161,7 +168,7 @@ class Cache:
                     with new_folder(self.path(stage), force=True) as folder, without_bars():
                         work(stage, [self.path(i) for i in stage.inputs], folder, scratch)
                         seconds = time.perf_counter() - start
-                        record = Record(stage.label, seconds, flops, asdict(stage.request))
+                        record = Record(stage.label, seconds, flops, asdict(stage.recipe))
                         write_text(folder / RECORD, json.dumps(vars(record), indent=1) + "\n")
                 except Exception as error:
                     return self.failed(stage, error, time.perf_counter() - start)
@@ -195,7 +202,6 @@ class Cache:
 _identity = lru_cache(maxsize=64)(documents.identity_of_files)
 _identity_of_data = lru_cache(maxsize=64)(identity_of_data)
 _identities_of_tasks = lru_cache(maxsize=64)(identities_of_tasks)
-_shape_of = lru_cache(maxsize=64)(anatomy)
 """Files are read once for all cells of a study."""
 
 
@@ -217,71 +223,65 @@ class CellStages:
 
 
 def stages_of(study: StudyConfig, cell: Cell) -> CellStages:
-    """List the stages of a cell; each request holds only the options that change its outcome."""
-    asked = Request(model=cell.model, prune=cell.prune, recover=cell.recover)
-    asked = replace(asked, training_samples=study.training_samples)
-    whole = resolved(asked, shape=_shape_of(cell.model))
-    name, config = short_name(cell.model), whole.prune
-    data = [_identity_of_data(config.data)] if config.data else []
-    data += [_identity(config.vocab_text, config.vocab_text)] if config.vocab_text else []
-    data += [identity_of_general_text()] if config.general_text else []
+    """List the stages of a decided cell; a recipe holds only options that change its outcome."""
+    whole = cell.options
+    assert isinstance(whole, Recipe)
+    name = short_name(cell.model)
+    data = [_identity_of_data(whole.data)] if whole.data else []
+    data += [_identity(whole.vocab_text, whole.vocab_text)] if whole.vocab_text else []
+    data += [identity_of_general_text()] if whole.general_text else []
     whole = replace(whole, made_from=(_identity(cell.model, resolve(cell.model)), *data))
-    if config.trims_vocabulary:  # chosen as by `compress`: training samples also count
-        reads = _reading(config, "vocab_size", "vocab_text", "general_text")
-        trained: dict[str, Any] = {"recover": RecoverConfig()}
-        if not whole.trains:
-            trained = {"recover": None, "training_samples": None}
-        read = replace(whole, prune=reads, hold_out=False, **trained)
-        whole = replace(whole, tokens=_tokens(read, study.data is not None))
+    if whole.trims_vocabulary:  # chosen as by `compress`: training samples also count
+        reads = _reading(whole, "vocab_size", "vocab_text", "general_text")
+        if whole.recover is not None:
+            trained = RecoverConfig()
+            reads = replace(reads, recover=trained, training_samples=whole.training_samples)
+        whole = replace(whole, tokens=_tokens(reads, study.data is not None))
     base = replace(whole, recover=None, training_samples=None)
     scored = []  # ratio, allocation and repair change no scores
-    for criterion in scored_by(base.prune):
+    for criterion in base.scored_by:
         label = f"{name} {criterion}"
-        known = criterion_options(base.prune, criterion)
+        known = {"criterion": (criterion,), **criterion_options(base, criterion)}
         if CRITERIA[criterion].needs_data:
-            reads = _reading(base.prune, "general_text", "token_weights")
-            wanted = replace(reads, criterion=(criterion,), **known)
-            request = replace(base, prune=wanted, tokens=None)
-            label += f" seed {config.seed}"
+            recipe = replace(_reading(base, "general_text", "token_weights", "hold_out"), **known)
+            label += f" seed {whole.seed}"
         else:
-            loading = vars(base.prune.part(LoadConfig))
-            wanted = PruneConfig(criterion=(criterion,), **known, **loading)
-            made_from = base.made_from[:1]
-            request = replace(base, prune=wanted, hold_out=False, made_from=made_from, tokens=None)
-        scored.append(Stage("calibrate", request, (), label))
-    prune = Stage("prune", base, tuple(scored), f"{name} {config.axis} {config.ratio:.0%}")
+            loading = vars(base.part(LoadConfig))
+            recipe = Recipe(model=cell.model, made_from=base.made_from[:1], **known, **loading)
+        scored.append(Stage("calibrate", recipe, (), label))
+    prune = Stage("prune", base, tuple(scored), f"{name} {base.axis} {base.ratio:.0%}")
     recover = None
     if whole.recover is not None:
-        request = replace(whole, prune=_reading(base.prune), hold_out=False, tokens=None)
-        recover = Stage("recover", request, (prune,), cell.label)
+        recipe = _reading(whole, "recover", "training_samples")
+        recover = Stage("recover", recipe, (prune,), cell.label)
     original = _evaluation(study, cell, None, f"{name} original")
     evaluate = _evaluation(study, cell, recover or prune, cell.label)
     return CellStages(cell, original, tuple(scored), prune, recover, evaluate)
 
 
-def _reading(config: PruneConfig, *more: str) -> PruneConfig:
+def _reading(recipe: Recipe, *more: str) -> Recipe:
     """Keep only the options that say what is read, and in which order, and ``more`` of them."""
-    named = {name: getattr(config, name) for name in ("samples", "seed", *more)}
-    return PruneConfig(**named, **vars(config.part(DataConfig)))
+    names = {"model", "made_from", "samples", "seed", *more, *(f.name for f in fields(DataConfig))}
+    return Recipe(**{name: getattr(recipe, name) for name in names})
 
 
 def _evaluation(study: StudyConfig, cell: Cell, of: Stage | None, label: str) -> Stage:
     questions = study.part(Questions)
-    made_from = _identity(cell.model, resolve(cell.model)), *_identities_of_tasks(questions)
-    request = Request(
+    questions = replace(questions, floors=questions.floors and of is None)
+    recipe = Recipe(
         model=cell.model,
-        prune=PruneConfig(**vars(cell.prune.part(LoadConfig))),
-        questions=replace(questions, floors=questions.floors and of is None),
-        made_from=made_from,
+        **vars(cell.options.part(LoadConfig)),
+        **vars(questions),
+        made_from=(_identity(cell.model, resolve(cell.model)), *_identities_of_tasks(questions)),
     )
-    return Stage("evaluate", request, () if of is None else (of,), label)
+    return Stage("evaluate", recipe, () if of is None else (of,), label)
 
 
-def samples_of(request: Request) -> tuple[list[Sample], list[str]]:
-    """Read all samples of a request's data, and remarks on them, such as skipped rows."""
-    if request.prune.data is None:
+def samples_of(recipe: Recipe) -> tuple[list[Sample], list[str]]:
+    """Read all samples of a recipe's data, and remarks on them, such as skipped rows."""
+    if recipe.data is None:
         return [], []
-    return _samples(request.model, request.prune.part(DataConfig), request.made_from)
+    return _samples(recipe.model, recipe.part(DataConfig), recipe.made_from)
 
 
 @lru_cache(maxsize=1)
@@ -289,37 +289,37 @@ def _samples(
     model: str, source: DataConfig, made_from: tuple[str, ...]
 ) -> tuple[list[Sample], list[str]]:
     notes: list[str] = []  # made_from only tells exchanged files apart
-    return stages.samples_for(model, source, None, notes.append), notes
+    return samples_for(model, source, None, notes.append), notes
 
 
 @lru_cache(maxsize=64)
-def _tokens(request: Request, has_data: bool) -> tuple[int, ...] | None:
+def _tokens(recipe: Recipe, has_data: bool) -> tuple[int, ...]:
     """Choose the tokens to keep, from as many samples as `compress` reads."""
-    every = samples_of(request)[0] if has_data else []
-    places = [sample.place for sample in every]
-    ahead, behind = drawn(places, request.prune.seed, request.test_samples)
-    samples = [every[row] for row in [*behind, *ahead][: stages.rows_to_read(request)]]
-    return with_tokens(request, stages.split(samples, request).counted(request)).tokens
+    every = samples_of(recipe)[0] if has_data else []
+    ahead, behind = drawn([sample.place for sample in every], recipe.seed, recipe.test_samples)
+    samples = [every[row] for row in [*behind, *ahead][: rows_to_read(recipe)]]
+    counted = split(samples, recipe).counted(recipe)
+    return vocabulary_for(recipe.model, recipe, counted, recipe.trust_remote_code).tokens
 
 
-REMEMBERED = (_identity, _identity_of_data, _identities_of_tasks, _shape_of, _tokens)
+REMEMBERED = (_identity, _identity_of_data, _identities_of_tasks, _tokens)
 
 
 def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> None:
     """Do a stage: folders of inputs, the folder to fill, one that a restart finds again."""
-    request = stage.request
+    recipe = stage.recipe
     if inputs and stage.kind in ("recover", "evaluate"):
-        model, processor = load(inputs[0] / CHECKPOINT, request.prune.dtype, request.prune.device)
+        model, processor = load(inputs[0] / CHECKPOINT, recipe.dtype, recipe.device)
     else:
-        model, processor = stages.load_original(request)
-    found = stages.split(samples_of(request)[0], request)
-    calibration = stages.Calibration(processor, found.calibration, request.hold_out)
+        model, processor = stages.load_original(recipe)
+    found = split(samples_of(recipe)[0], recipe)
+    calibration = stages.Calibration(processor, found.calibration, recipe.hold_out)
     if stage.kind == "calibrate":
-        (scores,) = stages.calibrate(request, model, calibration).values()
+        (scores,) = stages.calibrate(recipe, model, calibration).values()
         scores.save(folder / SCORES)
     elif stage.kind == "prune":
         given = [Scores.load(path / SCORES) for path in inputs]
-        walked = stages.prune_(request, model, calibration, given, scratch=scratch / "walk")
+        walked = stages.prune_(recipe, model, calibration, given, scratch=scratch / "walk")
         if walked.scores is not None:
             walked.scores.save(folder / SCORES)
         write_text(folder / WALK, json.dumps(asdict(walked.report), indent=1) + "\n")
@@ -327,13 +327,13 @@ def work(stage: Stage, inputs: Sequence[Path], folder: Path, scratch: Path) -> N
         walked.plan.save(folder / PLAN)
     elif stage.kind == "recover":
         plan = Plan.load(inputs[0] / PLAN)
-        history = stages.recover_(request, model, processor, plan, found.training, scratch)
+        history = stages.recover_(recipe, model, processor, plan, found.training, scratch)
         history.save(folder / HISTORY)
         save(model, processor, folder / CHECKPOINT, plan)
         plan.save(folder / PLAN)
     else:
-        assert request.questions is not None
-        result = evaluate_all(model, processor, request.questions, stage.label, scratch)
+        questions = recipe.part(Questions)
+        result = evaluate_all(model, processor, questions, stage.label, scratch)
         result.save(folder / RESULT)
 
 
@@ -356,19 +356,18 @@ class Schedule:
         models = {name: (anatomy(name), image_tokens(name)) for name in names}
         for cell in self.cells:
             shape, image = models[cell.cell.model]
-            request = (cell.recover or cell.prune).request
+            recipe = (cell.recover or cell.prune).recipe
             # The order changes no estimate, and shuffling a large file for each cell takes a while.
-            in_order = replace(request, prune=replace(request.prune, seed=0))
-            found = stages.split(samples_of(request)[0], in_order)
+            found = split(samples_of(recipe)[0], replace(recipe, seed=0))
             lengths = [estimated_length(s, image) for s in found.calibration]
             tokens = fmean(lengths or [rules().constants.image_tokens])
             trained, shown = len(found.training), len(found.calibration)
             sizes = Sizes(shape=shape, tokens=tokens, samples=trained, calibration=shown)
             disk = rules().constants.disk_flops * 2 * shape.total_params / 1e9
-            smaller = 1 - (cell.cell.prune.ratio or 0.0)
+            smaller = 1 - (cell.cell.options.ratio or 0.0)
             for stage in cell.all():
                 kept = smaller if stage in (cell.recover, cell.evaluate) else 1.0
-                flops = stage_flops(stage.kind, stage.request, sizes, kept)
+                flops = stage_flops(stage.kind, stage.recipe, sizes, kept)
                 times = 3 if stage.kind in MAKING_MODELS else 1
                 counted[stage.name] = flops + disk * times
         return counted

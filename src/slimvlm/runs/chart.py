@@ -21,7 +21,7 @@ NEAR = 0.03  # how far a measured ratio may be from the one in question, outside
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class ChartRow:
     """The paper's choice up to a ratio: axis, training and loss, with the reason."""
 
     up_to: float
@@ -57,8 +57,8 @@ class Curve:
 class Rules:
     """The whole of ``recipes.yaml``, which explains each key and constant."""
 
-    with_training: tuple[Recipe, ...]
-    without_training: tuple[Recipe, ...]
+    with_training: tuple[ChartRow, ...]
+    without_training: tuple[ChartRow, ...]
     tokens_first: Any
     full_set: int
     fractions: tuple[Any, ...]
@@ -83,7 +83,7 @@ def rules() -> Rules:
     return TypeAdapter(Rules).validate_python(values, extra="forbid")
 
 
-def recipe_for(ratio: float, has_data: bool, has_projector: bool = True) -> Recipe:
+def chart_row(ratio: float, has_data: bool, has_projector: bool = True) -> ChartRow:
     """Choose the paper's recipe: one that trains if there is data, a projector if there is one."""
     if not 0 <= ratio < 1:
         raise ConfigError(f"ratio {ratio} must be at least 0 and below 1")
