@@ -44,9 +44,8 @@ def parse(
         parts = [(name, hint, default)]
         if groups := getattr(hint, "groups", None):  # shown one by one, read as one
             grouped[name] = hint
-            parts = [
-                (n, kind, getattr(default, n, default).part(kind)) for n, kind in groups.items()
-            ]
+            of = {"training": default.recover}
+            parts = [(n, kind, of.get(n, default).part(kind)) for n, kind in groups.items()]
         for key, kind, usual in parts:
             text = texts.get(key, "")
             if isinstance(kind, type) and issubclass(kind, Options):  # its fields are a group
@@ -67,7 +66,7 @@ def parse(
         values: dict[str, Any] = {}
         for key in kind.groups:
             part = found.pop(key)
-            values |= {key: part} if key in kind.__dataclass_fields__ else vars(part)
+            values |= {"recover": part} if key == "training" else vars(part)
         found[name] = kind(**values)
     return found
 
