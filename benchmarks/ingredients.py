@@ -30,6 +30,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from slimvlm.runs.request import Request, resolved
+
 import slimvlm as sv
 from retention import spread
 from slimvlm.core.files import write_text
@@ -40,7 +42,6 @@ from slimvlm.models.devices import computes_bfloat16, device_named
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 from slimvlm.runs import stages
-from slimvlm.runs.request import Request, resolved
 from slimvlm.runs.stages import Calibration
 from slimvlm.runs.tables import as_markdown
 from slimvlm.scoring.layerwise import Live

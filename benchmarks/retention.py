@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from slimvlm.runs.request import Request, resolved, scored_by
 
 import slimvlm as sv
 from slimvlm.core.errors import ImpossiblePlanError
@@ -43,7 +44,6 @@ from slimvlm.models.devices import computes_bfloat16, device_named
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.runs import stages
-from slimvlm.runs.request import Request, resolved, scored_by
 from slimvlm.runs.stages import Calibration
 from slimvlm.runs.tables import as_markdown
 from slimvlm.scoring.layerwise import Live

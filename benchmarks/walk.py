@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from slimvlm.runs.verbs import prune
 from transformers import AutoTokenizer
 
 import slimvlm as sv
@@ -43,7 +44,6 @@ from shapes import GEMMA, QWEN
 from slimvlm.core.options import CompressConfig, MemoryOptions, PruneConfig
 from slimvlm.models.load import auto_class, resolve
 from slimvlm.runs.tables import as_markdown
-from slimvlm.runs.verbs import prune
 
 SHAPES = {"qwen2": QWEN, "gemma3": GEMMA}
 CONVERSATIONS, TOKENS, RATIO, BATCH = 64, 180, 0.2, 4

@@ -460,7 +460,7 @@ def test_compress_prints_nothing_but_json_and_says_what_comes_next(run, home, ll
         sv.anatomy(home / "out" / "checkpoint").total_params
         == (values["recovered"]["total_params"])
     )
-    stored = json.loads((home / "out" / "config.json").read_text())
+    stored = yaml.safe_load((home / "out" / "run.yaml").read_text())
     assert stored["recover"]["train"] == "projector"  # the chart's choice up to 15 %
     few = ("--axis", "width", "--criterion", "magnitude", "--repair", "none", "--train", "none")
     words = ("compress", llava, "--ratio", "0.3", "--data", data, *few, "--test-samples", "0")
@@ -486,7 +486,7 @@ def test_ctrl_c_ends_in_one_line(verb, told, options, run, llava, monkeypatch):
 
     monkeypatch.setattr("slimvlm.runs.compress.compress", stopped)
     monkeypatch.setattr("slimvlm.export.gguf.export_gguf", stopped)
-    monkeypatch.setattr("slimvlm.runs.verbs.prune", stopped)
+    monkeypatch.setattr("slimvlm.runs.recipe.resolve", stopped)
     result = run(verb, llava, "--out", "out", *options)
     assert result.code == 130
     assert re.fullmatch(rf"slimvlm: stopped\. [^\n]*{told}[^\n]*\n", result.err)

@@ -15,7 +15,7 @@ from slimvlm.data.general import PASSAGE, general_samples
 from slimvlm.data.samples import Sample
 from slimvlm.models.hidden import as_inputs
 from slimvlm.runs import stages
-from slimvlm.runs.request import Request, resolved
+from slimvlm.runs.recipe import decide, read_split
 from tests import tiny_folder as folders
 from tests import tiny_pictures
 
@@ -49,8 +49,7 @@ def test_it_is_a_share_of_what_calibrates_and_nothing_else(tmp_path):
 
     def read(share, say=silent):
         config = PruneConfig(ratio=0.2, data=data, samples=8, general_text=share)
-        request = Request(model=str(folders.folder("llava")), prune=config, training_samples=2)
-        return stages.read_split(resolved(request), say)
+        return read_split(decide(str(folders.folder("llava")), config), say)
 
     said = []
     plain, mixed = read(0.0), read(0.2, said.append)
@@ -68,9 +67,9 @@ def test_it_is_a_share_of_what_calibrates_and_nothing_else(tmp_path):
 )
 def test_by_default_a_fifth_where_weights_are_repaired(data, repair, share):
     config = PruneConfig(ratio=0.2, data=data, repair=repair, criterion=("magnitude",))
-    assert resolved(Request(model="m", prune=config)).prune.general_text == share
+    assert decide("m", config).general_text == share
     asked = replace(config, general_text=0.1)
-    assert resolved(Request(model="m", prune=asked)).prune.general_text == 0.1
+    assert decide("m", asked).general_text == 0.1
 
 
 @pytest.mark.parametrize("name", tiny_pictures.BY_DEFAULT)

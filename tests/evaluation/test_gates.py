@@ -156,7 +156,7 @@ def test_evaluate_ends_with_three_for_a_regression(home, capsys):
 
 
 def test_mistakes_are_found_before_a_model_is_read(home, monkeypatch):
-    for place in ("slimvlm.runs.verbs.load_as", "slimvlm.runs.stages.load_original"):
+    for place in ("slimvlm.models.load.load_as", "slimvlm.runs.stages.load_original"):
         monkeypatch.setattr(place, lambda *_: pytest.fail("it was read"))
     data = home / "data" / "data.json"
     told = refused("evaluate", MODEL, "--data", data, "--require", "agreement >= 95%")

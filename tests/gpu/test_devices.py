@@ -169,7 +169,7 @@ def test_a_stopped_walk_goes_on_elsewhere(first, card, llava, data, tmp_path, mo
 
     given = ["prune", llava, "--ratio", "0.3", "--data", data, "--samples", "8", "--low-memory"]
     given += ["--out", str(tmp_path / "out"), "--axis", "width", "--test-samples", "0"]
-    monkeypatch.setattr("slimvlm.runs.verbs.prune_checkpoint", stop)
+    monkeypatch.setattr("slimvlm.runs.prune.prune_checkpoint", stop)
     found = []
     for device in sorted(["cpu", str(card)], reverse=first == "card"):
         with pytest.raises(SystemExit):

@@ -6,18 +6,17 @@ import pytest
 import torch
 
 import slimvlm as sv
+from slimvlm.cli.steps import prune
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.core.options import CompressConfig, MemoryOptions, PruneConfig, RecoverConfig
 from slimvlm.core.progress import silent
-from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import prefill_flops
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import stages
-from slimvlm.runs.compress import compress, request_of
-from slimvlm.runs.recipes import rules
-from slimvlm.runs.request import Request, along, dry_plan, ratio_of, requests_by_axis, resolved
-from slimvlm.runs.stages import Calibration, settled
-from slimvlm.runs.verbs import prune
+from slimvlm.runs.chart import rules
+from slimvlm.runs.compress import compress
+from slimvlm.runs.recipe import decide, dry_plan, read_split, resolve
+from slimvlm.runs.stages import Calibration
 from slimvlm.scoring.batches import answer_loss
 from tests import tiny_folder as folders
 from tests.handmade import Stopped, assert_untouched, snapshot, stops
@@ -38,13 +37,12 @@ def data(tmp_path_factory):
 
 
 def opened(data, **changes):
-    whole = PruneConfig(ratio=RATIO, axis="auto", vocab_size="all", data=str(data))
-    recover = changes.pop("recover", None)
-    prune = replace(whole, **{"samples": 8, "local_steps": 2, **changes})
-    request = resolved(Request(model=str(folders.folder("llava")), prune=prune, recover=recover))
-    model, processor = stages.load_original(request)
-    samples = stages.read_split(request, silent).calibration
-    return request, model, Calibration(processor, samples, request.hold_out)
+    given = {"ratio": RATIO, "axis": "auto", "vocab_size": "all", "data": str(data)}
+    given |= {"samples": 8, "local_steps": 2, "recover": None, "test_samples": 0, **changes}
+    name = str(folders.folder("llava"))
+    recipe = decide(name, CompressConfig(**given), sv.anatomy(name))
+    model, processor = stages.load_original(recipe)
+    return recipe, model, Calibration(processor, read_split(recipe).calibration, recipe.hold_out)
 
 
 def test_the_axis_whose_smaller_model_answers_best_is_chosen(data):
@@ -88,7 +86,7 @@ def test_where_training_follows_each_axis_is_trained_a_little(dtype, data):
     scores = list(stages.calibrate(request, model, calibration).values())
     before = snapshot(model)
     untrained = stages.try_axes(request, model, calibration, scores)
-    samples = stages.read_split(request, silent).training
+    samples = read_split(request).training
     trained = stages.try_axes(request, model, calibration, scores, samples)
     assert_untouched(model, before)
     held = {(parameter.dtype, parameter.requires_grad) for parameter in model.parameters()}
@@ -117,30 +115,28 @@ def test_a_trial_trains_on_a_share_of_what_training_reads_and_on_no_judge(data, 
 def test_only_axes_that_remove_as_much_are_tried_and_none_with_low_memory(data, tmp_path):
     """Of four layers no twentieth can go, and every layer keeps a group and some neurons."""
     for ratio, axes in ((RATIO, AXES), (0.05, ["width", "both"]), (0.7, ["both"])):
-        request, model, _ = opened(data, ratio=ratio)
-        assert list(requests_by_axis(request, read_anatomy(model))) == axes
-    too_much = replace(request, prune=replace(request.prune, ratio=0.95))
+        assert [trial.axis for trial in opened(data, ratio=ratio)[0].trials] == axes
     with pytest.raises(ImpossiblePlanError, match=r"ratio 0\.95"):
-        requests_by_axis(too_much, read_anatomy(model))
+        opened(data, ratio=0.95)
     config = PruneConfig(ratio=0.3, axis="auto", data=str(data), samples=4)
     memory = MemoryOptions(low_memory=True)
     with pytest.raises(ConfigError, match="axis 'auto'"):
-        prune(str(folders.folder("llava")), config, tmp_path / "out", memory=memory)
+        prune(str(folders.folder("llava")), tmp_path / "out", None, config, memory)
 
 
 @pytest.mark.parametrize("share", tiered([0.75, 0.5], lambda share: share == 0.75))
 def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share):
     shape = sv.anatomy("demo")
-    asked = Request(model="demo", prune=PruneConfig(axis="auto", data="demo"), latency=share)
-    found = requests_by_axis(resolved(asked, shape=shape), shape)
-    assert list(found) == AXES
+    asked = CompressConfig(axis="auto", data="demo", target_latency=share)
+    found = decide("demo", asked, shape).trials
+    assert [trial.axis for trial in found] == AXES
     layer = shape.layers[0].params / shape.backbone_params
-    for axis, request in found.items():
-        least = replace(request.prune, ratio=ratio_of(request.prune) - max(layer, 0.02))
-        reads = [dry_plan(prune, shape).after for prune in (least, request.prune)]
+    for trial in found:
+        least = replace(trial, ratio=trial.size - max(layer, 0.02))
+        reads = [dry_plan(each, shape).after for each in (least, trial)]
         more, left = (prefill_flops(each, PROMPT) / prefill_flops(shape, PROMPT) for each in reads)
-        assert left <= share < more, axis
-    assert len({request.prune.ratio for request in found.values()}) == 3
+        assert left <= share < more, trial.axis
+    assert len({trial.ratio for trial in found}) == 3
 
 
 @pytest.mark.parametrize(
@@ -149,11 +145,10 @@ def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share):
 )
 def test_a_latency_s_ratio_is_of_the_axis_and_the_tokens_that_are_taken(asked, data):
     model = str(folders.folder("llava"))
-    config, shape = PruneConfig(data=str(data), samples=4, **asked), sv.anatomy(model)
-    request = Request(model=model, prune=config, recover=RecoverConfig(), latency=0.75)
-    found, _, _ = settled(request, None, silent)
-    named = replace(request, tokens=found.tokens, prune=replace(config, axis=found.prune.axis))
-    assert found.prune.ratio == resolved(named, shape=shape).prune.ratio
+    asked = {"data": str(data), "samples": 4, "target_latency": 0.75, **asked}
+    found, _, _ = resolve(model, CompressConfig(**asked))
+    named = CompressConfig(**asked | {"axis": found.axis})
+    assert found.ratio == decide(model, named, sv.anatomy(model), tokens=found.tokens).ratio
 
 
 @pytest.mark.slow
@@ -173,9 +168,8 @@ def test_a_run_meets_its_latency(data, tmp_path, unhurried):
 
 @pytest.mark.parametrize(("losses", "axis"), TABLES["losses"])
 def test_the_axis_that_lost_least_is_taken_and_width_of_two_that_are_even(losses, axis, data):
-    request, model, _ = opened(data)
-    found, note = stages.best_axis(request, losses, read_anatomy(model))
-    assert found.prune.axis == axis
+    found, note = stages.best_trial(opened(data)[0], losses)
+    assert found.axis == axis
     assert note.startswith(f"axis {axis}: validation loss {losses[axis]:.4f} (")
 
 
@@ -185,7 +179,7 @@ def test_a_stopped_run_does_not_try_again(data, tmp_path, monkeypatch):
     config = CompressConfig(ratio=0.3, axis="auto", vocab_size="all", **shown)
     model, out = str(folders.folder("llava")), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "best_axis", stops)
+        patch.setattr(stages, "best_trial", stops)
         with pytest.raises(Stopped):
             compress(model, config, out, say=silent)
     monkeypatch.setattr(stages, "try_axes", stops)
@@ -199,14 +193,9 @@ def test_a_stopped_run_does_not_try_again(data, tmp_path, monkeypatch):
 
 def test_the_chart_decides_without_data_and_the_data_before_training(data):
     for axis in (None, "chart", "auto"):
-        request = Request(model="demo", prune=PruneConfig(ratio=0.3, axis=axis))
-        assert resolved(request).prune.axis == "width"
-    prune = PruneConfig(ratio=0.3, axis="chart", data="demo")
-    charted = Request(model="demo", prune=prune, recover=RecoverConfig())
-    assert resolved(charted).prune.axis == "depth"
-    assert along(charted, "both").prune.axis == "both"
+        assert decide("demo", PruneConfig(ratio=0.3, axis=axis)).axis == "width"
     config = CompressConfig(ratio=0.3, data=str(data), recover=RecoverConfig())
-    assert request_of("demo", config).prune.axis == "auto"
-    assert request_of("demo", replace(config, axis="depth")).prune.axis == "depth"
-    untrained = resolved(request_of("demo", replace(config, recover=None)))
-    assert untrained.prune.axis == "width"
+    assert decide("demo", config).axis == "auto"
+    for axis, found in (("chart", "depth"), ("depth", "depth"), ("both", "both")):
+        assert decide("demo", replace(config, axis=axis)).axis == found
+    assert decide("demo", replace(config, recover=None)).axis == "width"

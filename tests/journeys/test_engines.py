@@ -26,7 +26,7 @@ from slimvlm.models.serving import GGUF_PICTURES, OPENVINO_REFUSES, RAN, check
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import save
-from slimvlm.runs.verbs import image_tokens
+from slimvlm.runs.images import image_tokens
 from tests import tiny_folder
 from tests.export import served
 from tests.export.engines import (

@@ -22,9 +22,9 @@ from slimvlm.pruning.save import CARD_FILE
 from slimvlm.runs import compress as compress_module
 from slimvlm.runs import stages
 from slimvlm.runs.advise import dry_run, dry_run_rows
-from slimvlm.runs.compress import compress, config_from
+from slimvlm.runs.compress import compress
+from slimvlm.runs.images import image_tokens
 from slimvlm.runs.tables import image_rows
-from slimvlm.runs.verbs import image_tokens
 from tests import tiny, tiny_folder, tiny_pictures
 from tests.handmade import Stopped, stops
 from tests.tables import tables
@@ -115,7 +115,7 @@ def test_the_older_file_of_a_processor_follows(data, tmp_path):
 
 @pytest.mark.parametrize(("how", "told"), TABLES["mistakes"])
 def test_mistakes_are_told_before_weights_are_read(data, how, told, monkeypatch, tmp_path):
-    monkeypatch.setattr("slimvlm.runs.verbs.load_as", None)
+    monkeypatch.setattr("slimvlm.models.load.load_as", None)
     if "out" in how:
         how = {**how, "out": tmp_path / how["out"]}
     with pytest.raises(ConfigError, match=told):
@@ -199,7 +199,7 @@ def compression(name, more, **changes):
         **{"image_tokens": KNOBS[name]},
     }
     model = str(tiny_pictures.folder(name))
-    return model, config_from({**values, **changes}, model)
+    return model, sv.CompressConfig(**{**values, **changes})
 
 
 @pytest.mark.usefixtures("unhurried")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import jaxtyping
 import pytest
@@ -10,13 +11,12 @@ import torch
 import transformers as hf
 
 import slimvlm as sv
+from slimvlm.cli import steps
 from slimvlm.core.options import MemoryOptions, PlanConfig, PruneConfig
 from slimvlm.models.load import anatomy
 from slimvlm.runs import stages
 from slimvlm.runs.advise import dry_run, dry_run_rows
-from slimvlm.runs.request import Request, requests_by_axis, resolved, with_tokens
-from slimvlm.runs.verbs import plan as write_plan
-from slimvlm.runs.verbs import prune
+from slimvlm.runs.recipe import TRIMMED, decide, read_split, resolve
 from tests import tiny, tiny_folder, tiny_words
 from tests.handmade import assert_untouched, snapshot
 from tests.tables import tables
@@ -80,7 +80,8 @@ def pruned(model, out, heard=None, **options):
     memory = MemoryOptions(low_memory=options.pop("low_memory", False))
     say = (heard if heard is not None else []).append
     given = {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()}
-    prune(model, PruneConfig(**given), out, memory=memory, say=say)
+    with mock.patch.object(steps, "to_log", say):
+        steps.prune(model, out, None, PruneConfig(**given), memory)
     return sv.Plan.load(out / "slimvlm_plan.json")
 
 
@@ -173,11 +174,11 @@ def test_a_written_plan_has_them_and_is_applied(models, tmp_path, text, name, as
     if name == "tokens":
         asked = {**asked, "vocab_text": text}
     file, out = tmp_path / "plan.json", tmp_path / "out"
-    made = write_plan(models[name], PlanConfig(**asked), file, say=[].append)
+    made = steps.plan(models[name], file, PlanConfig(**asked))
     assert (made.tokens is not None) == (name == "tokens")
     assert made.criteria == ({} if name == "tokens" else {"expert": "reap"})
     assert name != "tokens" or not made.cuts_layers
-    prune(models[name], PruneConfig(), out, plan_file=file, say=[].append)
+    steps.prune(models[name], out, file)
     assert anatomy(out) == made.after
 
 
@@ -211,53 +212,37 @@ def test_a_run_trains_with_fewer_experts(models, tmp_path, seen):
     assert "3 of 4 experts" in (tmp_path / "run" / "summary.md").read_text()
 
 
-def test_a_stage_of_a_study_chooses_from_its_own_samples(data):
-    config = PruneConfig(ratio=0.3, axis="depth", vocab_size=FEW, data=data, repair="none")
-    request = resolved(Request(model=model(), prune=config))
-    loaded, processor = stages.load_original(request, "cpu")
-    samples = sv.load_samples(data, limit=12)
-    calibration = stages.Calibration(processor, samples, hold_out=False)
-    scores = list(stages.calibrate(request, loaded, calibration).values())
-    plan = stages.prune_(request, loaded, calibration, scores).plan
-    assert plan.tokens is not None
-    assert len(plan.tokens) == loaded.config.vocab_size == FEW
-    assert plan.cuts_layers
-    assert all(
-        set(processor(m["content"][0]["text"])["input_ids"]) <= set(plan.tokens)
-        for sample in samples
-        for m in sample.messages
-    )
-
-
 def opened(data, where="", **options):
-    """A request whose axis is open, with what is said of its tokens."""
+    """A recipe whose axis is open, with what is said, and the tokens of its further trials."""
     heard = []
-    alone = {"samples": 16, "general_text": 0.0}  # whose tokens would count
+    alone = {"samples": 16, "general_text": 0.0, "recover": None, "test_samples": 0}
     asked = {"ratio": 0.4, "axis": "auto", "local_steps": 0, **alone, **options}
-    request = resolved(Request(model=where or model(), prune=PruneConfig(data=data, **asked)))
-    samples = stages.read_split(request, heard.append)
-    return with_tokens(request, samples.counted(request), heard.append), heard
+    recipe, _, _ = resolve(
+        where or model(), sv.CompressConfig(data=data, **asked), None, heard.append
+    )
+    fewer = [trial.tokens for trial in recipe.trials if trial.is_trimmed]
+    return recipe, heard, fewer[0] if fewer else None
 
 
 @pytest.mark.slow
 def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(data):
-    request, heard = opened(data)
+    request, heard, fewer = opened(data)
     assert request.tokens is None
-    assert f"{len(request.fewer_tokens or ())} of 533 tokens stay" in heard[-1]
+    assert f"{len(fewer)} of 533 tokens stay" in heard[-1]
     rare = tiny_folder.turn("assistant", "It jumps over the lazy dog.")
     loaded, processor = stages.load_original(request, "cpu")
     before = snapshot(loaded)
-    samples = list(stages.read_split(request, heard.append).calibration)
+    samples = list(read_split(request).calibration)
     samples[3::4] = [replace(s, messages=(s.messages[0], rare)) for s in samples[3::4]]
     calibration = stages.Calibration(processor, samples, request.hold_out)
     scores = list(stages.calibrate(request, loaded, calibration).values())
     losses = stages.try_axes(request, loaded, calibration, scores)
     assert_untouched(loaded, before)
     *_, last = losses
-    best = last.removesuffix(stages.TRIMMED)
+    best = last.removesuffix(TRIMMED)
     assert best != last
     student, _ = stages.load_original(request, "cpu")
-    held_out = {"held_out": calibration.held_out, "tokens": request.fewer_tokens}
+    held_out = {"held_out": calibration.held_out, "tokens": fewer}
     walked = sv.walk_(student, calibration.fitted, 0.4, best, scores=scores, **held_out)
     sv.trim_tokenizer_(processor, walked.plan)
     judges = samples[3::4]
@@ -271,7 +256,7 @@ def test_where_the_axis_is_open_fewer_tokens_are_tried_on_the_same_answers(data)
 
 @pytest.mark.parametrize("lost", tiered([0.5, 2.0], lambda lost: lost < 1))
 def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(tmp_path, data, lost, monkeypatch):
-    tried = {"depth": 1.5, "width": 1.0, "width" + stages.TRIMMED: lost}
+    tried = {"depth": 1.5, "width": 1.0, "width" + TRIMMED: lost}
     monkeypatch.setattr(stages, "try_axes", lambda *_, **__: tried)
     asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "local_steps": 0, "test_samples": 3}
     sv.compress(model(), sv.CompressConfig(data=data, **asked), tmp_path / "run", say=[].append)
@@ -284,58 +269,57 @@ def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(tmp_path, data, 
 def test_a_dry_run_says_how_many_tokens_go_and_never_more_than_the_ratio(data):
     asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "test_samples": 0, "general_text": 0.0}
     found = dry_run(model(), sv.CompressConfig(data=data, **asked), [].append)
-    assert found.fewer_tokens == len(opened(data)[0].fewer_tokens or ())
+    assert found.fewer_tokens == len(opened(data)[2])
     told = dict(row for row in dry_run_rows(found) if row[0])["axes"]
     assert f"again after trimming to {found.fewer_tokens:,} tokens" in told
     all_stay = sv.CompressConfig(data=data, vocab_size="all", **asked)
     assert dry_run(model(), all_stay, [].append).fewer_tokens == 0
     shape = anatomy(model())
-    request, _ = opened(data, ratio=0.05)
-    gone = shape.vocab_size - len(request.fewer_tokens or ())
+    gone = shape.vocab_size - len(opened(data, ratio=0.05)[2])
     assert 0 <= gone * shape.token_params - 0.05 * shape.backbone_params < shape.token_params
 
 
 def test_all_tokens_stay_where_that_is_asked_or_nothing_else_is_possible(data, tmp_path):
     for asked in ({"vocab_size": "all"}, {"axis": "width"}):
-        request, heard = opened(data, **asked)
-        assert (request.fewer_tokens, heard) == (None, [])
+        assert opened(data, **asked)[1:] == ([], None)
     place = tmp_path / "model"
     shutil.copytree(model(), place)
     words = json.loads((place / "tokenizer.json").read_text())
     words["model"]["dropout"] = 0.1
     (place / "tokenizer.json").write_text(json.dumps(words))
-    request, heard = opened(data, str(place))
-    assert request.fewer_tokens == ()
+    _, heard, fewer = opened(data, str(place))
+    assert fewer is None
     assert "the vocabulary stays whole: tokens: " in heard[-1]
 
 
 def test_experts_alone_need_no_axis_and_no_walk_chooses_their_neurons(models, tmp_path, seen):
     for axis in (None, "chart", "auto"):
         asked = PruneConfig(experts=0.25, data="data.json", axis=axis)
-        found = resolved(Request(model="model", prune=asked)).prune
+        found = decide("model", asked)
         assert (found.axis, found.ratio, found.criterion) == ("width", 0.0, ("reap",))
     asked = {"ratio": 0.3, "axis": "width", "criterion": ("obs",), "data": "no file"}
     with pytest.raises(sv.SlimError, match="has experts, whose neurons no walk chooses"):
         pruned(models["qwen3_moe"], tmp_path / "out", **asked)
     shape = anatomy(models["qwen3_moe"])
-    request = Request(model="model", prune=PruneConfig(ratio=0.3, axis="auto", data=seen))
-    assert list(requests_by_axis(resolved(request), shape)) == ["depth"]
+    found = decide("model", PruneConfig(ratio=0.3, axis="auto", data=seen), shape)
+    assert [trial.axis for trial in found.trials] == ["depth"]
 
 
-def test_heads_that_guess_further_tokens_are_counted_out(tmp_path):
+def test_heads_that_guess_further_tokens_are_counted_out(tmp_path, monkeypatch):
     model = tiny.build("qwen3_5_text")
     model.config.mtp_num_hidden_layers = 1
     model.save_pretrained(tmp_path / "model")
     heard = []
     config = PruneConfig(ratio=0.2, axis="depth", criterion=("spacing",))
-    prune(str(tmp_path / "model"), config, tmp_path / "out", say=heard.append)
+    monkeypatch.setattr(steps, "to_log", heard.append)
+    steps.prune(str(tmp_path / "model"), tmp_path / "out", None, config)
     assert any("mtp_num_hidden_layers becomes 0" in line for line in heard)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["mtp_num_hidden_layers"] == 0
     assert "`mtp_num_hidden_layers` is 0" in (tmp_path / "out" / "README.md").read_text()
     assert model.config.mtp_num_hidden_layers == 1
     heard.clear()
-    prune(str(tmp_path / "out"), config, tmp_path / "again", say=heard.append)
+    steps.prune(str(tmp_path / "out"), tmp_path / "again", None, config)
     assert not any("mtp" in line for line in heard)
 
 

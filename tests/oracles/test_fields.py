@@ -12,9 +12,7 @@ from PIL import Image
 
 from slimvlm import load_samples
 from slimvlm.core.errors import ConfigError, DataError
-from slimvlm.core.options import PruneConfig
-from slimvlm.runs import stages
-from slimvlm.runs.request import Request
+from slimvlm.runs.recipe import Recipe, read_split
 from tests import tiny_folder as folders
 from tests.tables import tables
 
@@ -123,9 +121,8 @@ def sorted_mix(tmp_path_factory):
 
 
 def divided(data, test=16, samples=32, seed=0):
-    config = PruneConfig(ratio=0.3, data=str(data), samples=samples, seed=seed, general_text=0.0)
-    request = Request(model=str(folders.folder("text")), prune=config, test_samples=test)
-    return stages.read_split(request, lambda line: None)
+    config = {"data": str(data), "samples": samples, "seed": seed, "test_samples": test}
+    return read_split(Recipe(model=str(folders.folder("text")), ratio=0.3, **config))
 
 
 def ids(samples):

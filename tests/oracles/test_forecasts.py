@@ -14,9 +14,8 @@ from slimvlm.core.options import CompressConfig
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.devices import release_memory
 from slimvlm.runs import cost as module
-from slimvlm.runs.compress import request_of
 from slimvlm.runs.cost import Sizes, bytes_of_picture, cost, image_tokens
-from slimvlm.runs.request import resolved
+from slimvlm.runs.recipe import decide
 from tests import pretended_gpu, tiny
 
 TRAITS = {
@@ -49,7 +48,7 @@ def test_a_walk_takes_the_memory_that_is_said(trait, monkeypatch):
     length = data[0]["input_ids"].shape[1]
     sizes = sizes_of(model, length, samples=EACH * BATCHES, calibration=EACH * BATCHES)
     config = CompressConfig(ratio=0.3, axis=axis, data="demo", local_steps=0)
-    said = cost(resolved(request_of("", config), shape=shape), sizes, card, "float32")
+    said = cost(decide("", config, shape), sizes, card, "float32")
     release_memory()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -22,7 +22,7 @@ from slimvlm.models.load import anatomy, load_config, load_processor
 from slimvlm.runs import advise as module
 from slimvlm.runs import cost
 from slimvlm.runs.advise import Advice, advice_rows, advise, dry_run, dry_run_rows
-from slimvlm.runs.recipes import recipe_for, rules
+from slimvlm.runs.chart import chart_row, rules
 from slimvlm.runs.tables import anatomy_rows
 from tests import tiny
 from tests import tiny_folder as folders
@@ -62,7 +62,7 @@ def large(model, monkeypatch):
 @pytest.mark.parametrize("data", [True, False])
 def test_advice_is_what_compress_would_do(model, ratio, data):
     found = advise(model, ratio=ratio, data=data, gpu=True)
-    assert found.recipe == recipe_for(ratio, data)
+    assert found.recipe == chart_row(ratio, data)
     assert found.expected == ()  # nothing was measured of models this small
     assert found.recipe.source in " ".join(found.notes)
     before, after = found.params

@@ -31,13 +31,13 @@ from slimvlm.runs.compress import (
     Compressed,
     compress,
     compress_command,
-    config_from,
-    config_text,
+    option_values,
     read_config,
     read_held_out,
     read_times,
     results_of,
 )
+from slimvlm.runs.recipe import decide
 from slimvlm.runs.report import read_record, report_html
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny_folder as folders
@@ -121,7 +121,7 @@ def stopped(asked, out, name="prune_", force=False):
 
 def test_a_run_that_python_began_goes_on_by_its_file(data, tmp_path):
     out = stopped(request_for(data, seed=3), tmp_path / "run")
-    stopped(read_config(out / "run.yaml")[:2], out)  # not refused
+    stopped(read_config(out / "run.yaml"), out)  # not refused
 
 
 @pytest.mark.slow
@@ -133,11 +133,11 @@ def test_the_summary_says_how_the_model_is_loaded(short, unhurried, tmp_path):
 
 def test_a_run_leaves_what_repeats_it_and_the_planned_model(finished, data):
     found = {path.name for path in finished.iterdir()}
-    kept = ("config.json", "plan.json", "scores", "results", "history.json", "checkpoint")
+    kept = ("run.yaml", "plan.json", "scores", "results", "history.json", "checkpoint")
     assert found >= {*kept, "summary.md"}
     assert not found & {"pruned", "training"}
     assert found <= {name.rstrip("/") for name in first_cells("The folder of a run")}
-    stored = json.loads((finished / "config.json").read_text())
+    stored = yaml.safe_load((finished / "run.yaml").read_text())
     assert (stored["ratio"], stored["data"]) == (0.3, str(data))
     assert stored["recover"]["lora_rank"] == 4
     files = [f"{stage}.json" for stage in STAGES]
@@ -291,14 +291,14 @@ def test_a_run_that_was_killed_while_it_cleaned_up_leaves_nothing(data, tmp_path
     assert not {"pruned", "training", "walk"} & {path.name for path in out.iterdir()}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"ratio": 0.3}'])
+@pytest.mark.parametrize("text", ["{", "[]", "ratio: 0.3"])
 def test_a_folder_that_is_no_run_is_refused(text, data, tmp_path):
     out = tmp_path / "mine"
     out.mkdir()
-    (out / "config.json").write_text(text)
+    (out / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"mine' exists"):
         compress(*request_for(data), out, say=silent)
-    assert contents(out) == {"config.json": text.encode()}
+    assert contents(out) == {"run.yaml": text.encode()}
 
 
 @pytest.mark.slow
@@ -317,7 +317,7 @@ def test_what_force_replaces_stays_until_the_new_run_is_whole(short, data, tmp_p
     monkeypatch.setattr(stages, "prune_", stops)  # done already
     compress(*request, out, force=True, say=said.append)
     assert any(line.startswith("resuming") for line in said)
-    assert json.loads((out / "config.json").read_text())["ratio"] == 0.2
+    assert read_config(out / "run.yaml")[1].ratio == 0.2
     assert Plan.load(out / "plan.json").ratio == pytest.approx(0.2, abs=0.01)
     assert not (out / "mine").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"run", "other"}
@@ -329,9 +329,10 @@ def test_what_learns_by_default_is_there(kind, learns, tmp_path):
     """The chart trains the projector at small ratios: text models have none, texts reach none."""
     data = folders.write_llava_data(tmp_path / "data", count=24, pictures=False)
     model, given = str(folders.folder(kind)), {"ratio": 0.15, "data": str(data), "samples": 8}
-    config = config_from(given, model)
-    assert config.recover.train == learns
-    for recover in (config.recover, replace(config.recover, train="projector")):
+    config = CompressConfig(**given)
+    chosen = decide(model, config, read_anatomy(load(model)[0])).recover
+    assert chosen.train == learns
+    for recover in (chosen, replace(chosen, train="projector")):
         asked = replace(config, recover=replace(recover, max_steps=1))
         if recover.train == "lora":
             compress(model, asked, tmp_path / "run", say=silent)
@@ -341,11 +342,11 @@ def test_what_learns_by_default_is_there(kind, learns, tmp_path):
             assert not (tmp_path / "no").exists()
 
 
-def test_a_small_learning_rate_survives_the_run_s_own_file(short, tmp_path):
-    values = json.loads((short / "config.json").read_text()) | {"data": "d.json"}
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({**values, "recover": {"learning_rate": 5e-5}}))  # 5e-05
-    assert read_config(path)[2] == {"learning_rate": 5e-5}
+def test_a_small_learning_rate_survives_the_run_s_own_file(tmp_path):
+    config = CompressConfig(ratio=0.3, data="d.json", recover={"learning_rate": 5e-5})  # 5e-05
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(option_values("m", config)))
+    assert read_config(path)[1].recover.learning_rate == 5e-5
 
 
 def test_a_baseline_saves_asking_again(finished, data, tmp_path, monkeypatch):
@@ -452,25 +453,25 @@ def test_a_command_and_a_file_give_the_configuration_back(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out folder").mkdir()
     path = tmp_path / "out folder" / "run.yaml"
-    path.write_text(config_text("my model", config))
+    path.write_text(yaml.safe_dump(option_values("my model", config)))
     command = shlex.split(compress_command("my model", config, "out folder"))
-    has_no_flag = config.floors or (config.recover is not None and bool(config.recover.trainer))
+    has_no_flag = config.floors or bool(config.recover.trainer)
     assert command[:3] == ["slimvlm", "compress", "--config" if has_no_flag else "my model"]
     cli.main(command[1:])
     assert compressed == ["my model", config, Path("out folder")]
-    assert read_config(path)[:2] == ("my model", config)
+    assert read_config(path) == ("my model", config)
     cli.main(["compress", "--config", str(path), "--out", "out"])
     assert compressed == ["my model", config, Path("out")]
 
 
 def test_the_command_line_comes_on_top_of_a_file(tmp_path, compressed):
     path = tmp_path / "run.yaml"
-    path.write_text(config_text("my model", FULL))
+    path.write_text(yaml.safe_dump(option_values("my model", FULL)))
     cli.main(["compress", "other", f"--config={path}", "--ratio", "0.4", "--out", "out"])
     assert compressed[:2] == ["other", replace(FULL, ratio=0.4)]
     path.write_text(yaml.safe_dump({"model": MODEL, "ratio": 0.1, "data": "d.json"}))
     cli.main(["compress", "--config", str(path), "--out", "out"])
-    assert compressed[1].recover.train == "projector"  # the file is silent, the chart is not
+    assert compressed[1].recover.train is None  # the chart decides
 
 
 @pytest.mark.parametrize(("text", "message"), TABLES["wrong_files"])

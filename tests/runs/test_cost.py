@@ -12,7 +12,6 @@ from slimvlm.core.options import CompressConfig, RecoverConfig
 from slimvlm.models.devices import usable_cores
 from slimvlm.models.load import anatomy
 from slimvlm.runs import cost as module
-from slimvlm.runs.compress import request_of
 from slimvlm.runs.cost import (
     Sizes,
     cost,
@@ -21,7 +20,7 @@ from slimvlm.runs.cost import (
     learning_params,
     stage_flops,
 )
-from slimvlm.runs.request import resolved
+from slimvlm.runs.recipe import decide
 from slimvlm.training.trainer import prepare_training
 from tests import tiny
 from tests import tiny_folder as folders
@@ -33,7 +32,7 @@ SPEEDS = {torch.float32: 1e10, torch.bfloat16: 4e10}
 def cost_of(recover=None, dtype="float32", **sizes):
     config = CompressConfig(ratio=0.4, axis="width", data="demo", recover=recover)
     sizes = Sizes(shape=anatomy(MODEL), **{"tokens": 100.0, "samples": 80, **sizes})
-    return cost(resolved(request_of(MODEL, config)), sizes, torch.device("cpu"), dtype)
+    return cost(decide(MODEL, config), sizes, torch.device("cpu"), dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +75,7 @@ def test_weights_of_another_type_take_another_time_and_fewer_tokens_less():
 )
 def test_criteria_cost_passes_over_the_samples(axis, criterion, passes):
     config = CompressConfig(ratio=0.4, axis=axis, criterion=(criterion,), data="demo")
-    request = resolved(request_of(MODEL, config))
+    request = decide(MODEL, config)
     sizes = Sizes(shape=anatomy(MODEL), tokens=100.0, samples=80, calibration=12)
     found = stage_flops("calibrate", request, sizes)
     assert found == pytest.approx(passes * 12 * sizes.pass_flops)

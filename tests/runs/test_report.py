@@ -74,6 +74,7 @@ def write_run(folder, shape, axis="width", model="tiny"):
     plan = make_plan(shape, scores, ratio=0.3, axis=axis, round_to=1)
     recover = {"train": "lora", "loss": "sft+hidden"}
     config = {"model": model, "ratio": 0.3, "axis": axis, "tasks": "name", "recover": recover}
+    config |= {"data": "d.json"}
     steps = [{"step": i, "loss": 2 / i, "loss_sft": 1 / i, "loss_hidden": 1 / i} for i in (1, 2, 4)]
     history = {"steps": steps, "num_samples": 7, "trained_params": 5}
     history |= {"sample_ids": [], "teacher": "separate"}
@@ -85,7 +86,8 @@ def write_run(folder, shape, axis="width", model="tiny"):
     scores.save(folder / "scores" / scores.criterion)
     for name, right in (("original", 10), ("pruned", 4), ("recovered", 8)):
         result(name, right).save(folder / "results" / f"{name}.json")
-    for name, values in (("config", config), ("history", history), ("walk", asdict(walk))):
+    (folder / "run.yaml").write_text(json.dumps(config))
+    for name, values in (("history", history), ("walk", asdict(walk))):
         (folder / f"{name}.json").write_text(json.dumps(values))
     return plan
 

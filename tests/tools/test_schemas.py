@@ -12,7 +12,7 @@ import yaml
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import CompressConfig, RecoverConfig
-from slimvlm.runs.compress import config_text, read_config
+from slimvlm.runs.compress import option_values, read_config
 from slimvlm.runs.study.config import read_study
 from slimvlm_tools.schemas import schemas
 from tests import tiny
@@ -59,7 +59,7 @@ def test_the_schema_of_a_run_agrees_with_the_reader(values, is_allowed, tmp_path
 
 
 def test_a_written_run_and_a_written_plan_fit():
-    assert accepts("run", yaml.safe_load(config_text("m", FULL)))
+    assert accepts("run", option_values("m", FULL))
     anatomy = sv.anatomy(tiny.build("llava-llama"))
     scores = sv.Scores("mine", layer=torch.arange(len(anatomy.layers)).float())
     plan = json.loads(json.dumps(sv.make_plan(anatomy, scores, ratio=0.3, axis="depth").to_dict()))

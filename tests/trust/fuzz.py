@@ -288,7 +288,7 @@ def links(folder, draw):
 def stopped_scratch():
     """The scratch folder of a run that stopped before it wrote its checkpoint."""
     place = folders.root() / "scratch"
-    full = mock.patch("slimvlm.runs.verbs.prune_checkpoint", side_effect=OutputError("full"))
+    full = mock.patch("slimvlm.runs.prune.prune_checkpoint", side_effect=OutputError("full"))
     with full, contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         cli.main([*LOW.format(folder=place).split(), "--scratch", str(place)])
     return place / "slimvlm-scratch"

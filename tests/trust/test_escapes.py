@@ -117,7 +117,7 @@ def test_a_template_of_forty_thousand_tokens_costs_no_work(verb, place):
 
 
 def test_lora_is_tried_before_weights_are_read(place, monkeypatch):
-    monkeypatch.setattr("slimvlm.runs.verbs.load_as", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("slimvlm.models.load.load_as", lambda *_: pytest.fail("weights were read"))
     data, model = folders.write_llava_data(place / "data", count=4), folders.folder("llava")
     (place / "r.yaml").write_text(
         "model: x\nratio: 0.3\nrecover: {loss: sft, lora: {target_modules: [dense]}}\n"

@@ -37,10 +37,10 @@ def parse(
     verb: Callable[..., object], words: list[str], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Read the options of a verb, with defaults by parameter name; return its arguments by name."""
-    texts, hints = USUAL | _texts(verb), get_type_hints(verb, include_extras=True)
+    texts = USUAL | _texts(verb)
     rows, grouped = [], dict[str, Any]()
     for name, parameter in signature(verb).parameters.items():
-        default, hint = defaults.get(name, parameter.default), hints[name]
+        default, hint = defaults.get(name, parameter.default), parameter.annotation
         parts = [(name, hint, default)]
         if groups := getattr(hint, "groups", None):  # shown one by one, read as one
             grouped[name] = hint

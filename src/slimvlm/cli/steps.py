@@ -5,21 +5,13 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimvlm.cli.options import Model
 from slimvlm.cli.printing import print_held_out, print_json, print_results, print_table, show
 from slimvlm.core import files, options
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.progress import num_ranks, to_log
-
-if TYPE_CHECKING:
-    from slimvlm.evaluation.on_data import DataResult
-    from slimvlm.planning.plan import Plan
-    from slimvlm.pruning.walk.result import Walked
-    from slimvlm.runs.recipe import Recipe
-    from slimvlm.scoring.unit_scores import Scores
-    from slimvlm.training.recover import History
 
 
 def score(
@@ -37,7 +29,7 @@ def score(
         criterion: Scoring criterion; docs/criteria.md lists them.
     """
     from slimvlm.models.load import check_models
-    from slimvlm.runs.prune import opened, score_from_files
+    from slimvlm.runs.prune import opened, score_from_files, score_in_memory
     from slimvlm.runs.recipe import check_recipe, decide, read_split
     from slimvlm.runs.stages import Calibration
     from slimvlm.scoring.criteria import CRITERIA, require_low_memory
@@ -59,20 +51,9 @@ def score(
         folder = memory.scratch_beside(stem)
         (scores,) = score_from_files(recipe, source, shown, folder, to_log)
     else:
-        (scores,) = _scores(recipe)
+        (scores,) = score_in_memory(recipe, samples)
     scores.save(stem)
     to_log(f"{criterion} scores of {', '.join(CRITERIA[criterion].units)} written to {stem}.json")
-
-
-def _scores(recipe: "Recipe") -> "list[Scores]":
-    """Load the original and score it on the recipe's samples."""
-    from slimvlm.runs import stages
-    from slimvlm.runs.recipe import read_split
-
-    samples = read_split(recipe, to_log).calibration
-    loaded, processor = stages.load_original(recipe)
-    calibration = stages.Calibration(processor, samples, hold_out=False)
-    return list(stages.calibrate(recipe, loaded, calibration).values())
 
 
 def plan(
@@ -82,7 +63,7 @@ def plan(
     scores: tuple[Path, ...] = (),
     force: bool = False,
     json: bool = False,
-) -> "Plan":
+) -> Any:
     """Choose the units to keep, from saved scores and a target size, without pruning.
 
     Args:
@@ -94,7 +75,8 @@ def plan(
     from slimvlm.models.devices import device_named
     from slimvlm.models.load import anatomy
     from slimvlm.planning.make import make_plan, make_plan_for_params
-    from slimvlm.runs.recipe import decide, dummy_scores, vocabulary_for
+    from slimvlm.runs.prune import score_in_memory
+    from slimvlm.runs.recipe import decide, dummy_scores, read_split, vocabulary_for
     from slimvlm.scoring.unit_scores import Scores
 
     files.require_free(out, force)
@@ -123,8 +105,9 @@ def plan(
             to_log(
                 f"no --scores: scoring by {' and '.join(recipe.criterion)} on the demo's samples"
             )
-            given = _scores(decide(model, replace(shown, criterion=recipe.criterion)))
-    made: Plan = make(shape, given, size, **how)
+            wanted = decide(model, replace(shown, criterion=recipe.criterion))
+            given = score_in_memory(wanted, read_split(wanted, to_log).calibration)
+    made = make(shape, given, size, **how)
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
     if not json:
@@ -144,7 +127,7 @@ def prune(
     memory: options.MemoryOptions = options.MemoryOptions(),
     final: options.FinalEvaluation = options.FinalEvaluation(),
     force: bool = False,
-) -> "tuple[Walked, dict[str, DataResult]]":
+) -> Any:
     """Write a pruned checkpoint, from a plan or from a ratio, criterion and data.
 
     With --data, the pruned model is compared with the original on test samples. Without, the demo's
@@ -196,7 +179,7 @@ def recover(
     config: Path | None = None,
     shard: bool = False,
     force: bool = False,
-) -> "History":
+) -> Any:
     """Train a pruned checkpoint towards the original model.
 
     The same command resumes a stopped run. With torchrun, several processes share the batches.

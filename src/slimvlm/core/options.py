@@ -592,11 +592,20 @@ class RunOptions(LatencyOptions, FinalEvaluation, TrainingShare, Questions):
     """Conditions on the result, such as agreement >= 95%; else slimvlm compress exits with 3."""
 
 
-def _training(value: Any) -> Any:
-    """Read training options from one word, a mapping, or None for no training."""
+def _training(value: Any) -> RunTraining:
+    """Read training options from one word, a mapping, other options, or None for no training."""
+    if isinstance(value, RunTraining):
+        return value
+    if getattr(value, "keep_adapter", False):
+        raise ConfigError("keep_adapter True: compress writes merged weights only; use recover")
+    if isinstance(value, TrainingConfig):
+        value = {row.name: getattr(value, row.name) for row in fields(TrainingConfig)}
     if value is None or isinstance(value, str):
         value = {"train": value or "none"}
-    return TrainingConfig(**value) if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping):
+        told = f"{shortened(value)} must be options by name, a value of train, or None"
+        raise ConfigError(told)
+    return RunTraining(**value)
 
 
 class CompressConfig(RunOptions, RunPruning):
@@ -628,8 +637,6 @@ class CompressConfig(RunOptions, RunPruning):
         elif self.device_map is not None:
             told = f"device_map {self.device_map!r} cannot be used with training"
             raise ConfigError(f"{told}: remove it or set train none")
-        if getattr(self.recover, "keep_adapter", False):
-            raise ConfigError("keep_adapter True: compress writes merged weights only; use recover")
         if (seed := self.recover.seed) not in (0, self.seed):
             raise ConfigError(f"seed {self.seed} conflicts with recover.seed {seed}")
 

@@ -74,6 +74,13 @@ def opened(recipe: Recipe) -> tuple[LazyCheckpoint, Any]:
     return found, models.load_processor(name, described, recipe.trust_remote_code)
 
 
+def score_in_memory(recipe: Recipe, samples: Sequence[Sample]) -> list[Scores]:
+    """Load the original and score it."""
+    loaded, processor = stages.load_original(recipe)
+    calibration = Calibration(processor, samples, hold_out=False)
+    return list(stages.calibrate(recipe, loaded, calibration).values())
+
+
 def score_from_files(
     recipe: Recipe, opened: LazyCheckpoint, calibration: Calibration, scratch: Path, say: Say
 ) -> list[Scores]:

@@ -49,7 +49,7 @@ def published(config, cell):
 def test_the_papers_grids_carry_its_numbers(name):
     config = shipped(name)
     found = [published(config, cell) for cell in expand(config)]
-    untrained = [c for c in expand(config) if c.recover is None]
+    untrained = [c for c in expand(config) if c.recovery == "none"]
     assert len(untrained) == 8
     assert all(published(config, cell) for cell in untrained)
     assert sum(row is not None for row in found) >= 45
@@ -58,9 +58,9 @@ def test_the_papers_grids_carry_its_numbers(name):
 def test_the_numbers_are_the_papers():
     config = shipped("llava-1.5-7b")
     by_cell = {
-        (c.prune.axis, c.prune.ratio, c.recovery): published(config, c)
+        (c.options.axis, c.options.ratio, c.recovery): published(config, c)
         for c in expand(config)
-        if c.recover is None or c.recover.fraction == 1
+        if c.recovery == "none" or c.options.recover.fraction == 1
     }
     for cell, number in {
         ("width", 0.15, "none"): 90.87,
@@ -76,12 +76,12 @@ def test_cells_are_every_combination_once_told_apart_by_their_options(tmp_path):
     data = tmp_path / "data.json"
     grid = {"ratio": [0.2, 0.4], "recovery": ["none", "sft"], "seed": [0, 1], "fraction": [0.5, 1]}
     cells = expand(study(data, grid))
-    untrained = [cell for cell in cells if cell.recover is None]
+    untrained = [cell for cell in cells if cell.recovery == "none"]
     assert len(untrained) == 2 * 2 * 2  # a fraction of nothing is nothing
     assert len(cells) - len(untrained) == 2 * 2 * 2 * 2
     twice = study(data, grid)
     assert expand(StudyConfig(**{**vars(twice), "grids": twice.grids * 2})) == cells
-    seeds = {(cell.seed, cell.recover.seed) for cell in cells if cell.recover is not None}
+    seeds = {(cell.seed, cell.options.recover.seed) for cell in cells if cell.recovery != "none"}
     assert seeds == {(0, 0), (1, 1)}
     data = folders.write_llava_data(tmp_path, pictures=False)
     one = study(data, {"prune": {"gradient": "batch", "samples": 4}})

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import RecoverConfig, parse_loss
-from slimvlm.runs.recipes import Curve, expected, recipe_for, rules, subject_of
+from slimvlm.runs.chart import Curve, chart_row, expected, rules, subject_of
 
 ROOT = Path(__file__).parents[2]
 
 
 @given(st.floats(0, 0.999), st.booleans())
 def test_every_ratio_has_a_recipe(ratio, has_data):
-    recipe = recipe_for(ratio, has_data)
+    recipe = chart_row(ratio, has_data)
     assert ratio <= recipe.up_to
     assert recipe.source
     assert recipe.why
@@ -33,12 +33,12 @@ def test_the_chart_is_the_studys_and_subjects_are_told_by_their_shape():
         0.45: ("width", "lora", "sft+hidden"),
         0.60: ("width", "lora", "sft+hidden"),
     }.items():
-        recipe, without = recipe_for(ratio, True), recipe_for(ratio, False)
+        recipe, without = chart_row(ratio, True), chart_row(ratio, False)
         assert (recipe.axis, recipe.train, recipe.loss) == chart
         assert (without.axis, without.train) == ("width", None)
     for ratio in (-0.1, 1.0, 1.2, math.nan):  # the message must be ours, not an iterator's
         with pytest.raises(ConfigError, match="ratio"):
-            recipe_for(ratio, True)
+            chart_row(ratio, True)
     llava = {"model_type": "llava", "text_type": "llama", "hidden_size": 4096, "num_layers": 32}
     assert subject_of(llava) == "LLaVA-1.5-7B"
     assert subject_of({**llava, "num_layers": 20}) is None

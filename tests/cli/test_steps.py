@@ -5,14 +5,13 @@ import json
 import pytest
 
 from slimvlm.cli import main
+from slimvlm.cli.steps import prune
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.options import FinalEvaluation, MemoryOptions, PruneConfig
-from slimvlm.core.progress import silent
 from slimvlm.data.read import load_samples
 from slimvlm.evaluation.on_data import DataResult, evaluate_data
 from slimvlm.models.load import anatomy, load
-from slimvlm.runs import verbs
-from slimvlm.runs.verbs import prune
+from slimvlm.runs import prune as pruning
 from tests import tiny_folder as folders
 from tests.handmade import Stopped, plan_by_hand, stops
 
@@ -33,7 +32,7 @@ def pruned(data, tmp_path_factory):
     config = PruneConfig(ratio=0.3, axis="width", data=str(data), samples=6, local_steps=0)
     for name in ("memory", "files"):
         memory = MemoryOptions(low_memory=name == "files")
-        done[home / name] = prune(MODEL, config, home / name, memory=memory, say=silent)
+        done[home / name] = prune(MODEL, home / name, None, config, memory)
     return done
 
 
@@ -93,14 +92,14 @@ def test_a_stopped_prune_from_files_goes_on_with_its_own_plan_and_samples_alone(
     plans = [plan_by_hand(shape, neurons=range(count)) for count in (48, 32)]
     for number, plan in enumerate(plans):
         plan.save(tmp_path / f"{number}.json")
-    out, more = tmp_path / "out", {"memory": memory, "say": silent}
+    out = tmp_path / "out"
     config = PruneConfig(data=str(data), samples=4, local_steps=0)
     with monkeypatch.context() as patch:
-        patch.setattr(verbs, "prune_checkpoint", stops)
+        patch.setattr(pruning, "prune_checkpoint", stops)
         report = FinalEvaluation(test_samples=4)
         with pytest.raises(Stopped):
-            prune(MODEL, config, out, tmp_path / "0.json", final=report, **more)
+            prune(MODEL, out, tmp_path / "0.json", config, memory, report)
     report = FinalEvaluation(test_samples=2)
-    walked, held_out = prune(MODEL, config, out, tmp_path / "1.json", final=report, **more)
+    walked, held_out = prune(MODEL, out, tmp_path / "1.json", config, memory, report)
     assert walked.plan.neurons == plans[1].neurons
     assert len(held_out["original"].samples) == 2

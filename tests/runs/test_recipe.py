@@ -5,15 +5,21 @@ from dataclasses import replace
 import pytest
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.options import CompressConfig, PruneConfig, Questions, RecoverConfig
+from slimvlm.core.options import CompressConfig, Questions, RecoverConfig
 from slimvlm.core.progress import silent
 from slimvlm.data.read import load_samples
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.tasks import find_tasks
-from slimvlm.runs import request as requests
-from slimvlm.runs.compress import request_of
-from slimvlm.runs.request import Request, check_questions, resolved
-from slimvlm.runs.stages import not_among, read_split, rows_to_read, split
+from slimvlm.runs import recipe as recipes
+from slimvlm.runs.recipe import (
+    Recipe,
+    check_questions,
+    decide,
+    not_among,
+    read_split,
+    rows_to_read,
+    split,
+)
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
 from tests import tiny_folder as folders
 from tests.tables import tables
@@ -22,30 +28,27 @@ TABLES = tables(__file__)
 
 
 def asked(**changes):
-    """A request as a user gives it: with data, along width."""
-    rest = {name: changes.pop(name, None) for name in ("recover", "training_samples")}
-    values = {"ratio": 0.3, "axis": "width", "data": "demo", **changes}
-    return Request(model="demo", prune=PruneConfig(**values), **rest)
+    """Options as a user gives them: with data, along width."""
+    return CompressConfig(
+        **{"ratio": 0.3, "axis": "width", "data": "demo", "recover": None} | changes
+    )
 
 
-def decided(request):
+def decided(options):
     said = []
-    return resolved(request, said.append), said
+    return decide("demo", options, say=said.append), said
 
 
 # What is left open.
 def test_with_data_the_measured_recipe_is_the_default_without_it_the_demo_calibrates():
     found, said = decided(asked())
-    assert found.prune.criterion == DEFAULT_CRITERIA["width"] == ("obs",)
-    assert (found.prune.allocation, found.prune.repair) == ("balanced", "auto")
-    assert found.prune.local_steps is None  # as many as the samples make of it
+    assert found.criterion == DEFAULT_CRITERIA["width"] == ("obs",)
+    assert (found.allocation, found.repair) == ("balanced", "auto")
+    assert found.local_steps is None  # as many as the samples make of it
     assert found.hold_out
     assert said == []
-    request = replace(asked(data=None, recover=RecoverConfig()), test_samples=8)
-    found, said = decided(request)
-    assert found.prune == decided(asked(too_long="truncate"))[0].prune
-    assert found.recover is None
-    assert found.test_samples == 0
+    alone, said = decided(asked(data=None, test_samples=0))
+    assert alone == decided(asked(too_long="truncate", test_samples=0))[0]
     assert said == ["no --data: calibrating on the demo's samples"]
 
 
@@ -53,10 +56,10 @@ def test_with_data_the_measured_recipe_is_the_default_without_it_the_demo_calibr
     "changes", [{"criterion": ("magnitude",)}, {"ratio": None, "vocab_size": 100}]
 )
 def test_what_needs_no_data_reads_none_and_is_not_repaired(changes):
-    found, said = decided(asked(data=None, recover=RecoverConfig(), **changes))
-    assert found.prune.data is None
-    assert (found.prune.allocation, found.prune.repair) == ("uniform", "none")
-    assert found.prune.local_steps == 0
+    found, said = decided(asked(data=None, **changes))
+    assert found.data is None
+    assert (found.allocation, found.repair) == ("uniform", "none")
+    assert found.local_steps == 0
     assert not found.hold_out
     assert found.recover is None
     assert said == []
@@ -74,18 +77,17 @@ def test_only_what_was_given_is_missed(case):
     """A default that cannot be had is no news; a wish that cannot be met is said once."""
     changes, reason = UNTRIED[case]
     found, said = decided(asked(**changes))
-    assert (found.prune.allocation, said) == ("uniform", [])
+    assert (found.allocation, said) == ("uniform", [])
     found, said = decided(asked(**changes, allocation="balanced"))
-    assert found.prune.allocation == "uniform"
+    assert found.allocation == "uniform"
     assert said == [f"allocation 'balanced' becomes 'uniform': {reason}"]
 
 
-def test_a_decided_request_stays_as_it_is_and_the_axis_depends_on_training():
-    for changes in ({}, {"axis": "depth"}, {"data": None}, {"repair": "width"}):
-        once, _ = decided(asked(**changes))
-        assert decided(once) == (once, [])
-    for recover, axis in ((None, "width"), (RecoverConfig(), "depth")):
-        assert decided(asked(ratio=0.15, axis=None, recover=recover))[0].prune.axis == axis
+def test_the_axis_depends_on_training():
+    for recover, axis in ((None, "width"), ("lora", "depth")):
+        assert decided(asked(ratio=0.15, axis="chart", recover=recover))[0].axis == axis
+        named = asked(ratio=0.15, axis=None, recover=recover)
+        assert decided(named)[0].axis == ("width" if recover is None else "auto")
 
 
 @pytest.mark.parametrize(("changes", "hold_out"), TABLES["held_out"])
@@ -95,21 +97,24 @@ def test_samples_are_held_out_where_something_is_judged(changes, hold_out):
 
 def test_a_run_has_one_seed_and_only_0_leaves_the_order_of_places():
     config = CompressConfig(ratio=0.3, data="demo", seed=3, recover=RecoverConfig())
-    found = resolved(request_of("demo", config))
+    found = decide("demo", config)
     assert found.recover is not None
-    assert found.recover.seed == found.prune.seed == 3
+    assert found.recover.seed == found.seed == 3
     with pytest.raises(ConfigError, match="seed 3 conflicts"):
-        CompressConfig(seed=3, recover=RecoverConfig(seed=5))
+        CompressConfig(seed=3, data="demo", recover=RecoverConfig(seed=5))
     rows = samples(10)
-    first, rest = names(split(rows, asked(samples=4, recover=RecoverConfig())))
+    first, rest = names(split(rows, plain(samples=4)))
     assert first + rest == [f"s{i}" for i in range(10)]
-    other, more = names(split(rows, asked(samples=4, seed=1, recover=RecoverConfig())))
+    other, more = names(split(rows, plain(samples=4, seed=1)))
     assert sorted(other + more) == sorted(first + rest)
     assert other != first
-    assert names(split(rows, asked(samples=4, seed=1)))[0] == other
 
 
 # Which samples.
+def plain(**changes):
+    return Recipe(model="demo", ratio=0.3, axis="width", **changes)
+
+
 def samples(count):
     return [Sample(id=f"s{i}", messages=(), place=i) for i in range(count)]
 
@@ -123,12 +128,12 @@ def names(found):
 
 
 def test_few_samples_serve_both_and_training_comes_back_only_if_more_are_asked_for():
-    first, rest = names(split(samples(3), asked(samples=4)))
+    first, rest = names(split(samples(3), plain(samples=4)))
     assert first == rest == ["s0", "s1", "s2"]
-    assert names(split(samples(3), asked(samples=4, training_samples=2)))[1] == ["s0", "s1"]
+    assert names(split(samples(3), plain(samples=4, training_samples=2)))[1] == ["s0", "s1"]
     rows = samples(6)
     for count, wanted in [(None, "45"), (1, "4"), (4, "4501"), (9, "450123")]:
-        request = asked(samples=4, training_samples=count, recover=RecoverConfig())
+        request = plain(samples=4, training_samples=count, recover=RecoverConfig())
         assert names(split(rows, request)) == (["s0", "s1", "s2", "s3"], [f"s{i}" for i in wanted])
 
 
@@ -144,9 +149,9 @@ def test_few_samples_serve_both_and_training_comes_back_only_if_more_are_asked_f
     ],
 )
 def test_no_more_rows_are_read_than_needed(changes, count):
-    request = asked(samples=4, **changes)
+    request = plain(samples=4, **changes)
     assert rows_to_read(request) == count
-    if count is not None and not request.prune.seed:
+    if count is not None and not request.seed:
         assert names(split(samples(count), request)) == names(split(samples(20)[:count], request))
 
 
@@ -156,19 +161,15 @@ def data(tmp_path_factory):
 
 
 def reading(data, **changes):
-    config = PruneConfig(ratio=0.3, data=str(data), samples=6, seed=0)
-    request = Request(
-        model=str(folders.folder("llava")), prune=config, recover=RecoverConfig(), test_samples=64
-    )
-    return replace(request, **changes)
+    given = {"data": str(data), "samples": 6, "recover": RecoverConfig(), "test_samples": 64}
+    return Recipe(model=str(folders.folder("llava")), ratio=0.3, **given | changes)
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("training", [None, 5, 100])
 @pytest.mark.parametrize("count", [2, 64])
 def test_no_sample_of_the_report_is_used(seed, training, count, data):
-    request = reading(data, training_samples=training, test_samples=count)
-    request = replace(request, prune=replace(request.prune, seed=seed))
+    request = reading(data, training_samples=training, test_samples=count, seed=seed)
     found = read_split(request, silent)
     assert len(found.test) in (2, 4)  # at most a fifth of 20, or of the 13 that are read
     used = {*ids(found.calibration), *ids(found.training)}
@@ -195,19 +196,18 @@ def test_repeated_samples_are_not_held_out_and_too_few_not_reported(data, tmp_pa
 # Which tasks.
 def test_a_run_is_asked_what_evaluate_asks(monkeypatch):
     seen = []
-    monkeypatch.setattr(requests, "check_names", lambda *given: seen.append(given) or {})
+    monkeypatch.setattr(recipes, "check_names", lambda *given: seen.append(given) or {})
     config = CompressConfig(ratio=0.3, tasks="presence,pope", task_folder="mine", limit=6)
-    questions = request_of("demo", config).questions
+    questions = decide("demo", config).part(Questions)
     assert questions == Questions(tasks="presence,pope", task_folder="mine", limit=6)
     check_questions(questions)
     assert seen == [(["pope"], 6, "mine")]
     assert [task.name for task in find_tasks("presence")] == ["presence"]
-    assert request_of("demo", CompressConfig(ratio=0.3)).questions is None
 
 
 @pytest.mark.parametrize("how", [{"floors": True}, {"blind": True}, {"log": True}])
 def test_published_benchmarks_are_not_asked_blind(how, monkeypatch):
-    monkeypatch.setattr(requests, "check_names", lambda *given: {})
+    monkeypatch.setattr(recipes, "check_names", lambda *given: {})
     questions = Questions(tasks="pope", floors=how.pop("floors", False))
     with pytest.raises(
         ConfigError, match="--blind, --floors and --replies do not work with 'pope'"
