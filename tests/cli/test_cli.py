@@ -23,14 +23,14 @@ from slimvlm.cli.options import USUAL
 from slimvlm.cli.printing import print_table
 from slimvlm.core.documents import built
 from slimvlm.core.errors import SlimError
-from slimvlm.core.options import file_only
+from slimvlm.core.options import file_only, flags_of
 from slimvlm.core.progress import progress, to_log
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.planning.plan import Plan
-from slimvlm.runs import stages
+from slimvlm.runs import recipe
 from tests import tiny_folder as folders
 from tests.core.test_files import HOLDS
 from tests.handmade import assert_equal, contents, refused, tensors_of
@@ -163,20 +163,23 @@ VERBS = sorted(cli.VERBS)
 
 
 def groups_of(verb):
-    """Parameters of a verb that are dataclasses, each with its class."""
-    hints = get_type_hints(cli.VERBS[verb])
-    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    """Groups of options of a verb, each with its class."""
+    found, hints = {}, get_type_hints(cli.VERBS[verb])
+    for name, kind in hints.items():
+        if name != "return" and dataclasses.is_dataclass(kind):
+            found |= getattr(kind, "groups", {name: kind})
+    return found
 
 
 def options_of(verb):
-    """Every option of a verb; a dataclass among its parameters gives its fields."""
-    groups, names = groups_of(verb), []
-    hints = get_type_hints(cli.VERBS[verb], include_extras=True)
+    """Every option of a verb; a class among its parameters gives its fields."""
+    names, hints = [], get_type_hints(cli.VERBS[verb], include_extras=True)
+    for kind in groups_of(verb).values():
+        shown = [row.name for row in dataclasses.fields(kind) if row.name not in file_only(kind)]
+        names += [flags_of(kind).get(name, name) for name in shown]
     for name in inspect.signature(cli.VERBS[verb]).parameters:
-        if name in groups:
-            every = [row.name for row in dataclasses.fields(groups[name])]
-            names += [each for each in every if each not in file_only(groups[name])]
-        elif tyro.conf.Positional not in getattr(hints[name], "__metadata__", ()):
+        is_group = dataclasses.is_dataclass(hints[name])
+        if not is_group and tyro.conf.Positional not in getattr(hints[name], "__metadata__", ()):
             names.append(name)
     return names
 
@@ -194,9 +197,10 @@ def test_help_explains_every_option(verb, run, monkeypatch):
     assert about is not None
     words = re.sub(r"[\s│|]+", " ", result.out)
     assert about.splitlines()[0] in words
-    for name in inspect.signature(cli.VERBS[verb]).parameters:
+    groups, plain = groups_of(verb), inspect.signature(cli.VERBS[verb]).parameters
+    for name in {**groups, **{n: p for n, p in plain.items() if n != "options"}}:
         meaning = re.search(rf"^\s+{name}: (.+)$", about, re.MULTILINE)
-        told = meaning[1] if meaning else USUAL.get(name) or groups_of(verb)[name].__doc__
+        told = meaning[1] if meaning else USUAL.get(name) or groups[name].__doc__
         assert " ".join(told.split("\n")[0].split()[:4]) in words, name
 
 
@@ -240,7 +244,7 @@ def test_verbs_with_many_options_take_it_from_a_file(verb, run, tmp_path):
     file.write_text(json.dumps(values))
     words = ["--out", "out", "--config", str(file)]
     given = cli.parsed(verb, words if verb == "compress" else ["m", *words])
-    group = given["pruning" if verb == "compress" else "source"]
+    group = given["options" if verb == "compress" else "source"]
     assert (group.attn_implementation, group.device_map) == ("eager", None)
     file.write_text(json.dumps(values | {"attn_implementation": "fast"}))
     result = run(verb, "m", *words)
@@ -324,8 +328,8 @@ def scored_without_data(model):
 
 
 def test_with_data_a_plan_s_weights_are_repaired(run, home, llava, data, monkeypatch):
-    honest = stages.samples_for
-    monkeypatch.setattr(stages, "samples_for", lambda *given: honest(*given)[:8])  # of 192
+    honest = recipe.samples_for
+    monkeypatch.setattr(recipe, "samples_for", lambda *given: honest(*given)[:8])  # of 192
     made = run("plan", llava, "--ratio", "0.3", "--out", "plan.json")
     assert made.code == 0
     assert "no --scores: scoring by obs on the demo's samples" in made.out + made.err

@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoProcessor
 
+import slimvlm as sv
 from slimvlm import cli
 from slimvlm.core.errors import ConfigError, UnsupportedModelError
 from slimvlm.core.options import TrainingData

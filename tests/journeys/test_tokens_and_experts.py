@@ -268,6 +268,7 @@ def test_a_run_takes_fewer_tokens_where_answers_lose_less_by_it(tmp_path, data, 
 
 def test_a_dry_run_says_how_many_tokens_go_and_never_more_than_the_ratio(data):
     asked = {"ratio": 0.4, "axis": "auto", "samples": 16, "test_samples": 0, "general_text": 0.0}
+    asked["recover"] = None
     found = dry_run(model(), sv.CompressConfig(data=data, **asked), [].append)
     assert found.fewer_tokens == len(opened(data)[2])
     told = dict(row for row in dry_run_rows(found) if row[0])["axes"]
@@ -302,7 +303,7 @@ def test_experts_alone_need_no_axis_and_no_walk_chooses_their_neurons(models, tm
         pruned(models["qwen3_moe"], tmp_path / "out", **asked)
     shape = anatomy(models["qwen3_moe"])
     found = decide("model", PruneConfig(ratio=0.3, axis="auto", data=seen), shape)
-    assert [trial.axis for trial in found.trials] == ["depth"]
+    assert [trial.axis for trial in found.trials] == ["both"]
 
 
 def test_heads_that_guess_further_tokens_are_counted_out(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from slimvlm.models.devices import computes_bfloat16, device_named, free_memory,
 from slimvlm.models.load import check_models, load_as
 from slimvlm.models.parts import text_config_of
 from slimvlm.runs.compress import compress_command, option_values, read_config
+from slimvlm.runs.recipe import decide
 from slimvlm.runs.study import prepared
 from slimvlm.runs.study.config import Grid, StudyConfig
 from tests import tiny_folder as folders
@@ -100,7 +101,7 @@ def test_where_and_how_a_model_is_read_is_no_part_of_what_is_asked(how, tmp_path
             prepared(study, silent)
     if "device_map" in how:
         with pytest.raises(ConfigError, match="device_map 'auto' cannot be used with training"):
-            replace(chosen, data="d", recover=RecoverConfig())
+            decide("demo", replace(chosen, data="d", recover=RecoverConfig()))
 
 
 def test_a_study_has_the_same_stages_on_every_device():

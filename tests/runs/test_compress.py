@@ -402,7 +402,7 @@ def test_a_run_of_options_alone_gives_the_model_the_processor_and_itself(
         ({"out": "run", "ratio": 0.3, "recover": "lora"}, "train 'lora' needs --data"),
         (
             {"out": "run", "ratio": 0.3, "data": "d", "recover": True},
-            "recover True must be options",
+            "recover: True must be options",
         ),
         ({"out": "run", "ratio": "much"}, "ratio 'much' must be a number"),
     ],

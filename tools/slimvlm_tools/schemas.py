@@ -23,7 +23,14 @@ def schemas() -> dict[str, dict[str, Any]]:
     """Make each schema: draft 2020-12, unknown keys refused, help texts as descriptions."""
     run = _schema(CompressConfig, "A run of slimvlm compress: run.yaml")
     run["properties"]["model"] = {"type": "string", "description": "Folder, hub id, or demo."}
-    run["properties"]["recover"]["anyOf"].append({"const": "none"})
+    training = run["properties"]["recover"]
+    words = ["projector", "lora", "full", "none"]
+    run["properties"]["recover"] = {
+        "anyOf": [{"$ref": "#/$defs/TrainingConfig"}, {"enum": words}],
+        "description": training["description"],
+    }
+    for name in ("made_from", "version"):  # in a run's own file
+        run["properties"][name] = {"description": "Written by slimvlm; compared on resume."}
     run["required"] = ["model"]
     study = _schema(StudyConfig, "A study: a grid of compressions")
     plan = _schema(PlanFile, "A plan: what stays of a model")

@@ -138,7 +138,7 @@ def defaults_from(file: str, verb: str, is_untrained: bool = False) -> dict[str,
         given = vars(config.recover) if learns else {"seed": config.seed}
         known = {row.name for row in fields(core.RecoverConfig)}
         given = {name: v for name, v in given.items() if name in known and v is not None}
-        data = {} if config.data is None else {"source": config.part(core.TrainingData)}
+        data = {} if config.data is None else {"source": config.part(core.RecoverData)}
         return {"teacher": model, "training": core.RecoverConfig(**given), **data}
     if is_untrained:
         config = replace(config, recover=core.RunTraining(), training_samples=None)

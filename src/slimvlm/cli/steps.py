@@ -172,7 +172,7 @@ def prune(
 
 def recover(
     model: Model,
-    source: options.TrainingData,
+    source: options.RecoverData,
     out: Path,
     teacher: str | None = None,
     training: options.RecoverConfig = options.RecoverConfig(),

@@ -363,8 +363,13 @@ class DataConfig(LoadConfig):
 class TrainingData(DataConfig):
     """Training data, and model loading."""
 
-    without_flag = frozenset({"attn_implementation", "device_map"})
     data: Text = field()  # replaces the default of the base class
+
+
+class RecoverData(TrainingData):
+    """Training data, and model loading."""
+
+    without_flag = frozenset({"attn_implementation", "device_map"})
 
 
 class CalibrationConfig(DataConfig):
@@ -618,25 +623,10 @@ class CompressConfig(RunOptions, RunPruning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        train, data = self.recover.train, self.data
         if self.target_latency is not None:
             for name, value in self.given(("ratio", "image_tokens")).items():
                 told = f"target_latency {self.target_latency} conflicts with {name} {value}"
                 raise ConfigError(f"{told}: leave one of them out")
-        if self.tasks is None:
-            of_tasks = ("limit", "batch_size", "baseline", "task_folder", "template_args", "floors")
-            self.refuse(of_tasks, "needs --tasks")
-        if data is None:
-            self.refuse(("training_samples", "test_samples"), "needs --data")
-        if train == "none" or data is None:
-            if train not in (None, "none"):
-                raise ConfigError(f"train {train!r} needs --data")
-            why, own = "needs --data" if data is None else "needs training", ("train", "seed")
-            self.refuse(("training_samples",), why)
-            self.recover.refuse({*self.recover.given()} - {*own}, why)
-        elif self.device_map is not None:
-            told = f"device_map {self.device_map!r} cannot be used with training"
-            raise ConfigError(f"{told}: remove it or set train none")
         if (seed := self.recover.seed) not in (0, self.seed):
             raise ConfigError(f"seed {self.seed} conflicts with recover.seed {seed}")
 

@@ -137,8 +137,7 @@ def decide(
     latency = getattr(options, "target_latency", None)
     is_planned = ratio is None and latency is None and not options.tokens_first
     if isinstance(options, CompressConfig):
-        if is_planned:
-            raise ConfigError("ratio is required: the share of the backbone to remove, such as 0.3")
+        check_options(options)
         if (training := _training(options, shape)) is not None:
             given["recover"], options = training, replace(options, recover=training)
         most = options.most_test_samples(options.samples)
@@ -156,8 +155,10 @@ def decide(
         if latency is not None:  # whose ratio depends on the axis
             return decide(model, replace(options, axis=axis), shape, say, tokens)
     # by which criteria
+    for name in options.criterion:
+        scoring.criterion_named(name, {})
     criteria = criteria_of(options, axis, ratio, shape)
-    reads = {name for name in criteria if name in CRITERIA and CRITERIA[name].needs_data}
+    reads = {name for name in criteria if CRITERIA[name].needs_data}
     counts = options.vocab_size == "auto" and options.vocab_text is None
     chosen = reads and not reads & set(options.criterion)  # by default
     if ratio is not None and data is None and not counts and chosen:
@@ -214,6 +215,27 @@ def _why_even(axis: str | None, data: str | None, criteria: Sequence[str]) -> st
     if WALKING not in criteria:
         return f"only the walk's own choice, by {WALKING!r}, tries it"
     return None
+
+
+def check_options(options: CompressConfig) -> None:
+    """Refuse options of a run that lack another one."""
+    if options.ratio is None and options.target_latency is None and not options.tokens_first:
+        raise ConfigError("ratio is required: the share of the backbone to remove, such as 0.3")
+    if options.tasks is None:
+        of_tasks = ("limit", "batch_size", "baseline", "task_folder", "template_args", "floors")
+        options.refuse(of_tasks, "needs --tasks")
+    train, data = options.recover.train, options.data
+    if data is None:
+        options.refuse(("training_samples", "test_samples"), "needs --data")
+        if train not in (None, "none"):
+            raise ConfigError(f"train {train!r} needs --data")
+    if data is None or train == "none":
+        why = "needs --data" if data is None else "needs training"
+        options.refuse(("training_samples",), why)
+        options.recover.refuse(options.recover.given().keys() - {"train", "seed"}, why)
+    elif options.device_map is not None:
+        told = f"device_map {options.device_map!r} cannot be used with training"
+        raise ConfigError(f"{told}: remove it or set train none")
 
 
 def _training(options: CompressConfig, shape: Anatomy | None) -> RecoverConfig | None:
@@ -334,8 +356,7 @@ def check_recipe(recipe: Recipe) -> None:
     device_named(recipe.device)
     if recipe.vocab_size == "auto" and recipe.data is None and recipe.vocab_text is None:
         raise ConfigError("vocab_size 'auto' needs --data or --vocab-text")
-    rows = {name: scoring.criterion_named(name, {}) for name in recipe.criterion}
-    data_bound = [name for name, row in rows.items() if row.needs_data]
+    data_bound = [name for name in recipe.criterion if CRITERIA[name].needs_data]
     if data_bound and recipe.data is None:
         raise ConfigError(f"criterion {data_bound[0]!r} needs --data")
     if recipe.token_weights is not None:

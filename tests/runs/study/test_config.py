@@ -87,7 +87,7 @@ def test_cells_are_every_combination_once_told_apart_by_their_options(tmp_path):
     one = study(data, {"prune": {"gradient": "batch", "samples": 4}})
     other = study(data, {"prune": {"samples": 4}})  # as the study says
     cells = expand(StudyConfig(**{**vars(one), "grids": one.grids + other.grids}))
-    assert [cell.options for cell in cells] == ["gradient batch"] * 4 + [""] * 4
+    assert [cell.words for cell in cells] == ["gradient batch"] * 4 + [""] * 4
     assert len({cell.label for cell in cells}) == 8
     assert cells[0].values()["options"] == "gradient batch"
 
