@@ -30,19 +30,18 @@ def score(
     """
     from slimvlm.models.load import check_models
     from slimvlm.runs.prune import opened, score_from_files, score_in_memory
-    from slimvlm.runs.recipe import check_recipe, decide, read_split
+    from slimvlm.runs.recipe import Recipe, check_recipe, read_split
     from slimvlm.runs.stages import Calibration
     from slimvlm.scoring.criteria import CRITERIA, require_low_memory
 
-    wanted = options.PruneConfig(criterion=(criterion,), **vars(calibration))
-    recipe = decide(model, wanted)
+    recipe = Recipe(model=model, criterion=(criterion,), **vars(calibration))
     check_recipe(recipe)
     if memory.low_memory:
         require_low_memory(criterion)
     stem = out.with_suffix("") if out.suffix in (".json", ".safetensors") else out
     for suffix in ("json", "safetensors"):
         files.require_free(Path(f"{stem}.{suffix}"), force)
-    check_models(wanted, model)
+    check_models(calibration, model)
     samples = read_split(recipe, to_log).calibration
     stem.parent.mkdir(parents=True, exist_ok=True)
     if memory.low_memory:
@@ -76,7 +75,7 @@ def plan(
     from slimvlm.models.load import anatomy
     from slimvlm.planning.make import make_plan, make_plan_for_params
     from slimvlm.runs.prune import score_in_memory
-    from slimvlm.runs.recipe import decide, dummy_scores, read_split, vocabulary_for
+    from slimvlm.runs.recipe import Recipe, decide, dummy_scores, read_split, vocabulary_for
     from slimvlm.scoring.unit_scores import Scores
 
     files.require_free(out, force)
@@ -105,7 +104,7 @@ def plan(
             to_log(
                 f"no --scores: scoring by {' and '.join(recipe.criterion)} on the demo's samples"
             )
-            wanted = decide(model, replace(shown, criterion=recipe.criterion))
+            wanted = Recipe(model=model, **vars(shown) | {"criterion": recipe.criterion})
             given = score_in_memory(wanted, read_split(wanted, to_log).calibration)
     made = make(shape, given, size, **how)
     out.parent.mkdir(parents=True, exist_ok=True)

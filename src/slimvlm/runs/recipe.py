@@ -356,12 +356,13 @@ def check_recipe(recipe: Recipe) -> None:
     device_named(recipe.device)
     if recipe.vocab_size == "auto" and recipe.data is None and recipe.vocab_text is None:
         raise ConfigError("vocab_size 'auto' needs --data or --vocab-text")
-    data_bound = [name for name in recipe.criterion if CRITERIA[name].needs_data]
+    rows = {name: scoring.criterion_named(name, {}) for name in recipe.criterion}
+    data_bound = [name for name, row in rows.items() if row.needs_data]
     if data_bound and recipe.data is None:
         raise ConfigError(f"criterion {data_bound[0]!r} needs --data")
     if recipe.token_weights is not None:
         parse_token_weights(recipe.token_weights)
-        if recipe.ratio is not None and not data_bound:
+        if not data_bound and (recipe.criterion or recipe.ratio is not None):
             raise ConfigError(f"token_weights {recipe.token_weights!r}: no criterion reads data")
     if recipe.data is None:
         recipe.refuse(_OF_DATA, "needs --data")
