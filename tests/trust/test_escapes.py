@@ -98,7 +98,7 @@ def test_a_report_reads_nothing_that_the_run_names(metric, place):
     (place / "evilmetric.py").write_text("open('ran', 'w')\ndef score(*_): return 1.0\n")
     task = {"name": "own", "data": str(place / "secret.jsonl"), "prompt": "{q}", "answer": "a"}
     (place / "run" / "t.yaml").write_text(yaml.safe_dump({**task, "metric": metric}))
-    folders.edit_json(place / "run" / "config.json", lambda v: v.update(tasks="run/t.yaml"))
+    folders.edit_json(place / "run" / "run.yaml", lambda v: v.update(tasks="run/t.yaml"))
     main(["report", "run"])
     assert "SECRET" not in (place / "run" / "report.html").read_text()
     assert not (place / "ran").exists()

@@ -134,10 +134,9 @@ def defaults_from(file: str, verb: str, is_untrained: bool = False) -> dict[str,
 
     model, config = read_config(file)
     if verb == "recover":
-        learns = config.recover.train != "none"
-        given = vars(config.recover) if learns else {"seed": config.seed}
-        known = {row.name for row in fields(core.RecoverConfig)}
-        given = {name: v for name, v in given.items() if name in known and v is not None}
+        given = {} if config.recover.train == "none" else vars(config.recover)
+        given = {name: value for name, value in given.items() if value is not None}
+        given["seed"] = config.seed
         data = {} if config.data is None else {"source": config.part(core.RecoverData)}
         return {"teacher": model, "training": core.RecoverConfig(**given), **data}
     if is_untrained:

@@ -573,7 +573,9 @@ class RunPruning(PruneConfig):
 class RunTraining(TrainingConfig):
     """Training; the extended paper's decision chart gives what is left out."""
 
-    without_flag = frozenset({"seed", "paper_exact"})  # a run has one seed, among those of pruning
+    without_flag = frozenset({"seed", "paper_exact"})
+    seed: Annotated[int | None, SEED] = None  # type: ignore[assignment]
+    """The run's seed, if given."""
 
 
 UNTRAINED = RunTraining(train="none")
@@ -605,6 +607,7 @@ def _training(value: Any) -> RunTraining:
         raise ConfigError("keep_adapter True: compress writes merged weights only; use recover")
     if isinstance(value, TrainingConfig):
         value = {row.name: getattr(value, row.name) for row in fields(TrainingConfig)}
+        value["seed"] = value["seed"] or None  # 0 need not be meant
     if value is None or isinstance(value, str):
         value = {"train": value or "none"}
     if not isinstance(value, Mapping):
@@ -627,7 +630,7 @@ class CompressConfig(RunOptions, RunPruning):
             for name, value in self.given(("ratio", "image_tokens")).items():
                 told = f"target_latency {self.target_latency} conflicts with {name} {value}"
                 raise ConfigError(f"{told}: leave one of them out")
-        if (seed := self.recover.seed) not in (0, self.seed):
+        if (seed := self.recover.seed) not in (None, self.seed):
             raise ConfigError(f"seed {self.seed} conflicts with recover.seed {seed}")
 
 
