@@ -46,7 +46,7 @@ def test_the_chart_is_the_studys_and_subjects_are_told_by_their_shape():
 
 def test_curves_are_sound_and_about_known_models():
     assert len(rules().retention) > 20
-    for row in (*rules().retention, *rules().latency):
+    for row in rules().retention:
         assert row.source
         page, _, section = row.source.partition(", ")
         if page.startswith("docs/"):  # a heading, or bold words, of that page
@@ -56,8 +56,6 @@ def test_curves_are_sound_and_about_known_models():
             RecoverConfig(train=row.train, loss=row.loss)
     for row in rules().retention:
         assert all(0 < ratio < 1 and 0 < value <= 101 for ratio, value in row.values.items())
-    for row in rules().latency:
-        assert all(0 < share <= 1 for share in row.values.values())
     few, *_, all_of_it = rules().fractions  # little data is enough up to a ratio
     assert few.up_to < 0.6 <= all_of_it.up_to
     assert few.fraction < all_of_it.fraction == 1

@@ -1,7 +1,8 @@
 """Tell before a run, without weights, what it would do and cost: `advise`, and a dry run."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, get_args
@@ -9,8 +10,8 @@ from typing import Any, get_args
 import torch
 
 from slimvlm.core import options
-from slimvlm.core.errors import WORDS, ConfigError, SlimError
-from slimvlm.core.options import CompressConfig, RecoverConfig
+from slimvlm.core.errors import WORDS, ConfigError, ImpossiblePlanError, SlimError
+from slimvlm.core.options import CompressConfig
 from slimvlm.core.progress import Say, duration
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.general import SHARE as GENERAL_TEXT
@@ -28,10 +29,16 @@ from slimvlm.planning.plan import Plan
 from slimvlm.runs.chart import ChartRow, chart_row, expected, rules, subject_of
 from slimvlm.runs.compress import compress_command
 from slimvlm.runs.cost import Cost, Sizes, bytes_of_picture, cost, image_tokens, kept_bytes
-from slimvlm.runs.recipe import decide, dry_plan, resolve, tokens_to_try
+from slimvlm.runs.recipe import (
+    Recipe,
+    decide,
+    dry_plan,
+    prefill_share,
+    resolve,
+    tokens_to_try,
+)
 from slimvlm.runs.tables import millions, size
 
-_RATIO_STEP = 0.005  # distance of the ratios that are tried for a latency
 _ENCODED = 16  # samples that are encoded at most, to learn how long they are
 
 
@@ -85,25 +92,36 @@ def advise(
     shape, known = anatomy_of(model), rules()
     if samples is not None and samples < 1:
         raise ConfigError(f"samples {samples} must be at least 1")
-    subject = subject_of({**vars(shape), "num_layers": shape.num_layers})
-    targets = {"target_params": target_params, "target_memory": target_memory}
-    budget = {"ratio": ratio, **targets, "target_latency": target_latency}
-    gone = _ratio(shape, subject, budget, data, dtype)
-    recipe = chart_row(gone, data, bool(shape.projector_params))
-    row = next(row for row in known.fractions if gone <= row.up_to)
-    fraction, why = row.fraction, f"{row.why} ({known.fractions_source})"
+    size = {"target_params": target_params, "target_memory": target_memory}
+    budget = {"ratio": ratio, **size, "target_latency": target_latency}
+    if sum(value is not None for value in budget.values()) != 1:
+        names = [f"--{name.replace('_', '-')}" for name in budget]
+        raise ConfigError(f"advise needs exactly one of {', '.join(names)}")
+    if (params := params_of_target(target_params, target_memory, dtype)) is not None:
+        ratio = ratio_for_params(shape, params)
+    named = "demo" if model == "demo" else "DATA.json"
+    config = CompressConfig(
+        ratio=ratio if ratio is None else round(ratio, 4),
+        target_latency=target_latency,
+        axis="chart",
+        data=named if data else None,
+        recover=options.RunTraining() if data else options.UNTRAINED,
+    )
+    recipe, why = _decided(model, config, shape)
+    row = next(row for row in known.fractions if recipe.size <= row.up_to)
+    fraction, enough = row.fraction, f"{row.why} ({known.fractions_source})"
     given, needed = samples or known.full_set, round(fraction * known.full_set)
     if samples is not None and samples <= needed:  # few are all used
-        fraction, why = 1.0, f"train on all {samples:,} samples: the paper trained on {needed:,}"
+        fraction, enough = 1.0, f"train on all {samples:,} samples: the paper trained on {needed:,}"
     elif samples is not None:
         fraction = round(needed / samples, 4)
-    tokens, on_tokens = _tokens_first(model, shape, gone, data and target_latency is None)
+    tokens, on_tokens = _tokens_first(model, shape, recipe.size, data and target_latency is None)
     pictures = image_tokens(model) if shape.vision_params else 0
     sizes = Sizes(
         shape=shape,
         tokens=float(known.constants.text_tokens) + pictures,
         samples=given,
-        calibration=round(min(options.CalibrationConfig().samples, given) / (1 - GENERAL_TEXT)),
+        calibration=round(min(config.samples, given) / (1 - GENERAL_TEXT)),
         token_bytes={name: kept_bytes(load_config(model), name) for name in {dtype, "bfloat16"}},
         vocabulary=tokens,
         beside=bytes_of_picture(load_config(model), pictures, dtype) if pictures else 0.0,
@@ -112,38 +130,37 @@ def advise(
     if gpu is not None and gpu == (device.type == "cpu"):
         device = torch.device("cuda" if gpu else "cpu")
 
-    def config_of(recipe: ChartRow) -> CompressConfig:
-        recover: options.TrainingConfig = options.UNTRAINED
-        if recipe.train is not None:
-            recover = RecoverConfig(train=recipe.train, loss=recipe.loss, fraction=fraction)
-        return CompressConfig(
-            ratio=round(gone, 4),
-            axis=recipe.axis,
-            vocab_size="all" if target_latency and recipe.train else tokens,  # none are faster
-            data=None if not data else "demo" if model == "demo" else "DATA.json",
-            recover=recover,
-        )
-
-    def cost_of(recipe: ChartRow) -> Cost:
-        tried = len(get_args(options.Axis)) if recipe.train else 0
-        tried *= sizes.token_share < gone
-        return cost(decide("", config_of(recipe)), sizes, device, dtype, tried)
+    def cost_of(recipe: Recipe) -> Cost:
+        if recipe.recover is None:
+            return cost(recipe, sizes, device, dtype)
+        trained = replace(recipe, recover=replace(recipe.recover, fraction=fraction))
+        tried = len(get_args(options.Axis)) * (sizes.token_share < recipe.size)
+        return cost(trained, sizes, device, dtype, tried)
 
     found, notes = cost_of(recipe), list[str]()
     limit, hours = known.constants.max_hours_without_gpu, found.training_hours
     if device.type == "cpu" and hours > limit:
         notes.append(known.notes["without_gpu"].format(hours=hours, limit=limit))
-        gone = _ratio(shape, subject, budget, False, dtype)  # a latency's depends on the axis
-        recipe = chart_row(gone, False)
+        config = replace(config, recover=options.UNTRAINED)
+        recipe, why = _decided(model, config, shape)
         found = cost_of(recipe)
-    notes.append(f"the paper's chart says {recipe.axis}: {recipe.why} ({recipe.source})")
-    if recipe.train and sizes.token_share < gone:
-        notes += [known.notes["axis_auto"], why]
+    learning, gone = recipe.recover, recipe.size
+    notes.append(f"the paper's chart says {recipe.axis}: {why.why} ({why.source})")
+    axis: options.AxisChoice = recipe.axis or "width"
+    if learning is not None and sizes.token_share < gone:
+        notes += [known.notes["axis_auto"], enough]
+        axis = "auto"
     notes += on_tokens
     if shape.expert_counts and shape.expert_counts[0] > shape.experts_per_token:
         notes.append(known.notes["experts"].format(shape=shape))
-    share, config = sizes.decoder_share(gone), config_of(recipe)
-    axis = decide(model, replace(config, axis=None)).axis or recipe.axis
+    chosen: dict[str, Any] = {"axis": axis}
+    if target_latency is None:
+        chosen |= {"ratio": round(gone, 4), "vocab_size": tokens}
+    if learning is not None:
+        chosen["recover"] = replace(learning, fraction=fraction)
+    share, latency = sizes.decoder_share(gone), None
+    with suppress(ImpossiblePlanError):
+        latency = prefill_share(dry_plan(replace(recipe, vocab_size=tokens), shape))
     before, after = shape.total_params, shape.total_params - round(gone * shape.backbone_params)
     held = weight_bytes(shape, dtype)
     return Advice(
@@ -152,23 +169,31 @@ def advise(
         axis=axis,
         token_share=min(sizes.token_share, gone),
         decoder_ratio=share,
-        recipe=recipe,
-        expected=_expectations(shape, subject, recipe, share),
-        latency=_latency(recipe.axis, max(gone - sizes.token_share, 0.0), subject),
+        recipe=why,
+        expected=_expectations(shape, why, share),
+        latency=latency,
         params=(before, after),
         weight_bytes=(held, round(held * after / before)),
-        fraction=fraction if recipe.train else 1.0,
+        fraction=1.0 if learning is None else fraction,
         cost=found,
         notes=tuple(notes),
-        command=compress_command(model, replace(config, axis=axis), "run"),
+        command=compress_command(model, replace(config, **chosen), "run"),
     )
 
 
-def _expectations(
-    shape: Anatomy, subject: str | None, recipe: ChartRow, share: float
-) -> tuple[Expectation, ...]:
+def _decided(model: str, config: CompressConfig, shape: Anatomy) -> tuple[Recipe, ChartRow]:
+    """Decide what to do by the chart; also return the row of the chart."""
+    recipe = decide(model, config, shape)
+    share = config.target_latency
+    trains = recipe.recover is not None
+    ratio = recipe.size if share is None else 1 - share
+    return recipe, chart_row(ratio, trains, shape.projector_params > 0)
+
+
+def _expectations(shape: Anatomy, recipe: ChartRow, share: float) -> tuple[Expectation, ...]:
     """List what a recipe retained of models of about this size, this one first."""
     known, found = rules(), list[Expectation]()
+    subject = subject_of({**vars(shape), "num_layers": shape.num_layers})
     # all weights were trained of the demo model only, LoRA of the papers'
     for train in (recipe.train, "full") if recipe.train == "lora" else (recipe.train,):
         for name, layers in known.decoder_shares.items():
@@ -182,45 +207,6 @@ def _expectations(
                     and (curve.repaired or not curve.ours)  # the papers' are of their own command
                 ]
     return tuple(sorted(found, key=lambda each: not each.same))
-
-
-def _ratio(
-    shape: Anatomy, subject: str | None, budget: Mapping[str, Any], data: bool, dtype: str
-) -> float:
-    """Find the ratio that meets the one budget that is given."""
-    given = {name: value for name, value in budget.items() if value is not None}
-    if len(given) != 1:
-        names = [f"--{name.replace('_', '-')}" for name in budget]
-        raise ConfigError(f"advise needs exactly one of {', '.join(names)}")
-    ((name, value),) = given.items()
-    params = params_of_target(given.get("target_params"), given.get("target_memory"), dtype)
-    if params is not None:
-        return ratio_for_params(shape, params)
-    if name == "ratio":
-        return float(options.RatioOptions(ratio=value).ratio or 0.0)
-    if not 0 < value <= 1:
-        raise ConfigError(f"target_latency {value} must be above 0 and at most 1")
-    fastest = 1.0  # of the ratios whose recipe was measured, in ascending order
-    for step in range(round(1 / _RATIO_STEP)):
-        ratio = round(step * _RATIO_STEP, 4)
-        if (latency := _latency(chart_row(ratio, data).axis, ratio, subject)) is None:
-            break
-        fastest = min(fastest, latency)
-        if latency <= value:
-            return ratio
-    raise ConfigError(f"target_latency {value}: the fastest that was measured is {fastest:.2f}")
-
-
-def _latency(axis: str, ratio: float, subject: str | None) -> float | None:
-    """Estimate the prefill time as a share of the original's."""
-    curves = [row for row in rules().latency if row.axis == axis]
-    own = [row for row in curves if row.model == subject]
-    others = [row for row in curves if not row.ours]
-    farthest = max(max(row.values) for row in others)
-    # the same ones at every ratio
-    chosen = own or [row for row in others if max(row.values) == farthest]
-    values = [value for row in chosen if (value := row.at(ratio)) is not None]
-    return fmean(values) if values else None
 
 
 def _tokens_first(

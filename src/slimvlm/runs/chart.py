@@ -69,7 +69,6 @@ class Rules:
     alike_within: float
     decoder_shares: Mapping[str, float]
     retention: tuple[Curve, ...]
-    latency: tuple[Curve, ...]
     constants: Any
 
 

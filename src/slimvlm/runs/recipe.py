@@ -272,9 +272,7 @@ def _ratio_for_latency(
     model: str, options: PruneConfig, shape: Anatomy, tokens: tuple[int, ...] | None
 ) -> float:
     """Find about the smallest ratio whose prefill takes a share of the work, on the first axis."""
-    known, share = rules().constants, float(options.target_latency)  # type: ignore[attr-defined]
-    prompt = known.text_tokens + (known.image_tokens if shape.vision_params else 0)
-    whole = prefill_flops(shape, prompt)
+    share = float(options.target_latency)  # type: ignore[attr-defined]
     in_layers = sum(layer.params for layer in shape.layers) / shape.backbone_params
     axes = [axis for axis in get_args(Axis) if axis == options.axis] or ["width", "depth", "both"]
     for axis in axes:
@@ -286,13 +284,20 @@ def _ratio_for_latency(
                 plan = dry_plan(recipe, shape)
             except ImpossiblePlanError:
                 break
-            excess = prefill_flops(plan.after, prompt) / whole - share
+            excess = prefill_share(plan) - share
             if excess <= 0:
                 return ratio
             if ratio >= 1:
                 break
             ratio += max(excess * in_layers, _RATIO_STEP)
     raise ImpossiblePlanError(f"target_latency {share} cannot be reached on {' or '.join(axes)}")
+
+
+def prefill_share(plan: Plan) -> float:
+    """Compute the FLOPs of reading a usual prompt, as a share of the original's."""
+    known = rules().constants
+    prompt = known.text_tokens + (known.image_tokens if plan.before.vision_params else 0)
+    return prefill_flops(plan.after, prompt) / prefill_flops(plan.before, prompt)
 
 
 def resolve(
