@@ -25,12 +25,10 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-from slimvlm.runs.request import Request, resolved
 
 import slimvlm as sv
 from retention import spread
@@ -42,6 +40,8 @@ from slimvlm.models.devices import computes_bfloat16, device_named
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import PLAN_FILE
 from slimvlm.runs import stages
+from slimvlm.runs.recipe import Recipe as Decided
+from slimvlm.runs.recipe import decide
 from slimvlm.runs.stages import Calibration
 from slimvlm.runs.tables import as_markdown
 from slimvlm.scoring.layerwise import Live
@@ -138,14 +138,13 @@ class Sitting:
             sv.save(model, processor, kept, plan)
         return *sv.load(kept, self.dtype), Plan.load(kept / PLAN_FILE)
 
-    def _request(self, axis: str, ratio: float, **options: Any) -> Request:
-        config = sv.PruneConfig(
-            axis=axis, ratio=ratio, data=MODEL, samples=len(self.shown), **options
-        )
-        return resolved(Request(model=MODEL, prune=config))
+    def _decided(self, axis: str, ratio: float, **options: Any) -> Decided:
+        given = {"axis": axis, "ratio": ratio, "samples": len(self.shown), "recover": None}
+        config = sv.CompressConfig(data=MODEL, **given | options)
+        return decide(MODEL, config, sv.anatomy(MODEL))
 
     def _walk(self, model: Any, processor: Any, recipe: Recipe, ratio: float) -> Plan:
-        request = self._request(recipe.axis, ratio, local_steps=recipe.local_steps)
+        request = self._decided(recipe.axis, ratio, local_steps=recipe.local_steps)
         calibration = Calibration(processor, self.shown, request.hold_out)
         scores = list(stages.calibrate(request, model, calibration).values())
         walked = stages.walk(request, Live(model), Memory(), model.device, calibration, scores)
@@ -171,7 +170,7 @@ class Sitting:
         """Losses of the tries along each axis, and their time."""
         started = time.monotonic()
         model, processor = sv.load(MODEL, self.dtype)
-        request = replace(self._request(AUTO, ratio), recover=sv.RecoverConfig(**BEST))
+        request = self._decided(AUTO, ratio, recover=BEST)
         calibration = Calibration(processor, self.shown, request.hold_out)
         scores = list(stages.calibrate(request, model, calibration).values())
         losses = stages.try_axes(request, model, calibration, scores, self.training)

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from slimvlm.runs.request import Request, resolved, scored_by
 
 import slimvlm as sv
 from slimvlm.core.errors import ImpossiblePlanError
@@ -44,6 +43,7 @@ from slimvlm.models.devices import computes_bfloat16, device_named
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.runs import stages
+from slimvlm.runs.recipe import Recipe, decide
 from slimvlm.runs.stages import Calibration
 from slimvlm.runs.tables import as_markdown
 from slimvlm.scoring.layerwise import Live
@@ -184,10 +184,10 @@ class Sitting:
             ratio=ratio, data="demo", samples=options.samples, **RECIPES[recipe]
         )
         kind = TextCalibration if subject.tasks == "text_ppl" else Calibration
-        request = resolved(Request(model=options.model, prune=config))
+        request = decide(options.model, config)
         shown = self._shown
         if kind is Calibration:
-            share = request.prune.general_text or 0.0
+            share = request.general_text or 0.0
             count = round(len(shown) * share / (1 - share))
             usual = round(statistics.median(sample.tokens for sample in shown)) or None
             shown = [*shown, *general_samples(count, self._seed, None, usual)]
@@ -208,26 +208,24 @@ class Sitting:
         result.save(path)
         return result
 
-    def _walked(self, recipe: str, request: Request, model: Any, calibration: Any) -> Walked:
+    def _walked(self, recipe: str, request: Recipe, model: Any, calibration: Any) -> Walked:
         scores = self._scored(request, calibration)
         source = Live(model)
         walked = stages.walk(request, source, Memory(), model.device, calibration, scores)
         if recipe not in ONE_SHOT:
             return walked
-        config = request.prune
         key = ("one-shot", request.hold_out)
         if key not in self._scores:
             self._scores[key] = [sv.score(self._subject.model, calibration.fitted, "obs")]
         kv_heads = len(walked.plan.kv_groups[walked.plan.layers[0]])
         plan = sv.make_plan(
-            sv.anatomy(model), self._scores[key], config.ratio or 0.0, "width", kv_heads=kv_heads
+            sv.anatomy(model), self._scores[key], request.size, "width", kv_heads=kv_heads
         )
         return stages.walk(request, source, Memory(), model.device, calibration, plan=plan)
 
-    def _scored(self, request: Request, calibration: Calibration) -> list[Scores]:
-        config = request.prune
-        of_data = (config.gradient, config.token_weights, config.general_text, request.hold_out)
-        key = (scored_by(config), *of_data)
+    def _scored(self, request: Recipe, calibration: Calibration) -> list[Scores]:
+        of_data = (request.gradient, request.token_weights, request.general_text)
+        key = (request.scored_by, *of_data, request.hold_out)
         if key not in self._scores:
             found = stages.calibrate(request, self._subject.model, calibration)
             self._scores[key] = list(found.values())

@@ -35,12 +35,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from slimvlm.runs.verbs import prune
 from transformers import AutoTokenizer
 
 import slimvlm as sv
 from own_process import card_peak, measured
 from shapes import GEMMA, QWEN
+from slimvlm.cli import steps
 from slimvlm.core.options import CompressConfig, MemoryOptions, PruneConfig
 from slimvlm.models.load import auto_class, resolve
 from slimvlm.runs.tables import as_markdown
@@ -239,7 +239,8 @@ def low_memory(model: Path, data: Path, out: Path, options: argparse.Namespace) 
         local_steps=options.local_steps,
     )
     start = time.perf_counter()
-    prune(str(model), config, out, memory=MemoryOptions(low_memory=True), force=True, say=tell)
+    steps.to_log = tell
+    steps.prune(str(model), out, None, config, MemoryOptions(low_memory=True), force=True)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "card_parts": {"all": card_peak()}}
 

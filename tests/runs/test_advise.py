@@ -121,7 +121,7 @@ def test_a_latency_is_met_by_the_least_ratio(model, share):
     assert found.latency <= share
     asked = CompressConfig(target_latency=share, axis="chart", data="demo")
     assert found.ratio == decide(model, asked, anatomy(model)).ratio
-    assert f"--target-latency {share} --axis auto" in found.command
+    assert f"--axis auto --data DATA.json --target-latency {share} --train" in found.command
 
 
 @pytest.mark.parametrize(("budget", "message"), TABLES["impossible"])
