@@ -21,8 +21,9 @@ from slimvlm import evaluate, load
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation.results import Result
 from slimvlm.evaluation.tasks import find_tasks
-from slimvlm.runs.study.config import StudyConfig, expand, read_study
-from slimvlm.runs.study.schedule import CHECKPOINT, Cache, stages_of
+from slimvlm.runs.study import prepared
+from slimvlm.runs.study.config import StudyConfig, read_study
+from slimvlm.runs.study.schedule import CHECKPOINT, Cache
 from slimvlm.runs.tables import as_markdown
 
 
@@ -57,10 +58,10 @@ def main() -> None:
     fresh = options.out / "fresh"
     fresh.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[tuple[float, float]]] = {}
-    for cell in expand(study):
-        stages = stages_of(study, cell)
+    for stages in prepared(study, print)[1].cells:
+        cell = stages.cell
         made = stages.recover or stages.prune
-        kept, dtype = cache.path(made, CHECKPOINT), cell.prune.dtype
+        kept, dtype = cache.path(made, CHECKPOINT), cell.options.dtype
         if not kept.is_dir():
             print(f"left out, its model is gone: {cell.label}")
             continue
