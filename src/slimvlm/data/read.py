@@ -180,9 +180,8 @@ _USED = ("messages", "conversations", "image", "images", "system")
 _ROW = {"id": "id", "messages": "turns", "conversations": "turns"}
 _ROW |= {"images": "images", "image": "images", "system": "system"}
 _TURN = {"role": "role", "from": "role", "content": "content", "value": "content"}
-_PART = {"type": "type", "text": "text"} | dict.fromkeys(
-    ("image", "path", "url", "image_url"), "source"
-)
+_PART = {"type": "type", "text": "text", "image": "source", "path": "source"}
+_PART |= {"url": "source", "image_url": "source"}
 """What the fields of a row, a turn and a part hold: one of those with the same."""
 _WEIGHTS = {"weight", "loss_weight", "loss", "train", "training"}  # 1 is understood
 _CONTENT = {  # fields of rows and turns that change the content, and that no sample holds
@@ -252,13 +251,13 @@ def load_samples(
             if isinstance(sample, DataError):
                 raise sample
             short = sample if processor is None else fitted(processor, sample, *limits)
+            usual = 0 if processor is None or not short.images else _most_tokens(processor, None)
         except DataError as error:
             bad += 1
             if bad > max_bad_rows:
                 raise DataError(f"{where}: {error} (--max-bad-rows {max_bad_rows})") from error
             (warn if bad <= NAMED else silent)(f"skipped: {error}")
             continue
-        usual = 0 if processor is None or not short.images else _most_tokens(processor, None)
         tokens = estimated_length(short, usual)
         found[number] = replace(short, place=places[number], tokens=tokens)
         if short is not sample:

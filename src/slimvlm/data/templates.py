@@ -46,7 +46,7 @@ class Child:
             encoding="utf-8",
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
         )
-        self.close = weakref.finalize(self, _end, self.process)
+        self.close = weakref.finalize(self, _end, self.process, os.getpid())
 
     def ask(self, seconds: float, **request: Any) -> str:
         """Return the reply; raise MemoryError or TimeoutError past the limits."""
@@ -77,9 +77,10 @@ class Child:
         return reply["text"]
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
+def _end(process: subprocess.Popen[str], owner: int) -> None:
+    if os.getpid() == owner:  # and no fork of it
+        process.kill()
+        process.communicate()
 
 
 Version = tuple[str, int, int]  # a tokenizer's file, its date and its size

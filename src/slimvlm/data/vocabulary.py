@@ -168,12 +168,6 @@ class TokenizerFile:
         }
         return json.dumps(values, ensure_ascii=False)
 
-    def numbered(self, kept: Iterable[int]) -> dict[str, int]:
-        """Return the numbers of these tokens in the smaller tokenizer, by their texts."""
-        new = {old: index for index, old in enumerate(sorted(set(kept)))}
-        added = {token["content"]: token["id"] for token in self.values["added_tokens"]}
-        return {text: new[i] for text, i in {**self._pieces, **added}.items() if i in new}
-
 
 def _with_ids(processor: Any, new: Callable[[int], int], name: str) -> Any:
     """Return a post-processor with other ids of the tokens that it adds; refuse an unknown kind."""
