@@ -77,9 +77,9 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
             chat[place] = {"role": message["role"], "content": content}
     if template is None:
         return "\n".join(turn["content"] for turn in chat) + ("\n" if generate else "")
-    values = {"messages": chat, "add_generation_prompt": generate, "tools": None, "documents": None}
-    words, given = tokenizer_of(processor), getattr(processor, "template_args", {})
-    return rendered(template, {**words.special_tokens_map, **given, **values})
+    values = {"tools": None, "documents": None, **tokenizer_of(processor).special_tokens_map}
+    values |= getattr(processor, "template_args", {})
+    return rendered(template, values | {"messages": chat, "add_generation_prompt": generate})
 
 
 def _picture_word(processor: Any) -> str | None:
