@@ -412,8 +412,9 @@ def _parts(part: Any, where: str, unknown: set[str]) -> Iterator[dict[str, Any]]
         raise DataError(f"{where}: {has}; it may have {kind.partition('_')[0]} alone")
     if kind != "text":
         source = known.get("source")
-        is_url = kind == "image_url" and isinstance(source, dict)
-        yield {"type": "image", "source": source.get("url") if is_url else source}
+        if kind == "image_url" and isinstance(source, dict):
+            source = source.get("url")
+        yield {"type": "image", "source": source}
         return
     if not isinstance(part.get("text"), str):
         raise DataError(f"{where}: a text part without text")
