@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from slimvlm.core.errors import ConfigError, InUseError, OutputError, SlimError
@@ -119,9 +119,10 @@ with new_folder(sys.argv[1], force=True) as folder:
 """
 
 
-@pytest.mark.parametrize("at", ["in the block", "between the renames"])
-@pytest.mark.parametrize("has_old", [True, False])
-def test_a_kill_leaves_the_old_state_and_the_next_run_works(has_old, at, tmp_path, request):
+@pytest.mark.parametrize(
+    ("at", "has_old"), [("in the block", False), ("between the renames", True)]
+)
+def test_a_kill_leaves_the_old_state_and_the_next_run_works(at, has_old, tmp_path, request):
     """Between the renames the old folder has stepped aside: the next run mends it."""
     out = request.getfixturevalue("old") if has_old else tmp_path / "out"
     before = contents(out) if has_old else {}
@@ -141,84 +142,41 @@ def test_a_kill_leaves_the_old_state_and_the_next_run_works(has_old, at, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param("folder", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root")), "file"],
-)
-def test_an_unwritable_place_is_refused_before_work(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_unwritable_place_is_refused_before_work(kind, tmp_path, monkeypatch):
     parent = tmp_path / "parent"
-    if kind == "file":
-        parent.write_text("")
-    else:
-        parent.mkdir(mode=0o500)
-    with pytest.raises(ConfigError, match="cannot be written"):
-        require_free(parent / "deep" / "out")
-
-
-def test_text_is_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "file.json"
-    write_text(path, "old")
-
-    def refuses(self, target):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "replace", refuses)
-    with pytest.raises(OSError, match="disk full"):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    monkeypatch.undo()
-    write_text(path, "new")
-    assert contents(tmp_path) == {"file.json": "new"}
+    parent.mkdir() if kind == "folder" else parent.write_text("")
+    monkeypatch.setattr(os, "access", lambda path, how: path != parent)  # root may write anywhere
+    for check in (require_free, lambda path: new_folder(path).__enter__()):
+        with pytest.raises(ConfigError, match=f"'{parent}' cannot be written"):
+            check(parent / "deep" / "out")
 
 
 # Disks that are full, or read-only.
-
-
-LARGE = {"x": torch.ones(1_000_000)}
-WRITERS = {
-    "text": lambda folder: (folder / "text").write_text("x" * 4_000_000),
-    "tensors": lambda folder: save_file(LARGE, folder / "model.safetensors"),
-    "optimizer": lambda folder: torch.save(LARGE, folder / "optimizer.pt"),
+SAID = {
+    "safetensors": SafetensorError("Error while serializing: I/O error: no space (os error 28)"),
+    "torch": RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
 }
+"""What libraries in other languages raise where a disk is full."""
 
 
-@contextmanager
-def mounted(place, options):
-    """Inside, a file system of its own, where this machine lets one be made."""
-    mount = ["mount", "-t", "tmpfs", "-o", options, "slimvlm-test", str(place)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
+def fails_after(half, error):
+    half.write_text("half")
+    raise error
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one MiB."""
-    (tmp_path / "disk").mkdir()
-    with mounted(tmp_path / "disk", "size=1m") as place:
-        yield place
-
-
-@pytest.mark.parametrize("what", WRITERS)
-def test_a_full_disk_is_told_and_leaves_the_old_folder(what, small_disk):
-    (small_disk / "out").mkdir()
-    (small_disk / "out" / "stage.json").write_text(OURS)
-    told = re.escape(f"{small_disk / 'out'}") + ".*cannot be written: the disk is (probably )?full"
-    with pytest.raises(OutputError, match=told), new_folder(small_disk / "out", True) as folder:
-        WRITERS[what](folder)
-    assert contents(small_disk) == {"out/stage.json": OURS}
-    assert [path.name for path in small_disk.iterdir()] == ["out"]
-
-
-def test_a_full_disk_leaves_an_old_file(small_disk):
-    path = small_disk / "file.json"
-    write_text(path, "old")
-    with pytest.raises(OutputError, match=r"file\.json.*the disk is full"):
-        write_text(path, "new" * 1_000_000)
-    assert contents(small_disk) == {"file.json": "old"}
+@pytest.mark.parametrize("library", SAID)
+def test_a_full_disk_is_told_and_leaves_what_was_there(library, old):
+    file = old.parent / "file.json"
+    write_text(file, "old")
+    for place, write in ((old, new_folder(old, True)), (file, new_file(file))):
+        told = re.escape(str(place)) + ".*cannot be written: the disk is (probably )?full"
+        with pytest.raises(OutputError, match=told), write as partial:
+            fails_after((partial / "half" if place == old else partial), SAID[library])
+    found = {"out/file": "old", "out/stage.json": OURS, "file.json": "old"}
+    assert contents(old.parent) == found
+    write_text(file, "new")
+    assert contents(old.parent) == found | {"file.json": "new"}
 
 
 REASONS = {
@@ -253,14 +211,6 @@ def test_other_errors_stay_what_they_are(tmp_path):
         (tmp_path / "no" / "such" / "file").read_text()
     with pytest.raises(RuntimeError, match="mine"), new_file(tmp_path / "out"):
         raise RuntimeError("mine")
-
-
-def test_a_read_only_place_is_refused_before_work(tmp_path):
-    """As root too, for whom permissions mean nothing."""
-    with mounted(tmp_path, "ro"):
-        for check in (require_free, lambda path: new_folder(path).__enter__()):
-            with pytest.raises(ConfigError, match=f"'{tmp_path}' cannot be written"):
-                check(tmp_path / "deep" / "out")
 
 
 def test_scores_of_two_runs_are_no_pair(tmp_path):
@@ -304,15 +254,9 @@ def test_a_second_run_is_refused_and_told_who_is_there(holder, tmp_path):
             raise AssertionError("the block must not run")
 
 
-def test_a_killed_run_holds_nothing(holder, tmp_path):
-    holder.kill()
-    holder.wait()
-    with held(tmp_path / "out"), new_folder(tmp_path / "out") as folder:
-        (folder / "file").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_other_ranks_of_a_run_do_not_wait_and_others_may(holder, tmp_path, monkeypatch):
+def test_other_ranks_of_a_run_do_not_wait_others_may_and_a_killed_run_holds_nothing(
+    holder, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         patch.setenv("RANK", "1")
         with pytest.raises(InUseError), held(tmp_path / "out"):  # one process has no other rank
@@ -320,9 +264,10 @@ def test_other_ranks_of_a_run_do_not_wait_and_others_may(holder, tmp_path, monke
         patch.setenv("WORLD_SIZE", "2")
         with held(tmp_path / "out"):
             pass
-    holder.terminate()
-    with held(tmp_path / "out", wait=30):
-        pass
+    holder.kill()
+    with held(tmp_path / "out", wait=30), new_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_holding_leaves_nothing_behind_and_the_folder_that_one_is_in_is_a_place(
@@ -393,30 +338,18 @@ def test_files_that_others_write_too_are_no_marks(name, text, tmp_path):
     assert contents(out) == {name: text}
 
 
-@pytest.mark.parametrize("what", ["old", "partial"])
-@pytest.mark.parametrize("is_there", [True, False])
-def test_a_user_s_own_hidden_folders_stay(is_there, what, old, tmp_path):
+@pytest.mark.parametrize("what", ["old", "partial", "lock"])
+def test_a_user_s_own_hidden_files_stay(what, old, tmp_path):
     own = tmp_path / f".out.{what}"
-    own.mkdir()
-    (own / "precious").write_text("x")
-    if not is_there:
+    file = own if what == "lock" else own / "precious"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("precious")
+    with pytest.raises(ConfigError, match="in the way"), new_folder(old, force=True) as folder:
+        (folder / "file").write_text("new")
+    assert (old / "file").read_text() == "old"
+    if what == "old":  # which is in nobody's way where there is no output
         old.rename(tmp_path / "elsewhere")
-
-    def write():
-        with new_folder(old, force=True) as folder:
+        with new_folder(old) as folder:
             (folder / "file").write_text("new")
-
-    if is_there or what == "partial":
-        with pytest.raises(ConfigError, match="in the way"):
-            write()
-    else:
-        write()
-    assert contents(own) == {"precious": "x"}
-    assert (old / "file").read_text() == ("old" if is_there else "new") if old.exists() else True
-
-
-def test_a_user_s_own_lock_file_stays(tmp_path):
-    (tmp_path / ".out.lock").write_text("precious")
-    with pytest.raises(ConfigError, match="in the way"), new_folder(tmp_path / "out"):
-        raise AssertionError("the block must not run")
-    assert (tmp_path / ".out.lock").read_text() == "precious"
+        assert (old / "file").read_text() == "new"
+    assert file.read_text() == "precious"

@@ -13,12 +13,10 @@ from slimvlm.data import chat
 from slimvlm.data.read import fitted
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Question, Sample
-from slimvlm.models.load import load
 from tests import tiny_folder as folders
 from tests.tiny_folder import KINDS, SEEING, picture, sample, turn
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_seeing_kind = pytest.mark.parametrize("kind", SEEING)
 
 
 def samples_of(kind):
@@ -190,19 +188,6 @@ def test_a_batch_is_its_samples_padded_on_the_right(kind):
         assert longest == int(batch["attention_mask"].sum(1).max())
 
 
-@every_seeing_kind
-def test_no_label_on_pictures_and_the_model_takes_what_chat_makes(kind):
-    model, processor = load(folders.folder(kind))
-    tokenizer = chat.tokenizer_of(processor)
-    image_id = tokenizer.convert_tokens_to_ids(KINDS[kind].image_token)
-    batch = chat.encode_samples(processor, list(samples_of(kind).values()))
-    assert (batch["input_ids"] == image_id).any()
-    assert not (batch["labels"] == image_id).any()
-    assert not (batch["labels"] == tokenizer.pad_token_id).any()
-    with torch.no_grad():
-        assert torch.isfinite(model(**batch).loss)
-
-
 @every_kind
 def test_questions_end_at_the_right_edge_and_samples_after_them_do_not(kind):
     """The tokenizer keeps its padding side between calls; neither call may depend on it."""
@@ -259,47 +244,22 @@ def test_a_model_without_eyes_or_words_is_refused():
         chat.encode_samples(None, seen)
 
 
-def template(opening, system, user, assistant, prompt):
-    """A chat template in the shape that most have, of Jinja expressions; a header prompts."""
-    return (
-        f"{{{{ {opening} }}}}{{% for m in messages %}}"
-        f"{{% if m['role'] == 'system' %}}{{{{ {system} }}}}"
-        f"{{% elif m['role'] == 'user' %}}{{{{ {user} }}}}"
-        f"{{% else %}}{{{{ {assistant} }}}}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ '{prompt % 'assistant'}' }}}}{{% endif %}}"
-    )
-
-
-def turns(before, after, content="m['content']"):
-    """The three roles, written alike."""
-    return tuple(
-        f"'{before % role}' + {content} + '{after}'" for role in ("system", "user", "assistant")
-    )
-
-
-C, TRIMMED = "m['content']", "(m['content'] | trim)"
-IM, HEADER = "<|im_start|>%s\\n", "<|start_header_id|>%s<|end_header_id|>\\n\\n"
-START = "<start_of_turn>%s\\n"
-REFUSAL = "raise_exception('System role not supported')"
-TODAY = "bos_token + '<|start_header_id|>system<|end_header_id|>\\n\\n' + strftime_now('%d %b %Y')"
-# Each with what the labels of an answer are.
-TEMPLATES = {
-    "chatml": (template("''", *turns(IM, "<|im_end|>\\n"), IM), "{}<|im_end|>"),
-    "gemma": (
-        template("bos_token", REFUSAL, *turns(START, "<end_of_turn>\\n", TRIMMED)[1:], START),
-        "{}<end_of_turn>",
-    ),
-    "llama-3": (template(TODAY, *turns(HEADER, "<|eot_id|>", TRIMMED), HEADER), "{}<|eot_id|>"),
-}
-ADDED = [
-    *("<|im_start|>", "<|im_end|>"),
-    *("<start_of_turn>", "<end_of_turn>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-]
+TEXT, PROMPT = "m['content']", "{%% if add_generation_prompt %%}{{ '%sassistant\n' }}{%% endif %%}"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{{ m['content'] }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + PROMPT % "<|im_start|>"
+)
+GEMMA = (  # which trims, and writes a date as Llama 3 does
+    "{{ bos_token + strftime_now('%d %b %Y') }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}" + PROMPT % "<start_of_turn>"
+)
 
 
 @cache
 def plain_words():
-    return folders.tokenizer(ADDED)
+    return folders.tokenizer(["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"])
 
 
 def with_template(monkeypatch, chat_template):
@@ -308,15 +268,18 @@ def with_template(monkeypatch, chat_template):
 
 
 @pytest.mark.parametrize(
-    ("name", "strips"), [("gemma", True), ("llama-3", True), ("chatml", False)]
+    ("chat_template", "end", "strips"),
+    [(GEMMA, "<end_of_turn>", True), (CHATML, "<|im_end|>", False)],
+    ids=["gemma", "chatml"],
 )
-def test_an_answer_may_be_stripped_and_repeat_what_was_asked(name, strips, monkeypatch):
-    chat_template, answer = TEMPLATES[name]
+def test_an_answer_may_be_stripped_and_repeat_what_was_asked(
+    chat_template, end, strips, monkeypatch
+):
     words = with_template(monkeypatch, chat_template)
     said = [" It is red. ", "It is red.", "red"]
     rows = [turn(role, text) for text in said for role in ("user", "assistant")]
     batch = chat.encode_samples(words, [Sample("s", tuple(rows))])
-    expected = [answer.format(text.strip() if strips else text) for text in said]
+    expected = [(text.strip() if strips else text) + end for text in said]
     assert decoded_labels(words, batch["labels"][0]) == expected
 
 
@@ -330,7 +293,7 @@ def test_a_text_with_a_token_for_pictures_is_the_sample_s_fault():
 
 
 def test_a_template_that_refuses_is_the_sample_s_fault(monkeypatch):
-    words = with_template(monkeypatch, TEMPLATES["gemma"][0])
+    words = with_template(monkeypatch, GEMMA)
     item = Sample("briefed", (turn("system", "Be brief."), *samples_of("text")["single"].messages))
     for read in (chat.located, lambda words, item: chat.encode_samples(words, [item])):
         with pytest.raises(DataError, match=r"sample 'briefed': .*System role not supported"):
@@ -338,30 +301,32 @@ def test_a_template_that_refuses_is_the_sample_s_fault(monkeypatch):
 
 
 def test_a_system_turn_is_not_learnt_and_rewritten_words_are_refused(monkeypatch):
-    for name in ("chatml", "llama-3"):
-        chat_template, answer = TEMPLATES[name]
-        words = with_template(monkeypatch, chat_template)
-        item = samples_of("text")["multi"]
-        briefed = Sample("briefed", (turn("system", "It is red."), *item.messages))
-        labels = chat.encode_samples(words, [briefed])["labels"][0]
-        assert decoded_labels(words, labels) == [answer.format(said) for said in answers_of(item)]
-    plain = TEMPLATES["chatml"][0]
-    for changed in (plain.replace(C, f"({C} | upper)"), plain.replace("messages", "messages[1:]")):
-        assert changed != plain
-        words = with_template(monkeypatch, changed)
+    words, item = with_template(monkeypatch, CHATML), samples_of("text")["multi"]
+    briefed = Sample("briefed", (turn("system", "It is red."), *item.messages))
+    labels = chat.encode_samples(words, [briefed])["labels"][0]
+    assert decoded_labels(words, labels) == [f"{said}<|im_end|>" for said in answers_of(item)]
+    for old, new in ((TEXT, f"{TEXT} | upper"), ("in messages", "in messages[1:]")):
+        assert old in CHATML
+        words = with_template(monkeypatch, CHATML.replace(old, new))
         with pytest.raises(DataError, match=r"'multi'.*rewrites or leaves out a text"):
-            chat.located(words, samples_of("text")["multi"])
+            chat.located(words, item)
+
+
+def test_arguments_reach_a_template_as_in_transformers(monkeypatch):
+    words = copy.copy(with_template(monkeypatch, CHATML + "{{ tools }} {{ more }} {{ eos_token }}"))
+    words.template_args = {"tools": [{"name": "f"}], "more": 1}
+    said = [{"role": "user", "content": "Hi"}]
+    plain = words.apply_chat_template(said, tokenize=False, **words.template_args)
+    assert chat.render(words, said) == plain
+    assert "[{'name': 'f'}] 1 </s>" in plain
 
 
 def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(monkeypatch):
     """Thinking models write an empty thought, but only in the last turn of a conversation."""
     thought = "{{ '<think></think>' if loop.last and m['role'] == 'assistant' else '' }}"
-    chat_template = TEMPLATES["chatml"][0].replace(
-        "{% else %}{{ '<|im_start|>assistant\\n' + m",
-        "{% else %}{{ '<|im_start|>assistant\\n' }}" + thought + "{{ m",
-    )
-    assert "think" in chat_template
-    words = with_template(monkeypatch, chat_template)
+    text = "{{ m['content'] }}"
+    assert text in CHATML
+    words = with_template(monkeypatch, CHATML.replace(text, thought + text))
     item = samples_of("text")["multi"]
     first, second = answers_of(item)
     labels = chat.encode_samples(words, [item])["labels"][0]
@@ -372,7 +337,7 @@ def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(monkeypa
 
 
 def test_a_long_conversation_is_not_rendered_turn_by_turn(monkeypatch):
-    words = with_template(monkeypatch, TEMPLATES["chatml"][0])
+    words = with_template(monkeypatch, CHATML)
     said = tuple(turn(("user", "assistant")[i % 2], f"It is {i}.") for i in range(300))
     renders = []
     render = chat.render
@@ -432,18 +397,12 @@ def test_a_tokenizer_without_template_gets_lines_and_one_without_pad_token_can_p
         assert decoded_labels(words, batch["labels"][row]) == expected_labels("text", item)
 
 
-@pytest.mark.parametrize("length", [None, -120])
-def test_a_broken_or_cut_off_picture_is_named(length, tmp_path):
-    path = tmp_path / "broken.png"
-    picture(size=(200, 200)).save(path)
-    path.write_bytes(b"not a picture" if length is None else path.read_bytes()[:length])
-    item = Sample("s", samples_of("llava")["seen"].messages, (path,))
-    with pytest.raises(DataError, match=r"broken\.png.*cannot be read"):
-        chat.encode_samples(folders.processor("llava"), [item])
-
-
-def test_pictures_come_as_rgb(tmp_path):
+def test_pictures_come_as_rgb_and_one_that_broke_since_is_named(tmp_path):
     path = tmp_path / "palette.png"
-    picture().convert("P").save(path)
+    picture(size=(200, 200)).convert("P").save(path)
     assert chat.open_image(path).mode == "RGB"
+    path.write_bytes(path.read_bytes()[:-120])
+    item = Sample("s", samples_of("llava")["seen"].messages, (path,))
+    with pytest.raises(DataError, match=r"palette\.png.*cannot be read"):
+        chat.encode_samples(folders.processor("llava"), [item])
     assert chat.open_image(picture().convert("RGBA")).mode == "RGB"

@@ -38,9 +38,6 @@ def test_passages_are_short_plain_prose_drawn_by_seed(longest):
     read = encode_samples(folders.processor("llava"), general_samples(20, 3, longest))
     assert read["input_ids"].shape[0] == 20
     assert longest is None or read["input_ids"].shape[1] <= longest
-
-
-def test_of_more_than_there_are_all_are_drawn():
     assert len(passages(10**6, 0)) == len({*passages(10**6, 0)}) > 100
 
 

@@ -20,16 +20,13 @@ def test_a_seed_gives_the_same_picture_and_sides_share_no_composition(kind):
     assert not train & test
 
 
-def test_sides_share_no_digit_picture():
-    train, test = set(s.digit_sources("train")), set(s.digit_sources("test"))
-    assert not train & test
-    assert len(train) + len(test) == len(s.load_digits()[1])
+def test_sides_share_no_digit_picture_and_art_is_complete_without_sharealike_style():
     labels = s.load_digits()[1]
+    train, test = (set(s.digit_sources(side)) for side in ("train", "test"))
+    assert not train & test
+    assert train | test == set(range(len(labels)))
     counts = np.bincount(labels[s.digit_sources("test")], minlength=10)
     assert counts.min() > 0.05 * counts.sum()
-
-
-def test_art_is_complete_and_without_sharealike_style():
     art = s.load_art()
     assert set(art.styles) == {"noto", "twemoji", "fluent"}
     assert all(x.shape == (len(art.names), 64, 64, 4) for x in art.styles.values())

@@ -22,7 +22,7 @@ from slimvlm.core import errors
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, raised_as
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Message, Question, Sample, open_image
-from slimvlm.data.templates import check_texts, limited
+from slimvlm.data.templates import check_texts, rendered
 
 TOKENS_PER_BYTE = 64  # tokens that a byte of text may become, plus a thousand for the whole text
 USUAL_SIZE = (336, 336)  # of a typical image
@@ -63,9 +63,11 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
     """Render a conversation as the model's input text, with a placeholder for each image."""
     if processor is None:
         raise ConfigError("model: its folder has neither a processor nor a tokenizer")
-    has_template = getattr(processor, "chat_template", None) is not None
+    template = getattr(processor, "chat_template", None)
+    if isinstance(template, dict):  # templates by name
+        template = template.get("default", "{{ raise_exception('none is named default') }}")
     chat, picture = list(messages), _picture_word(processor)
-    if not has_template or not can_see(processor):  # contents are texts, not lists of parts
+    if template is None or not can_see(processor):  # contents are texts, not lists of parts
         for place, message in enumerate(messages):
             content = message["content"]
             if not isinstance(content, str):
@@ -73,18 +75,11 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
                     raise DataError("a sample has images, but the model cannot see")
                 content = "".join(part.get("text", picture) for part in content)
             chat[place] = {"role": message["role"], "content": content}
-    if not has_template:
+    if template is None:
         return "\n".join(turn["content"] for turn in chat) + ("\n" if generate else "")
-    how = {"tokenize": False, "add_generation_prompt": generate}
-    how |= getattr(processor, "template_args", {})
-    try:
-        with limited():
-            return str(processor.apply_chat_template(chat, **how))
-    except errors.SlimError:
-        raise
-    except Exception as error:  # a template is a program
-        told = f"the chat template refuses the sample ({one_line(error)})"
-        raise DataError(told) from error
+    values = {"tools": None, "documents": None, **tokenizer_of(processor).special_tokens_map}
+    values |= getattr(processor, "template_args", {})
+    return rendered(template, values | {"messages": chat, "add_generation_prompt": generate})
 
 
 def _picture_word(processor: Any) -> str | None:

@@ -38,16 +38,16 @@ def compiled(template: str) -> Any:
     class PlainNamespace(Namespace):
         """A namespace without names that begin with an underscore."""
 
+        def __init__(*values: Any, **named: Any) -> None:
+            self, *given = values
+            Namespace.__init__(self)
+            for name, value in dict(*given, **named).items():
+                self[name] = value
+
         def __setitem__(self, name: str, value: Any) -> None:
             if str(name).startswith("_"):
                 raise SecurityError(f"name {name!r} begins with an underscore")
             super().__setitem__(name, value)
-
-    def namespace(*values: Any, **named: Any) -> Namespace:
-        made = PlainNamespace()
-        for name, value in dict(*values, **named).items():
-            made[name] = value
-        return made
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -62,7 +62,7 @@ def compiled(template: str) -> Any:
     )
     environment.filters["tojson"] = tojson
     environment.globals.update(
-        namespace=namespace,
+        namespace=PlainNamespace,
         raise_exception=raise_exception,
         strftime_now=lambda form: datetime.now().strftime(form),
     )

@@ -14,7 +14,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from slimvlm.core.documents import identity_of_files, parse_json, read_object
+from slimvlm.core.documents import identity_of_files, parse_json
 from slimvlm.core.errors import LONGEST, ConfigError, DataError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.options import TooLong
@@ -27,6 +27,7 @@ DEMO = 1024  # conversations of the demo that a seed draws from
 BATCH, BATCH_BYTES = 64, 2**28
 """Rows of a parquet or Arrow file in memory at once, and their bytes unless one row has more."""
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that `datasets` writes beside its data, as it does caches, whose names begin so."""
 ENDINGS = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".zip")
 TRAIN = ("train",)
 SPLITS = {
@@ -133,48 +134,32 @@ def _parts_of_table(path: Path) -> Iterator[Any]:
 
 
 def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = silent) -> list[Path]:
-    """List the data files of a folder: what ``datasets`` saved, or else those of a split.
+    """List the data files of a folder: its most frequent kind, and of these a split.
 
     Files and links that lead out of the folder are refused, and no card or script in it is read.
     Where names tell apart splits, the first of ``splits`` counts that is there, which ``say`` gets;
     else all files but those of testing and validation.
     """
     where, inside = f"data {str(folder)!r}", folder.resolve()
-    with raised_as(ConfigError, (OSError, RuntimeError), f"{where}: cannot be read"):
-        found = sorted(path for path in folder.rglob("*") if not path.is_dir())
-        outside = [path for path in found if not path.resolve().is_relative_to(inside)]
-    if outside:
-        raise ConfigError(f"{where}: {outside[0].name!r} is a link that leads out of it")
-    if pipes := [path for path in found if not path.is_file()]:
-        raise ConfigError(f"{where}: {pipes[0].name!r} is not a regular file")
-    saved = folder
-    if (folder / "dataset_dict.json").exists():
-        saved = next((folder / each for each in splits if (folder / each).is_dir()), folder)
-    if saved != folder:
-        say(saved.name)
-    if (saved / "state.json").exists():
-        state = read_object(saved / "state.json", "data")
-        listed = state.get("_data_files")
-        rows = listed if isinstance(listed, list) else []
-        names = [str(row.get("filename") if isinstance(row, dict) else row) for row in rows]
-        own = {path.name: path for path in found if path.parent == saved}
-        if unknown := [name for name in names if name not in own]:
-            told = f"state.json names {shortened(unknown[0])}"
-            raise ConfigError(f"{where}: {told}, but its files must lie in it")
-        return [own[name] for name in names]
     kinds: dict[str, list[Path]] = {}
-    for path in found:
-        if path.suffix in (".jsonl", ".json", ".parquet", ".arrow") and path.name not in NO_ROWS:
-            kinds.setdefault(path.suffix, []).append(path)
+    with raised_as(ConfigError, (OSError, RuntimeError), f"{where}: cannot be read"):
+        for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+            if not path.resolve().is_relative_to(inside):
+                raise ConfigError(f"{where}: {path.name!r} is a link that leads out of it")
+            if not path.is_file():
+                raise ConfigError(f"{where}: {path.name!r} is not a regular file")
+            is_data = path.name not in NO_ROWS and not path.name.startswith("cache-")
+            if is_data and path.suffix in (".jsonl", ".json", ".parquet", ".arrow"):
+                kinds.setdefault(path.suffix, []).append(path)
     if not kinds:
         raise ConfigError(f"{where}: has no .jsonl, .json, .parquet or .arrow file")
     files = max(kinds.values(), key=len)
-    split = {p: set(re.split(r"[^a-z]+", str(p.relative_to(folder)).lower())) for p in files}
+    words = {p: set(re.split(r"[^a-z]+", str(p.relative_to(folder)).lower())) for p in files}
     for each in splits:
-        if wanted := [path for path in files if split[path] & SPLITS[each]]:
+        if wanted := [path for path in files if words[path] & SPLITS[each]]:
             say(each)
             return wanted
-    others = [p for p in files if split[p].isdisjoint(SPLITS["test"] | SPLITS["validation"])]
+    others = [p for p in files if words[p].isdisjoint(SPLITS["test"] | SPLITS["validation"])]
     if not others or "train" not in splits:
         raise ConfigError(f"{where} has no {' or '.join(splits)} split")
     return others
@@ -192,12 +177,17 @@ IMAGE_WORD = "<image>"  # placeholder of an image in plain text
 MOST_PICTURES = 1024  # images of a sample
 NAMED = 20  # broken rows that are named one by one; the others are counted
 _USED = ("messages", "conversations", "image", "images", "system")
+_ROW = {"id": "id", "messages": "turns", "conversations": "turns"}
+_ROW |= {"images": "images", "image": "images", "system": "system"}
+_TURN = {"role": "role", "from": "role", "content": "content", "value": "content"}
+_PART = {"type": "type", "text": "text", "image": "source", "path": "source"}
+_PART |= {"url": "source", "image_url": "source"}
+"""What the fields of a row, a turn and a part hold: one of those with the same."""
 _WEIGHTS = {"weight", "loss_weight", "loss", "train", "training"}  # 1 is understood
 _CONTENT = {  # fields of rows and turns that change the content, and that no sample holds
     *("video", "videos", "audio", "audios", "tools", "functions", "tool_calls", "function_call"),
     *("documents", "refusal", "reasoning_content", "reasoning", "thinking"),
 }
-_IN_PART = ("image", "path", "url", "image_url")
 _MISSING = object()
 _MEDIA = re.compile("image|img|video|audio|vision", re.IGNORECASE)
 
@@ -247,39 +237,43 @@ def load_samples(
     root = (root if root.is_dir() else root.parent).absolute()
     given = [value for value in (max_length, context) if value is not None]
     most = min(given, default=None) if processor is not None else None
-    limits = most, most == max_length, too_long == "truncate"
     added = {} if processor is None else chat.tokenizer_of(processor).added_tokens_decoder
     stands = getattr(processor, "image_token", "")  # no text may have it, nor those of other media
     marks = [word for word in map(str, added.values()) if word == stands or _MEDIA.search(word)]
+    limits = most, most == max_length, too_long == "truncate", marks
     rows, places = _placed(data, limit, seed, processor is None or chat.can_see(processor))
     ahead, behind = drawn(places, seed, 0 if limit is None else min(test, limit))
     order = [*behind, *ahead[: None if limit is None else limit - len(behind) + max_bad_rows]]
-    found, unknown, bad = dict[int, tuple[Sample, bool]](), set[str](), 0
+    found, unknown, bad, where = dict[int, Sample](), set[str](), 0, f"data {str(data)!r}"
+    cut = set[int]()
     for number, sample in _samples(rows, set(order), root, unknown):
         try:
             if isinstance(sample, DataError):
                 raise sample
-            short = _fitting(processor, sample, marks, *limits)
-            found[number] = replace(short, place=places[number]), short.messages != sample.messages
+            short = sample if processor is None else fitted(processor, sample, *limits)
+            usual = 0 if processor is None or not short.images else _most_tokens(processor, None)
         except DataError as error:
             bad += 1
             if bad > max_bad_rows:
-                raise DataError(
-                    f"data {str(data)!r}: {error} (--max-bad-rows {max_bad_rows})"
-                ) from error
+                raise DataError(f"{where}: {error} (--max-bad-rows {max_bad_rows})") from error
             (warn if bad <= NAMED else silent)(f"skipped: {error}")
+            continue
+        tokens = estimated_length(short, usual)
+        found[number] = replace(short, place=places[number], tokens=tokens)
+        if short is not sample:
+            cut.add(number)
     _most_tokens.cache_clear()  # it holds the processor
-    read = [found[row] for row in order if row in found][:limit]
-    samples = [sample for sample, _ in read]
+    read = [row for row in order if row in found][:limit]
+    samples = [found[row] for row in read]
     if bad:
-        warn(f"data {str(data)!r}: {bad} broken rows skipped, {len(samples)} samples read")
-    if num_cut := sum(is_cut for _, is_cut in read):
-        warn(f"data {str(data)!r}: {num_cut} samples were cut to {most} tokens")
+        warn(f"{where}: {bad} broken rows skipped, {len(samples)} samples read")
+    if num_cut := len(cut.intersection(read)):
+        warn(f"{where}: {num_cut} samples were cut to {most} tokens")
     if unknown:
         blind = "" if any(sample.images for sample in samples) else "no row has an image; "
-        warn(f"data {str(data)!r}: {blind}unknown columns: {', '.join(sorted(unknown))}")
+        warn(f"{where}: {blind}unknown columns: {', '.join(sorted(unknown))}")
     if not samples:
-        raise DataError(f"data {str(data)!r}: no usable sample")
+        raise DataError(f"{where}: no usable sample")
     return samples
 
 
@@ -310,17 +304,14 @@ def _samples(
     rows: Iterable[Any], wanted: set[int], root: Path, unknown: set[str]
 ) -> Iterator[tuple[int, Sample | DataError]]:
     """Yield the wanted rows with their numbers, as samples or the errors that break them."""
-    known = {"id", *_USED, *_WEIGHTS, *_CONTENT}
+    known = {*_ROW, *_WEIGHTS, *_CONTENT}
 
-    def converted(numbered: list[tuple[int, Any]]) -> list[tuple[int, Sample | DataError]]:
-        done = list[tuple[int, Sample | DataError]]()
-        for number, row in numbered:
-            try:
-                is_made = isinstance(row, Sample)
-                done.append((number, row if is_made else _sample(number, row, root, unknown)))
-            except DataError as error:
-                done.append((number, error))
-        return done
+    def converted(numbered: tuple[int, Any]) -> tuple[int, Sample | DataError]:
+        number, row = numbered
+        try:
+            return number, row if isinstance(row, Sample) else _sample(number, row, root, unknown)
+        except DataError as error:
+            return number, error
 
     slimmed = (  # others' columns may be large
         (n, {k: v if k in known else bool(v) or None for k, v in row.items()})
@@ -331,35 +322,23 @@ def _samples(
     )
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # decodes images
         while chunk := list(islice(slimmed, 256)):
-            parts = (chunk[at : at + 16] for at in range(0, len(chunk), 16))  # a task costs 50 us
-            for part in pool.map(converted, parts):
-                yield from part
+            yield from pool.map(converted, chunk)
 
 
-def _fitting(
-    processor: Any, sample: Sample, marks: list[str], most: int | None, is_asked: bool, cuts: bool
-) -> Sample:
-    """Return a sample that the processor can read, shortened if need be, with about its tokens."""
-    if processor is None:
-        return replace(sample, tokens=estimated_length(sample, 0))
-    chat.located(processor, sample)  # refuses what cannot be learnt from
-    said = "".join(part.get("text", "") for m in sample.messages for part in m["content"])
-    if word := next((each for each in marks if each in said), None):
-        raise DataError(f"sample {sample.id!r}: a text has the model's own {word!r}")
-    if most is not None:
-        sample = fitted(processor, sample, most, is_asked, cuts)
-    usual = _most_tokens(processor, None) if sample.images else 0
-    return replace(sample, tokens=estimated_length(sample, usual))
-
-
-def _known(fields: dict[str, Any], used: set[str], where: str, unknown: set[str]) -> dict[str, Any]:
-    """Keep the fields of a row, turn or part that are read; refuse those with other content."""
+def _known(
+    fields: dict[str, Any], names: dict[str, str], where: str, unknown: set[str]
+) -> dict[str, Any]:
+    """Keep what is read of a row, turn or part, by what it holds; refuse other content."""
     given = {field: value for field, value in fields.items() if value not in (None, "", [], {})}
     for field, value in given.items():
         if field in _CONTENT or (field in _WEIGHTS and value != 1):
             raise DataError(f"{where} has {field!r} ({shortened(str(value))}), which is not read")
-    unknown |= given.keys() - used - _WEIGHTS
-    return {field: given[field] for field in given.keys() & used}
+    unknown |= given.keys() - names.keys() - _WEIGHTS
+    found: dict[str, str] = {}
+    for field in (field for field in names if field in given):
+        if found.setdefault(names[field], field) != field:
+            raise DataError(f"{where} has both {found[names[field]]} and {field}")
+    return {name: given[field] for name, field in found.items()}
 
 
 def _sample(index: int, row: Any, root: Path, unknown: set[str]) -> Sample:
@@ -370,19 +349,15 @@ def _sample(index: int, row: Any, root: Path, unknown: set[str]) -> Sample:
         raise DataError(f"row {index} is not an object")
     name = str(index if row.get("id") is None else row["id"])[:100]
     where = f"sample {name!r}"
-    row = _known(row, {"id", *_USED}, where, unknown)
-    for one, other in (("messages", "conversations"), ("images", "image")):
-        if one in row and other in row:
-            raise DataError(f"{where} has both {one} and {other}")
-    turns = row.get("messages", row.get("conversations"))
-    if not isinstance(turns, list):
+    row = _known(row, _ROW, where, unknown)
+    if not isinstance(row.get("turns"), list):
         raise DataError(f"{where} has no messages or conversations")
-    messages, sources = _messages(turns, where, unknown)
+    messages, sources = _messages(row["turns"], where, unknown)
     if system := row.get("system"):
         if not isinstance(system, str) or any(m["role"] == "system" for m in messages):
             raise DataError(f"{where}: 'system' must be a text, and the only system turn")
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    stated = row.get("images", row.get("image", []))
+    stated = row.get("images", [])
     listed = iter(stated if isinstance(stated, list) else [stated])
     shown = [next(listed, _MISSING) if source is None else source for source in sources]
     named = [image for image in (*shown, *listed) if image is not _MISSING]
@@ -401,67 +376,54 @@ def _sample(index: int, row: Any, root: Path, unknown: set[str]) -> Sample:
 
 def _messages(turns: list[Any], where: str, unknown: set[str]) -> tuple[list[Message], list[Any]]:
     """Convert turns to chat form; also return each placeholder's image, None if it has none."""
-    messages: list[Message] = []
-    sources: list[Any] = []
+    messages, sources, texts = list[Message](), list[Any](), list[str]()
     for turn in turns:
         if not isinstance(turn, dict):
             raise DataError(f"{where}: a turn is not an object")
-        turn = _known(turn, {"role", "from", "content", "value"}, f"{where}: a turn", unknown)
-        if {"role", "from"} <= turn.keys() or {"content", "value"} <= turn.keys():
-            raise DataError(f"{where}: a turn has both role and from, or content and value")
-        written = turn.get("role", turn.get("from"))
-        role, content = _ROLES.get(str(written)), turn.get("content", turn.get("value", ""))
+        turn = _known(turn, _TURN, f"{where}: a turn", unknown)
+        role, content = _ROLES.get(str(turn.get("role"))), turn.get("content", "")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         if role is None or not isinstance(content, list):
-            raise DataError(f"{where}: a turn needs a known role and text (role {written!r})")
-        parts, shown = _parts(content, where, unknown)
-        sources += shown
+            told = f"a turn needs a known role and text (role {turn.get('role')!r})"
+            raise DataError(f"{where}: {told}")
+        parts = [found for part in content for found in _parts(part, where, unknown)]
+        sources += [part.pop("source") for part in parts if part["type"] == "image"]
         messages.append({"role": role, "content": parts})
-    texts = [(m["role"], "".join(part.get("text", "") for part in m["content"])) for m in messages]
-    answers = [text for role, text in texts if role == "assistant"]
+        texts.append("".join(part.get("text", "") for part in parts))
+    answers = [t for t, m in zip(texts, messages, strict=True) if m["role"] == "assistant"]
     if not answers or not all(text.strip() for text in answers):
         raise DataError(f"{where} has no answer, or an empty one")
     try:  # JSON can hold half of a surrogate pair, where an emoji was cut
-        "".join(text for _, text in texts).encode()
+        "".join(texts).encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: a text is not Unicode ({error.reason})") from error
     return messages, sources
 
 
-def _parts(
-    content: list[Any], where: str, unknown: set[str]
-) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Convert a turn's content; ``<image>`` in a text becomes a part of its own."""
-    parts: list[dict[str, Any]] = []
-    sources: list[Any] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image", "image_url"):
-            raise DataError(f"{where}: content parts must be text or image, not {kind!r:.40}")
-        text = part.get("text")
-        part = _known(part, {"type", "text", *_IN_PART}, f"{where}: a part", unknown)
-        fields = ("text",) if kind == "text" else _IN_PART
-        if len(part) > 2 or not part.keys() <= {"type", *fields}:
-            told = f"a part of type {kind!r} has {', '.join(sorted(part.keys() - {'type'}))}"
-            raise DataError(f"{where}: {told}; it may have {' or '.join(fields)} alone")
-        if kind != "text":
-            source = next((part[k] for k in _IN_PART if k in part), None)
-            if kind == "image_url" and isinstance(source, dict):
-                source = source.get("url")
-            parts.append({"type": "image"})
-            sources.append(source)
-            continue
-        if not isinstance(text, str):
-            raise DataError(f"{where}: a text part without text")
-        for position, piece in enumerate(text.split(IMAGE_WORD)):
-            if position:
-                parts.append({"type": "image"})
-                sources.append(None)
-                piece = piece.removeprefix("\n")
-            if piece:
-                parts.append({"type": "text", "text": piece})
-    return parts, sources
+def _parts(part: Any, where: str, unknown: set[str]) -> Iterator[dict[str, Any]]:
+    """Convert a part of a turn, images with their ``source``; a text's ``<image>`` is a part."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "image", "image_url"):
+        raise DataError(f"{where}: content parts must be text or image, not {kind!r:.40}")
+    known = _known(part, _PART, f"{where}: a part", unknown)
+    if ("source" if kind == "text" else "text") in known:
+        has = f"a part of type {kind!r} has {', '.join(sorted(part.keys() - {'type'}))}"
+        raise DataError(f"{where}: {has}; it may have {kind.partition('_')[0]} alone")
+    if kind != "text":
+        source = known.get("source")
+        if kind == "image_url" and isinstance(source, dict):
+            source = source.get("url")
+        yield {"type": "image", "source": source}
+        return
+    if not isinstance(part.get("text"), str):
+        raise DataError(f"{where}: a text part without text")
+    for position, piece in enumerate(part["text"].split(IMAGE_WORD)):
+        if position:
+            yield {"type": "image", "source": None}
+            piece = piece.removeprefix("\n")
+        if piece:
+            yield {"type": "text", "text": piece}
 
 
 def picture_tokens(processor: Any, size: tuple[int, int]) -> int:
@@ -487,14 +449,25 @@ def _most_tokens(processor: Any, size: tuple[int, int] | None) -> int:
 
 
 def fitted(
-    processor: Any, sample: Sample, most: int, is_asked: bool = True, cuts: bool = False
+    processor: Any,
+    sample: Sample,
+    most: int | None,
+    is_asked: bool = True,
+    cuts: bool = False,
+    marks: Sequence[str] = (),
 ) -> Sample:
-    """Return a sample of at most so many tokens; to cut it, drop last turns, then its answer's end.
+    """Return a sample that can be learnt from, of at most so many tokens.
 
+    It is refused if a text has one of ``marks``. To cut it, drop last turns, then its answer's end.
     A limit that no user requested is the model's context. Images are processed, which is slow,
     only where an estimate is above it.
     """
     text, _ = chat.located(processor, sample)
+    said = "".join(part.get("text", "") for m in sample.messages for part in m["content"])
+    if word := next((each for each in marks if each in said), None):
+        raise DataError(f"sample {sample.id!r}: a text has the model's own {word!r}")
+    if most is None:
+        return sample
     shown = sum(_most_tokens(processor, size_of(image)) for image in sample.images)
     if len(text.encode()) + 8 + shown <= most:  # no token is shorter than a byte; a few are added
         return sample
@@ -507,6 +480,14 @@ def fitted(
     told = f"sample {sample.id!r} has {length} tokens, {which} {most}"
     if not cuts:
         raise DataError(f"{told} (--too-long truncate shortens it)")
+    shorter = _cut(processor, sample, most)
+    if shorter is None:
+        raise DataError(f"{told}: nothing of its answer is left when it is cut")
+    return shorter
+
+
+def _cut(processor: Any, sample: Sample, most: int) -> Sample | None:
+    """Drop last turns, or else the end of the only answer; None if nothing of it is left."""
     answered = [n for n, message in enumerate(sample.messages, 1) if message["role"] == "assistant"]
     for kept in reversed(answered):
         turns = sample.messages[:kept]
@@ -514,10 +495,9 @@ def fitted(
         shorter = replace(sample, messages=turns, images=pictures)
         if chat.length_of(processor, shorter) <= most:
             return shorter
-    # cut the last answer at the last character that fits, found by bisection
     *before, last = shorter.messages
     answer = "".join(part.get("text", "") for part in last["content"])
-    fits, beyond = 0, len(answer)  # so many characters fit, so many do not
+    fits, beyond, found = 0, len(answer), None  # so many characters fit, so many do not
     while beyond - fits > 1:
         middle = (fits + beyond) // 2
         content = [{"type": "text", "text": answer[:middle]}]
@@ -527,9 +507,7 @@ def fitted(
             fits, found = middle, shorter
         else:
             beyond = middle
-    if not answer[:fits].strip():
-        raise DataError(f"{told}: nothing of its answer is left when it is cut")
-    return found
+    return found if answer[:fits].strip() else None
 
 
 def subset(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:

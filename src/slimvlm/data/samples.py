@@ -120,29 +120,26 @@ def find_image(source: Any, name: str, root: Path) -> Image.Image | Path:
     if isinstance(source, Image.Image):
         return source
     content = source.get("bytes") if isinstance(source, dict) else None
-    try:
+    where = f"sample {name!r}: image"
+    with raised_as(DataError, Exception, f"{where} cannot be read"):  # decoders raise anything
         if isinstance(source, str) and source.startswith("data:image/"):  # as OpenAI's files have
             content = b64decode(source.partition(",")[2])
         if isinstance(content, bytes) and content:
             _decoded(io.BytesIO(content), glance=True)
             return Image.open(io.BytesIO(content), formats=FORMATS)
-        place = source.get("path") if isinstance(source, dict) else source
-        if not isinstance(place, str):
-            raise DataError("image must be a path or an image")
-        shown = repr(place if len(place) < 100 else f"{place[:100]}...")
-        told = f"image {shown} is not a path"
-        with raised_as(DataError, (OSError, ValueError, RuntimeError), told):
-            path = (root / place).resolve()
-            is_file = path.is_file()
-        if not path.is_relative_to(root.resolve()):
-            raise DataError(f"image {shown} lies outside {str(root)!r}")
-        if not is_file:
-            raise DataError(f"image {shown} not found in {str(root)!r}")
+    place = source.get("path") if isinstance(source, dict) else source
+    if not isinstance(place, str):
+        raise DataError(f"{where} must be a path or an image")
+    where = f"{where} {place if len(place) < 100 else f'{place[:100]}...'!r}"
+    with raised_as(DataError, (OSError, ValueError, RuntimeError), f"{where} is not a path"):
+        path = (root / place).resolve()
+        is_file = path.is_file()
+    if not path.is_relative_to(root.resolve()):
+        raise DataError(f"{where} lies outside {str(root)!r}")
+    if not is_file:
+        raise DataError(f"{where} not found in {str(root)!r}")
+    with raised_as(DataError, Exception, f"sample {name!r}: image cannot be read"):
         _decoded(path, glance=True)
-    except DataError as error:
-        raise DataError(f"sample {name!r}: {error}") from error
-    except Exception as error:
-        raise DataError(f"sample {name!r}: image cannot be read ({error})") from error
     return path
 
 

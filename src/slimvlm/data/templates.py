@@ -2,8 +2,6 @@
 
 A chat template is a program, and a tokenizer a configuration of one. In the child they can neither
 fill the memory nor go on for ever nor end this process.
-
-Relies on: transformers compiles every template with `_compile_jinja_template`. Tried with 5.24.
 """
 
 import json
@@ -14,15 +12,11 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jinja2
 import tokenizers
-from transformers.utils import chat_template_utils
 
 from slimvlm.core.errors import ConfigError, DataError, one_line
 
@@ -43,8 +37,8 @@ class Child:
     def __init__(self, num_bytes: int) -> None:
         program = Path(__file__).with_name("child.py")
         places = {str(Path(each.__file__ or "").parents[1]) for each in (jinja2, tokenizers)}
-        self.owner, self._lock = os.getpid(), threading.Lock()
-        self._process = subprocess.Popen(
+        self._lock = threading.Lock()
+        self.process = subprocess.Popen(
             [sys.executable, "-I", str(program), str(num_bytes), *places],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -52,11 +46,11 @@ class Child:
             encoding="utf-8",
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
         )
-        self.close = weakref.finalize(self, _ended, self._process, self.owner)
+        self.close = weakref.finalize(self, _end, self.process, os.getpid())
 
     def ask(self, seconds: float, **request: Any) -> str:
         """Return the reply; raise MemoryError or TimeoutError past the limits."""
-        process, line = self._process, json.dumps({"seconds": seconds, **request}, default=str)
+        process, line = self.process, json.dumps({"seconds": seconds, **request}, default=str)
         clock = threading.Timer(MAX_WAIT, process.kill)
         with self._lock:
             clock.start()
@@ -82,52 +76,38 @@ class Child:
             raise SyntaxError(message) if reply["error"] == "syntax" else ValueError(message)
         return reply["text"]
 
-    def is_ours(self) -> bool:
-        """Whether this process started it, and it runs."""
-        return self.owner == os.getpid() and self._process.poll() is None
 
-
-def _ended(process: subprocess.Popen[str], owner: int) -> None:
-    """End a child, unless this process is a fork of its owner."""
-    if os.getpid() == owner:
+def _end(process: subprocess.Popen[str], owner: int) -> None:
+    if os.getpid() == owner:  # and no fork of it
         process.kill()
         process.communicate()
 
 
-_children: list[Child] = []
+Version = tuple[str, int, int]  # a tokenizer's file, its date and its size
+_files: dict[str, Version] = {}  # by the names of the tokenizers
+_children: dict[tuple[int, Version | None], Child] = {}
+"""By the process that started them, which is not its forks, and the tokenizer, if any."""
 
 
-@contextmanager
-def limited() -> Iterator[None]:
-    """Let transformers render chat templates in the child process."""
-    module: Any = chat_template_utils
-    plain = module._compile_jinja_template
-
-    def parsed(template: str) -> Any:
-        """Return a tree of a template's variables alone: to parse others computes them."""
-        names = rendered(template).split()
-        return jinja2.Environment().parse("".join(f"{{{{ {name} }}}}" for name in names))
-
-    module._compile_jinja_template = lambda template: SimpleNamespace(
-        render=lambda **values: rendered(template, values=values),
-        environment=SimpleNamespace(parse=parsed),
-    )
-    try:
-        yield
-    finally:
-        module._compile_jinja_template = plain
+def _child(tokenizer: Version | None = None) -> Child:
+    """Return this process's child for templates or a tokenizer; of these the last few stay."""
+    key = os.getpid(), tokenizer
+    if key not in _children or _children[key].process.poll() is not None:
+        ours = [each for each in _children if each[0] == key[0] and each[1] is not None]
+        for old in ours[:-3]:
+            del _children[old]
+        _children[key] = Child(TEMPLATE_BYTES if tokenizer is None else TOKENIZER_BYTES)
+    return _children[key]
 
 
-def rendered(template: str, **values: Any) -> str:
+def rendered(template: str, values: dict[str, Any] | None = None) -> str:
     """Render a template, or without ``values`` list the variables that it reads."""
-    if not _children or not _children[-1].is_ours():
-        _children[:] = [Child(TEMPLATE_BYTES)]
     mistakes = {
         TimeoutError: f"takes more than {MAX_SECONDS:g} seconds of computing",
         MemoryError: f"needs more than {TEMPLATE_BYTES // 2**20} MiB of memory",
     }
     try:
-        return _children[0].ask(MAX_SECONDS, template=template, **values)
+        return _child().ask(MAX_SECONDS, template=template, values=values)
     except (TimeoutError, MemoryError, SyntaxError) as error:
         told = mistakes.get(type(error), f"is malformed ({error})")
         raise ConfigError(f"model: its chat template {told}") from error
@@ -135,17 +115,12 @@ def rendered(template: str, **values: Any) -> str:
         raise DataError(f"the chat template refuses the sample ({error})") from error
 
 
-Version = tuple[str, int, int]  # a tokenizer's file, its date and its size
-_files: dict[str, Version] = {}
-_encoders: dict[Version, Child] = {}  # of the last few tokenizers
-
-
 def check_tokenizer(file: Path, name: str = "") -> None:
     """Raise ValueError for a ``tokenizer.json`` that cannot encode ordinary text under limits."""
     stat = file.stat()
     version = str(file.resolve()), stat.st_mtime_ns, stat.st_size
     _files[name] = version  # with which `check_texts` tries texts later
-    if version not in _encoders:
+    if (os.getpid(), version) not in _children:
         check_texts(name, _PROBES)
 
 
@@ -155,12 +130,8 @@ def check_texts(name: str, texts: list[str]) -> None:
     version = _files.get(name)
     if version is None or not Path(version[0]).exists():
         return
-    if version not in _encoders or not _encoders[version].is_ours():
-        for old in list(_encoders)[:-3]:
-            del _encoders[old]
-        _encoders[version] = Child(TOKENIZER_BYTES)
     try:
-        _encoders[version].ask(6 * MAX_SECONDS, tokenizer=version[0], texts=texts)
+        _child(version).ask(6 * MAX_SECONDS, tokenizer=version[0], texts=texts)
     except TimeoutError as error:
         raise ValueError("its tokenizer takes minutes to encode a text") from error
     except MemoryError as error:

@@ -71,16 +71,12 @@ class TokenizerFile:
         return cls(name, values, frozenset(tokenizer.all_special_ids))
 
     def __post_init__(self) -> None:
-        model, added = self.values["model"], self.values["added_tokens"]
-        rows = model["vocab"]
-        named = (
-            rows.items() if isinstance(rows, Mapping) else ((t, i) for i, (t, _) in enumerate(rows))
-        )
-        self._pieces = dict(named)
+        model, rows = self.values["model"], self.values["model"]["vocab"]
+        is_named = isinstance(rows, Mapping)
+        self._pieces = dict(rows) if is_named else {row[0]: i for i, row in enumerate(rows)}
         self.texts = {index: piece for piece, index in self._pieces.items()}
-        self.texts |= {token["id"]: token["content"] for token in added}
-        merges = enumerate(model.get("merges", ()))
-        self._ranks = {(left, right): rank for rank, (left, right) in merges}
+        self.texts |= {token["id"]: token["content"] for token in self.values["added_tokens"]}
+        self._ranks = {(a, b): rank for rank, (a, b) in enumerate(model.get("merges", ()))}
         self._makers = defaultdict(list)
         for pair in self._ranks:
             self._makers["".join(pair)].append(pair)
@@ -171,12 +167,6 @@ class TokenizerFile:
             "padding": padding and {**padding, "pad_id": new[padding["pad_id"]]},
         }
         return json.dumps(values, ensure_ascii=False)
-
-    def numbered(self, kept: Iterable[int]) -> dict[str, int]:
-        """Return the numbers of these tokens in the smaller tokenizer, by their texts."""
-        new = {old: index for index, old in enumerate(sorted(set(kept)))}
-        added = {token["content"]: token["id"] for token in self.values["added_tokens"]}
-        return {text: new[i] for text, i in {**self._pieces, **added}.items() if i in new}
 
 
 def _with_ids(processor: Any, new: Callable[[int], int], name: str) -> Any:
@@ -281,16 +271,14 @@ def choose_vocabulary(
 def read_texts(path: str | Path) -> Iterator[str]:
     """Yield the text of a file, or of a folder's UTF-8 files, some lines at a time."""
     place, found = path_of(path, "vocab_text"), False
-    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
-        if file is place:
-            text = read_text(place, "vocab_text")
-        elif not file.is_file() or file.is_symlink():
+    inside = (each for each in sorted(place.rglob("*")) if each.is_file() and not each.is_symlink())
+    for file in inside if place.is_dir() else [place]:
+        try:
+            text = read_text(file, "vocab_text")
+        except ConfigError as error:
+            if file is place or not isinstance(error.__cause__, UnicodeDecodeError):
+                raise
             continue
-        else:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue
         found = True
         yield from _SOME_LINES.findall(text)
     if not found:

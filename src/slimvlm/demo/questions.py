@@ -10,7 +10,7 @@ import inspect
 import itertools
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,14 +43,9 @@ class _Asked(NamedTuple):
 
 
 def _with_letters(question: str, right: str, wrong: Sequence[str], rng: Generator) -> _Asked:
-    options = [right, *wrong]
-    options = [options[int(i)] for i in rng.permutation(len(options))]
+    options = rng.permutation([right, *wrong]).tolist()
     listed = " ".join(f"{x}) {option}" for x, option in zip(_LETTERS, options, strict=True))
     return _Asked(f"{question} {listed}", _LETTERS[options.index(right)], _LETTERS)
-
-
-def _three(rng: Generator, items: Sequence[str]) -> list[str]:
-    return [items[int(i)] for i in rng.permutation(len(items))[:3]]
 
 
 def neighbours(scene: Scene) -> list[tuple[str, str, str]]:
@@ -71,26 +66,29 @@ def _ask(what: str, scene: Scene, rng: Generator, detail: str = "") -> _Asked:
     ``detail`` is the group of "presence" (by default half of the draws are positive, with "absent"
     none), or the object of "count" (by default the most frequent one).
     """
-    art, objects, names = load_art(), scene.objects, scene.names
+    kind_of, objects, names = load_art().categories, scene.objects, scene.names
     match what:
         case "name":
             return _Asked("what is this?", names[0])
         case "category":
-            return _Asked("what kind of thing is this?", art.category_of(names[0]))
+            return _Asked("what kind of thing is this?", kind_of[names[0]])
         case "category_letter":
-            right = art.category_of(names[0])
-            wrong = _three(rng, [c for c in dict.fromkeys(art.categories) if c != right])
+            right = kind_of[names[0]]
+            wrong = [c for c in dict.fromkeys(kind_of.values()) if c != right]
+            wrong = rng.permutation(wrong)[:3].tolist()
             return _with_letters("what kind of thing is this?", right, wrong, rng)
         case "object_letter":
-            others = [n for n in art.members(art.category_of(names[0])) if n != names[0]]
-            return _with_letters("which one is this?", names[0], _three(rng, others), rng)
+            right = names[0]
+            others = [n for n, c in kind_of.items() if c == kind_of[right] and n != right]
+            wrong = rng.permutation(others)[:3].tolist()
+            return _with_letters("which one is this?", right, wrong, rng)
         case "presence":
             groups = ("positive", "positive", "random", "adversarial")
             if detail in ("", "absent"):
                 detail = pick(rng, groups[2:] if detail else groups)
-            kinds = {art.category_of(n) for n in names}  # adversarial: absent, of a category shown
-            pairs = zip(art.names, art.categories, strict=True)
-            absent = [n for n, c in pairs if n not in names and (detail == "random" or c in kinds)]
+            kinds = {kind_of[n] for n in names}  # adversarial: absent, of a category shown
+            wanted = [n for n, c in kind_of.items() if detail == "random" or c in kinds]
+            absent = [n for n in wanted if n not in names]
             name = pick(rng, names if detail == "positive" else absent)
             answer = "yes" if detail == "positive" else "no"
             return _Asked(f"is the {name} in the picture?", answer, ("yes", "no"), detail)
@@ -112,21 +110,18 @@ def _ask(what: str, scene: Scene, rng: Generator, detail: str = "") -> _Asked:
             return _Asked("what number is written here?", "".join(names))
         case "list":
             return _Asked("list all objects.", ", ".join(dict.fromkeys(names)))
-    return _ask_shape(what, scene, rng)
+    return _ask_shape(what, names, rng)
 
 
-def _ask_shape(what: str, scene: Scene, rng: Generator) -> _Asked:
+def _ask_shape(what: str, names: Sequence[str], rng: Generator) -> _Asked:
     if what == "shape":
         what = "shape_open" if rng.integers(2) else "shape_yesno"
-    color, shape = pick(rng, scene.names).split()
-    is_first = rng.integers(2)
+    (color, shape), is_first = pick(rng, names).split(), rng.integers(2)
     if what == "shape_open":
         first, second = (f"what color is the {shape}?", color), (f"which shape is {color}?", shape)
         return _Asked(*(first if is_first else second))
-    if is_first:
-        return _Asked(f"is the {shape} {color}?", "yes", ("yes", "no"))
-    wrong = pick(rng, [c for c in COLORS if c != color])
-    return _Asked(f"is the {shape} {wrong}?", "no", ("yes", "no"))
+    said = color if is_first else pick(rng, [c for c in COLORS if c != color])
+    return _Asked(f"is the {shape} {said}?", "yes" if is_first else "no", ("yes", "no"))
 
 
 _TEXT_TASKS = ("text_odd", "text_sort", "text_sum")
@@ -139,12 +134,12 @@ _IN_WORDS: tuple[tuple[SceneKind, str], ...] = (
 
 def _ask_text(task: str, rng: Generator, split: Split) -> _Asked:
     """Draw text-only questions until one belongs to a split, by the checksum of its text."""
-    art = load_art()
+    kind_of = load_art().categories
     while True:
         if task == "text_odd":
-            kind = pick(rng, art.categories)
-            others = [n for n, c in zip(art.names, art.categories, strict=True) if c != kind]
-            wrong = _three(rng, art.members(kind))
+            kind = pick(rng, list(kind_of.values()))
+            others = [name for name, each in kind_of.items() if each != kind]
+            wrong = rng.permutation([n for n, each in kind_of.items() if each == kind])[:3].tolist()
             asked = _with_letters(f"which is not a {kind}?", pick(rng, others), wrong, rng)
         elif task == "text_sort":
             numbers = rng.choice(99, size=int(rng.integers(3, 5)), replace=False) + 1
@@ -157,44 +152,42 @@ def _ask_text(task: str, rng: Generator, split: Split) -> _Asked:
             return asked
 
 
-def _item(
-    task: str, kind: SceneKind, ask: str, styles: Sequence[str], index: int
-) -> tuple[Scene, _Asked]:
-    """Make the scene and the question with this number of an image benchmark."""
-    rng, lone = np.random.default_rng([_TEST_SEED, *task.encode(), index]), None
-    if kind == "single":
+_ROWS: dict[str, dict[str, Any]] = {row["name"]: row for row in scenes.DATA["tasks"]}
+
+
+def _item(task: str, index: int) -> tuple[Scene | None, _Asked]:
+    """Make the question with this number of a benchmark, and its scene if it shows one."""
+    row, lone = _ROWS[task], None
+    rng = np.random.default_rng([_TEST_SEED, *task.encode(), index])
+    if "ask" not in row:
+        return None, _ask_text(task, rng, "test")
+    styles = (scenes.UNSEEN_STYLE,) if row.get("unseen") else scenes.SEEN_STYLES
+    if row["kind"] == "single":
         names = load_art().names
         order = np.random.default_rng([_TEST_SEED, index // len(names)]).permutation(len(names))
         lone = [names[int(order[index % len(names)])]]
-    scene = make_scene(kind, rng, "test", styles, lone)
+    scene = make_scene(row["kind"], rng, "test", styles, lone)
     while task == "relation" and not neighbours(scene):
-        scene = make_scene(kind, rng, "test", styles)
+        scene = make_scene(row["kind"], rng, "test", styles)
     group = ""
     if task == "presence":
         block, place = divmod(index, 32)
         shuffled = int(np.random.default_rng([_TEST_SEED, 1, block]).permutation(32)[place])
         group = ("positive", "random", "positive", "adversarial")[shuffled % 4]
-    return scene, _ask(ask, scene, rng, group)
+    return scene, _ask(row["ask"], scene, rng, group)
 
 
-def _load_scenes(
-    task: str, kind: SceneKind, ask: str, styles: Sequence[str], limit: int | None
-) -> Sequence[Question]:
-    found = []
-    for i in range(NUM_QUESTIONS)[:limit]:
-        scene, a = _item(task, kind, ask, styles, i)
-        shown = (scenes.render(scene),)
-        found.append(Question(f"{task}-{i}", a.prompt, (a.answer,), shown, a.choices, a.group))
-    return found
-
-
-def _load_text(task: str, limit: int | None) -> Sequence[Question]:
-    found, numbers = dict[str, Question](), itertools.count()
+def _load(task: str, limit: int | None) -> Sequence[Question]:
+    """Make the first questions of a benchmark; no text question twice."""
+    if _ROWS[task]["metric"] == "perplexity":
+        return _load_passages(limit)
+    found, index = dict[object, Question](), 0
     while len(found) < len(range(NUM_QUESTIONS)[:limit]):
-        rng = np.random.default_rng([_TEST_SEED, *task.encode(), next(numbers)])
-        a = _ask_text(task, rng, "test")
-        name = f"{task}-{len(found)}"
-        found.setdefault(a.prompt, Question(name, a.prompt, (a.answer,), (), a.choices))
+        scene, a = _item(task, index)
+        shown = () if scene is None else (scenes.render(scene),)
+        made = Question(f"{task}-{len(found)}", a.prompt, (a.answer,), shown, a.choices, a.group)
+        found.setdefault(a.prompt if scene is None else index, made)
+        index += 1
     return list(found.values())
 
 
@@ -213,25 +206,14 @@ def _load_passages(limit: int | None) -> Sequence[Question]:
 
 def make_task_scene(task: Task, index: int) -> Scene | None:
     """Return the scene of a question, or None for text-only benchmarks."""
-    if not isinstance(task.load, partial) or task.load.func is not _load_scenes:
-        return None
-    name, kind, ask, styles = task.load.args
-    return _item(name, kind, ask, styles, index)[0]
+    return _item(task.name, index)[0]
 
 
-def _task(
-    name: str, ask: str = "", kind: SceneKind = "multi", unseen: bool = False, **of: Any
-) -> Task:
-    """Make a benchmark of a row of ``demo.yaml``."""
-    load: Callable[[int | None], Sequence[Question]]
-    load = _load_passages if of["metric"] == "perplexity" else partial(_load_text, name)
-    if ask:
-        styles = (scenes.UNSEEN_STYLE,) if unseen else scenes.SEEN_STYLES
-        load = partial(_load_scenes, name, kind, ask, styles)
-    return Task(name, load=load, **of)
-
-
-TASKS = {row["name"]: _task(**row) for row in scenes.DATA["tasks"]}
+_OF_PICTURES = ("ask", "kind", "unseen")
+TASKS = {
+    name: Task(load=partial(_load, name), **{k: row[k] for k in row if k not in _OF_PICTURES})
+    for name, row in _ROWS.items()
+}
 """Every benchmark by name. Those in an unseen art style and perplexity are not in the average."""
 
 

@@ -45,19 +45,11 @@ def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
 
 
 class Art(NamedTuple):
-    """The emoji images: one word and one category a concept, RGBA images by art style."""
+    """The emoji images: each concept's word and category, and RGBA images by art style."""
 
     names: tuple[str, ...]
-    categories: tuple[str, ...]
+    categories: dict[str, str]  # by name
     styles: dict[str, NDArray[np.uint8]]
-
-    def category_of(self, name: str) -> str:
-        """Return the category of a concept."""
-        return self.categories[self.names.index(name)]
-
-    def members(self, category: str) -> list[str]:
-        """Return the concepts of one category."""
-        return [n for n, c in zip(self.names, self.categories, strict=True) if c == category]
 
 
 class Placed(NamedTuple):
@@ -99,7 +91,7 @@ def load_art() -> Art:
     with np.load(ASSETS / "emoji64.npz") as z:
         styles = {k: z[k] for k in (*SEEN_STYLES, UNSEEN_STYLE)}
         names = tuple(str(n) for n in z["names"])
-        return Art(names, tuple(str(c) for c in z["cats"]), styles)
+        return Art(names, dict(zip(names, map(str, z["cats"]), strict=True)), styles)
 
 
 @cache

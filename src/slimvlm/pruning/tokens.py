@@ -49,7 +49,8 @@ def trim_tokenizer_(processor: Any, plan: Plan) -> None:
         return
     tokenizer = tokenizer_of(processor)
     trimmed = Tokenizer.from_str(file.trimmed(plan.tokens))
-    if trimmed.get_vocab(with_added_tokens=True) != file.numbered(plan.tokens):
+    texts = [trimmed.id_to_token(number) for number in range(trimmed.get_vocab_size())]
+    if texts != [file.texts[token] for token in plan.tokens]:
         raise UnsupportedModelError(f"tokens: {file.name} cannot be renumbered")
     trimmed.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
     tokenizer._tokenizer = trimmed
