@@ -52,16 +52,12 @@ TRACKER_FOLDER = "runs"  # where the Trainer lets TensorBoard write
 class History:
     """Record of a training."""
 
-    steps: tuple[Mapping[str, int | float], ...]
-    """Log rows: step, loss, its components, learning rate."""
+    steps: tuple[Mapping[str, int | float], ...]  # log rows: step, loss, its parts, learning rate
+    # samples that were trained on; fewer than ``sample_ids`` if the steps ended earlier
     num_samples: Count
-    """Samples that were trained on; fewer than ``sample_ids`` if the steps ended earlier."""
-    sample_ids: tuple[str, ...]
-    """Names of all training samples, in order."""
+    sample_ids: tuple[str, ...]  # names of all training samples, in order
     trained_params: Count
-    """Parameters that were trained."""
-    teacher: str = "none"
-    """How the teacher was held, and how much memory it shared."""
+    teacher: str = "none"  # how it was held, and how much memory it shared
 
     @classmethod
     def load(cls, path: str | Path) -> "History":
@@ -218,7 +214,8 @@ def _trained(
     while True:
         trainer = DistillationTrainer(args=arguments, **given)
         try:
-            with explained(folder):
+            with explained(folder), ExitStack() as shown:
+                trainer.add_callback(training.ShownTraining(shown))
                 checkpoint = _last_checkpoint(folder)
                 if checkpoint is None or not trainer.restore_finished(checkpoint):
                     trainer.train(resume_from_checkpoint=checkpoint)
