@@ -6,6 +6,7 @@ of transformers; each names the version that it was tried with.
 """
 
 import copy
+import logging
 import re
 import warnings
 from collections import defaultdict
@@ -94,6 +95,7 @@ def alone(model: str | Path, trust_remote_code: bool = False) -> Iterator[None]:
             (hub_files, "cached_files", found),
             (PreTrainedConfig, "_get_config_dict", classmethod(described)),
             (dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0),  # seconds to wait for an answer
+            (logging.getLogger("transformers.modeling_utils"), "disabled", True),  # tells names
         ):
             stack.callback(setattr, owner, name, vars(owner)[name])
             setattr(owner, name, value)

@@ -112,9 +112,10 @@ def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             if any(f".{tied.removesuffix('weight')}" in name for name in given):
                 raise ValueError(f"the base ties {tied!r}")
         trained = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(str(adapter)))
-        absent, unknown = peft.set_peft_model_state_dict(trained, given)
-        absent = [name for name in absent if re.search(r"\.lora_|\.modules_to_save\.", name)]
-        if lost := [*unknown, *absent]:
+        found: Any = peft.set_peft_model_state_dict(trained, given)
+        wanted = re.compile(r"\.lora_|\.modules_to_save\.")
+        absent = [name for name in found.missing_keys if wanted.search(name)]
+        if lost := [*found.unexpected_keys, *absent]:
             raise ValueError(f"{lost[0]!r} is for no weight of the base, or absent")
         merged: PreTrainedModel = trained.merge_and_unload()
     return merged
@@ -229,20 +230,15 @@ def load(
         layers = {f"{family_of(config.model_type).backbone}.layers.*": "free_full_weight"}
         how["distributed_config"] = DistributedConfig(fsdp_size=num_ranks(), fsdp_plan=layers)
     skeleton = require_buildable(name, config)
-    reporter = logging.getLogger("transformers.modeling_utils")
-    was_disabled, reporter.disabled = reporter.disabled, True  # it would print names in the files
-    try:
-        with files.unreadable(model, "weights"), files.alone(repository, trust_remote_code):
-            loaded, report = kind.from_pretrained(
-                repository,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **how,
-            )
-    finally:
-        reporter.disabled = was_disabled
+    with files.unreadable(model, "weights"), files.alone(repository, trust_remote_code):
+        loaded, report = kind.from_pretrained(
+            repository,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **how,
+        )
     is_placed = not how.keys().isdisjoint(("device_map", "distributed_config"))
     _check_loaded(f"model {str(model)!r}", report, skeleton, None if is_placed else loaded)
     set_class_(loaded)
