@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from PIL import Image
@@ -8,14 +10,17 @@ from slimvlm.data.samples import Sample
 from slimvlm.models.families import FAMILIES
 from slimvlm.models.hidden import as_inputs
 from slimvlm.models.load import load_processor, sharing_copy
+from slimvlm.models.parts import Parts
 from slimvlm.models.pictures import (
     budgets_for,
     knobs_of,
     picture_tokens,
+    seen_once,
     steps_down,
     with_settings,
 )
 from tests import tiny, tiny_folder, tiny_pictures
+from tests.tiers import tiered
 
 SHARES = {  # all of a small picture goes through the tower once, however few tiles it has
     **dict.fromkeys(("llava_next", "llava_onevision"), (0.65,)),
@@ -97,3 +102,36 @@ def test_text_has_no_budget():
     model, processor = tiny_pictures.made("qwen2_vl")
     with pytest.raises(DataError, match="no sample has an image"):
         budgets_for(model.config, processor, tiny_folder.short_samples(2, False))
+
+
+UNSEEN = {*tiny.TEXT_ONLY, "kosmos2_5"}  # no picture in their batches here
+SEEN = [n for n, config in tiny.CONFIGS.items() if n not in UNSEEN and tiny.is_multimodal(config())]
+
+
+@pytest.mark.parametrize("name", tiered(SEEN))
+@torch.no_grad()
+def test_each_picture_is_seen_once_and_gives_the_same_to_the_last_bit(name):
+    """A model with other weights outside the backbone computes its own features."""
+    model = tiny.build(name)
+    one = tiny.batch(model)
+    (pixels,) = (key for key, value in one.items() if value.is_floating_point())
+    batches = [one, {**one, pixels: one[pixels].flip(-1)}]
+    runs = []
+    tower = model.get_submodule(Parts(model).family.vision)
+    tower.register_forward_hook(lambda *call: runs.append(call))
+    other, same = copy.deepcopy(model), sharing_copy(model)
+    for parameter in other.parameters():
+        parameter.mul_(1.5)
+
+    def logits(of):
+        return torch.stack([of(**batch).logits for batch in batches])
+
+    expected, known = {each: logits(each) for each in (model, other, same)}, {}
+    assert name == "fast_vlm" or not torch.equal(*expected[model])  # so tiny, it sees no difference
+    runs.clear()
+    for _ in range(2):
+        with seen_once(model, known):
+            for each, wanted in expected.items():
+                assert torch.equal(logits(each), wanted)
+    assert len(known) == (0 if name == "mllama" else 2)  # it reads pictures in its own way
+    assert len(runs) == (2 * 3 * 2 if name == "mllama" else 2 + 2 * 2)  # the other's, too

@@ -2,21 +2,71 @@
 
 import copy
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from math import ceil
 from typing import Any
 
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
 from slimvlm.data.read import picture_tokens
 from slimvlm.data.samples import Sample, open_image
+from slimvlm.models.devices import digest_of_tensors, free_memory
 from slimvlm.models.families import Knob
 from slimvlm.models.parts import family_of
 
 SHOWN = 32  # images, spread over the data, whose sizes decide
+
+
+@contextmanager
+def seen_once(model: PreTrainedModel, known: dict[str, Any]) -> Iterator[None]:
+    """Compute the features of images once for each input inside, and keep them in ``known``.
+
+    This holds for the model and for copies that have the same parameters outside the backbone,
+    which must not change. Features stay in memory until half of what is free now is taken.
+    """
+    kind: Any = type(model.base_model)
+    cpu = torch.device("cpu")
+    compute = getattr(kind, "get_image_features", None)
+    if compute is None:
+        yield
+        return
+    backbone = family_of(model.config.model_type).backbone.removeprefix(model.base_model_prefix)
+
+    def outside(owner: nn.Module) -> list[int]:
+        named = owner.named_parameters()
+        return [id(each) for name, each in named if not f".{name}".startswith(f"{backbone}.")]
+
+    ours, least = outside(model.base_model), free_memory(cpu) // 2
+
+    @wraps(compute)
+    def features(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if outside(owner) != ours:
+            return compute(owner, *args, **kwargs)
+        given = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        others = repr([pair for pair in sorted(given.items()) if pair[0] not in tensors])
+        key = digest_of_tensors(tensors) + others
+        if key in known:
+            return send_to_device(known[key], next(iter(tensors.values())).device)
+        output = compute(owner, *args, **kwargs)
+        if isinstance(output, ModelOutput) and free_memory(cpu) > least:
+            read = {n: v for n, v in output.items() if n not in ("hidden_states", "attentions")}
+            known[key] = send_to_device(type(output)(**read), cpu)
+        return output
+
+    kind.get_image_features = features
+    try:
+        yield
+    finally:
+        kind.get_image_features = compute
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.parts import context_of
-from slimvlm.models.pictures import budgets_for, knobs_of
+from slimvlm.models.pictures import budgets_for, knobs_of, seen_once
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import lost_heads
 from slimvlm.pruning.tokens import trimmed_processor
@@ -286,19 +286,21 @@ def prune_(
     """Prune a model in place; a folder ``scratch`` keeps finished layers for a resume."""
     store: Store = Memory(torch.device("cpu")) if scratch is None else Scratch(scratch)
     notes: tuple[str, ...] = ()
+    known: dict[str, Any] = {}  # features of pictures
     if plan is None:
         request = with_tokens(request, SampleSplit(calibration.samples, ()).counted(request))
         plan = tokens_alone(request, read_anatomy(model))
     if plan is None and request.prune.axis == "auto":
         if not store.has(_AXIS):
-            losses = try_axes(request, model, calibration, scores, training)
+            losses = try_axes(request, model, calibration, scores, training, known)
             store.write(_AXIS, 0, {}, losses)
             store.finish(_AXIS)
         shape = read_anatomy(model)
         request, note = best_axis(request, store.about(_AXIS, 0), shape)
         plan = tokens_alone(request, shape)
         notes = (note,)
-    walked = walk(request, Live(model), store, model.device, calibration, scores, plan, say)
+    with seen_once(model, known):
+        walked = walk(request, Live(model), store, model.device, calibration, scores, plan, say)
     texts = calibration.general if walked.plan.tokens is None else []  # else they have other tokens
     before = answer_loss(model, texts) if texts else 0.0
     walked.apply_(model)
@@ -314,6 +316,7 @@ def try_axes(
     calibration: Calibration,
     scores: Sequence[Scores],
     training: Sequence[Sample] = (),
+    known: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Measure the validation loss after a short trial of each axis; the model stays unchanged.
 
@@ -323,11 +326,13 @@ def try_axes(
     shape, shown = read_anatomy(model), replace(calibration)  # with fewer batches, of all lengths
     shown.fitted = calibration.fitted[:: max(len(calibration.fitted) // _TRIAL_BATCHES, 1)]
     shown.held_out = calibration.held_out
+    known = {} if known is None else known
 
     def tried(request: Request) -> float:
         brief = replace(request, prune=replace(request.prune, local_steps=0))
         alone, store = tokens_alone(brief, shape), Memory(torch.device("cpu"))
-        walked = walk(brief, Live(model), store, model.device, shown, scores, alone)
+        with seen_once(model, known):
+            walked = walk(brief, Live(model), store, model.device, shown, scores, alone)
         student, read = models.sharing_copy(model), shown.held_out
         walked.apply_(student)
         processor = trimmed_processor(shown.processor, walked.plan)
@@ -348,7 +353,7 @@ def try_axes(
                     parameter.requires_grad_(learns)
         if processor is not shown.processor:
             read = replace(shown, processor=processor).held_out
-        with evaluating(student):
+        with evaluating(student), seen_once(model, known):
             return answer_loss(student, read, like=shown.held_out)
 
     whole = requests_by_axis(request, shape)
