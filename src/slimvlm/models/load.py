@@ -112,7 +112,7 @@ def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             if any(f".{tied.removesuffix('weight')}" in name for name in given):
                 raise ValueError(f"the base ties {tied!r}")
         settings = peft.LoraConfig(**read_object(adapter / files.ADAPTER, "model"))
-        trained = peft.get_peft_model(model, settings)
+        trained: Any = peft.get_peft_model(model, settings)
         found: Any = peft.set_peft_model_state_dict(trained, given)
         wanted = re.compile(r"\.lora_|\.modules_to_save\.")
         absent = [name for name in found.missing_keys if wanted.search(name)]
