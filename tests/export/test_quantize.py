@@ -64,6 +64,7 @@ def test_plain_transformers_loads_it_and_answers_are_close(to, backend, original
     assert (done.to, done.backend) == (to, backend)
     assert done.bytes_before == stored_bytes(model)
     assert done.bytes_after < done.bytes_before
+    assert sv.anatomy(small.config).total_params == read_anatomy(model).total_params
     again = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "small", dtype="auto").eval()
     del (inputs := dict(batch))["labels"]
     (hidden,) = hidden_states(again, inputs)  # without the head, before the whole model is called
@@ -114,14 +115,6 @@ def test_layers_of_different_widths(tmp_path):
     assert [s.intermediate_size for s in read_anatomy(small).layers] == [64, 96, 96, 96]
 
 
-def test_evaluation_counts_weights_of_a_quantised_model(original, tmp_path):
-    folder, model, _ = original
-    quantize(folder, tmp_path / "small", "int4", device="cpu")
-    small, _ = sv.load(tmp_path / "small", device="cpu")
-    assert sv.anatomy(small.config).total_params == read_anatomy(model).total_params
-    assert stored_bytes(small) < 0.7 * stored_bytes(model)
-
-
 @pytest.mark.parametrize("verb", ["prune", "score", "score in parts", "recover"])
 def test_a_quantised_model_is_not_changed_further(verb, original, tmp_path):
     quantize(original[0], tmp_path / "small", "int8", device="cpu")
@@ -149,7 +142,6 @@ def test_matrices_outside_units_keep_the_names_that_others_have(name, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"to": "int4", "backend": "torchao"}, "for a GPU only, and the device is cpu"),
         ({"to": "int4", "neurons": 72}, r"rows of mlp.down_proj have 72 .* --round-to 64"),
         ({"to": "int3", "backend": "torchao"}, "to 'int3' with backend 'torchao' must be one of"),
         ({"missing": "bitsandbytes", "to": "int4"}, r"pip install 'slimvlm\[quant\]'"),
@@ -165,14 +157,3 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     with pytest.raises(SlimError, match=message):
         quantize(tmp_path / "original", tmp_path / "small", device="cpu", **wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_int4_by_torchao_on_a_gpu(original, tmp_path):
-    folder, model, batch = original
-    quantize(folder, tmp_path / "small", "int4", "torchao", "cuda")
-    small, _ = sv.load(tmp_path / "small", device="cuda")
-    found = logits(small, {k: v.cuda() for k, v in batch.items()}).float().cpu()
-    exact = logits(model, batch).float()
-    assert float((found - exact).abs().max() / exact.abs().max()) < MOST_OFF["int4"]

@@ -16,7 +16,6 @@ from tests.tolerances import HALF, LOSS, Tolerance, assert_close
 
 B, T, V, D = 3, 11, 17, 8
 DIVERGENCES = {kind: partial(losses.divergence, kind=kind) for kind in ("kl", "rkl", "jsd")}
-kl, rkl, jsd = DIVERGENCES.values()
 KINDS = {**DIVERGENCES, "hidden_l2": losses.hidden_l2, "hidden_cosine": losses.hidden_cosine}
 kinds = pytest.mark.parametrize("kind", KINDS)
 SAME = Tolerance(torch.float32, 1e-6, 1e-6)
@@ -36,9 +35,15 @@ def labelled(tokens=T):
 
 def textbook(kind, student, teacher, temperature=2.0):
     """Divergence of each position, as torch has it, times temperature squared."""
-    target, other = (teacher, student) if kind == "kl" else (student, teacher)
-    log_p, log_q = ((x.double() / temperature).log_softmax(-1) for x in (target, other))
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * temperature**2
+    ours, theirs = ((x.double() / temperature).log_softmax(-1) for x in (student, teacher))
+    mixture = ((ours.exp() + theirs.exp()) / 2).log()
+    pairs = {"kl": [(theirs, ours)], "rkl": [(ours, theirs)]}
+    pairs["jsd"] = [(theirs, mixture), (ours, mixture)]
+    found = [
+        F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        for log_p, log_q in pairs[kind]
+    ]
+    return torch.stack(found).mean(0) * temperature**2
 
 
 def assert_same_gradients(found, expected, ours, theirs, tolerance):
@@ -49,18 +54,6 @@ def assert_same_gradients(found, expected, ours, theirs, tolerance):
     )
     for a, b in pairs:
         assert_close(a, b, tolerance)
-
-
-@pytest.mark.parametrize("tokens", [None, 128, 129, 130, 258])
-def test_cross_entropy_and_its_gradient_are_those_of_transformers(tokens):
-    """Chunks are invisible, whether the last one is full or not."""
-    logits, labels = labelled()
-    if tokens is not None:
-        logits, labels = torch.randn(1, tokens, V), torch.randint(0, V, (1, tokens))
-    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
-    found = losses.cross_entropy(ours, as_is, labels)
-    expected = ForCausalLMLoss(theirs, labels, vocab_size=V)
-    assert_same_gradients(found, expected, [ours], [theirs], LOSS)
 
 
 def test_token_losses_sit_at_their_tokens_and_no_label_counts_at_the_first():
@@ -75,19 +68,6 @@ def test_token_losses_sit_at_their_tokens_and_no_label_counts_at_the_first():
             assert_close(per_token[row, position - 1], expected, LOSS)
     labels = torch.tensor([[5, 6, 7], [5, -100, 7], [5, -100, -100]])
     assert losses.label_counts(labels).tolist() == [2, 1, 0]
-
-
-@kinds
-@pytest.mark.parametrize("reduction", ["token_mean", "paper"])
-def test_a_model_has_no_distance_to_itself(kind, reduction):
-    student = torch.randn(B, T, V, requires_grad=True)
-    loss = KINDS[kind](student, student.detach().clone(), reduction=reduction)
-    loss.backward()
-    assert student.grad is not None
-    assert abs(loss.item()) < 1e-6
-    assert student.grad.abs().max() < 1e-6
-    other = KINDS[kind](student, torch.randn(B, T, V), reduction=reduction)
-    assert other.item() > 0.05  # the zero above means something
 
 
 @kinds
@@ -110,6 +90,11 @@ def test_what_the_mask_hides_does_not_count(kind, mask_dtype):
     mask[0, 4:] = 0
     mask[2, 0] = 0
     masked = KINDS[kind](student, teacher, mask=mask)
+    alone = [
+        KINDS[kind](student[b : b + 1, t : t + 1], teacher[b : b + 1, t : t + 1])
+        for b, t in mask.nonzero().tolist()
+    ]
+    assert_close(masked, torch.stack(alone).mean(), LOSS)
     student[mask == 0] = -100 * teacher[mask == 0]
     assert_close(KINDS[kind](student, teacher, mask=mask), masked, LOSS)
     assert KINDS[kind](student, teacher) > 1.2 * masked  # without the mask it would
@@ -122,26 +107,9 @@ def test_what_the_mask_hides_does_not_count(kind, mask_dtype):
     assert student.grad[mask == 1].isfinite().all()
 
 
-@kinds
-def test_token_mean_is_a_mean_over_tokens_and_padding_changes_nothing(kind):
-    student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
-    mask = torch.ones(B, T, dtype=torch.long)
-    expected = KINDS[kind](student, teacher, mask=mask)
-    longer = [F.pad(x, (0, 0, 2, 5), value=3.0) for x in (student, teacher)]
-    longer[0][:, 2 + T :] += torch.randn(B, 5, V)
-    assert_close(KINDS[kind](*longer, mask=F.pad(mask, (2, 5))), expected, LOSS)
-    mask = torch.rand(B, T) < 0.6
-    alone = [
-        KINDS[kind](student[b : b + 1, t : t + 1], teacher[b : b + 1, t : t + 1])
-        for b, t in mask.nonzero().tolist()
-    ]
-    assert_close(KINDS[kind](student, teacher, mask=mask), torch.stack(alone).mean(), LOSS)
-
-
-@pytest.mark.parametrize("kind", ["kl", "rkl"])
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize(
-    ("samples", "tokens", "temperature"),
-    [(B, T, 1.0), (B, T, 2.0), (B, T, 4.0), *((1, tokens, 2.0) for tokens in (127, 128, 129, 257))],
+    ("samples", "tokens", "temperature"), [(B, T, 1.0), (B, T, 4.0), (1, 128, 2.0), (1, 257, 2.0)]
 )
 def test_divergences_and_their_gradients_are_those_of_the_textbook(
     kind, samples, tokens, temperature
@@ -151,11 +119,9 @@ def test_divergences_and_their_gradients_are_those_of_the_textbook(
     found = KINDS[kind](ours, teacher, temperature=temperature)
     expected = textbook(kind, theirs, teacher, temperature).mean()
     assert_same_gradients(found, expected, [ours], [theirs], LOSS)
-    swapped = KINDS[kind](teacher, student, temperature=temperature)
-    assert abs(found - swapped) > 0.01  # the order matters
 
 
-@pytest.mark.parametrize("kind", ["kl", "rkl"])
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_paper_reduction_sums_all_positions_over_the_batch_size(kind):
     student, teacher = torch.randn(B, T, V), torch.randn(B, T, V)
     mask = torch.zeros(B, T, dtype=torch.long)  # the study's trainer has no mask
@@ -192,14 +158,9 @@ def test_distances_are_finite_and_not_negative(temperature, scale, seed):
 def test_jsd_is_the_mean_divergence_from_the_mixture_bounded_and_symmetric(scale, seed):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (scale * torch.randn(2, 4, V, generator=generator) for _ in range(2))
-    value = jsd(student, teacher, temperature=2.0)
+    value = DIVERGENCES["jsd"](student, teacher, temperature=2.0)
     assert value <= 4 * torch.tensor(2.0).log() + 1e-5
-    assert_close(value, jsd(teacher, student), Tolerance(torch.float32, 1e-5, 1e-5))
-    student, teacher = 3 * torch.randn(B, T, V), 3 * torch.randn(B, T, V)
-    p, q = ((x.double() / 2).softmax(-1) for x in (teacher, student))
-    mixture = (p + q) / 2
-    expected = (p * (p / mixture).log() + q * (q / mixture).log()) / 2
-    assert_close(jsd(student, teacher), 4 * expected.sum(-1).mean(), LOSS)
+    assert_close(value, DIVERGENCES["jsd"](teacher, student), Tolerance(torch.float32, 1e-5, 1e-5))
 
 
 @given(st.sets(st.integers(0, 11), min_size=1))
@@ -235,12 +196,17 @@ def test_a_divergence_of_hidden_states_is_that_of_their_logits(kind, reduction, 
     loss = losses.divergence(*(student, teacher, head, teacher_head, mask, kind), **options)
     leaves = [student, head.weight]
     assert_same_gradients(loss, expected, leaves, leaves, SAME)
+    loss = losses.divergence(student, teacher.requires_grad_(), head, teacher_head, kind=kind)
+    loss.backward()
+    assert teacher.grad is teacher_head.weight.grad is None
 
 
-def test_cross_entropy_is_that_of_logits_and_no_label_still_a_graph(small_chunks):
+@pytest.mark.parametrize("tokens", [T, 4, 5, 6, 10])
+def test_cross_entropy_is_that_of_transformers_and_no_label_still_a_graph(tokens, small_chunks):
+    """Chunks are invisible, whether the last one is full or not."""
     hidden, _, head, _ = heads()
-    hidden.requires_grad_()
-    _, labels = labelled()
+    hidden = hidden[:, :tokens].requires_grad_()
+    labels = labelled()[1][:, :tokens]
     leaves = [hidden, head.weight]
     loss = losses.cross_entropy(hidden, head, labels)
     expected = ForCausalLMLoss(head(hidden), labels, vocab_size=V)
@@ -292,14 +258,6 @@ def test_no_more_than_one_chunk_of_logits_exists(small_chunks):
     assert {rows for rows, _ in of_logits} == lasts == {1, 2}  # (D, V) is the head's weight
 
 
-def test_the_teacher_s_head_does_not_learn():
-    student, teacher, head, teacher_head = heads()
-    losses.divergence(student, teacher.requires_grad_(), head, teacher_head).backward()
-    assert head.weight.grad is not None
-    assert teacher.grad is None
-    assert teacher_head.weight.grad is None
-
-
 def test_half_precision_hidden_states_give_float32_losses():
     student, teacher, head, teacher_head = heads()
     _, labels = labelled()
@@ -311,6 +269,3 @@ def test_half_precision_hidden_states_give_float32_losses():
     assert loss.dtype == half.dtype == torch.float32
     assert_close(loss, expected, HALF)
     assert_close(half, entropy, HALF)
-    of_logits = losses.cross_entropy(head(student).bfloat16(), as_is, labels)
-    assert of_logits.dtype == torch.float32
-    assert_close(of_logits, entropy, HALF)

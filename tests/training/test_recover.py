@@ -10,8 +10,7 @@ import jaxtyping
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import TrainerCallback, TrainerState
-from transformers.integrations import integration_utils
+from transformers import TrainerState
 
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.options import RecoverConfig
@@ -243,10 +242,8 @@ def test_every_step_is_in_the_log_and_weights_of_losses_count(steps):
         assert row["loss"] == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("train", tiered(["projector", "lora"], lambda train: train == "lora"))
-def test_gradient_checkpointing_changes_memory_alone(train):
-    plain = trained(train=train, lora=NO_DROPOUT)
-    thrifty = trained(train=train, lora=NO_DROPOUT, gradient_checkpointing=True)
+def test_gradient_checkpointing_changes_memory_alone():
+    plain, thrifty = trained(lora=NO_DROPOUT), trained(lora=NO_DROPOUT, gradient_checkpointing=True)
     for name, value in plain.items():
         assert_close(thrifty[name], value, FORWARD)
 
@@ -331,24 +328,20 @@ def test_a_teacher_of_another_width_is_refused():
     assert history.teacher == "separate"  # what it says can be compared
 
 
-@pytest.mark.parametrize("logging_steps", [1, 10])
-def test_a_loss_that_is_nan_stops_training(logging_steps):
-    student, _, processor = models()
-    with torch.no_grad():
-        student.lm_head.weight[5, 5] = float("nan")
-    options = config(train="projector", loss="sft", trainer={"logging_steps": logging_steps})
-    with pytest.raises(NumericalError, match="step 1"):
-        recover(student, None, SAMPLES, options, processor)
-
-
-@pytest.mark.parametrize("whose", ["", " of the teacher"])
-def test_nan_is_traced_to_its_samples_and_its_layer(whose):
+@pytest.mark.parametrize("whose", ["the head", "", " of the teacher"])
+def test_nan_is_traced_to_its_step_its_samples_and_its_layer(whose):
     student, teacher, processor = models()
-    spoilt = Parts(teacher if whose else student).layers[2]
+    spoilt = student.lm_head
+    if whose != "the head":
+        spoilt = Parts(teacher if whose else student).layers[2]
     with torch.no_grad():
         next(spoilt.parameters())[0, 0] = float("nan")
-    options = config(train="projector", loss="hidden", batch_size=1)
-    with pytest.raises(NumericalError, match=rf"from layer 2{whose} on") as raised:
+    loss, place = "hidden", rf"from layer 2{whose} on"
+    if whose == "the head":
+        loss, place = "sft", "step 1"
+    often = {"logging_steps": 10}
+    options = config(train="projector", loss=loss, batch_size=1, trainer=often)
+    with pytest.raises(NumericalError, match=place) as raised:
         recover(student, teacher, SAMPLES[:1], options, processor)
     assert f"(samples {SAMPLES[0].id})" in str(raised.value)
 
@@ -412,24 +405,19 @@ def test_a_stop_while_a_checkpoint_is_written_costs_no_more_than_it(tmp_path, mo
     "loss", tiered(["sft+hidden+kl", "hidden+kl"], lambda loss: loss == "sft+hidden+kl")
 )
 def test_accumulated_batches_are_one_large_batch(loss):
-    """Means are over tokens, however unequally these are spread over the batches."""
-    same = {"loss": loss, "lora": NO_DROPOUT, "max_steps": 2}
-    large = trained(batch_size=4, **same)
-    small = trained(batch_size=1, gradient_accumulation=4, **same)
+    """Means are over tokens, however unequally spread; the second step has one sample alone."""
+    found = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        student, teacher, processor = models()
+        how = {"loss": loss, "lora": NO_DROPOUT, "max_steps": -1, "epochs": 1.0}
+        options = config(batch_size=size, gradient_accumulation=accumulation, **how)
+        history = recover(student, teacher, SAMPLES[:5], options, processor)
+        found.append((weights(student), [row["loss_kl"] for row in history.steps]))
+    (large, whole), (small, parts) = found
+    assert len(whole) == 2
+    assert parts == pytest.approx(whole, rel=1e-3)
     for name, value in large.items():
         assert_close(small[name], value, AFTER_ADAM)
-
-
-def test_the_last_step_of_an_epoch_may_have_fewer_batches():
-    """Five samples, four a step: the second step's loss is the fifth sample's own."""
-    same = {"loss": "sft", "lora": NO_DROPOUT, "max_steps": -1, "epochs": 1.0}
-    losses_of = []
-    for batch_size, accumulation in ((4, 1), (1, 4)):
-        student, _, processor = models()
-        options = config(batch_size=batch_size, gradient_accumulation=accumulation, **same)
-        history = recover(student, None, SAMPLES[:5], options, processor)
-        losses_of.append([row["loss_sft"] for row in history.steps])
-    assert losses_of[1] == pytest.approx(losses_of[0], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -460,8 +448,6 @@ def test_a_head_that_no_loss_reads_stays():
     before = weights(student)
     recover(student, teacher, SAMPLES, config(train="full", loss="hidden"), processor)
     assert "lm_head.weight" not in changed(student, before)
-    recover(student, teacher, SAMPLES, config(train="full", loss="kl"), processor)
-    assert "lm_head.weight" in changed(student, before)
 
 
 def test_a_training_goes_on_only_from_its_own_start(tmp_path, monkeypatch):
@@ -488,26 +474,6 @@ def test_a_training_goes_on_only_from_its_own_start(tmp_path, monkeypatch):
         asked = config(**{**LONG, name: value})
         with pytest.raises(ConfigError, match=rf"a run with another config\.{name}\."):
             recover(models()[0], teacher, SAMPLES, asked, processor, tmp_path)
-
-
-def test_every_loss_reaches_the_tracker(monkeypatch):
-    seen = []
-
-    class Tracker(TrainerCallback):
-        def on_log(self, *args, logs=None, **kwargs):
-            seen.append(dict(logs))
-
-    with pytest.raises(ConfigError, match=r"report_to 'no-tracker' is not installed.*none"):
-        trained(trainer={"report_to": "no-tracker"})
-    known = integration_utils.INTEGRATION_TO_CALLBACK
-    monkeypatch.setitem(known, "wandb", Tracker)
-    monkeypatch.setattr(
-        integration_utils, "get_available_reporting_integrations", lambda: ["wandb"]
-    )
-    trained(trainer={"report_to": "wandb"}, loss="sft+cosine", max_steps=2)
-    rows = [row for row in seen if "loss" in row]
-    assert len(rows) == 2
-    assert all({"loss_sft", "loss_cosine", "learning_rate"} <= set(row) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -583,9 +549,6 @@ def test_few_samples_are_read_again_until_they_suffice(given, passes):
     assert optimizer_steps(asked, 4, plan.decoder_ratio) == 2 * passes
     if not given:
         assert asked.epochs_over(100_000, 0.5) == 1
-        assert (
-            asked.epochs_over(1_000, 0.5)
-            < asked.epochs_over(1_000, 0.75)
-            < asked.epochs_over(500, 0.75)
-        )
+        passes_over = [asked.epochs_over(n, r) for n, r in ((1000, 0.5), (1000, 0.75), (500, 0.75))]
+        assert passes_over == sorted({*passes_over})
         assert asked.epochs_over(1, 0.75) == asked.epochs_over(100, 0.75)

@@ -291,14 +291,12 @@ def test_every_kept_layer_is_compared_where_no_answers_are_learnt():
     apart = [float(losses.hidden_cosine(a, b)) for a, b in zip(ours, theirs, strict=True)]
     at_the_end = recover(student, copy.deepcopy(teacher), SAMPLES[:1], options, processor)
     assert at_the_end.steps[0]["loss_cosine"] == pytest.approx(apart[0], rel=1e-3)
-    student, teacher, plan, processor = models("llava", "depth")
-    mapped = recover(student, teacher, SAMPLES[:1], options, processor, plan=plan)
-    assert mapped.steps[0]["loss_cosine"] == pytest.approx(sum(apart) / len(apart), rel=1e-3)
     assert apart[0] != pytest.approx(sum(apart) / len(apart), rel=1e-2)
-    student, teacher, plan, processor = models("llava", "depth")
-    options = config(max_steps=1, loss="cosine", batch_size=1, paper_exact=True)
-    exact = recover(student, teacher, SAMPLES[:1], options, processor, plan=plan)
-    assert exact.steps[0]["loss_cosine"] == pytest.approx(apart[0], rel=1e-3)
+    for exact, expected in ((False, sum(apart) / len(apart)), (True, apart[0])):
+        student, teacher, plan, processor = models("llava", "depth")
+        options = config(max_steps=1, loss="cosine", batch_size=1, paper_exact=exact)
+        history = recover(student, teacher, SAMPLES[:1], options, processor, plan=plan)
+        assert history.steps[0]["loss_cosine"] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("train", tiered(["projector", "full"], lambda train: train == "full"))
@@ -313,12 +311,8 @@ def test_sharing_follows_what_learns(train):
         assert_close(ours[name], theirs[name], TRAINED)
 
 
-def test_frozen_tensors_stay_a_used_up_teacher_goes_and_a_separate_one_stays():
-    before = weights(models("llava", "width")[0])
-    after, _, teacher = run("llava", "width")
-    learning = r"multi_modal_projector\.|language_model\.layers\.\d+\.(self_attn|mlp)\..*_proj\."
-    frozen = [name for name in before if not re.search(learning, name)]
-    assert [name for name in frozen if not torch.equal(after[name], before[name])] == []
+def test_a_used_up_teacher_goes_and_a_separate_one_stays():
+    *_, teacher = run("llava", "width")
     assert {parameter.device.type for parameter in teacher.parameters()} == {"meta"}
     before = weights(models("llava", "width")[1])
     assert changed(run("llava", "width", share=False)[2], before) == set()

@@ -432,8 +432,8 @@ def quantize(
 
     Args:
         to: Data type of the weights.
-        backend: Library; auto is torchao, but bitsandbytes for int4 on a CPU and compressed-tensors
-            for fp8. vLLM supports checkpoints of compressed-tensors best.
+        backend: Library; auto is torchao, but bitsandbytes for int4 and compressed-tensors for
+            fp8. vLLM supports checkpoints of compressed-tensors best.
     """
     from slimvlm.export.quantize import quantize as run
     from slimvlm.runs.tables import size

@@ -108,17 +108,18 @@ class LoggedStage:
 
 
 @contextmanager
-def steps(what: str, total: int) -> Iterator[Callable[[float], None]]:
-    """Show progress as a bar or a `LoggedStage`; yield the function that takes the steps done."""
+def steps(what: str, total: int, done: float = 0) -> Iterator[Callable[..., None]]:
+    """Show progress as a bar or a `LoggedStage` from the steps done; yield its ``reached``."""
     if not sys.stderr.isatty():  # bars move on terminals only
-        logged = LoggedStage(what, total)
+        logged = LoggedStage(what, total, done)
         yield logged.reached
         logged.end()
         return
     console = Console(stderr=True)
-    with stage(what), Progress(console=console, transient=True, disable=_HIDDEN.get()) as bar:
-        task = bar.add_task(escape(printable(what)), total=total)
-        yield lambda done: bar.update(task, completed=done)
+    hidden, shown = _HIDDEN.get() or not is_first_rank(), escape(printable(what))
+    with stage(what), Progress(console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(shown, total=total)
+        yield lambda done, more="": bar.update(task, completed=done, description=shown + more)
 
 
 def progress(

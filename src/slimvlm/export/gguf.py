@@ -1,6 +1,5 @@
 """Write a model as GGUF files for llama.cpp: the language backbone, and the vision tower."""
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,6 @@ from slimvlm.pruning.layout import write_model
 from slimvlm.pruning.save import CARD_FILE, CardFacts, base_card, plan_of, write_card
 
 CONVERTER = "convert_hf_to_gguf"
-QUANTIZE_PROGRAM = "llama-quantize"
 K_FORMATS = ("q4_k_m", "q5_k_m", "q6_k")  # of llama.cpp's quantiser; others of its converter
 
 
@@ -53,10 +51,9 @@ def export_gguf(
     With ``text_only`` there is no tower, and the backbone is a text model of its own.
     """
     out = require_free(out, force)
-    quantizer = shutil.which(QUANTIZE_PROGRAM)
-    if outtype in K_FORMATS and quantizer is None and find_spec(llama_cpp.QUANTIZER) is None:
-        message = f"pip install 'slimvlm[gguf]', or put {QUANTIZE_PROGRAM} on PATH"
-        raise ConfigError(f"outtype {outtype!r} needs llama.cpp's quantiser: {message}")
+    if outtype in K_FORMATS and find_spec(llama_cpp.QUANTIZER) is None:
+        cure = "pip install 'slimvlm[gguf]'"
+        raise ConfigError(f"outtype {outtype!r} needs llama.cpp's quantiser: {cure}")
     config = models.load_config(model)
     described = text_config_alone(config) if text_only else config
     shape = read_anatomy(empty := models.empty_model(described))
@@ -94,8 +91,7 @@ def export_gguf(
         whole = partial if converted == outtype else folder / "whole.gguf"
         run_converter(converter, text, whole, converted)
         if whole != partial:
-            own = [sys.executable, "-m", llama_cpp.__name__, "quantize"]
-            program = own if quantizer is None else [quantizer]
+            program = [sys.executable, "-m", llama_cpp.__name__, "quantize"]
             _run("quantiser", [*program, str(whole), str(partial), outtype], partial)
     is_ours = {"slimvlm", "gguf"} <= {*base_card(str(out.parent)).get("tags", ())}
     if has_card := (is_ours and force) or not out.with_name(CARD_FILE).exists():

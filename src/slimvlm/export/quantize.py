@@ -17,8 +17,8 @@ from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.evaluation.bench import stored_bytes
 from slimvlm.models import load as models
-from slimvlm.models.devices import device_named, free_memory
-from slimvlm.models.files import alone, unreadable, weight_files
+from slimvlm.models.devices import device_named
+from slimvlm.models.files import alone, unreadable
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, plan_of, write_card
@@ -26,10 +26,13 @@ from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, plan_of, wr
 Bits = Literal["int8", "int4", "fp8"]
 Backend = Literal["auto", "torchao", "bitsandbytes", "compressed-tensors"]
 GROUP = 64  # weights of a row that share a scale in int4
-ON_LOADING = ("torchao", "bitsandbytes")  # compressed-tensors quantises afterwards
-_ALL = (*ON_LOADING, "compressed-tensors")
-METHODS = {"int8": _ALL, "int4": _ALL, "fp8": ("compressed-tensors",)}
-"""Libraries by type. torchao packs int4 for a GPU only; bitsandbytes also does it for a CPU."""
+AFTERWARDS = "compressed-tensors"  # quantises a loaded model, the others while it is loaded
+METHODS: dict[str, tuple[str, ...]] = {
+    "int8": ("torchao", "bitsandbytes", AFTERWARDS),
+    "int4": ("bitsandbytes", AFTERWARDS),
+    "fp8": (AFTERWARDS,),
+}
+"""Libraries by type, first the one that ``auto`` takes."""
 SCHEMES = {"int8": "W8A8", "int4": "W4A16", "fp8": "FP8_DYNAMIC"}
 """compressed-tensors' names of its schemes: bits of weights, bits of activations."""
 
@@ -59,8 +62,7 @@ def quantize(
 ) -> Quantized:
     """Write a checkpoint whose decoder layers have fewer bits, and read it back.
 
-    ``docs/serving.md`` says what each library does. ``auto`` takes torchao, but bitsandbytes for
-    int4 on a CPU and compressed-tensors for fp8.
+    ``docs/serving.md`` says what each library does, and which one is ``auto``.
 
     Raises:
         ConfigError: If the model or the machine does not allow it.
@@ -74,23 +76,12 @@ def quantize(
     target, name = device_named(device), models.resolve(model)
     config = models.load_config(model)
     models.require_buildable(name, config)
-    chosen = _backend_for(to, backend, target)
+    chosen = _backend_for(to, backend)
     if models.is_quantized(config):
         raise ConfigError("model: its weights are quantised already; quantise the original")
     plan, empty = plan_of(model), models.empty_model(config)
-    for _, projection, linear in Parts(empty).projections():
-        if to == "int4" and linear.in_features % GROUP:
-            message = f"rows of {projection.path} have {linear.in_features} weights, which is no"
-            message += f" multiple of {GROUP}. Plan with --round-to {GROUP}, or use --to int8"
-            raise ConfigError(f"to {to!r}: {message}")
-    skipped = _unquantized(empty)
-    dtype, source = getattr(config, "dtype", None) or torch.bfloat16, models.folder_of(name)
-    needed = sum(file.stat().st_size for file in set(weight_files(source).values()))
-    if target.type != "cpu" and needed > (free := free_memory(target)):
-        message = f"{needed / 2**30:.2f} GiB of weights do not fit into {free / 2**30:.2f} GiB"
-        message += " that are free. Give cpu, or a device with more"
-        raise ConfigError(f"device {str(target)!r}: {message}")
-    kind = models.class_of(config)
+    skipped, dtype = _unquantized(empty, to), getattr(config, "dtype", None) or torch.bfloat16
+    kind, source = models.class_of(config), models.folder_of(name)
     with unreadable(name, "weights"), alone(source):
         small: PreTrainedModel = kind.from_pretrained(
             source,
@@ -102,15 +93,8 @@ def quantize(
         ).eval()
     processor = models.load_processor(name, config)
     with new_folder(out, force) as folder:
-        with nullcontext() if chosen in ON_LOADING else compressed(small, to, skipped):
-            owned = {id(linear) for _, _, linear in Parts(small).projections()}
-            for place, module in small.named_modules():
-                if isinstance(module, nn.Linear):
-                    weight = getattr(module, "weight", None)  # packed ones have another name
-                    changed = type(weight) is not nn.Parameter or weight.dtype.itemsize == 1
-                    if changed != (id(module) in owned):
-                        what = "was not quantised" if id(module) in owned else "was quantised"
-                        raise ReloadError(f"{place!r} {what}")
+        with compressed(small, to, skipped) if chosen == AFTERWARDS else nullcontext():
+            _require_types(small)
             small.save_pretrained(folder)
             after = stored_bytes(small)
         if processor is not None:
@@ -125,12 +109,28 @@ def quantize(
     return Quantized(to, chosen, before, after)
 
 
-def _unquantized(model: PreTrainedModel) -> list[str]:
+def _require_types(model: PreTrainedModel) -> None:
+    """Check that matrices of units are quantised, and no other ones."""
+    owned = {id(linear) for _, _, linear in Parts(model).projections()}
+    for place, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            weight = getattr(module, "weight", None)  # packed ones have another name
+            changed = type(weight) is not nn.Parameter or weight.dtype.itemsize == 1
+            if changed != (id(module) in owned):
+                raise ReloadError(f"{place!r} was {'' if changed else 'not '}quantised")
+
+
+def _unquantized(model: PreTrainedModel, to: str) -> list[str]:
     """List the modules that keep their weights: tower, projector, head, matrices outside units."""
-    parts = Parts(model)
+    parts, owned = Parts(model), set[int]()
+    for _, projection, linear in parts.projections():
+        owned.add(id(linear))
+        if to == "int4" and linear.in_features % GROUP:
+            message = f"rows of {projection.path} have {linear.in_features} weights, which is no"
+            message += f" multiple of {GROUP}. Plan with --round-to {GROUP}, or use --to int8"
+            raise ConfigError(f"to {to!r}: {message}")
     whole = (parts.family.vision, *parts.family.projector, parts.family.head)
     paths = [path for path in whole if path is not None]
-    owned = {id(linear) for _, _, linear in parts.projections()}
     within = tuple(f"{path}." for path in paths)
     for place, module in model.named_modules():
         is_other = isinstance(module, nn.Linear) and id(module) not in owned
@@ -142,11 +142,9 @@ def _unquantized(model: PreTrainedModel) -> list[str]:
 def _settings(to: str, backend: str, skipped: list[str], dtype: torch.dtype) -> Any:
     """Make transformers' settings of a library that quantises on loading; None for another."""
     if backend == "torchao":
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig
 
-        packing = {"group_size": GROUP, "int4_packing_format": "tile_packed_to_4d"}
-        kind = Int8WeightOnlyConfig() if to == "int8" else Int4WeightOnlyConfig(**packing)
-        return TorchAoConfig(kind, modules_to_not_convert=skipped)
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped)
     if backend != "bitsandbytes":
         return None
     bits: dict[str, Any] = {"load_in_8bit": True}
@@ -155,22 +153,16 @@ def _settings(to: str, backend: str, skipped: list[str], dtype: torch.dtype) -> 
     return BitsAndBytesConfig(**bits, llm_int8_skip_modules=skipped)
 
 
-def _backend_for(to: str, backend: str, device: torch.device) -> str:
-    """Choose the library; refuse one that is absent or cannot do this on the device."""
-    on_gpu = device.type == "cuda"
-    if backend == "auto":
-        others = {"fp8": "compressed-tensors"} | ({} if on_gpu else {"int4": "bitsandbytes"})
-        backend = others.get(to, "torchao")
-    if backend not in METHODS.get(to, ()):
+def _backend_for(to: str, backend: str) -> str:
+    """Choose the library; refuse one that is absent or cannot do this."""
+    chosen = METHODS.get(to, (backend,))[0] if backend == "auto" else backend
+    if chosen not in METHODS.get(to, ()):
         known = sorted(f"{bits} with {each}" for bits in METHODS for each in METHODS[bits])
         message = f"must be one of: {', '.join(known)}"
         raise ConfigError(f"to {to!r} with backend {backend!r} {message}")
-    if find_spec(backend.replace("-", "_")) is None:
-        raise ConfigError(f"backend {backend!r} is not installed: pip install 'slimvlm[quant]'")
-    if (to, backend) == ("int4", "torchao") and not on_gpu:
-        message = f"{backend} packs {to} for a GPU only, and the device is {device}"
-        raise ConfigError(f"to {to!r}: {message}. Use --backend bitsandbytes, or --to int8")
-    return backend
+    if find_spec(chosen.replace("-", "_")) is None:
+        raise ConfigError(f"backend {chosen!r} is not installed: pip install 'slimvlm[quant]'")
+    return chosen
 
 
 @contextmanager

@@ -10,7 +10,7 @@ of segments (`slimvlm.models.families.Projection`). In a segment, unit ``u`` own
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Annotated, Any
@@ -111,81 +111,65 @@ def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
         queries_per_group = heads // kv_heads
     neurons = next((m.width for m in mlp if m.projection.dim == INPUT_COLUMNS), 0)
     experts = entries[0].width if entries else 0
-    shape = LayerShape(kv_heads, queries_per_group, head_dim, neurons, 0, 0, 0, experts)
-
-    def of_unit(matrices: Iterable[Matrix]) -> int:
-        """Count the parameters of one unit in some matrices."""
-        total = 0
-        for matrix in matrices:
-            channels = sum(shape.block(segment)[1] for segment in matrix.projection.segments)
-            has_bias = matrix.projection.dim == OUTPUT_ROWS and matrix.bias is not None
-            total += channels * (matrix.weight.numel() // matrix.width + has_bias)
-        return total
-
-    kv_group_params, neuron_params = of_unit(attention), of_unit(mlp)
-    expert_neuron_params, expert_fixed_params = 0, 0
-    if entries:
-        expert_neuron_params = of_unit(m for m in mlp if m.is_of_experts) // experts
-        whole = sum(matrix.weight.numel() for matrix in entries) // experts
-        expert_fixed_params = whole - neurons * expert_neuron_params
+    kv_group_params, neuron_params = _of_unit(attention, kv_heads), _of_unit(mlp, neurons)
+    of_experts = _of_unit([m for m in mlp if m.is_of_experts], neurons * experts)
+    expert_fixed_params = _of_unit(entries, experts) - neurons * of_experts
     owned = kv_heads * kv_group_params + neurons * neuron_params + experts * expert_fixed_params
     of_units = {id(matrix.weight) for matrix in (*attention, *mlp, *entries)}
-    fixed = [
+    fixed_weights = sum(
         module.weight.numel()
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear) and id(module.weight) not in of_units
         if not name.startswith("cross_attn.")  # whose keys are of images
-    ]
+    )
     own = None if attention else getattr(layer, "self_attn", None)
     keys: Any = getattr(own, "k_proj", None)  # none where it reads those of an earlier layer
-    return replace(
-        shape,
-        fixed_weights=sum(fixed),
-        fixed_cache=0 if keys is None else 2 * keys.out_features,
+    return LayerShape(
+        num_kv_heads=kv_heads,
+        queries_per_group=queries_per_group,
+        head_dim=head_dim,
+        intermediate_size=neurons,
         kv_group_params=kv_group_params,
         neuron_params=neuron_params,
         fixed_params=sum(p.numel() for p in layer.parameters()) - owned,
-        expert_neuron_params=expert_neuron_params,
+        num_experts=experts,
+        expert_neuron_params=of_experts,
         expert_fixed_params=expert_fixed_params,
+        fixed_weights=fixed_weights,
+        fixed_cache=0 if keys is None else 2 * keys.out_features,
     )
+
+
+def _of_unit(matrices: Sequence[Matrix], units: int) -> int:
+    """Count the parameters of one of the units that own some matrices, and their rows' biases."""
+    owned = [matrix.weight.numel() for matrix in matrices]
+    rows = (matrix for matrix in matrices if matrix.projection.dim == OUTPUT_ROWS)
+    owned += [matrix.bias.numel() for matrix in rows if matrix.bias is not None]
+    return sum(owned) // max(units, 1)
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """Shape and parameter counts of a model."""
 
-    model_type: str
-    """Configuration type of the whole model."""
-    text_type: str
-    """Configuration type of the language backbone."""
-    hidden_size: Width
-    """Width of the residual stream."""
-    vocab_size: Count
-    """Rows of the token embedding."""
+    model_type: str  # of the configuration of the whole model
+    text_type: str  # of the configuration of the language backbone
+    hidden_size: Width  # of the residual stream
+    vocab_size: Count  # rows of the token embedding
     layers: tuple[LayerShape, ...]
-    """One shape for each decoder layer."""
     embedding_params: Annotated[Count, Field(ge=1)]
-    """Parameters of the token embedding."""
-    head_params: Count
-    """Parameters of the head; 0 if it shares the embedding's."""
+    head_params: Count  # 0 if it shares the embedding's
     final_norm_params: Count
-    """Parameters of the norm after the last layer."""
-    vision_params: Count
-    """Parameters of the vision tower without the projector."""
+    vision_params: Count  # of towers, without the projector
     projector_params: Count
-    """Parameters of the projector."""
-    pinned_layers: tuple[Width, ...] = ()
-    """Layers that must stay, as `why_pinned` says."""
-    retypable: bool = False
-    """Whether a freer configuration type can stand in for ``text_type``."""
+    pinned_layers: tuple[Width, ...] = ()  # that must stay, as `why_pinned` says
+    retypable: bool = False  # whether a freer configuration type can stand in for ``text_type``
+    # MLP width that also sizes a part outside the backbone; None if it is free
     fixed_neurons: Width | None = None
-    """MLP width that also sizes a part outside the backbone; None if it is free."""
-    other_params: Count = 0
-    """All other parameters of the text model."""
-    experts_per_token: Count = 0
-    """Experts that each token takes, of layers that have some: so many stay."""
+    other_params: Count = 0  # all others of the text model
+    experts_per_token: Count = 0  # that each token takes, of layers that have some: so many stay
+    # products of queries and keys are divided by its root; 0 where it is ``head_dim``
     query_scalar: float = 0.0
-    """Products of queries and keys are divided by its root; 0 where it is ``head_dim``."""
 
     @property
     def num_layers(self) -> int:

@@ -1,8 +1,10 @@
 """Read ``families.yaml``: `BACKBONES` (decoders) and `FAMILIES` (whole models)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, TypeAdapter
 
 from slimvlm.core.tables import read_table
 
@@ -38,28 +40,6 @@ class Projection:
         return -2 if is_rows else -1
 
 
-@dataclass(frozen=True)
-class Experts:
-    """The experts of a layer, of which a router gives each token a few."""
-
-    module: str  # path, below the layer, of the module that runs them
-    entries: tuple[Projection, ...]  # with an entry for each expert first: weights, router's rows
-    count_field: str = "num_experts"  # of the configuration
-    taken_field: str = "num_experts_per_tok"  # of the configuration: how many each token takes
-    transposed: bool = False  # whether matrices are stored with inputs first, ``[E, C, O]``
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A weight of the text model that holds an equal slice for each layer, one after another."""
-
-    path: str  # of its module below the text model, which need not have it
-    dim: int  # that layers divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`
-    # Configuration field with the number of tokens that have a row each; None if they have none, or
-    # rows that do not go with those of the embedding.
-    rows: str | None = None
-
-
 def _matrices(rows: Mapping[str, str]) -> tuple[Projection, ...]:
     """Read matrices of units: ``PATH: DIM SEGMENT ... [transposed]``."""
     found = []
@@ -71,8 +51,40 @@ def _matrices(rows: Mapping[str, str]) -> tuple[Projection, ...]:
     return tuple(found)
 
 
+def _entries(paths: Sequence[str]) -> tuple[Projection, ...]:
+    return tuple(Projection(path, ENTRIES, ("expert",)) for path in paths)
+
+
 _DIMS = {"rows": OUTPUT_ROWS, "columns": INPUT_COLUMNS}
+_Matrices = Annotated[tuple[Projection, ...], BeforeValidator(_matrices)]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer, of which a router gives each token a few."""
+
+    module: str  # path, below the layer, of the module that runs them
+    # with an entry for each expert first: weights, router's rows
+    entries: Annotated[tuple[Projection, ...], BeforeValidator(_entries)]
+    count_field: str = "num_experts"  # of the configuration
+    taken_field: str = "num_experts_per_tok"  # of the configuration: how many each token takes
+    transposed: bool = False  # whether matrices are stored with inputs first, ``[E, C, O]``
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A weight of the text model that holds an equal slice for each layer, one after another."""
+
+    path: str  # of its module below the text model, which need not have it
+    # that layers divide: `OUTPUT_ROWS` or `INPUT_COLUMNS`
+    dim: Annotated[int, BeforeValidator(_DIMS.get)]
+    # Configuration field with the number of tokens that have a row each; None if they have none, or
+    # rows that do not go with those of the embedding.
+    rows: str | None = None
+
+
 _TABLES = read_table(__file__, "families.yaml")
+_USUAL = [_matrices(_TABLES["matrices"][name][0]) for name in ("attention", "mlp")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +97,8 @@ class Backbone:
     """
 
     # The matrix with `INPUT_COLUMNS` writes to the residual stream. Empty if units stay.
-    attention: tuple[Projection, ...] = _matrices(_TABLES["matrices"]["attention"][0])
-    mlp: tuple[Projection, ...] = _matrices(_TABLES["matrices"]["mlp"][0])
+    attention: _Matrices = _USUAL[0]
+    mlp: _Matrices = _USUAL[1]
     experts: Experts | None = None  # those of which some can be removed
     final_norm: str = "norm"  # name of the norm after the last layer
     # ``any``: every head count can be configured. ``divides_hidden_size``: heads must divide the
@@ -121,7 +133,7 @@ class Knob:
     field: str  # with a dot before the key of a mapping
     # How it is lowered: an area or edge in ``pixels`` by a hundredth; ``grids``, shapes of tiles,
     # which the configuration also has, without the largest; or to the next of some values.
-    way: Literal["pixels", "grids"] | tuple[int, ...] = tuple(range(1023, 0, -1))
+    way: Literal["pixels", "grids"] | tuple[int | bool, ...] = tuple(range(1023, 0, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,33 +166,10 @@ class Family:
         return (*(() if self.vision is None else (self.vision,)), *self.other_towers)
 
 
-def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the fields of a row, lists as tuples."""
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
-
-
-def _backbone(row: Mapping[str, Any]) -> Backbone:
-    fields = _fields(row)
-    fields |= {name: _matrices(row[name]) for name in ("attention", "mlp") if name in row}
-    if (experts := row.get("experts")) is not None:
-        entries = tuple(Projection(path, ENTRIES, ("expert",)) for path in experts["entries"])
-        fields["experts"] = Experts(**{**experts, "entries": entries})
-    stacks = (
-        Stack(**{**stack, "dim": _DIMS[stack["dim"]]}) for stack in row.get("layer_stacks", ())
-    )
-    return Backbone(**{**fields, "layer_stacks": tuple(stacks)})
-
-
-def _family(row: Mapping[str, Any]) -> Family:
-    fields = _fields(row)
-    if isinstance(knobs := fields.get("pictures"), tuple):
-        fields["pictures"] = tuple(Knob(**_fields(knob)) for knob in knobs)
-    return Family(**fields)
-
-
-BACKBONES: dict[str, Backbone] = {n: _backbone(row) for n, row in _TABLES["backbones"].items()}
+_BACKBONES, _FAMILIES = TypeAdapter(dict[str, Backbone]), TypeAdapter(dict[str, Family])
+BACKBONES = _BACKBONES.validate_python(_TABLES["backbones"], extra="forbid")
 FAMILIES: dict[str, Family] = {
-    **{name: _family(row) for name, row in _TABLES["families"].items()},
+    **_FAMILIES.validate_python(_TABLES["families"], extra="forbid"),
     **{
         text_type: Family(backbone="model", text_config=None, caps_logits=True)
         for text_type in BACKBONES

@@ -11,9 +11,7 @@ count, a chunk at a time.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,35 +60,19 @@ def predictions(
 def token_cross_entropy(
     hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T-1"]:
-    """Compute the cross-entropy of each next token in float32; 0 where it does not count.
-
-    The forward pass also computes the gradient: nothing is computed twice and no logits are stored.
-    Parameters of the head get no gradient; in `cross_entropy` they do.
-    """
+    """Compute the cross-entropy of each next token in float32; 0 where it does not count."""
     rows, wanted, counted = predictions(hidden, labels)
     losses = torch.zeros(counted.shape, dtype=torch.float32, device=hidden.device)
-    found: Tensor = _RowLosses.apply(rows, wanted, head)  # type: ignore[no-untyped-call]
-    return losses.masked_scatter(counted, found)
+    return losses.masked_scatter(counted, by_chunks(partial(_cross_entropies, head), rows, wanted))
 
 
 def cross_entropy(hidden: Hidden, head: Head, labels: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Compute the mean cross-entropy over the tokens that count (SFT loss); the head also learns.
 
-    A head that is an ``nn.Linear`` in the data type of the hidden states goes through Liger's
-    fused kernel on a CUDA device, where that package is installed. Other heads have any soft cap
-    of the model in them.
-
     Reference:
-        Huang et al. 2025, arXiv:2507.20749, Eq. 6. Hsu et al. 2024, arXiv:2410.10989, for the
-        fused kernel.
+        Huang et al. 2025, arXiv:2507.20749, Eq. 6.
     """
     rows, wanted, _ = predictions(hidden, labels)
-    is_plain = isinstance(head, nn.Linear) and head.weight.dtype == rows.dtype
-    if len(rows) and rows.is_cuda and is_plain and find_spec("liger_kernel") is not None:
-        assert isinstance(head, nn.Linear)
-        fused = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
-        loss: Tensor = fused(head.weight, rows, wanted, head.bias)
-        return loss.float()
     return by_chunks(partial(_cross_entropies, head), rows, wanted).sum() / max(len(rows), 1)
 
 
@@ -189,32 +171,6 @@ def layer_map(kept_layers: Sequence[int], num_original_layers: int) -> tuple[int
     itself. ``kept_layers`` are ascending indices in the original model, as are the returned ones.
     """
     return tuple(following - 1 for following in (*kept_layers[1:], num_original_layers))
-
-
-class _RowLosses(torch.autograd.Function):
-    """Compute one loss for each row, and its gradient in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Float[Tensor, "N D"], wanted: Int[Tensor, " N"], head: Head
-    ) -> Float[Tensor, " N"]:
-        losses, gradients = [], []
-        size = rows_at_once(rows.device)
-        for part, tokens in zip(rows.split(size), wanted.split(size), strict=True):
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
-                leaf = part.detach().requires_grad_(ctx.needs_input_grad[0])
-                loss = _cross_entropies(head, leaf, tokens)
-                if ctx.needs_input_grad[0]:
-                    gradients += torch.autograd.grad(loss.sum(), leaf)
-            losses.append(loss.detach())
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (gradients,) = ctx.saved_tensors
-        return (gradients * grad_outputs[0][:, None]).to(gradients.dtype), None, None
 
 
 def _cross_entropies(

@@ -52,16 +52,12 @@ TRACKER_FOLDER = "runs"  # where the Trainer lets TensorBoard write
 class History:
     """Record of a training."""
 
-    steps: tuple[Mapping[str, int | float], ...]
-    """Log rows: step, loss, its components, learning rate."""
+    steps: tuple[Mapping[str, int | float], ...]  # log rows: step, loss, its parts, learning rate
+    # samples that were trained on; fewer than ``sample_ids`` if the steps ended earlier
     num_samples: Count
-    """Samples that were trained on; fewer than ``sample_ids`` if the steps ended earlier."""
-    sample_ids: tuple[str, ...]
-    """Names of all training samples, in order."""
+    sample_ids: tuple[str, ...]  # names of all training samples, in order
     trained_params: Count
-    """Parameters that were trained."""
-    teacher: str = "none"
-    """How the teacher was held, and how much memory it shared."""
+    teacher: str = "none"  # how it was held, and how much memory it shared
 
     @classmethod
     def load(cls, path: str | Path) -> "History":
@@ -112,24 +108,12 @@ def recover(
     config = config or RecoverConfig()
     if not dataset or not all(isinstance(each, Sample) for each in dataset):
         raise ConfigError("dataset: must hold samples, such as load_samples gives")
-    if processor is None:
-        name = str(model.config._name_or_path)
-        rows = sum(len(each) for each in model.get_input_embeddings().parameters())
-        with raised_as(ConfigError, SlimError, "processor: pass processor= or plan=:"):
-            processor = trimmed_processor(models.load_processor(name, model.config), plan)
-            if processor is None or len(tokenizer_of(processor)) > rows:
-                raise ConfigError(f"{name!r} has none for the model's {rows} tokens")
+    processor = _own_processor(model, plan) if processor is None else processor
     teacher = teacher if config.needs_teacher else None
     tokens = _tokens_of_teacher(model, teacher, dataset, config, work, plan)
     learnt = subset(list(dataset), config.fraction, config.seed)
-    their_layers: Sequence[int] = ()
-    if plan is not None and teacher is not None:
-        plan = plan if plan_fits(plan, model, teacher) else None
-        terms = config.loss_weights.keys()
-        is_alone = "sft" not in terms and not config.paper_exact  # the paper compares the end
-        if plan is not None and terms & set(HIDDEN_LOSSES) and is_alone:
-            # no answers are learnt: hidden states are compared after every kept layer
-            their_layers = layer_map(plan.layers, plan.before.num_layers)
+    if plan is not None and teacher is not None and not plan_fits(plan, model, teacher):
+        plan = None
     dtype, about_teacher = model.dtype, "none"
     with TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(work) if work is not None else Path(temporary)
@@ -152,7 +136,7 @@ def recover(
                 "model": trained,
                 "teacher": teacher,
                 "config": config,
-                "their_layers": their_layers,
+                "their_layers": _layers_of_teacher(config, plan),
                 "tokens": tokens,
                 "train_dataset": learnt,
                 "data_collator": partial(training.collate, processor, config.positions),
@@ -173,6 +157,26 @@ def recover(
         trained_params=trained_params,
         teacher=about_teacher,
     )
+
+
+def _own_processor(model: PreTrainedModel, plan: Plan | None) -> Any:
+    """Read the processor of the folder or hub id that a model was read from, trimmed by a plan."""
+    name = str(model.config._name_or_path)
+    rows = sum(len(each) for each in model.get_input_embeddings().parameters())
+    with raised_as(ConfigError, SlimError, "processor: pass processor= or plan=:"):
+        processor = trimmed_processor(models.load_processor(name, model.config), plan)
+        if processor is None or len(tokenizer_of(processor)) > rows:
+            raise ConfigError(f"{name!r} has none for the model's {rows} tokens")
+    return processor
+
+
+def _layers_of_teacher(config: RecoverConfig, plan: Plan | None) -> Sequence[int]:
+    """Without answers to learn, compare hidden states after every kept layer, not at the end."""
+    terms = config.loss_weights.keys()
+    is_alone = "sft" not in terms and not config.paper_exact  # the paper compares the end
+    if plan is None or not is_alone or not terms & set(HIDDEN_LOSSES):
+        return ()
+    return layer_map(plan.layers, plan.before.num_layers)
 
 
 def _require_same_run(
@@ -218,7 +222,8 @@ def _trained(
     while True:
         trainer = DistillationTrainer(args=arguments, **given)
         try:
-            with explained(folder):
+            with explained(folder), ExitStack() as shown:
+                trainer.add_callback(training.ShownTraining(shown))
                 checkpoint = _last_checkpoint(folder)
                 if checkpoint is None or not trainer.restore_finished(checkpoint):
                     trainer.train(resume_from_checkpoint=checkpoint)

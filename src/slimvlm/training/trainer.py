@@ -5,10 +5,9 @@ import multiprocessing
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,14 +17,14 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from slimvlm.core.errors import ConfigError, NumericalError, raised_as
 from slimvlm.core.options import DIVERGENCES, HIDDEN_LOSSES, Positions, RecoverConfig
-from slimvlm.core.progress import LoggedStage, num_ranks
+from slimvlm.core.progress import num_ranks, steps
 from slimvlm.data.chat import encode_samples
 from slimvlm.data.roles import predicts_label, valid_tokens
 from slimvlm.data.samples import Sample
@@ -223,7 +222,7 @@ def num_workers(device: torch.device) -> int:
 
 
 class DistillationTrainer(Trainer):
-    """The Trainer with a weighted sum of losses, and with our progress bar or log lines.
+    """The Trainer with a weighted sum of losses, and without its progress bar and log lines.
 
     The head runs only over positions that a loss reads. A mean over tokens is one over all ranks
     and all accumulated batches. Besides the last hidden states, those after the student's layers
@@ -243,7 +242,6 @@ class DistillationTrainer(Trainer):
         super().__init__(**arguments)
         for theirs in (PrinterCallback, ProgressCallback):
             self.remove_callback(theirs)
-        self.add_callback(ShownTraining)
         self.model_accepts_loss_kwargs = False  # our loss is a mean already
         self._recovery = config
         self._reduction: losses.Reduction = "paper" if config.paper_exact else "token_mean"
@@ -375,40 +373,22 @@ class DistillationTrainer(Trainer):
         return True
 
 
-class ShownTraining(ProgressCallback):
-    """A bar with the loss in a terminal, else lines in a log now and then.
+class ShownTraining(TrainerCallback):
+    """Show progress with the loss until ``shown`` closes; request a log row after the last step."""
 
-    The steps after the Trainer's last log row also get a row.
-    """
+    def __init__(self, shown: ExitStack) -> None:
+        self._shown = shown
 
-    def on_train_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start at the first step, or after those of a stopped run."""
-        self._stage = None
-        if sys.stderr.isatty():
-            super().on_train_begin(args, state, *rest, **kwargs)  # type: ignore[no-untyped-call]
-        else:
-            self._stage = LoggedStage("train", state.max_steps, state.global_step)
+        shown = steps("train", state.max_steps, state.global_step)
+        self._reached = self._shown.enter_context(shown)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show how far the training is; request a log row after the last step."""
+        """Show how far the training is."""
         control.should_log |= state.global_step >= state.max_steps
-        if self._stage is None:
-            super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-        else:
-            known = [row["loss"] for row in state.log_history if "loss" in row]
-            self._stage.reached(state.global_step, f", loss {known[-1]:.4f}" if known else "")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the loss at the bar's end; the original prints all logs on stdout."""
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=logs["loss"])
-
-    def on_train_end(self, *call: Any, **kwargs: Any) -> None:
-        """End the bar or the log."""
-        if self._stage is None:
-            super().on_train_end(*call, **kwargs)  # type: ignore[no-untyped-call]
-        else:
-            self._stage.end()
+        known = [row["loss"] for row in state.log_history if "loss" in row]
+        self._reached(state.global_step, f", loss {known[-1]:.4f}" if known else "")
 
 
 def learning_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
