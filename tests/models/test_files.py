@@ -31,7 +31,6 @@ from tests.tolerances import FORWARD, assert_close
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OLD_NAMES = r".*language_model.*\.(q_proj|down_proj)"
 TEXT = {"input_ids": torch.tensor([[5, 9, 30, 31, 77]])}
 
 
@@ -61,11 +60,10 @@ def write_adapter(kind, out, **options):
         [
             ("text", {}),
             ("text", {"use_rslora": True, "rank_pattern": {"down_proj": 2}}),
-            ("text", {"use_dora": True}),
             ("llava", {"modules_to_save": ["linear_1"]}),
             ("qwen2_5_vl", {}),
         ],
-        lambda _, options: options.keys() & {"use_rslora", "use_dora"},
+        lambda _, options: "r" in "".join(options),
     ),
 )
 def test_a_merged_adapter_says_what_peft_s_own_merge_says(kind, options, tmp_path, capsys):
@@ -82,12 +80,6 @@ def test_a_merged_adapter_says_what_peft_s_own_merge_says(kind, options, tmp_pat
     by_layer = open_checkpoint(tmp_path / "adapter")
     for name, value in expected.state_dict().items():
         assert_close(by_layer.read(name), value, FORWARD)
-
-
-def test_an_adapter_that_an_older_transformers_trained_is_read(tmp_path):
-    expected = write_adapter("llava", tmp_path / "adapter", target_modules=OLD_NAMES)
-    of_weights(renamed("model.language_model.", "language_model.model."))(tmp_path / "adapter")
-    assert_close(logits(sv.load(tmp_path / "adapter")[0], TEXT), logits(expected, TEXT), FORWARD)
 
 
 def test_a_changed_adapter_and_its_tokenizer_are_read_anew(tmp_path):
@@ -143,12 +135,16 @@ SPOILED = {
     "the base is above": (of_config(base_model_name_or_path=".."), r"no config\.json"),
     "a pickle": (
         lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"),
-        "only safetensors are read",
+        "'adapter_model.bin'",
+    ),
+    "other weights": (
+        lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors"),
+        "'model.safetensors'",
     ),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
-    "half a pair": (of_weights(renamed("lora_B", "lora_C")), "lora_C"),
+    "half a pair": (of_weights(renamed("lora_B", "lora_C")), "lora_B"),
     "an unknown layer": (of_weights(renamed("layers.0", "layers.99")), r"layers\.99.*no weight"),
-    "another shape": (of_weights(widened), "size mismatch"),
+    "another shape": (of_weights(widened), "becomes"),
     "not a number": (of_weights(not_finite), "NaN or infinity"),
     "a link": (lambda folder: (folder / "x").symlink_to("/etc/passwd"), "leads out"),
 }
@@ -173,7 +169,7 @@ def test_a_tied_or_quantised_base_is_refused(tmp_path):
     tensors = load_file(base / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"ties '(lm_head|model\.embed_tokens)\.weight'"):
+    with pytest.raises(ConfigError, match=r"ties or stacks 'lm_head\.weight'"):
         sv.load(tmp_path / "adapter")
     bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     folders.edit_json(base / "config.json", lambda v: v.update(quantization_config=bits))

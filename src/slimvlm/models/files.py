@@ -6,21 +6,22 @@ of transformers; each names the version that it was tried with.
 """
 
 import copy
-import logging
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, reduce
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
+import torch
 from huggingface_hub import errors as hub
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, dynamic_module_utils
 from transformers import core_model_loading as loading
@@ -95,7 +96,6 @@ def alone(model: str | Path, trust_remote_code: bool = False) -> Iterator[None]:
             (hub_files, "cached_files", found),
             (PreTrainedConfig, "_get_config_dict", classmethod(described)),
             (dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0),  # seconds to wait for an answer
-            (logging.getLogger("transformers.modeling_utils"), "disabled", True),  # tells names
         ):
             stack.callback(setattr, owner, name, vars(owner)[name])
             setattr(owner, name, value)
@@ -162,29 +162,69 @@ def _require_no_links(folder: Path, where: str) -> None:
             raise ConfigError(f"{where}: {path.name!r} is neither a file nor a folder")
 
 
-def read_adapter(folder: Path) -> str:
-    """Check a folder that PEFT wrote with LoRA; return the id or folder of its base model."""
-    from peft import LoraConfig
+def read_adapter(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Check a folder that PEFT wrote; return the id or folder of its base, and its settings.
 
+    Refused by name is all that could change more than ``W + scale * B @ A`` says.
+    """
     where = f"model {str(folder)!r}"
     _require_no_links(folder, where)
     values = read_object(folder / ADAPTER, "model", 2**20)
-    known = {field.name for field in fields(LoraConfig)} - {"megatron_config"}  # it names a module
-    odd = [] if values.get("peft_type") == "LORA" else ["peft_type"]
-    odd += [name for name, value in values.items() if value and name not in known]
+    names = ("init_lora_weights", "base_model_name_or_path", "revision")
+    start, base, revision = map(values.get, names)
+    odd = [name for name, value in values.items() if value and name not in TABLES["lora"]]
+    odd += [] if values.get("peft_type") == "LORA" else ["peft_type"]
+    odd += [] if start in TABLES["keeps_base"] else ["init_lora_weights"]
     if odd:
         value = shortened(values.get(odd[0]))
         raise ConfigError(f"{where}: {ADAPTER}: {odd[0]} {value} is not merged here; use PEFT")
-    if not (folder / LORA_WEIGHTS).is_file():
-        told = f"needs {LORA_WEIGHTS}; only safetensors are read"
-        raise ConfigError(f"{where}: {ADAPTER} {told}")
-    base, revision = values.get("base_model_name_or_path"), values.get("revision")
+    weights = {f.name for f in folder.iterdir() if f.suffix in (".bin", ".safetensors")}
+    if others := weights - {*TABLES["beside_adapter"]}:
+        raise ConfigError(f"{where}: next to {ADAPTER} lies {min(others)!r}, which is not merged")
     if isinstance(base, str) and Path(base).is_dir() and not (Path(base) / ADAPTER).exists():
-        return base
+        return base, values
     if not isinstance(base, str) or not re.fullmatch(_HUB_ID, base) or Path(base).exists():
-        told = f"base_model_name_or_path {shortened(base)} must be a model's folder here or hub id"
-        raise ConfigError(f"{where}: {ADAPTER}: {told}")
-    return f"{base}@{revision}" if revision else base
+        message = (
+            f"base_model_name_or_path {shortened(base)} must be a model's folder here or hub id"
+        )
+        raise ConfigError(f"{where}: {ADAPTER}: {message}")
+    return f"{base}@{revision}" if revision else base, values
+
+
+def write_merged(
+    adapter: Path, values: Mapping[str, Any], source: Path, skeleton: Any, folder: Path
+) -> None:
+    """Write the weights of a base model with an adapter's in them, one file at a time."""
+    files, changes = weight_files(source), dict[str, tuple[Tensor, ...]]()
+    with unreadable(adapter, LORA_WEIGHTS):
+        for name, tensor in load_file(adapter / LORA_WEIGHTS).items():
+            changes[name.removeprefix("base_model.model.")] = (tensor,)
+        for module in [n.removesuffix(".lora_A.weight") for n in changes if ".lora_A." in n]:
+            (a,), (b,) = (changes.pop(f"{module}.lora_{side}.weight") for side in "AB")
+            scale = values["lora_alpha"] / len(a) ** (0.5 if values.get("use_rslora") else 1)
+            changes[f"{module}.weight"] = (scale * b.float(), a.float())
+        theirs, ours = origins_in_files(skeleton, files), origins_in_files(skeleton, changes)
+        users = Counter(origin.keys for origin in theirs.values())
+        if unknown := changes.keys() - {key for each in ours.values() for key in each.keys}:
+            raise ValueError(f"{min(unknown)!r} is for no weight of the base")
+        by_key: dict[str, tuple[Tensor, ...]] = {}
+        for name, origin in ours.items():
+            keys, convert = theirs[name]
+            if users[keys] > 1 or not isinstance(convert, itemgetter):
+                raise ValueError(f"the base ties or stacks {name!r}")
+            by_key[keys[0]] = changes[origin.keys[0]]
+    for path in dict.fromkeys(files.values()):
+        tensors = load_file(path)
+        for key in tensors.keys() & by_key.keys():
+            old, change = tensors[key], by_key[key]
+            with unreadable(adapter, LORA_WEIGHTS):
+                shape = reduce(torch.matmul, (each.to("meta") for each in change)).shape
+                if shape != old.shape or (len(change) > 1 and old.dim() != 2):
+                    raise ValueError(f"{key!r} becomes {list(shape)}, not {list(old.shape)}")
+            made = reduce(torch.matmul, change)
+            tensors[key] = (made if len(change) == 1 else old.float() + made).to(old.dtype)
+            require_finite_values(tensors[key], f"weight {key!r}")
+        save_file(tensors, folder / path.name, {"format": "pt"})
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

@@ -3,7 +3,6 @@
 import copy
 import importlib
 import logging
-import re
 import shutil
 from functools import cache
 from math import prod
@@ -15,7 +14,6 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import metadata_load, metadata_save, snapshot_download
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, import_utils
@@ -27,11 +25,25 @@ from slimvlm.core.options import LoadConfig
 from slimvlm.core.progress import num_ranks, to_log
 from slimvlm.data.chat import tokenizer_of
 from slimvlm.data.templates import check_tokenizer
-from slimvlm.models import files, modeling_pruned
+from slimvlm.models import modeling_pruned
 from slimvlm.models.anatomy import Anatomy, read_anatomy
 from slimvlm.models.devices import device_named
 from slimvlm.models.families import BACKBONES, FAMILIES
-from slimvlm.models.hidden import require_finite_values
+from slimvlm.models.files import (
+    ADAPTER,
+    LORA_WEIGHTS,
+    SETTINGS,
+    TABLES,
+    TEMPLATE,
+    alone,
+    check_folder,
+    file_if_reachable,
+    read_adapter,
+    split_revision,
+    unreadable,
+    weight_files,
+    write_merged,
+)
 from slimvlm.models.modeling_pruned import PREFIX, cut_layers_, standardise_
 from slimvlm.models.parts import Parts, backbone_of, family_of, text_config_of
 
@@ -39,7 +51,7 @@ _WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 """Fields of the text configuration of which layers may have their own values."""
 _PACKED, _SPARE = 16, 2**20
 """Weights that one stored number can hold, quantised, and weights that files may lack."""
-_OF_PROCESSORS = {*files.TABLES["of_processors"]}  # every processor and tokenizer has one of them
+_OF_PROCESSORS = {*TABLES["of_processors"]}  # every processor and tokenizer has one of them
 # native classes read these of the whole model, on purpose, before layers are cut to their own
 logging.getLogger("transformers.integrations.heterogeneity").setLevel(logging.ERROR)
 
@@ -50,10 +62,10 @@ def resolve(model: str | Path) -> str:
         from slimvlm.demo.build import build_demo
 
         return str(build_demo())
-    path, name = path_of(model, "model"), files.split_revision(model)[0]
+    path, name = path_of(model, "model"), split_revision(model)[0]
     if (path / "checkpoint" / "config.json").is_file():
         return str(path / "checkpoint")  # a run folder
-    if (path / files.ADAPTER).is_file():
+    if (path / ADAPTER).is_file():
         return _merged(path.absolute(), tuple(f.lstat().st_mtime_ns for f in path.iterdir()))
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     looks_local = looks_local or Path(name).parent.is_dir()
@@ -72,54 +84,29 @@ def _merged(adapter: Path, stamp: tuple[int, ...]) -> str:
     A tokenizer and settings that lie beside the adapter replace the base's. ``stamp`` tells one
     state of the adapter from another.
     """
-    base = files.read_adapter(adapter)
-    require_full_precision(load_config(base), "merged with an adapter")
-    source, known = (
-        folder_of(base),
-        {*files.SETTINGS, *_OF_PROCESSORS, files.TEMPLATE, "merges.txt"},
-    )
+    base, values = read_adapter(adapter)
+    config = load_config(base)
+    require_full_precision(config, "merged with an adapter")
+    source, known = folder_of(base), {*SETTINGS, *_OF_PROCESSORS, TEMPLATE, "merges.txt"}
     words = [file for file in sorted(adapter.iterdir()) if file.name in known]
-    parts = [source, adapter / files.ADAPTER, adapter / files.LORA_WEIGHTS, *words]
-    made_from = [identity_of_files(path.name, str(path)) for path in parts]
+    files = [source, adapter / ADAPTER, adapter / LORA_WEIGHTS, *words]
+    made_from = [identity_of_files(path.name, str(path)) for path in files]
     target = cache_dir() / "merged" / f"{file_name(adapter.name)}-{digest([made_from])[:16]}"
     if num_ranks() > 1 and not target.exists():
         raise ConfigError(f"model {str(adapter)!r}: merge it first: slimvlm inspect {adapter}")
     with held(target, wait=600):
         if not target.exists():
             with new_folder(target) as folder:
-                _with_adapter(load(base, device="cpu")[0], adapter).save_pretrained(folder)
-                for path in (*words, *source.iterdir()):
-                    is_small = path.suffix in (".json", ".jinja", ".model", ".txt", ".md")
-                    if is_small and not (folder / path.name).exists():
+                write_merged(adapter, values, source, empty_model(config), folder)
+                for path in (*source.iterdir(), *words):
+                    if path.suffix in (".json", ".jinja", ".model", ".txt", ".md"):
                         shutil.copy(path, folder)
                 if not Path(base).is_dir():
                     (card := folder / "README.md").touch()
-                    original = {"base_model": files.split_revision(base)[0]}
+                    original = {"base_model": split_revision(base)[0]}
                     metadata_save(card, (metadata_load(card) or {}) | original)
     to_log(f"adapter {str(adapter)!r} is merged into its base {base!r}, in {str(target)!r}")
     return str(target)
-
-
-def _with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """Merge an adapter into the weights of its base model."""
-    import peft
-
-    with files.unreadable(adapter, files.LORA_WEIGHTS):
-        given = load_file(adapter / files.LORA_WEIGHTS)
-        for name, tensor in given.items():
-            require_finite_values(tensor, f"weight {name!r}")
-        for tied in {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}:
-            if any(f".{tied.removesuffix('weight')}" in name for name in given):
-                raise ValueError(f"the base ties {tied!r}")
-        settings = peft.LoraConfig(**read_object(adapter / files.ADAPTER, "model"))
-        trained: Any = peft.get_peft_model(model, settings)
-        found: Any = peft.set_peft_model_state_dict(trained, given)
-        wanted = re.compile(r"\.lora_|\.modules_to_save\.")
-        absent = [name for name in found.missing_keys if wanted.search(name)]
-        if lost := [*found.unexpected_keys, *absent]:
-            raise ValueError(f"{lost[0]!r} is for no weight of the base, or absent")
-        merged: PreTrainedModel = trained.merge_and_unload()
-    return merged
 
 
 def folder_of(model: str | Path) -> Path:
@@ -127,8 +114,8 @@ def folder_of(model: str | Path) -> Path:
     name = resolve(model)
     if Path(name).is_dir():
         return Path(name)
-    repository, revision = files.split_revision(name)
-    with files.unreadable(model, "files"):
+    repository, revision = split_revision(name)
+    with unreadable(model, "files"):
         return Path(snapshot_download(repository, **revision))
 
 
@@ -136,9 +123,9 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> PreTraine
     """Read a model's configuration and check that slimvlm knows it; no weights are read."""
     name = resolve(model)
     where = "" if Path(name).is_dir() else "no such folder, and not found on the hub; "
-    with files.unreadable(model, f"{where}config"), files.alone(name, trust_remote_code):
-        files.check_folder(name, trust_remote_code)
-        place, how = files.split_revision(name)
+    with unreadable(model, f"{where}config"), alone(name, trust_remote_code):
+        check_folder(name, trust_remote_code)
+        place, how = split_revision(name)
         values = PreTrainedConfig.get_config_dict(place, **how)[0]
         kind = values.get("model_type")
         if kind is not None and kind not in transformers.CONFIG_MAPPING and kind not in FAMILIES:
@@ -178,7 +165,7 @@ def anatomy(model: PreTrainedModel | PreTrainedConfig | str | Path) -> Anatomy:
         return read_anatomy(model)
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
     backbone_of(config)
-    with files.unreadable(config._name_or_path, "config"):
+    with unreadable(config._name_or_path, "config"):
         check_widths_(config)
         return read_anatomy(empty_model(config))
 
@@ -219,7 +206,7 @@ def load(
     config = load_config(model, trust_remote_code)
     check_attention(model, config, attn_implementation)
     name, kind = resolve(model), class_of(config)
-    repository, how = files.split_revision(name)
+    repository, how = split_revision(name)
     how |= {key: value for key, value in requested.items() if value is not None} | {"dtype": dtype}
     if is_quantized(config):  # some quantisers take the current card by default
         how.setdefault("device_map", {"": str(place)})
@@ -231,15 +218,20 @@ def load(
         layers = {f"{family_of(config.model_type).backbone}.layers.*": "free_full_weight"}
         how["distributed_config"] = DistributedConfig(fsdp_size=num_ranks(), fsdp_plan=layers)
     skeleton = require_buildable(name, config)
-    with files.unreadable(model, "weights"), files.alone(repository, trust_remote_code):
-        loaded, report = kind.from_pretrained(
-            repository,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **how,
-        )
+    reporter = logging.getLogger("transformers.modeling_utils")
+    was_disabled, reporter.disabled = reporter.disabled, True  # it would print names in the files
+    try:
+        with unreadable(model, "weights"), alone(repository, trust_remote_code):
+            loaded, report = kind.from_pretrained(
+                repository,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **how,
+            )
+    finally:
+        reporter.disabled = was_disabled
     is_placed = not how.keys().isdisjoint(("device_map", "distributed_config"))
     _check_loaded(f"model {str(model)!r}", report, skeleton, None if is_placed else loaded)
     set_class_(loaded)
@@ -284,15 +276,15 @@ def load_as(
 
 def require_buildable(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     """Refuse a model with pickled, malformed or far too few weights; return it without storage."""
-    with files.unreadable(name, "config"):
+    with unreadable(name, "config"):
         skeleton = empty_model(config)
         skeleton.tie_weights()
     described = sum(p.numel() for p in skeleton.parameters())
     if not Path(name).is_dir():
         return skeleton
     stored = 0
-    with files.unreadable(name, "weights"):
-        for path in dict.fromkeys(files.weight_files(Path(name)).values()):
+    with unreadable(name, "weights"):
+        for path in dict.fromkeys(weight_files(Path(name)).values()):
             with safe_open(path, framework="pt") as file:
                 stored += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     if described > _PACKED * stored + _SPARE:
@@ -310,12 +302,12 @@ def load_processor(name: str, config: PreTrainedConfig, trust_remote_code: bool 
     here = {path.name for path in Path(name).iterdir()} if Path(name).is_dir() else _OF_PROCESSORS
     if not name or not here & _OF_PROCESSORS:
         return None
-    with files.unreadable(name, "tokenizer"):
-        if (file := files.file_if_reachable(name, "tokenizer.json")) is not None:
+    with unreadable(name, "tokenizer"):
+        if (file := file_if_reachable(name, "tokenizer.json")) is not None:
             check_tokenizer(Path(file), name)
     kind = "processor" if sees else "tokenizer"
-    with files.unreadable(name, kind), files.alone(name, trust_remote_code):
-        place, how = files.split_revision(name)
+    with unreadable(name, kind), alone(name, trust_remote_code):
+        place, how = split_revision(name)
         processor = auto.from_pretrained(place, trust_remote_code=trust_remote_code, **how)
         tokenizer_of(processor)("a")  # some settings fail at the first word
     return processor
@@ -337,17 +329,15 @@ def plain_generation(config: GenerationConfig | None) -> GenerationConfig:
         if name.endswith("_token_id") and value is not None and not is_id:
             told = f"generation_config.json: {name} {shortened(value)}"
             raise ConfigError(f"{told} must be a token id, or a list of some")
-    return _Published.from_dict(
-        {k: v for k, v in values.items() if k in files.TABLES["generation"]}
-    )
+    return _Published.from_dict({k: v for k, v in values.items() if k in TABLES["generation"]})
 
 
 def generation_of(folder: str | Path) -> GenerationConfig | None:
     """Read the generation configuration of a model's folder or hub id; None without one."""
-    path = files.file_if_reachable(str(folder), GENERATION_CONFIG_NAME)
+    path = file_if_reachable(str(folder), GENERATION_CONFIG_NAME)
     if path is None:
         return None
-    with files.unreadable(folder, GENERATION_CONFIG_NAME):
+    with unreadable(folder, GENERATION_CONFIG_NAME):
         return plain_generation(GenerationConfig.from_dict(read_object(path, "model")))
 
 
@@ -367,7 +357,7 @@ def check_attention(model: str | Path, config: PreTrainedConfig, name: str | Non
     is_there = getattr(import_utils, f"is_flash_attn_{name[-1]}_available", lambda: True)
     if not is_there():
         raise ConfigError(f"attn_implementation {name!r} needs its package, flash-attn, and a GPU")
-    with files.unreadable(model, f"config with attn_implementation {name!r}"):
+    with unreadable(model, f"config with attn_implementation {name!r}"):
         config._attn_implementation = name
         empty_model(config)
 
