@@ -23,6 +23,7 @@ from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import PLAN_FILE, prune_checkpoint, save
+from slimvlm.scoring import score_model
 from slimvlm.scoring.layerwise import LayerCalls, LayerwiseModel, open_checkpoint
 from slimvlm.scoring.score_model import score, score_checkpoint
 from slimvlm.scoring.unit_scores import Scores
@@ -121,14 +122,15 @@ def test_one_layer_is_in_memory_at_a_time(case, model, data, folder, monkeypatch
     @contextmanager
     def watched(self, index):
         with layers(self, index) as reduced:
-            for loaded in Parts(reduced).layers if index is not None else ():
-                for module in (self.model, loaded):
-                    loaded.register_forward_pre_hook(lambda *_, m=module: look(m))
+            (loaded,) = Parts(reduced).layers
+            for module in (self.model, loaded):
+                loaded.register_forward_pre_hook(lambda *_, m=module: look(m))
             yield reduced
 
     monkeypatch.setattr(LayerwiseModel, "layer", watched)
     score_checkpoint(folder, data, **CASES[case])
-    assert set(seen) == {sum(p.numel() for p in model.model.layers[0].parameters())}
+    size = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert set(seen) == {size, size + model.model.norm.weight.numel()}
 
 
 @pytest.mark.parametrize("case", ["flap", "block_influence"])
@@ -148,7 +150,7 @@ def test_a_stopped_run_goes_on_after_the_last_whole_layer(
     asked = {**CASES[case], "scratch": tmp_path / "work"}
     expected = score_checkpoint(folder, data, **asked)
     count = clock.calls
-    assert count == 4 + (case == "block_influence")  # and once to read all states again
+    assert count == 4
     for stop_at in range(2, count + 1):
         clock.calls, clock.stop_at = 0, stop_at
         with pytest.raises(KeyboardInterrupt):
@@ -176,14 +178,14 @@ def stopped_at(owner, name, index=None):
 
 
 def test_other_data_do_not_reuse_old_work(model, data, folder, tmp_path):
-    with stopped_at(Scores, "load"):
+    with stopped_at(score_model, "_joined"):
         score_checkpoint(folder, data, "flap", scratch=tmp_path)
     others = [tiny.batch(model, 9, 5)]
     found = score_checkpoint(folder, others, "flap", scratch=tmp_path)
     assert_same(found, score(model, others, "flap"))
 
 
-@pytest.mark.parametrize("place", [(LayerwiseModel, "layer"), (Scores, "load")])
+@pytest.mark.parametrize("place", [(LayerwiseModel, "layer"), (score_model, "_joined")])
 def test_another_model_does_not_reuse_old_work(place, model, data, folder, tmp_path):
     """The embeddings are another model's, too."""
     with stopped_at(*place):
@@ -259,7 +261,7 @@ def test_nan_stops_with_the_samples_number(model, data, tmp_path):
     with torch.no_grad():
         model.model.embed_tokens.weight[token] = float("inf")
     model.save_pretrained(tmp_path / "spoilt")
-    told = f"calibration sample {sum(len(batch['input_ids']) for batch in data)}"
+    told = f"calibration sample {len(data)}, from layer 0 on"
     for case in ("activation", "block_influence"):
         with pytest.raises(NumericalError, match=told):
             score_checkpoint(tmp_path / "spoilt", data, **CASES[case])
@@ -327,7 +329,9 @@ def test_a_plan_for_another_model_leaves_nothing(folders, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("criterion", "axis"),
-    tiered([("activation", "width"), ("angular", "depth")], lambda _, axis: axis == "width"),
+    tiered(
+        [("activation", "width"), ("block_influence", "depth")], lambda _, axis: axis == "width"
+    ),
 )
 def test_the_verbs_score_and_prune_alike(criterion, axis, tmp_path):
     data = tiny_folder.write_llava_data(tmp_path / "data", 3)

@@ -291,10 +291,9 @@ def prune_(
         request = with_tokens(request, SampleSplit(calibration.samples, ()).counted(request))
         plan = tokens_alone(request, read_anatomy(model))
     if plan is None and request.prune.axis == "auto":
-        if not store.has(_AXIS):
+        if store.about(_AXIS, 0) is None:
             losses = try_axes(request, model, calibration, scores, training, known)
             store.write(_AXIS, 0, {}, losses)
-            store.finish(_AXIS)
         shape = read_anatomy(model)
         request, note = best_axis(request, store.about(_AXIS, 0), shape)
         plan = tokens_alone(request, shape)

@@ -47,7 +47,7 @@ from slimvlm.runs.request import Request, check_options, check_questions, scored
 from slimvlm.runs.stages import ORIGINAL, PRUNED, Calibration, SampleSplit
 from slimvlm.runs.tables import AtBudget, held_out_text
 from slimvlm.scoring.criteria import CRITERIA, require_low_memory
-from slimvlm.scoring.layerwise import LayerwiseModel, LazyCheckpoint, open_checkpoint
+from slimvlm.scoring.layerwise import HIDDEN, LayerwiseModel, LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.score_model import score_by_layer
 from slimvlm.scoring.stores import Scratch, StatesPlace, scratch_folder
 from slimvlm.scoring.unit_scores import Scores
@@ -233,7 +233,7 @@ def _prune_from_files(
     data += [identity_of_general_text()] if config.general_text else []
     noted = {"asked": asked(request), "data": data, **opened.identity}
     noted["plan"] = None if plan is None else plan.to_dict()
-    Scratch(scratch).keep_if_same("request.json", noted)
+    Scratch(scratch).keep_if_same(noted)
 
     calibration = Calibration(processor, samples.calibration, request.hold_out)
     scores: list[Scores] = []
@@ -295,12 +295,12 @@ def _predictions(
     with evaluating(runner.model):
         runner.embed(batches)
         for index in range(last):
-            with runner.layer(index):
-                runner.finish(index)
-            store.drop(f"hidden-{index}")
+            with source.loaded(index, device):
+                runner.pass_on(HIDDEN, index, index + 1, runner.places)
+            store.drop(f"{HIDDEN}-{index}")
         with source.loaded("after", device):
             states = (
-                (places[i], parts.norm(runner.input_of(last, i)), batch["labels"])
+                (places[i], parts.norm(runner.state(HIDDEN, last, i)), batch["labels"])
                 for i, batch in ((batch["place"], batch) for batch in runner.batches())
             )
             head = head_weights_of(runner.model)

@@ -209,8 +209,7 @@ def test_a_walk_killed_anywhere_gives_the_same_bits(folder, tmp_path, monkeypatc
     """When layers are read, and files and folders written, named and removed: each fourth time."""
     clock = Clock(monkeypatch)
     clock.watch(LazyCheckpoint, "loaded")
-    for name in ("finish", "drop"):
-        clock.watch(Scratch, name)
+    clock.watch(Scratch, "drop")
     clock.watch(stores, "save_file", half_written)
     steps = replace(EVERYTHING, repair="auto")
     expected = walk_of(folder, tmp_path / "whole", steps)

@@ -94,7 +94,7 @@ def assert_layer_by_layer_is_the_model(model, data):
     runner = LayerwiseModel(Live(model), Memory(), model.device)
     runner.embed(data)
     for place, expected in enumerate(seen):
-        calls, hidden = runner.calls(place), runner.input_of(0, place)
+        calls, hidden = runner.calls(place), runner.state(PREFIX, 0, place)
         for index, layer in enumerate(Parts(model).layers):
             hidden = calls.after(index, calls.run(layer, index, hidden))
         assert_close(hidden, expected, SOLVE)
@@ -454,9 +454,9 @@ def test_layers_with_attention_decide_how_much_of_it_goes(monkeypatch):
     plans = width_candidates(read_anatomy(model), (), 0.2, "width", "obs")
     assert len(plans) > 1
     data = [tiny.batch(model, 12, seed) for seed in range(2)]
-    runner = LayerwiseModel(Live(model), Memory(), torch.device("cpu"))
+    streams = Streams(Live(model), Memory(), torch.device("cpu"), None)
     with torch.no_grad():
-        runner.embed(data)
-        cheapest_plan(Streams(runner, range(2), range(0), None), plans)
+        streams.embed_all(data, [])
+        cheapest_plan(streams, plans)
     assert seen
     assert all(shapes[index].num_kv_heads for index in seen)
