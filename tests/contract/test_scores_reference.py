@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from slimvlm.models.parts import Parts
 from slimvlm.scoring.forward import angular_distance, block_influence
 from slimvlm.scoring.score_model import score
 from tests import tiny
@@ -313,7 +314,7 @@ def test_block_influence_sums_are_shortgpts(name):
 def clean_states(model, batch):
     """The last of which is before the final norm."""
     seen = dict[str, Tensor]()
-    hook = model.model.norm.register_forward_pre_hook(
+    hook = Parts(model).norm.register_forward_pre_hook(
         lambda module, args: seen.update(last=args[0][0].detach())
     )
     *states, _ = hidden_states(model, batch)

@@ -249,11 +249,11 @@ class LayerwiseModel:
             yield {"place": place, **{n.removeprefix("batch."): v for n, v in stored.items()}}
 
     @torch.no_grad()
-    def embed(self, batches: Iterable[Batch]) -> None:
+    def embed(self, batches: Iterable[Batch]) -> list[str]:
         """Run everything before the decoder layers for every batch that is not stored yet.
 
         Layers only record their arguments and return zeros; the input of one after the first is
-        then the tensor that the model adds between the two.
+        then the tensor that the model adds between the two. Returns digests of the batches.
         """
         if self.shares_keys and not (self.store.keeps_objects and isinstance(self.source, Live)):
             raise UnsupportedModelError(
@@ -261,6 +261,7 @@ class LayerwiseModel:
                 "last layers read keys and values of earlier ones"
             )
         noted: list[tuple[int, Tensor, Arguments]] = []
+        digests = list[str]()
 
         def note(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             noted.append((index, hidden_states, (args, kwargs)))
@@ -270,15 +271,17 @@ class LayerwiseModel:
             for index, layer in enumerate(self.layers):
                 stack.enter_context(replaced_forward(layer, partial(note, index)))
             for place, batch in enumerate(batches):
-                self.places, code = range(place + 1), digest_of_tensors(batch)
+                digests.append(digest_of_tensors(batch))
                 stored = self.store.about("batches", place)
-                if stored is None or stored["digest"] != code:
+                if stored is None or stored["digest"] != digests[-1]:
                     moved = as_inputs(self.model, batch)
                     noted.clear()
                     forward_backbone(self.model, moved)
-                    self._write(place, code, moved, noted)
-        if not self.places:
+                    self._write(place, digests[-1], moved, noted)
+        if not digests:
             raise DataError("no calibration batch was given")
+        self.places = range(len(digests))
+        return digests
 
     def _write(
         self, place: int, code: str, batch: Batch, noted: list[tuple[int, Tensor, Arguments]]

@@ -13,7 +13,7 @@ from slimvlm.data.chat import batches_by_kind, encode_samples
 from slimvlm.data.roles import valid_tokens
 from slimvlm.data.samples import Sample
 from slimvlm.models.anatomy import LAYER_UNITS, read_anatomy
-from slimvlm.models.devices import device_named, digest_of_tensors
+from slimvlm.models.devices import device_named
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import require_full_precision
 from slimvlm.models.parts import text_config_of
@@ -178,20 +178,19 @@ def score_by_layer(
     captures = {name: require_low_memory(name, given).capture for name, given in criteria.items()}
     by_layer = [name for name, capture in captures.items() if capture.sees == "layer"]
     needs_data = any(capture.passes for capture in captures.values())
-    model, data = checkpoint.model, list(batches) if needs_data else []
+    model = checkpoint.model
     with scratch_folder(scratch) as folder:
         store = Scratch(folder)
+        store.keep_if_same(checkpoint.identity, "model.json")
+        runner = LayerwiseModel(checkpoint, store, device_named(device))
         request = {
-            **checkpoint.identity,
-            "batches": [digest_of_tensors(batch) for batch in data],
+            "batches": runner.embed(batches) if needs_data else None,
             "criteria": [[name, dict(given)] for name, given in criteria.items()],
             "token_weights": token_weights and dict(token_weights),
         }
-        store.keep_if_same(request)
-        runner = LayerwiseModel(checkpoint, store, device_named(device))
+        store.keep_if_same(request, spared="batches")
         if needs_data:
-            runner.embed(data)
-            tokens = sum(valid_tokens(batch).numel() for batch in data)
+            tokens = sum(batch["attention_mask"].numel() for batch in runner.batches())
             token_bytes = text_config_of(model.config).hidden_size * model.dtype.itemsize
             store.announce(2 * tokens * token_bytes, say)
         depth, begin = len(runner.layers), 0

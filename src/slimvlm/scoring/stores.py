@@ -124,15 +124,17 @@ class Scratch:
     def _path(self, name: str, place: int) -> Path:
         return self.folder / name / f"{place:06}.safetensors"
 
-    def keep_if_same(self, request: dict[str, Any]) -> None:
-        """Drop earlier work unless it was for the same request, which is noted."""
-        note = self.folder / "request.json"
+    def keep_if_same(
+        self, request: dict[str, Any], file: str = "request.json", spared: str = ""
+    ) -> None:
+        """Drop earlier work, but for the spared set, unless ``file`` notes the same request."""
+        note = self.folder / file
         if is_begun_for(note, request):
             return
         for path in self.folder.iterdir():
-            if path.is_dir():
+            if path.is_dir() and path.name != spared:
                 shutil.rmtree(path)  # an error here: what stayed would pass for the new request's
-        self._notes.clear()
+        self._notes = {p: noted for p, noted in self._notes.items() if p.parent.name == spared}
         note_request(note, request)
 
     def announce(self, needed: int, say: Say) -> None:

@@ -125,8 +125,8 @@ def walk_checkpoint(
             "asked": repr((ratio, axis, token_weights, sorted(options.items()))),
             "scores": [digest_of_tensors(each.tensors()) for each in scores],
         }
-        store = Scratch(folder / "walk")
         Scratch(folder).keep_if_same(request)
+        store = Scratch(folder / "walk")
         by: dict[str, Any] = {DEFAULT_CRITERIA["depth"][0]: {}}
         scoring = (by, token_weights, folder / "scoring", say, device)
         found = lambda fitted: score_by_layer(opened, fitted, *scoring)  # noqa: E731
