@@ -170,7 +170,7 @@ def stopped_at(owner, name, index=None):
             yield
 
 
-@pytest.mark.parametrize("place", [(LayerwiseModel, "layer", 2), (score_model, "_joined")])
+@pytest.mark.parametrize("place", [(LayerwiseModel, "layer", 2), (score_model, "joined")])
 @pytest.mark.parametrize("change", ["data", "model", "criterion"])
 def test_another_request_reuses_no_old_work(change, place, model, data, folder, tmp_path):
     """The embeddings are another model's, too."""

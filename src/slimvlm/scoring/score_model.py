@@ -213,12 +213,12 @@ def score_by_layer(
                 runner.pass_on(HIDDEN, index, index + 1, rest)
             store.drop(f"{HIDDEN}-{index}")
         return [
-            _joined(store, name, depth) if name in by_layer else score(model, (), name, **options)
+            joined(store, name, depth) if name in by_layer else score(model, (), name, **options)
             for name, options in criteria.items()
         ]
 
 
-def _joined(store: Scratch, criterion: str, depth: int) -> Scores:
+def joined(store: Scratch, criterion: str, depth: int) -> Scores:
     """Join the stored scores of models that have a layer each."""
     name, cpu = f"scores-{criterion}", torch.device("cpu")
     parts = [store.read(name, index, cpu) for index in range(depth)]
