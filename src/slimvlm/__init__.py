@@ -43,7 +43,7 @@ _NAMES = {
     "slimvlm_tools.convert": ("convert",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-_HOME |= {"inspect": "models.load:anatomy", "losses": "models.losses:*"}  # an alias, a module
+_HOME |= {"losses": "models.losses:*"}  # a module
 __all__ = sorted(_HOME)
 __version__ = "0.2.0"
 

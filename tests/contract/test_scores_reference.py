@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from slimvlm.models.parts import Parts
 from slimvlm.scoring.forward import angular_distance, block_influence
 from slimvlm.scoring.score_model import score
 from tests import tiny
@@ -310,38 +311,42 @@ def test_block_influence_sums_are_shortgpts(name):
     torch.testing.assert_close(mean * (9 + 17 + 5), clean, rtol=1e-6, atol=0)
 
 
-def test_the_clean_last_layer_is_before_the_final_norm():
-    model, seen = model_named("llama-gqa"), dict[str, Tensor]()
-    batch = tiny.batch(model, 9)
-    hook = model.model.norm.register_forward_pre_hook(
+def clean_states(model, batch):
+    """The last of which is before the final norm."""
+    seen = dict[str, Tensor]()
+    hook = Parts(model).norm.register_forward_pre_hook(
         lambda module, args: seen.update(last=args[0][0].detach())
     )
-    states = hidden_states(model, batch)
+    *states, _ = hidden_states(model, batch)
     hook.remove()
+    return [*states, seen["last"]]
+
+
+def test_the_clean_last_layer_is_before_the_final_norm():
+    model, batch = model_named("llama-gqa"), tiny.batch(model_named("llama-gqa"), 9)
+    states = clean_states(model, batch)
     layer = score(model, [batch], "block_influence", reduction="sum").layer
-    expected = shortgpt(states[3], seen["last"]).sum()
-    torch.testing.assert_close(layer[-1], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(layer[-1], shortgpt(*states[-2:]).sum(), rtol=1e-5, atol=0)
 
 
 @every_model
 def test_angular_distances_are_those_of_the_last_tokens(name):
     model = model_named(name)
     data = [tiny.batch(model, tokens, seed) for seed, tokens in enumerate((9, 17, 5))]
-    runs = score(model, data, "angular", last_layer="postnorm").layer_runs
+    found = score(model, data, "angular")
     for length in range(1, 5):
         for start in range(4):
             if start + length > 4:
-                assert math.isinf(runs[length - 1, start])
+                assert math.isinf(found.layer_runs[length - 1, start])
                 continue
             distances = []
             for batch in data:
-                states = hidden_states(model, batch)
+                states = clean_states(model, batch)
                 x, y = states[start][-1].double(), states[start + length][-1].double()
                 cosine = float(x @ y) / math.sqrt(float(x @ x) * float(y @ y))
                 distances.append(math.acos(cosine) / math.pi)
             expected = sum(distances) / len(distances)
-            assert float(runs[length - 1, start]) == pytest.approx(expected, abs=1e-5)
-    found = score(model, data, "angular")
+            assert float(found.layer_runs[length - 1, start]) == pytest.approx(expected, abs=1e-5)
     assert torch.equal(found.layer, found.layer_runs[0])
 
 

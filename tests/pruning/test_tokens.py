@@ -99,9 +99,7 @@ def test_tokens_go_with_layers_and_widths_in_one_plan(name, tmp_path):
     model = tiny.build(name)
     anatomy = read_anatomy(model)
     tokens = plan_for(model).tokens
-    plan = sv.make_plan(
-        anatomy, random_scores(anatomy), 0.5, "both", depth_share=0.4, tokens=tokens
-    )
+    plan = sv.make_plan(anatomy, random_scores(anatomy), 0.5, "both", tokens=tokens)
     assert len(plan.layers) < anatomy.num_layers
     assert len(plan.neurons[plan.layers[0]]) < anatomy.layers[0].intermediate_size
     before = read_anatomy(model).backbone_params
@@ -125,9 +123,13 @@ def test_tokens_that_cannot_go_are_refused_by_name(name, why):
     anatomy = read_anatomy(tiny.build(name))
     with pytest.raises(sv.SlimError, match=f"'{anatomy.model_type}' cannot be removed.*{why}"):
         sv.make_plan(anatomy, [], 0.0, tokens=range(4, 60))
+    anatomy = read_anatomy(tiny.build("llama"))
+    for tokens in ([], [3, 128], [-1, 3]):
+        with pytest.raises(sv.SlimError, match=r"tokens must be at least one, sorted.*below 128"):
+            sv.make_plan(anatomy, [], 0.0, tokens=tokens)
 
 
-@pytest.mark.parametrize("name", ["llama", "llava-llama", "phi", "gemma4_text"])
+@pytest.mark.parametrize("name", ["llama", "gemma4_text"])
 def test_where_tokens_alone_reach_the_ratio_nothing_else_goes(name):
     anatomy = read_anatomy(tiny.build(name))
     tokens = range(16, 40)
@@ -146,13 +148,6 @@ def test_where_tokens_alone_reach_the_ratio_nothing_else_goes(name):
     )
     assert deeper.ratio == pytest.approx(alone.ratio + 0.2, abs=0.12)
     assert len(deeper.layers) < anatomy.num_layers
-
-
-@pytest.mark.parametrize("tokens", [[], [3, 128], [-1, 3]])
-def test_tokens_that_do_not_exist_are_refused(tokens):
-    anatomy = read_anatomy(tiny.build("llama"))
-    with pytest.raises(sv.SlimError, match=r"tokens must be at least one, sorted.*below 128"):
-        sv.make_plan(anatomy, [], 0.0, tokens=tokens)
 
 
 @pytest.mark.parametrize(

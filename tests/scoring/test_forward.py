@@ -198,15 +198,3 @@ def test_a_last_batch_without_a_picture_drops_no_layer_from_sums_of_gradients(cr
     for ours, theirs in zip(found, expected, strict=True):
         assert len(ours) == len(theirs) > 0
         assert_scores_close(ours, theirs, SCORE_SHARE_OF_MAXIMUM)
-
-
-@pytest.mark.parametrize("weights", [None, {"prompt": 0.3}])
-@pytest.mark.parametrize("side", [(4, 0), (0, 4)])
-def test_padding_on_either_side_predicts_nothing(side, weights):
-    model = tiny.build("llama")
-    batch = {name: tiny.batch(model)[name] for name in ("input_ids", "attention_mask")}
-    padded = {name: F.pad(values, side) for name, values in batch.items()}
-    expected, found = (sv.score(model, [b], "taylor", weights) for b in (batch, padded))
-    assert found.options == expected.options
-    for name, values in expected.tensors().items():
-        assert_scores_close(found.tensors()[name], values, SCORE_SHARE_OF_MAXIMUM)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError, NumericalError
-from slimvlm.core.options import AT_LEAST_1, SHARE, Axis, Options, Range
+from slimvlm.core.options import AT_LEAST_1, SHARE, Axis, Options
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy
 from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
 from slimvlm.models.hidden import all_finite
@@ -31,7 +31,6 @@ class Budget(Options):
     protect: tuple[int, int] = (0, 0)
     counting: Literal["parameters", "per_layer"] = "parameters"
     round_to: Annotated[int | None, AT_LEAST_1] = None
-    depth_share: Annotated[float, Range(lambda share: 0 <= share <= 1, "between 0 and 1")] = 0.5
     allocation: Literal["uniform", "protect"] = "uniform"
     units: tuple[str, ...] = WIDTH_UNITS
     kv_heads: int | None = None
@@ -101,7 +100,6 @@ def make_plan(
     protect: tuple[int, int] = (0, 0),
     counting: str = "parameters",
     round_to: int | None = None,
-    depth_share: float = 0.5,
     *,
     units: Sequence[str] = WIDTH_UNITS,
     kv_heads: int | None = None,
@@ -117,7 +115,7 @@ def make_plan(
         ratio: Share to remove, in [0, 1): of the backbone's parameters, or with
             ``counting="per_layer"`` of the units (for ``depth``, layers) that are not protected.
         axis: ``depth`` removes layers, but keeps one of each kind at least; ``width`` KV groups
-            and neurons; ``both`` mixes them.
+            and neurons; with ``both`` each gives half of the removed parameters.
         allocation: How widths share the budget. ``uniform``: the same widths in every unprotected
             layer. ``protect``: the same, with the first 4 and last 2 of 32 layers unpruned (scaled
             to the model's depth, one at least) unless ``protect`` is given.
@@ -126,7 +124,6 @@ def make_plan(
             ``n = C - floor(C (1 - ratio))`` of a projection's ``C`` channels, whole heads only.
         round_to: Multiple for the number of kept neurons. Default: 128, less in smaller models
             (`default_multiple`); 1 with ``per_layer``.
-        depth_share: With ``both``, the share of the removed parameters that layers give.
         units: Kinds to prune, of ``kv_group`` and ``neuron``.
         kv_heads: KV groups to keep in every unprotected layer; neurons give the rest. By default
             both kinds give the same share where whole groups allow it.
@@ -143,9 +140,8 @@ def make_plan(
         Protected layers: Huang et al. 2025, arXiv:2507.20749, in the released code for InternVL.
     """
     values: Any = {"axis": axis, "counting": counting, "allocation": allocation}
-    values |= {"protect": tuple(protect), "round_to": round_to, "depth_share": depth_share}
-    values |= {"units": tuple(units), "kv_heads": kv_heads, "experts": experts}
-    budget = Budget(anatomy=anatomy, ratio=ratio, **values)
+    values |= {"protect": tuple(protect), "round_to": round_to, "units": tuple(units)}
+    budget = Budget(anatomy=anatomy, ratio=ratio, kv_heads=kv_heads, experts=experts, **values)
     given = [scores] if isinstance(scores, Scores) else list(scores)
     kept = None if tokens is None else tuple(sorted(set(tokens)))
     plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio, tokens=kept)
@@ -262,7 +258,7 @@ def _without_layers(plan: Plan, scores: Scores, budget: Budget) -> Plan:
     else:  # so many that their parameters come nearest; layers may differ in size
         backbone = anatomy.backbone_params
         wanted = budget.ratio * backbone - plan.ratio * backbone
-        wanted *= budget.depth_share if budget.axis == "both" else 1.0
+        wanted *= 0.5 if budget.axis == "both" else 1.0
         sums = list(accumulate((shapes[i].params for i in order), initial=0))
         count = min(range(len(sums)), key=lambda n: abs(sums[n] - wanted))
     count = min(count, len(order))

@@ -29,7 +29,7 @@ from slimvlm.runs.recipe import Recipe, SampleSplit, criterion_options
 from slimvlm.runs.stages import ORIGINAL, PRUNED, Calibration
 from slimvlm.runs.tables import held_out_text
 from slimvlm.scoring.criteria import CRITERIA
-from slimvlm.scoring.layerwise import LayerwiseModel, LazyCheckpoint, open_checkpoint
+from slimvlm.scoring.layerwise import HIDDEN, LayerwiseModel, LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.score_model import score_by_layer
 from slimvlm.scoring.stores import Scratch, StatesPlace
 from slimvlm.scoring.unit_scores import Scores
@@ -109,7 +109,7 @@ def prune_from_files(
     data += [identity_of_general_text()] if recipe.general_text else []
     noted = {"asked": asked(recipe), "data": data, **source.identity}
     noted["plan"] = None if plan is None else plan.to_dict()
-    Scratch(scratch).keep_if_same("request.json", noted)
+    Scratch(scratch).keep_if_same(noted)
 
     calibration = Calibration(processor, samples.calibration, recipe.hold_out)
     scores: list[Scores] = []
@@ -171,12 +171,12 @@ def _predictions(
     with evaluating(runner.model):
         runner.embed(batches)
         for index in range(last):
-            with runner.layer(index):
-                runner.finish(index)
-            store.drop(f"hidden-{index}")
+            with source.loaded(index, device):
+                runner.pass_on(HIDDEN, index, index + 1, runner.places)
+            store.drop(f"{HIDDEN}-{index}")
         with source.loaded("after", device):
             states = (
-                (places[i], parts.norm(runner.input_of(last, i)), batch["labels"])
+                (places[i], parts.norm(runner.state(HIDDEN, last, i)), batch["labels"])
                 for i, batch in ((batch["place"], batch) for batch in runner.batches())
             )
             head = head_weights_of(runner.model)

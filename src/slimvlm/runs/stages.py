@@ -144,10 +144,9 @@ def prune_(
     notes: tuple[str, ...] = ()
     known: dict[str, Any] = {}  # features of pictures
     if plan is None and recipe.trials:
-        if not store.has(_AXIS):
+        if store.about(_AXIS, 0) is None:
             losses = try_axes(recipe, model, calibration, scores, training, known)
             store.write(_AXIS, 0, {}, losses)
-            store.finish(_AXIS)
         recipe, note = best_trial(recipe, store.about(_AXIS, 0))
         notes = (note,)
     plan = tokens_alone(recipe, read_anatomy(model)) if plan is None else plan

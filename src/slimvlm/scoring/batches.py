@@ -1,7 +1,7 @@
 """Batches on the model's device, weights of their tokens, passes over them. B batch, T token."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimvlm.core.errors import DataError
+from slimvlm.core.errors import DataError, NumericalError
 from slimvlm.data.roles import IGNORE, role_masks, valid_tokens
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.devices import with_float64
@@ -184,5 +184,6 @@ def first_spoilt_layer(model: PreTrainedModel, batch: Batch) -> int | None:
     with ExitStack() as stack:
         for index, layer in enumerate(Parts(model).layers):
             stack.enter_context(layer.register_forward_hook(partial(look, index)))
+        stack.enter_context(suppress(NumericalError))  # of a model that looks itself
         forward_backbone(model, as_inputs(model, batch))
     return min(spoilt, default=None)

@@ -92,20 +92,21 @@ class Capture:
     function: Callable[..., Statistics]
     options: tuple[str, ...] = ()  # those of a criterion that the function takes
     passes: int = 1  # cost of a sample in forward passes of the model; 0 if no data is read
-    sees: Literal["nothing", "layer", "hidden_states"] = "layer"  # at a time, beyond shapes
-    backward: bool = False  # whether it computes gradients of a loss, which low memory refuses
+    sees: Literal["nothing", "layer", "model"] = "layer"  # at a time, beyond shapes
+    backward: bool = False  # whether it computes gradients of a loss
     # statistics are large, so that the function takes a few ``layers`` at a time
     is_divided: bool = False
 
 
 NOTHING = Capture(lambda model, batches: Statistics(), sees="nothing", passes=0)
 WEIGHTS = Capture(capture_weights, ("p",), passes=0)
-HIDDEN_STATES = Capture(forward.capture_hidden_states, sees="hidden_states")
+INFLUENCES = Capture(forward.capture_influences)
+ANGLES = Capture(forward.capture_angles, sees="model")
 ACTIVATIONS = Capture(forward.capture_activations)
 MOMENTS = Capture(forward.capture_moments)
 GRAMS = Capture(forward.capture_grams, is_divided=True)
-GATES = Capture(gradients.capture_gates, passes=3, backward=True)
-GRADIENTS = Capture(gradients.capture_gradients, ("order", "gradient"), passes=3, backward=True)
+GATES = Capture(gradients.capture_gates, passes=3, sees="model", backward=True)
+GRADIENTS = Capture(gradients.capture_gradients, ("order", "gradient"), 3, "model", backward=True)
 ROUTING = Capture(forward.capture_routing, passes=2)
 
 
@@ -133,14 +134,12 @@ _LLM_PRUNER = "LLM-Pruner, arXiv:2305.11627"
 
 CRITERIA: dict[str, Criterion] = {
     "block_influence": Criterion(
-        ("layer",), HIDDEN_STATES, forward.score_block_influence, "ShortGPT, arXiv:2403.03853",
+        ("layer",), INFLUENCES, forward.score_block_influence, "ShortGPT, arXiv:2403.03853",
         "1 - mean cosine between a layer's input and output",
-        options={"reduction": ("mean", "sum"), "last_layer": ("prenorm", "postnorm")},
-        fixed={"angles": False}),
+        options={"reduction": ("mean", "sum"), "last_layer": ("prenorm", "postnorm")}),
     "angular": Criterion(
-        ("layer",), HIDDEN_STATES, forward.score_angular, "Gromov et al., arXiv:2403.17887",
-        "the run of layers whose input and output are closest in angle",
-        options={"last_layer": ("prenorm", "postnorm")}),
+        ("layer",), ANGLES, forward.score_angular, "Gromov et al., arXiv:2403.17887",
+        "the run of layers whose input and output are closest in angle"),
     "spacing": Criterion(
         ("layer",), NOTHING, score_spacing, "compared in arXiv:2603.20275",
         "removed layers as far apart as possible"),
@@ -235,14 +234,9 @@ def require_low_memory(
 ) -> Criterion:
     """Look up a criterion that can be computed with one layer in memory at a time."""
     row = criterion_named(name, options, token_weights)
-    if row.capture.backward:
-        others = [
-            other
-            for other, each in CRITERIA.items()
-            if each.needs_data and not each.capture.backward and {*row.units} & {*each.units}
-        ]
-        raise ConfigError(
-            f"criterion {name!r} needs the whole model in memory; with low memory use "
-            f"{', '.join(others)}"
-        )
+    if row.capture.sees == "model":
+        by_layer = {n: each for n, each in CRITERIA.items() if each.capture.sees == "layer"}
+        others = [n for n, e in by_layer.items() if e.needs_data and {*row.units} & {*e.units}]
+        told = f"criterion {name!r} needs the whole model in memory; with low memory use"
+        raise ConfigError(f"{told} {', '.join(others)}")
     return row

@@ -53,66 +53,85 @@ def angular_distance(
     return (torch.arccos(cosine.clamp(-1.0, 1.0)) / math.pi).float()
 
 
-def capture_hidden_states(
+def _on_hidden_states(
+    seen: Pass,
     model: nn.Module,
     batches: Iterable[Batch],
-    token_weights: TokenWeights | None = None,
-    angles: bool = True,
-) -> Statistics:
-    """Sum block influences over tokens by weight, and angular distances over samples if requested.
-
-    The last entry of ``influence_sum`` is that of the last layer with the final norm, which the
-    last layer also has in ``postnorm``. Entry ``[n - 1, i]`` of ``angular_sum`` is the distance
-    over the run of ``n`` layers that begins at layer ``i``, at the last token, whatever its weight.
-    Memory: one layer's input, and one vector for each sample and layer.
-    """
-    parts, seen = Parts(model), Pass()
-    count = len(parts.layers)
-    sizes: dict[str, tuple[int, ...]] = {"influence_sum": (count + 1,)}
-    if angles:
-        sizes |= {"angular_sum": (count, count), "angular_sum_postnorm": (count,)}
-    sums = {n: torch.zeros(size, dtype=torch.float64) for n, size in sizes.items()}
-    last_input: list[Tensor] = []
-    last_tokens: list[Tensor] = []  # before each layer, after the last one, after the norm
+    token_weights: TokenWeights | None,
+    call: Callable[[int, Tensor, Tensor], None],
+    after_batch: Callable[[], None],
+) -> None:
+    """Call a function for input and output of each layer and, as if another one, the final norm."""
+    parts = Parts(model)
 
     def after(index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Add up what a layer does, or the final norm, which is called after the last one."""
-        hidden_in = main_stream(layer_input(args, kwargs))
-        hidden_out = main_stream(layer_output(output))
-        if index < count:
-            require_finite_values(hidden_out, f"the output of layer {index}")
+        hidden = main_stream(layer_output(output))
+        if module is not parts.norm:
+            require_finite_values(hidden, f"the output of layer {index}")
+        call(index, main_stream(layer_input(args, kwargs)), hidden)
+
+    with ExitStack() as stack:
+        for index, module in enumerate([*parts.layers, parts.norm]):
+            hook = partial(after, index)
+            stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        seen.forward(model, batches, token_weights, after_batch)
+
+
+def capture_influences(
+    model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
+) -> Statistics:
+    """Sum block influences over tokens by weight; memory: one layer's input.
+
+    The last entry of ``influence_sum`` is that of the last layer with the final norm.
+    """
+    count, seen = len(Parts(model).layers), Pass()
+    sums = torch.zeros(count + 1, dtype=torch.float64)
+    last_input: list[Tensor] = []
+
+    def add(index: int, hidden_in: Tensor, hidden_out: Tensor) -> None:
         before = last_input.pop() if last_input else hidden_in
         if index == count - 1:
             last_input.append(hidden_in)
         device = hidden_out.device  # the input may come from another card
         values = block_influence(before.to(device), hidden_out, seen.mask.to(device))
         weighted = with_float64(values * seen.weights.to(device))
-        sums["influence_sum"][index] += weighted.sum(dtype=torch.float64).cpu()
+        sums[index] += weighted.sum(dtype=torch.float64).cpu()
+
+    _on_hidden_states(seen, model, batches, token_weights, add, last_input.clear)
+    return Statistics(parts={"influence_sum": sums}, **seen.totals)
+
+
+def capture_angles(
+    model: nn.Module, batches: Iterable[Batch], token_weights: TokenWeights | None = None
+) -> Statistics:
+    """Sum angular distances over samples at the last token, whatever its weight.
+
+    Entry ``[n - 1, i]`` of ``angular_sum`` is the distance over the run of ``n`` layers that begins
+    at layer ``i``. Memory: one vector for each sample of a batch and layer.
+    """
+    count, seen = len(Parts(model).layers), Pass()
+    sums = torch.zeros(count, count, dtype=torch.float64)
+    last_tokens: list[Tensor] = []  # before each layer, and after the last one
+
+    def note(index: int, hidden_in: Tensor, hidden_out: Tensor) -> None:
         positions = torch.arange(seen.mask.shape[1], device=seen.mask.device)
         last = (seen.mask * positions).argmax(1)
         passed_on = [hidden_in] * (index + 1 - len(last_tokens))  # also by layers that were skipped
-        for hidden in [*passed_on, hidden_out] if index >= count - 1 else passed_on:
+        for hidden in [*passed_on, hidden_out] if index == count - 1 else passed_on:
             rows = torch.arange(len(hidden), device=hidden.device)
             last_tokens.append(hidden[rows, last.to(hidden.device)].cpu())
 
     def after_batch() -> None:
         """Compare the last tokens at both ends of every run of layers."""
-        *before, final = last_tokens
-        states = torch.stack(before)
+        states = torch.stack(last_tokens)
         for length in range(1, count + 1):
             distances = angular_distance(states[:-length], states[length:])
             of_runs = distances.sum(1, dtype=torch.float64)
-            sums["angular_sum"][length - 1, : len(of_runs)] += of_runs
-        to_final = angular_distance(states[:-1], final.expand_as(states[:-1]))
-        sums["angular_sum_postnorm"] += to_final.sum(1, dtype=torch.float64).flip(0)
+            sums[length - 1, : len(of_runs)] += of_runs
         last_tokens.clear()
 
-    with ExitStack() as stack:
-        for index, module in enumerate([*parts.layers, parts.norm]):
-            hook = partial(after, index)
-            stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
-        seen.forward(model, batches, token_weights, after_batch if angles else last_tokens.clear)
-    return Statistics(parts=sums, **seen.totals)
+    _on_hidden_states(seen, model, batches, token_weights, note, after_batch)
+    return Statistics(parts={"angular_sum": sums}, **seen.totals)
 
 
 def score_block_influence(
@@ -130,14 +149,11 @@ def score_block_influence(
     return {"layer": torch.stack(values) / (statistics.weight if reduction == "mean" else 1)}
 
 
-def score_angular(statistics: Statistics, anatomy: Anatomy, last_layer: str = "prenorm") -> Values:
+def score_angular(statistics: Statistics, anatomy: Anatomy) -> Values:
     """Take the angular distance over runs of layers at the last valid token."""
-    totals, count = statistics.parts["angular_sum"].clone(), anatomy.num_layers
-    lengths = torch.arange(count)
-    if last_layer == "postnorm":  # only runs that end with the last layer differ
-        totals[lengths, count - 1 - lengths] = statistics.parts["angular_sum_postnorm"]
-    mean = (totals / max(statistics.num_samples, 1)).float()
-    runs = mean.masked_fill(lengths[:, None] + 1 + lengths > count, math.inf)
+    lengths = torch.arange(anatomy.num_layers)
+    mean = (statistics.parts["angular_sum"] / max(statistics.num_samples, 1)).float()
+    runs = mean.masked_fill(lengths[:, None] + 1 + lengths > anatomy.num_layers, math.inf)
     return {"layer": runs[0].clone(), "layer_runs": runs}
 
 

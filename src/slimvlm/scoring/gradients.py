@@ -2,13 +2,12 @@
 
 No gradient of a whole matrix exists: where the backward pass comes to a matrix, blocks of its rows
 are multiplied out for each sample, reduced to sums over channels and dropped. Only what joins
-several batches before the absolute value is taken has to be kept.
+samples before the absolute value is taken has to be kept.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -41,17 +40,14 @@ def capture_gradients(
     samples of ``|w g_j|``, each ``g_j`` of one sample's mean loss. With ``token_weights`` losses
     are weighted means over prompt and answer tokens.
 
-    Memory beyond the weights: the activations of a batch. ``batch`` over several batches keeps one
-    float32 gradient, ``mix`` one gradient and one squared gradient, of the matrices that units own.
+    Memory beyond the weights: the activations of a batch. ``batch`` keeps one float32 gradient,
+    ``mix`` one gradient and one squared gradient, of the matrices that units own.
 
     Reference:
         Ma et al. 2023, LLM-Pruner, arXiv:2305.11627, Eq. 5 (for the second order its code omits
         the ½); Huang et al. 2025, arXiv:2507.20749, Eq. 3-5.
     """
-    found, seen = batches_with_targets(model, batches, token_weights), Pass()
-    first, second = next(found), next(found, None)
-    is_mix, is_joined = order == "mix", (order, gradient) == ("first", "batch")
-    is_kept = is_mix or (is_joined and second is not None)
+    seen, is_mix, is_joined = Pass(), order == "mix", (order, gradient) == ("first", "batch")
     sums: dict[Place, Tensor] = {}  # of terms over channels
     # sums over batches of gradients, and of their squares, with the dimension that units divide
     kept: dict[Place, list[Tensor]] = {}
@@ -69,14 +65,14 @@ def capture_gradients(
         if is_joined:  # all samples are one
             dy = (dy * totals.to(dy)[:, None, None]).flatten(0, 1)[None]
             x, factors = x.flatten(0, 1)[None], [1]
-        if is_kept and place not in kept:
+        if (is_mix or is_joined) and place not in kept:
             zeros = [torch.zeros_like(matrix, dtype=torch.float32) for _ in range(1 + is_mix)]
             kept[place] = zeros  # not the matrix, which may be a copy of one on disk
         for rows in _row_blocks(matrix):
             weight = matrix[rows].float()
             for x_j, dy_j, factor in zip(x, dy, factors, strict=True):
                 g = (dy_j[:, rows].mT @ x_j).float()
-                if is_kept:
+                if place in kept:
                     total, *squares = kept[place]
                     total[rows].add_(g, alpha=factor)
                     for square in squares:
@@ -87,7 +83,7 @@ def capture_gradients(
                     add(place, dim, matrix, rows, (weight * g).abs())
 
     with on_products(model, on_product):
-        seen.backward(model, chain([first], [] if second is None else [second], found))
+        seen.backward(model, batches_with_targets(model, batches, token_weights))
     places = (each for each in linear_matrices(model) if (each[0], each[1].path) in kept)
     for index, projection, linear in places:
         place, matrix = (index, projection.path), weight_of(linear)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimvlm.core.documents import digest
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, raised_as
 from slimvlm.data.roles import valid_tokens
 from slimvlm.models import load as models
 from slimvlm.models.devices import digest_of_tensors
 from slimvlm.models.files import Origin, origins_in_files, unreadable, weight_files
 from slimvlm.models.hidden import (
-    all_finite,
     as_inputs,
     layer_output,
     replaced_forward,
@@ -41,6 +39,8 @@ from slimvlm.scoring.stores import Store
 
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _KEPT = ("input_ids", "labels", "image_embeds_position_mask")
+
+HIDDEN = "hidden"  # the stream of a model whose layers are scored
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer without its hidden states."""
@@ -113,14 +113,14 @@ class LazyCheckpoint:
         """Give a part of the model its values inside, mapped from the files on a CPU.
 
         It is a layer, by its number; all ``before`` the layers: towers, projector and embeddings;
-        or the norm and the head ``after`` them. On another device also its buffers are moved,
-        and those of no layer, which any may read.
+        the ``norm`` behind them; or it and the head, all ``after`` them. On another device also its
+        buffers are moved, and those of no layer, which any may read.
         """
         parts = Parts(self.model)
         layers, head = f"{parts.family.backbone}.layers.", f"{parts.family.head}."
         norm = f"{parts.family.backbone}.{parts.row.final_norm}."
         known: dict[int | str, tuple[str, ...]] = {"before": (layers, head), "after": (norm, head)}
-        begin = known.get(part, (f"{layers}{part}.",))
+        begin = {**known, "norm": (norm,)}.get(part, (f"{layers}{part}.",))
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         own = {n for n in {**parameters, **buffers} if n.startswith(begin) != (part == "before")}
@@ -219,150 +219,91 @@ def _named(tensors: dict[str, Tensor], part: Any) -> dict[Any, Any]:
     return {"tensor": name}
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerwiseModel:
-    """A model that runs one layer at a time, over one set of batches that are stored between."""
+    """A model that runs one layer at a time, over one set of batches that are stored between.
+
+    Hidden states are those of streams, which all begin with the embeddings.
+    """
 
     source: Source
     store: Store  # of the activations between the layers
     device: torch.device
-    _digests: list[str] = field(default_factory=list, init=False)  # of the batches
+    places: range = field(default=range(0), init=False)  # of the batches
+    _own_calls: dict[tuple[str, int], LayerCalls] = field(default_factory=dict, init=False)
 
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model; on a source of files, without weights."""
-        return self.source.model
+    def __post_init__(self) -> None:
+        self.model = self.source.model  # on a source of files, without weights
+        parts = Parts(self.model)
+        self.layers, self.norm = parts.layers, parts.norm
+        self.shares_keys = shares_keys(self.model.config)
+        # where each layer runs, and the final norm; several where a model lies on several
+        modules = (*self.layers, self.norm)
+        own = (next((p.device for p in m.parameters() if not p.is_meta), None) for m in modules)
+        self.devices = [device or self.device for device in own]
 
     def batches(self) -> Iterator[Batch]:
         """Read the place, tokens, labels and padding of each batch."""
-        for place in range(len(self._digests)):
+        for place in self.places:
             stored = self.store.read("batches", place, self.device, "batch.")
             yield {"place": place, **{n.removeprefix("batch."): v for n, v in stored.items()}}
 
     @torch.no_grad()
-    def embed(self, batches: Iterable[Batch]) -> str:
+    def embed(self, batches: Iterable[Batch]) -> list[str]:
         """Run everything before the decoder layers for every batch that is not stored yet.
 
         Layers only record their arguments and return zeros; the input of one after the first is
-        then the tensor that the model adds between the two. Returns a digest of the batches.
+        then the tensor that the model adds between the two. Returns digests of the batches.
         """
-        config = self.model.config
-        keeps_objects = self.store.keeps_objects
-        if shares_keys(config) and not (keeps_objects and isinstance(self.source, Live)):
+        if self.shares_keys and not (self.store.keeps_objects and isinstance(self.source, Live)):
             raise UnsupportedModelError(
-                f"model_type {config.model_type!r} cannot be run with low memory: its last layers "
-                "read keys and values of earlier ones"
+                f"model_type {self.model.config.model_type!r} cannot be run with low memory: its "
+                "last layers read keys and values of earlier ones"
             )
         noted: list[tuple[int, Tensor, Arguments]] = []
+        digests = list[str]()
 
         def note(index: int, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             noted.append((index, hidden_states, (args, kwargs)))
             return torch.zeros_like(hidden_states)
 
-        self._digests.clear()
-        _ = self.devices  # before the model has one layer only
         with self.source.loaded("before", self.device), ExitStack() as stack:
-            for index, layer in enumerate(Parts(self.model).layers):
+            for index, layer in enumerate(self.layers):
                 stack.enter_context(replaced_forward(layer, partial(note, index)))
             for place, batch in enumerate(batches):
-                code = digest_of_tensors(batch)
-                self._digests.append(code)
+                digests.append(digest_of_tensors(batch))
                 stored = self.store.about("batches", place)
-                if stored is not None and stored["digest"] == code:
-                    continue
-                moved = as_inputs(self.model, batch)
-                noted.clear()
-                forward_backbone(self.model, moved)
-                (_, hidden, _), *later = noted
-                tensors = {f"batch.{name}": moved[name] for name in _KEPT if name in moved}
-                tensors["batch.attention_mask"] = valid_tokens(moved)
-                tree = {
-                    str(i): g if keeps_objects else json.dumps(g, default=partial(_named, tensors))
-                    for i, _, g in noted
-                }
-                tensors["hidden"] = hidden
-                added = list[int]()
-                for i, entering, _ in later:
-                    rows = entering.flatten(0, -2)
-                    if len(tokens := rows.any(-1).nonzero()[:, 0]):
-                        tensors |= {f"added.{i:03}": rows[tokens], f"gets.{i:03}": tokens}
-                        added.append(i)
-                about = {"digest": code, "calls": tree, "added": added}
-                self.store.write("batches", place, tensors, about)
-        if not self._digests:
+                if stored is None or stored["digest"] != digests[-1]:
+                    moved = as_inputs(self.model, batch)
+                    noted.clear()
+                    forward_backbone(self.model, moved)
+                    self._write(place, digests[-1], moved, noted)
+        if not digests:
             raise DataError("no calibration batch was given")
-        self.store.finish("batches")
-        return digest(self._digests)
+        self.places = range(len(digests))
+        return digests
 
-    def input_of(self, index: int, place: int) -> Tensor:
-        """Read the input of a layer; after the last one, of the final norm."""
-        stored = f"hidden-{index}" if index else "batches"
-        hidden = self.store.read(stored, place, self.devices[index], "hidden")["hidden"]
-        return self.calls(place, index - 1).after(index - 1, hidden) if index else hidden
-
-    @cached_property
-    def devices(self) -> list[torch.device]:
-        """Where each layer runs, and the final norm; several where a model lies on several."""
-        parts = Parts(self.model)
-        modules = (*parts.layers, parts.norm)
-        own = (next((p.device for p in m.parameters() if not p.is_meta), None) for m in modules)
-        return [device or self.device for device in own]
+    def _write(
+        self, place: int, code: str, batch: Batch, noted: list[tuple[int, Tensor, Arguments]]
+    ) -> None:
+        """Store a batch, and the layers' inputs and arguments that were noted."""
+        (_, hidden, _), *later = noted
+        tensors = {f"batch.{name}": batch[name] for name in _KEPT if name in batch}
+        tensors["batch.attention_mask"] = valid_tokens(batch)
+        as_text = partial(json.dumps, default=partial(_named, tensors))
+        calls = {str(i): g if self.store.keeps_objects else as_text(g) for i, _, g in noted}
+        added = list[int]()
+        for i, entering, _ in later:
+            rows = entering.flatten(0, -2)
+            if len(tokens := rows.any(-1).nonzero()[:, 0]):
+                tensors |= {f"added.{i:03}": rows[tokens], f"gets.{i:03}": tokens}
+                added.append(i)
+        about = {"digest": code, "calls": calls, "added": added}
+        self.store.write("batches", place, {**tensors, "hidden": hidden}, about)
 
     def layers_of(self, place: int) -> set[int]:
         """List the layers that the batch at a place runs through."""
         return set(map(int, self.store.about("batches", place)["calls"]))
-
-    @contextmanager
-    def layer(self, index: int | None) -> Iterator[PreTrainedModel]:
-        """Inside, the model runs stored batches through one layer, whose weights are there.
-
-        With None through all layers, which return their stored outputs, and the final norm.
-        """
-        text_model = Parts(self.model).text_model
-        layers, norm = text_model.layers, Parts(self.model).norm
-        own = [layers[index]] if index is not None else [nn.Identity() for _ in layers]
-
-        def run(place: int, **batch: Any) -> None:
-            if index is not None:
-                hidden = self.input_of(index, place)
-                output = self.calls(place, index).run(layers[index], index, hidden)
-                self._store(index, place, output)
-                return
-            for number, layer in enumerate(own, 1):
-                name, device = f"hidden-{number}", self.devices[number]
-                output = self.store.read(name, place, device)["hidden"]
-                with replaced_forward(layer, lambda hidden_states, answer=output: answer):
-                    layer(self.input_of(number - 1, place))
-            norm(self.input_of(len(own), place))
-
-        with self.source.loaded("after" if index is None else index, self.device):
-            text_model.layers = nn.ModuleList(own)
-            try:
-                with replaced_forward(self.model.base_model, run):
-                    yield self.model
-            finally:
-                text_model.layers = layers
-
-    def _store(self, index: int, place: int, output: Tensor) -> None:
-        """Store the output of a layer for a batch; refuse NaN and infinity, and name the sample."""
-        if not all_finite(output):
-            mask = "batch.attention_mask"
-            earlier = (self.store.read("batches", p, self.device, mask) for p in range(place))
-            first = 1 + sum(len(stored[mask]) for stored in earlier)
-            spoilt = (~torch.isfinite(output).flatten(1).all(1)).nonzero().flatten() + first
-            samples = ", ".join(map(str, spoilt.tolist()))
-            where = f"the output of layer {index} for calibration sample {samples}"
-            require_finite_values(output, where)
-        if not self.store.has(f"hidden-{index + 1}"):
-            self.store.write(f"hidden-{index + 1}", place, {"hidden": output}, {"ran": True})
-
-    @torch.no_grad()
-    def finish(self, index: int) -> None:
-        """Store the outputs of a layer for the batches that no capture has run; inside `layer`."""
-        for batch in self.batches():
-            if self.store.about(f"hidden-{index + 1}", batch["place"]) is None:
-                forward_backbone(self.model, batch)
-        self.store.finish(f"hidden-{index + 1}")
 
     def calls(self, place: int, only: int | None = None) -> LayerCalls:
         """Read the calls of the layers by the batch at a place, or what one layer needs of them."""
@@ -387,3 +328,63 @@ class LayerwiseModel:
             if only in (None, i - 1)
         }
         return LayerCalls(arguments, added)
+
+    def has(self, stream: str, index: int, places: Iterable[int]) -> bool:
+        """Whether the inputs of a layer are stored for all these batches."""
+        return all(self.store.about(f"{stream}-{index}", place) is not None for place in places)
+
+    def state(self, stream: str, index: int, place: int) -> Tensor:
+        """Input of a layer, or of the final norm."""
+        device, name = self.devices[index], f"{stream}-{index}"
+        name = name if self.has(stream, index, [place]) else "batches"
+        return self.store.read(name, place, device, "hidden")["hidden"]
+
+    def output(self, stream: str, index: int, place: int) -> Tensor:
+        """Run a layer on a stream."""
+        hidden = self.state(stream, index, place)
+        if not self.shares_keys:
+            calls = self.calls(place, index)
+        elif (stream, place) in self._own_calls:
+            calls = self._own_calls[stream, place]
+        else:  # layers of Gemma 3n and 4 store keys and values for later layers of their stream
+            calls = self.calls(place).with_own_dictionaries()
+            self._own_calls[stream, place] = calls
+        return calls.after(index, calls.run(self.layers[index], index, hidden))
+
+    def pass_on(self, stream: str, index: int, end: int, places: Iterable[int]) -> None:
+        """Run batches through a layer, and store its output as the input of layer ``end``."""
+        for place in places:
+            output = self.output(stream, index, place)
+            require_finite_values(output, f"the output of layer {index}")
+            self.store.write(f"{stream}-{end}", place, {"hidden": output})
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[PreTrainedModel]:
+        """Inside, the model has one layer, whose weights are there, and runs stored batches.
+
+        Their outputs are stored. Behind the last layer the final norm is called, behind another one
+        a module in its place that changes nothing.
+        """
+        parts, is_last = Parts(self.model), index + 1 == len(self.layers)
+        text_model, name = parts.text_model, parts.row.final_norm
+        norm = self.norm if is_last else nn.Identity()
+
+        def run(place: int, **batch: Any) -> None:
+            calls, hidden = self.calls(place, index), self.state(HIDDEN, index, place)
+            output = calls.run(self.layers[index], index, hidden)
+            require_finite_values(output, f"the output of layer {index}")
+            stored = {"hidden": calls.after(index, output)}
+            self.store.write(f"{HIDDEN}-{index + 1}", place, stored)
+            norm(output)
+
+        with ExitStack() as stack:
+            for part in (index, "norm") if is_last else (index,):
+                stack.enter_context(self.source.loaded(part, self.device))
+            text_model.layers = nn.ModuleList([self.layers[index]])
+            setattr(text_model, name, norm)
+            try:
+                with replaced_forward(self.model.base_model, run):
+                    yield self.model
+            finally:
+                text_model.layers = self.layers
+                setattr(text_model, name, self.norm)

@@ -123,18 +123,13 @@ class Moments:
         self, weight: Float[Tensor, "O K"], channels: Int[Tensor, " K"], centred: bool
     ) -> float:
         """``Σ_t w_t ‖V x_t[channels] + e_t‖²`` for a matrix ``V``, around its mean if centred."""
-        square, mean = self.total.new_zeros(()), weight.double() @ self.total[channels]
-        single = weight.to(self.pairs.dtype)
+        single, mean = weight.to(self.pairs.dtype), weight.double() @ self.total[channels]
         is_whole = len(channels) == len(self.gram)
         gram = self.gram if is_whole else self.gram[channels].index_select(1, channels)
-        for start in range(0, len(channels), BLOCK):
-            part, below = slice(start, start + BLOCK), slice(start + BLOCK, None)
-            products = single[:, part] @ gram[part, part]
-            products.addmm_(single[:, below], gram[below, part], alpha=2)
-            if self.cross is not None:
-                products += 2 * self.cross[:, channels[part]]
-            products *= single[:, part]
-            square += products.sum(dtype=torch.float64)
+        products = single @ gram
+        if self.cross is not None:
+            products += 2 * self.cross[:, channels]
+        square = (products * single).sum(dtype=torch.float64)
         if self.missing is not None and self.missing_square is not None:
             square, mean = square + self.missing_square, mean + self.missing
         if centred:

@@ -1,6 +1,5 @@
 """Score a model's units on calibration data: model + batches → `Scores`."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from slimvlm.core.errors import DataError, NumericalError, raised_as
-from slimvlm.core.files import new_folder
 from slimvlm.core.progress import Say, progress, silent
 from slimvlm.data.chat import batches_by_kind, encode_samples
 from slimvlm.data.roles import valid_tokens
@@ -18,10 +16,10 @@ from slimvlm.models.anatomy import LAYER_UNITS, read_anatomy
 from slimvlm.models.devices import device_named
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.load import require_full_precision
-from slimvlm.models.parts import Parts, text_config_of
+from slimvlm.models.parts import text_config_of
 from slimvlm.scoring.batches import Batch, first_spoilt_layer
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named, require_low_memory
-from slimvlm.scoring.layerwise import LayerwiseModel, LazyCheckpoint, open_checkpoint
+from slimvlm.scoring.layerwise import HIDDEN, LayerwiseModel, LazyCheckpoint, open_checkpoint
 from slimvlm.scoring.stores import Scratch, scratch_folder
 from slimvlm.scoring.unit_scores import Scores, Statistics, Values
 
@@ -67,9 +65,9 @@ def score(
     options. A criterion that needs Gram matrices reads the batches several times if those of all
     layers take more than 2 GiB (``PART_BYTES``), for so many layers at a time.
     """
+    row, anatomy = criterion_named(criterion, options), read_anatomy(model)
     parts, room = list[list[int]](), 0  # runs of layers whose statistics fit, one layer at least
-    is_divided = criterion_named(criterion, options).capture.is_divided
-    for index, shape in enumerate(read_anatomy(model).layers if is_divided else ()):
+    for index, shape in enumerate(anatomy.layers if row.capture.is_divided else ()):
         channels = (shape.num_heads * shape.head_dim, shape.intermediate_size)
         size = sum(count**2 for count in channels) * torch.float32.itemsize  # of Gram matrices
         if not parts or size > room:
@@ -77,10 +75,17 @@ def score(
             room = PART_BYTES
         parts[-1].append(index)
         room -= size
-    given = list(batches) if len(parts) > 1 else batches
-    asked = ({"layers": layers} for layers in parts) if is_divided else [{}]
-    found = (_collected(model, given, criterion, token_weights, options, **part) for part in asked)
-    return scores_from(found, model, criterion, token_weights, **options)
+    shown = list(batches) if len(parts) > 1 else batches
+    given = {name: value for name, value in options.items() if name not in row.capture.options}
+    shapes, kinds = enumerate(anatomy.layers), {*row.units} & {*LAYER_UNITS}
+    values: Values = {(i, kind): torch.zeros(s.units(kind)) for i, s in shapes for kind in kinds}
+    for part in [{"layers": layers} for layers in parts] or [{}]:
+        found = _collected(model, shown, criterion, token_weights, options, **part)
+        values |= row.function(found, anatomy, **given)  # layers that no batch runs keep zeros
+    about = {"samples": found.num_samples, "tokens": found.num_tokens, **options}
+    if token_weights is not None:
+        about["token_weights"] = dict(token_weights)
+    return Scores.of_units(criterion, row.units, anatomy.num_layers, values, about)
 
 
 def _collected(
@@ -97,48 +102,25 @@ def _collected(
     given = {**row.fixed, **{k: v for k, v in options.items() if k in row.capture.options}}
     if token_weights is not None:
         given["token_weights"] = token_weights
-    # the batches in flight, since some captures read one ahead, by the numbers of first samples
-    in_flight = deque[tuple[int, Batch]](maxlen=2)
+    last, batch = 0, Batch()  # in flight, and the number of its last sample
 
     def watched() -> Iterator[Batch]:
-        first = 1
+        nonlocal last, batch
         for batch in batches:
-            in_flight.append((first, batch))
+            last += len(valid_tokens(batch))
             yield batch
-            first += len(valid_tokens(batch))
 
     with evaluating(model):
         try:
             return row.capture.function(model, watched(), **given, **part)
         except NumericalError as error:
-            for first, batch in in_flight:
-                layer = first_spoilt_layer(model, batch)
-                if layer is not None:
-                    last = first + len(valid_tokens(batch)) - 1
-                    which = f"sample {last}" if last == first else f"samples {first} to {last}"
-                    where = f"(calibration {which}, from layer {layer} on)"
-                    raise NumericalError(f"{error} {where}") from error
-            raise
-
-
-def scores_from(
-    collected: Iterable[Statistics],
-    model: nn.Module,
-    criterion: str,
-    token_weights: Mapping[str, float] | None = None,
-    **options: Any,
-) -> Scores:
-    """Turn statistics, or parts of them, into scores; ``token_weights`` is only written down."""
-    row, anatomy = criterion_named(criterion, options), read_anatomy(model)
-    given = {name: value for name, value in options.items() if name not in row.capture.options}
-    shapes, kinds = enumerate(anatomy.layers), {*row.units} & {*LAYER_UNITS}
-    values: Values = {(i, kind): torch.zeros(s.units(kind)) for i, s in shapes for kind in kinds}
-    for part in collected:  # layers that no batch runs keep zeros
-        values |= row.function(part, anatomy, **given)
-        about = {"samples": part.num_samples, "tokens": part.num_tokens, **options}
-    if token_weights is not None:
-        about["token_weights"] = dict(token_weights)
-    return Scores.of_units(criterion, row.units, anatomy.num_layers, values, about)
+            layer = first_spoilt_layer(model, batch) if last else None
+            if layer is None:
+                raise
+            first = last - len(valid_tokens(batch)) + 1
+            which = f"sample {last}" if last == first else f"samples {first} to {last}"
+            where = f"(calibration {which}, from layer {layer} on)"
+            raise NumericalError(f"{error} {where}") from error
 
 
 def score_checkpoint(
@@ -157,7 +139,7 @@ def score_checkpoint(
 
     One decoder layer is in memory at a time, mapped from the safetensors files. All batches go
     through it before the next one comes; its outputs lie in a scratch folder. Vision tower,
-    projector and embeddings run first, alone. Criteria that compute gradients are refused.
+    projector and embeddings run first, alone. Criteria of gradients and ``angular`` are refused.
 
     A run that was killed resumes after the last whole layer when it is started again with the same
     ``scratch``. The folder is removed when all is done.
@@ -194,73 +176,58 @@ def score_by_layer(
 ) -> list[Scores]:
     """Score by several criteria, given with their options. Otherwise as `score_checkpoint`."""
     captures = {name: require_low_memory(name, given).capture for name, given in criteria.items()}
-    needs_data = any(capture.passes for capture in captures.values())
-    keeps_hidden = any(capture.sees == "hidden_states" for capture in captures.values())
     by_layer = [name for name, capture in captures.items() if capture.sees == "layer"]
-    model, depth = checkpoint.model, len(Parts(checkpoint.model).layers)
-
+    needs_data = any(capture.passes for capture in captures.values())
+    model = checkpoint.model
     with scratch_folder(scratch) as folder:
         store = Scratch(folder)
+        store.keep_if_same(checkpoint.identity, "model.json")
         runner = LayerwiseModel(checkpoint, store, device_named(device))
-        store.keep_if_same("model.json", checkpoint.identity)
         request = {
             "batches": runner.embed(batches) if needs_data else None,
             "criteria": [[name, dict(given)] for name, given in criteria.items()],
             "token_weights": token_weights and dict(token_weights),
         }
-        store.keep_if_same("run.json", request, spared="batches")
+        store.keep_if_same(request, spared="batches")
         if needs_data:
             tokens = sum(batch["attention_mask"].numel() for batch in runner.batches())
             token_bytes = text_config_of(model.config).hidden_size * model.dtype.itemsize
-            store.announce((depth if keeps_hidden else 2) * tokens * token_bytes, say)
-
-        there = [i for i in range(1, depth + 1) if store.has(f"hidden-{i}")]
-        done = max(there, default=0)
-        if keeps_hidden:  # all are read again
-            done = next(i for i in range(depth + 1) if i + 1 not in there)
-        last = depth if by_layer or needs_data else 0
-        for index in progress(range(done, last), "layers forward"):
+            store.announce(2 * tokens * token_bytes, say)
+        depth, begin = len(runner.layers), 0
+        for index in range(depth):  # that are scored, and whose outputs are stored
+            scored = (store.about(f"scores-{name}", index) is not None for name in by_layer)
+            if all(scored) and runner.has(HIDDEN, index + 1, runner.places):
+                begin = index + 1
+        for index in progress(range(begin, depth), "layers forward"):
             with runner.layer(index) as view:
                 for name in by_layer:  # as if the model had no other layer
-                    file = folder / f"scores-{name}-{index}"
-                    if file.exists():  # of a run that was stopped
+                    if store.about(f"scores-{name}", index) is not None:  # of a stopped run
                         continue
-                    data = (runner.batches(), name, token_weights)
-                    given = data if captures[name].passes else ((), name)
+                    shown = (runner.batches(), name, token_weights)
+                    given = shown if captures[name].passes else ((), name)
                     where = f"decoder layer {index}, called 0 here:"
                     with raised_as(NumericalError, NumericalError, where):
                         found = score(view, *given, **criteria[name])
-                    with new_folder(file) as partial:
-                        found.save(partial / "scores")
-                if needs_data:
-                    runner.finish(index)
-            if not keeps_hidden:
-                store.drop(f"hidden-{index}")
-        scores: list[Scores] = []
-        for name, options in criteria.items():
-            if captures[name].sees == "nothing":
-                scores.append(score(model, (), name, **options))
-            elif captures[name].sees == "hidden_states":
-                with runner.layer(None) as view:
-                    statistics = collect(view, runner.batches(), name, token_weights, **options)
-                scores.append(scores_from([statistics], model, name, token_weights, **options))
-            else:
-                files = (folder / f"scores-{name}-{index}" / "scores" for index in range(depth))
-                scores.append(_joined([Scores.load(file) for file in files]))
-        return scores
+                    store.write(f"scores-{name}", index, found.tensors(), {**found.options})
+                rest = [at for at in runner.places if not runner.has(HIDDEN, index + 1, [at])]
+                runner.pass_on(HIDDEN, index, index + 1, rest)
+            store.drop(f"{HIDDEN}-{index}")
+        return [
+            joined(store, name, depth) if name in by_layer else score(model, (), name, **options)
+            for name, options in criteria.items()
+        ]
 
 
-def _joined(parts: Sequence[Scores]) -> Scores:
-    """Join scores of models that have a layer each."""
-    first = parts[0]
+def joined(store: Scratch, criterion: str, depth: int) -> Scores:
+    """Join the stored scores of models that have a layer each."""
+    name, cpu = f"scores-{criterion}", torch.device("cpu")
+    parts = [store.read(name, index, cpu) for index in range(depth)]
     rows: dict[str, Any] = {
-        unit: [values for part in parts for values in part.of(unit)]
-        for unit in LAYER_UNITS
-        if first.of(unit) is not None
+        key.partition(".")[0]: [part[key] for part in parts] for key in parts[0]
     }
-    if first.layer is not None:
-        rows["layer"] = torch.cat([part.of("layer") for part in parts])
-    return Scores(first.criterion, options=first.options, **rows)
+    if "layer" in rows:
+        rows["layer"] = torch.cat(rows["layer"])
+    return Scores(criterion, options=store.about(name, 0), **rows)
 
 
 def calibration_batches(

@@ -1,13 +1,13 @@
 """Activations between layers: on the device, in host memory, or in a folder of mapped files.
 
 A store holds named sets of tensors, one entry for each batch: ``batches`` (inputs, and arguments of
-layers), ``<stream>-<i>`` (outputs of layer ``i - 1``), and results that are kept for a restart. A
-set is marked as whole when all its entries are there, so that a killed run resumes after the last
-whole layer.
+layers), ``<stream>-<i>`` (inputs of layer ``i``), and results that are kept for a restart. A killed
+run resumes after the last layer whose entries are all there.
 """
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ from slimvlm.core.progress import Say, silent
 from slimvlm.models.devices import digest_of_tensors, free_memory
 
 Tensors = Mapping[str, Tensor]
-Names = str | tuple[str, ...]
 
 PINNING = ("cuda", "xpu")  # devices to which copies from pinned host memory need no waiting
 
@@ -38,28 +37,18 @@ class Memory:
     def __init__(self, device: torch.device | None = None, pinned: bool = False) -> None:
         self.device, self.pinned = device, pinned
         self.keeps_objects = device is None  # so layers may change their arguments
-        self._sets: dict[str, dict[int, tuple[dict[str, Tensor], Any]]] = {}
-        self._whole: set[str] = set()
-
-    def has(self, name: str) -> bool:
-        """Whether a set is there with all its entries."""
-        return name in self._whole
-
-    def finish(self, name: str) -> None:
-        """Mark a set as whole."""
-        self._whole.add(name)
+        self._sets = defaultdict[str, dict[int, tuple[dict[str, Tensor], Any]]](dict)
 
     def drop(self, name: str) -> None:
-        """Remove a set, whole or not."""
+        """Remove a set."""
         self._sets.pop(name, None)
-        self._whole.discard(name)
 
-    def write(self, name: str, place: int, tensors: Tensors, about: Any = None) -> None:
+    def write(self, name: str, place: int, tensors: Tensors, about: Mapping[str, Any] = {}) -> None:
         """Write an entry, with a JSON note, in place of an older one."""
         stored = {key: self.held(value) for key, value in tensors.items()}
-        self._sets.setdefault(name, {})[place] = stored, about
+        self._sets[name][place] = stored, about
 
-    def read(self, name: str, place: int, device: torch.device, begin: Names = "") -> Tensors:
+    def read(self, name: str, place: int, device: torch.device, begin: str = "") -> Tensors:
         """Read the tensors of an entry, or those whose names begin with ``begin``."""
         return {
             key: value.to(device, non_blocking=device.type in PINNING)
@@ -77,7 +66,7 @@ class Memory:
 
     def about(self, name: str, place: int) -> Any:
         """Read the note of an entry; None if there is no such entry."""
-        return self._sets.get(name, {}).get(place, (None, None))[1]
+        return self._sets[name].get(place, (None, None))[1]
 
 
 class Scratch:
@@ -90,38 +79,15 @@ class Scratch:
             self._temporary = TemporaryDirectory(prefix="slimvlm-scratch-")
             folder = Path(self._temporary.name)
         self.folder = folder
-        self._whole: set[Path] = set()  # sets that were finished or checked here
         self._notes: dict[Path, str] = {}  # of entries that were written or checked here
         folder.mkdir(parents=True, exist_ok=True)
 
-    def has(self, name: str) -> bool:
-        """As `Memory.has`; entries that are damaged or missing, as after a kill, are noticed."""
-        whole = self.folder / name
-        if not (whole / "whole").exists():
-            return False
-        if whole not in self._whole:
-            entries = [*whole.glob("*.safetensors")]
-            count = (whole / "whole").read_text(encoding="utf-8")
-            if count == str(len(entries)) and all(self._note(e) is not None for e in entries):
-                self._whole.add(whole)
-        return whole in self._whole
-
-    def finish(self, name: str) -> None:
-        """As `Memory.finish`: a file says how many entries there are."""
-        whole = self.folder / name
-        count = len([*whole.glob("*.safetensors")])
-        (whole / "whole").write_text(str(count), encoding="utf-8")
-        self._whole.add(whole)
-
     def drop(self, name: str) -> None:
         """As `Memory.drop`."""
-        whole = self.folder / name
-        shutil.rmtree(whole, ignore_errors=True)
-        self._whole.discard(whole)
-        for path in [path for path in self._notes if path.parent == whole]:
-            del self._notes[path]
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._notes = {p: note for p, note in self._notes.items() if p.parent.name != name}
 
-    def write(self, name: str, place: int, tensors: Tensors, about: Any = None) -> None:
+    def write(self, name: str, place: int, tensors: Tensors, about: Mapping[str, Any] = {}) -> None:
         """As `Memory.write`."""
         path = self._path(name, place)
         path.parent.mkdir(exist_ok=True)
@@ -133,7 +99,7 @@ class Scratch:
             save_file(stored, partial, {"about": note, "digest": code})
         self._notes[path] = note
 
-    def read(self, name: str, place: int, device: torch.device, begin: Names = "") -> Tensors:
+    def read(self, name: str, place: int, device: torch.device, begin: str = "") -> Tensors:
         """As `Memory.read`; mapped on a CPU."""
         with safe_open(self._path(name, place), framework="pt", device=str(device)) as file:
             return {key: file.get_tensor(key) for key in file.keys() if key.startswith(begin)}  # noqa: SIM118
@@ -143,11 +109,24 @@ class Scratch:
         return value.detach().cpu()
 
     def about(self, name: str, place: int) -> Any:
-        """As `Memory.about`; None also if an entry is damaged."""
-        note = self._note(self._path(name, place))
-        return None if note is None else json.loads(note)
+        """As `Memory.about`; None also for an entry that does not hold what was written."""
+        path = self._path(name, place)
+        damaged = (OSError, SafetensorError, KeyError, TypeError)  # metadata may be None
+        if path not in self._notes:
+            with suppress(*damaged), safe_open(path, framework="pt") as file:
+                noted = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                its = [name, path.name, digest_of_tensors(tensors), noted["about"]]
+                if noted["digest"] == digest(its):
+                    self._notes[path] = noted["about"]
+        return json.loads(self._notes[path]) if path in self._notes else None
 
-    def keep_if_same(self, file: str, request: dict[str, Any], spared: str | None = None) -> None:
+    def _path(self, name: str, place: int) -> Path:
+        return self.folder / name / f"{place:06}.safetensors"
+
+    def keep_if_same(
+        self, request: dict[str, Any], file: str = "request.json", spared: str = ""
+    ) -> None:
         """Drop earlier work, but for the spared set, unless ``file`` notes the same request."""
         note = self.folder / file
         if is_begun_for(note, request):
@@ -155,7 +134,7 @@ class Scratch:
         for path in self.folder.iterdir():
             if path.is_dir() and path.name != spared:
                 shutil.rmtree(path)  # an error here: what stayed would pass for the new request's
-                self.drop(path.name)
+        self._notes = {p: noted for p, noted in self._notes.items() if p.parent.name == spared}
         note_request(note, request)
 
     def announce(self, needed: int, say: Say) -> None:
@@ -168,21 +147,6 @@ class Scratch:
                 f"scratch {str(self.folder)!r}: {needed / 2**30:.1f} GiB needed, "
                 f"{stored / 2**30:.1f} GiB there already, {free / 2**30:.1f} GiB free"
             )
-
-    def _path(self, name: str, place: int) -> Path:
-        return self.folder / name / f"{place:06}.safetensors"
-
-    def _note(self, path: Path) -> str | None:
-        """Read the note of an entry; None unless it holds what was written."""
-        damaged = (OSError, SafetensorError, KeyError, TypeError)  # metadata may be None
-        if path not in self._notes:
-            with suppress(*damaged), safe_open(path, framework="pt") as file:
-                noted = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                its = [path.parent.name, path.name, digest_of_tensors(tensors), noted["about"]]
-                if noted["digest"] == digest(its):
-                    self._notes[path] = noted["about"]
-        return self._notes.get(path) if path.is_file() else None
 
 
 Store = Memory | Scratch

@@ -17,7 +17,6 @@ from slimvlm.core.errors import NumericalError, raised_as
 from slimvlm.core.options import AT_LEAST_0, Options, Repair
 from slimvlm.core.progress import progress
 from slimvlm.models.anatomy import WIDTH_UNITS
-from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning import repair as repairs
 from slimvlm.pruning.cut import cut_layer_, kept_channels
@@ -184,8 +183,8 @@ class LayerWalk:
         """Choose, cut, refit, distil, and pass the states on; return what is stored of it."""
         streams, steps, index, end = self.streams, self.config.steps, self.index, self.end
         repairable = REPAIRS[steps.repair]
-        model, is_idle = streams.runner.model, index not in streams.layers_run
-        layer, notes = Parts(model).layers[index], list[str]()
+        model, is_idle = streams.model, index not in streams.layers_run
+        layer, notes = streams.layers[index], list[str]()
         writers = list(writers_of_layer(layer, index, self.plan.before.backbone))
         # the last matrix is fitted for the removed layers behind this one
         mlp = [writer.linear for writer in writers if writer.kind == MLP]
@@ -209,8 +208,8 @@ class LayerWalk:
             streams.kept.clear()
             lessons: dict[bool, list[Lesson]] = {False: [], True: []}  # True: of validation
             for place in streams.places:
-                of_tokens = streams.weights[place].to(streams.runner.devices[index])
-                if index in streams.runner.layers_of(place) and of_tokens.any():
+                of_tokens = streams.weights[place].to(streams.devices[index])
+                if index in streams.layers_of(place) and of_tokens.any():
                     run = partial(streams.output, PREFIX, index, place)
                     target = partial(streams.state, ORIGINAL, end, place)
                     lessons[place in streams.held_out].append(Lesson(run, target, of_tokens))
@@ -267,7 +266,7 @@ class LayerWalk:
                 if bias is not None and shift is not None:
                     shift = bias.to(shift).lerp(shift, row.share)
                 fitted = weight[:, keep].to(matrix).lerp(matrix, row.share), shift
-        cut_layer_(streams.runner.model, self.plan, self.index, [unit])
+        cut_layer_(streams.model, self.plan, self.index, [unit])
         for inputs in streams.kept:
             if inputs.linear is writer.linear:
                 for place, x in inputs.values.items():
@@ -294,26 +293,24 @@ class Walk:
     def run(self) -> Walked:
         """Walk all layers that are not walked yet."""
         streams, results = self.streams, self.results
-        self._depth = len(Parts(streams.runner.model).layers)
+        self._depth = len(streams.layers)
         # The validation loss decides between the new weights and plain slices, unless hidden
         # states hold several residual streams, which only the model merges.
-        can_judge = len(streams.held_out) > 0 and streams.runner.input_of(0, 0).ndim < 4
+        can_judge = len(streams.held_out) > 0 and streams.state(PREFIX, 0, 0).ndim < 4
         self._is_judged = self.config.steps.repair == "auto" and can_judge
-        if not results.has(_TRIAL_PLAN):
+        if results.about(_TRIAL_PLAN, 0) is None:
             chosen = cheapest_plan(streams, self.config.plans)
             results.write(_TRIAL_PLAN, 0, {}, chosen.to_dict())
-            results.finish(_TRIAL_PLAN)
         plan = Plan.from_dict(results.about(_TRIAL_PLAN, 0))
         reports: list[LayerReport] = []
         of_layers: list[str] = []  # notes
         scored: dict[str, dict[int, Tensor]] = {}  # where the walk chose, by kind of unit
         for index in progress(plan.layers, "walk"):
-            if not results.has(entry_of(index)):
+            if results.about(entry_of(index), 0) is None:
                 self._replay(plan, len(reports))
-                with self._layer(plan, index) as (_, end):
+                with self._layer(plan, index) as end:
                     how = (self.config, plan, index, end, self._is_judged)
                     results.write(entry_of(index), 0, *LayerWalk(streams, *how).go())
-                    results.finish(entry_of(index))
             about = results.about(entry_of(index), 0)
             stored = results.read(entry_of(index), 0, torch.device("cpu"), "scores.")
             reports.append(built(LayerReport, about["report"], f"layer {index} of the walk"))
@@ -349,48 +346,50 @@ class Walk:
         return replace(walked, report=report, weights={})
 
     @contextmanager
-    def _layer(self, plan: Plan, index: int) -> Iterator[tuple[nn.Module, int]]:
-        """Load a layer, to be changed; yield it with the number of the next kept one."""
-        place = plan.layers.index(index)
+    def _layer(self, plan: Plan, index: int) -> Iterator[int]:
+        """Load a layer, to be changed inside; yield the number of the next kept one."""
+        streams, place = self.streams, plan.layers.index(index)
         begin = index if place else 0  # the original also runs removed layers before the first
         end = (*plan.layers, self._depth)[place + 1]
-        layer, runner = Parts(self.streams.runner.model).layers[index], self.streams.runner
         for i in range(begin, end) if self.config.aims_at_original else ():
-            if not runner.store.has(f"{ORIGINAL}-{i + 1}"):
-                with runner.source.loaded(i, runner.device):
-                    self.streams.pass_on(ORIGINAL, i, i + 1, self.streams.places)
-        with runner.source.loaded(index, runner.device):
+            if not streams.has(ORIGINAL, i + 1, streams.places):
+                with streams.source.loaded(i, streams.device):
+                    streams.pass_on(ORIGINAL, i, i + 1, streams.places)
+        with streams.source.loaded(index, streams.device):
             before = [
                 (module, {**vars(module), "_parameters": dict(module._parameters)})
-                for module in layer.modules()
+                for module in streams.layers[index].modules()
             ]
             try:
-                yield layer, end
+                yield end
             finally:  # the layer is as it was
                 for module, attributes in before:
                     vars(module).clear()
                     vars(module).update(attributes)
-        self.streams.kept.clear()
+        streams.kept.clear()
         for i in range(begin, end):  # states that nothing will read again
             for stream in (PREFIX, ORIGINAL, SLICED):
-                runner.store.drop(f"{stream}-{i}")
+                streams.store.drop(f"{stream}-{i}")
 
     def _replay(self, plan: Plan, count: int) -> None:
         """Compute the hidden states after the walked layers, if a stopped walk has left none."""
-        layers, after = plan.layers[:count], (*plan.layers, self._depth)[count]
-        needed = [PREFIX, *[ORIGINAL] * self.config.aims_at_original, *[SLICED] * self._is_judged]
-        if not layers or all(self.streams.runner.store.has(f"{s}-{after}") for s in needed):
+        streams, layers = self.streams, plan.layers[:count]
+        after = (*plan.layers, self._depth)[count]
+        needed = {PREFIX: streams.places}
+        needed |= {ORIGINAL: streams.places} if self.config.aims_at_original else {}
+        needed |= {SLICED: streams.held_out} if self._is_judged else {}
+        if not layers or all(streams.has(name, after, needed[name]) for name in needed):
             return
         weights = result.StoredWeights(self.results, layers)
         for index in progress(layers, "walked layers"):
-            with self._layer(plan, index) as (layer, end):
-                cut_layer_(self.streams.runner.model, plan, index)
+            with self._layer(plan, index) as end:
+                cut_layer_(streams.model, plan, index)
                 if self._is_judged:
-                    self.streams.pass_on(SLICED, index, end, self.streams.held_out)
+                    streams.pass_on(SLICED, index, end, streams.held_out)
                 for place, path in weights:
                     if place == index:
-                        result.assign_(layer, path, weights[place, path])
-                self.streams.pass_on(PREFIX, index, end, self.streams.places)
+                        result.assign_(streams.layers[index], path, weights[place, path])
+                streams.pass_on(PREFIX, index, end, streams.places)
 
 
 def aims_at_original(repair: str, local_steps: int | None, removes_layers: bool) -> bool:
@@ -412,10 +411,10 @@ def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
     having = {u: sum(first.before.layers[i].units(u) > 0 for i in kinds) for u in WIDTH_UNITS}
     step = len(losing) / (_TRIED + 1)
     tried = sorted({losing[int(step * (place + 1))] for place in range(_TRIED)})
-    costs, runner, before = [0.0] * len(plans), streams.runner, first.before
+    costs, before = [0.0] * len(plans), first.before
     for index in range(tried[-1] + 1):
-        with runner.source.loaded(index, runner.device):
-            layer, written, total = Parts(runner.model).layers[index], 0.0, [0.0] * len(plans)
+        with streams.source.loaded(index, streams.device):
+            layer, written, total = streams.layers[index], 0.0, [0.0] * len(plans)
             for writer in writers_of_layer(layer, index, before.backbone) if index in tried else ():
                 moments, weight = streams.moments(_TRIAL, writer, streams.fitted), writer.weight
                 channels = torch.arange(weight.shape[1], device=weight.device)
@@ -432,5 +431,5 @@ def cheapest_plan(streams: Streams, plans: Sequence[Plan]) -> Plan:
                 costs = [cost + more / written for cost, more in zip(costs, total, strict=True)]
             if index < tried[-1]:
                 streams.pass_on(_TRIAL, index, index + 1, streams.fitted)
-        runner.store.drop(f"{_TRIAL}-{index}")
+        streams.store.drop(f"{_TRIAL}-{index}")
     return plans[costs.index(min(costs))]

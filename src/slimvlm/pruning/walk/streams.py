@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from slimvlm.core.errors import NumericalError
 from slimvlm.data.roles import token_weights as weights_by_role
 from slimvlm.models.devices import free_memory, with_float64
-from slimvlm.models.hidden import all_finite, head_of, replaced_forward, require_finite_values
-from slimvlm.models.parts import Parts, shares_keys
+from slimvlm.models.hidden import all_finite, head_of, replaced_forward
 from slimvlm.pruning.repair import Writer
-from slimvlm.scoring.batches import TokenWeights, labels_of, mean_answer_loss
-from slimvlm.scoring.layerwise import LayerCalls, LayerwiseModel
+from slimvlm.scoring.batches import Batch, TokenWeights, labels_of, mean_answer_loss
+from slimvlm.scoring.layerwise import LayerwiseModel
 from slimvlm.scoring.moments import Moments
 
 PREFIX, ORIGINAL, SLICED = "prefix", "original", "sliced"
@@ -53,57 +52,30 @@ class _ReachedError(Exception):
 
 
 @dataclass
-class Streams:
-    """The hidden states of embedded batches; all streams begin with the embeddings."""
+class Streams(LayerwiseModel):
+    """The hidden states of the batches of a walk."""
 
-    runner: LayerwiseModel
-    fitted: range  # places of the batches for choices and fits
-    held_out: range  # places of the validation batches, which confirm and judge
     token_weights: TokenWeights | None  # weight of tokens by role; None: all weigh 1
     # blocks of the layer that is walked whose last inputs are kept, for the stream of walked layers
     kept: list[KeptInputs] = field(default_factory=list, init=False)
-    _own_calls: dict[tuple[str, int], LayerCalls] = field(default_factory=dict, init=False)
 
-    def __post_init__(self) -> None:
-        config, given = self.runner.model.config, self.token_weights
-        self.places = range(len(self.fitted) + len(self.held_out))
+    def embed_all(self, fitted: Sequence[Batch], held_out: Sequence[Batch]) -> None:
+        """Embed the batches for choices and fits, and the validation batches after them."""
+        self.embed([*fitted, *held_out])
+        self.fitted, self.held_out = self.places[: len(fitted)], self.places[len(fitted) :]
+        config, given = self.model.config, self.token_weights
         # of each token of each batch, ``[B * T]``
-        self.weights = [weights_by_role(config, b, given).flatten() for b in self.runner.batches()]
+        self.weights = [weights_by_role(config, b, given).flatten() for b in self.batches()]
         # the layers that some fitted batch runs
-        self.layers_run = {i for place in self.fitted for i in self.runner.layers_of(place)}
-
-    def state(self, stream: str, index: int, place: int) -> Tensor:
-        """Input of a layer, or of the final norm."""
-        name = f"{stream}-{index}"
-        if self.runner.store.has(name):
-            return self.runner.store.read(name, place, self.runner.devices[index])["hidden"]
-        return self.runner.input_of(0, place)
+        self.layers_run = {i for place in self.fitted for i in self.layers_of(place)}
 
     def output(self, stream: str, index: int, place: int) -> Tensor:
         """Run a layer on a stream."""
-        layer, hidden = Parts(self.runner.model).layers[index], self.state(stream, index, place)
-        if not shares_keys(self.runner.model.config):
-            calls = self.runner.calls(place, index)
-        elif (stream, place) in self._own_calls:
-            calls = self._own_calls[stream, place]
-        else:  # layers of Gemma 3n and 4 store keys and values for later layers of their stream
-            calls = self.runner.calls(place).with_own_dictionaries()
-            self._own_calls[stream, place] = calls
         with ExitStack() as stack:
             for inputs in self.kept if stream == PREFIX else ():
                 answer = partial(inputs.answer, place)
                 stack.enter_context(replaced_forward(inputs.block, answer))
-            return calls.after(index, calls.run(layer, index, hidden))
-
-    def pass_on(self, stream: str, index: int, end: int, places: Sequence[int]) -> None:
-        """Run batches through a layer, and store its output as the input of layer ``end``."""
-        store, name = self.runner.store, f"{stream}-{end}"
-        for place in places:
-            output = self.output(stream, index, place)
-            require_finite_values(output, f"the output of layer {index}")
-            store.write(name, place, {"hidden": output})
-        if places and not store.has(name):
-            store.finish(name)
+            return super().output(stream, index, place)
 
     def inputs(
         self, stream: str, writer: Writer, places: Sequence[int]
@@ -125,13 +97,13 @@ class Streams:
         """Keep a matrix's inputs, unless they are large or its block does not end with it."""
         index, linear = writer.index, writer.linear
         parent = writer.projection.path.rpartition(".")[0]
-        block = Parts(self.runner.model).layers[index].get_submodule(parent)
+        block = self.layers[index].get_submodule(parent)
         rows = sum(len(weights) for weights in self.weights)
         size = rows * linear.in_features * linear.weight.element_size()
-        held = self.runner.store.held
+        held = self.store.held
         most = most_kept(free_memory(held(linear.weight[:0]).device))
         first = next(self._running(index, self.places), None)
-        if first is None or size > most or shares_keys(self.runner.model.config):
+        if first is None or size > most or self.shares_keys:
             return
         given: list[Any] = []
         with ExitStack() as stack:
@@ -184,7 +156,7 @@ class Streams:
 
     def _running(self, index: int, places: Iterable[int]) -> Iterator[int]:
         """The batches that a layer takes part in."""
-        return (place for place in places if index in self.runner.layers_of(place))
+        return (place for place in places if index in self.layers_of(place))
 
     def adds_plainly(self, index: int, linear: nn.Linear) -> bool:
         """Whether the output of a layer's last matrix is added to the hidden states unchanged."""
@@ -204,11 +176,10 @@ class Streams:
 
     def answer_loss(self, stream: str, end: int) -> float:
         """Mean cross-entropy of the validation batches' labels; the model has ``end`` layers."""
-        model = self.runner.model
-        with self.runner.source.loaded("after", self.runner.device):
-            batches = (b for b in self.runner.batches() if b["place"] in self.held_out)
+        config, batches = self.model.config, [*self.batches()][self.held_out.start :]
+        with self.source.loaded("after", self.device):
             states = (
-                (Parts(model).norm(self.state(stream, end, b["place"])), labels_of(model.config, b))
+                (self.norm(self.state(stream, end, b["place"])), labels_of(config, b))
                 for b in batches
             )
-            return mean_answer_loss(states, head_of(model))
+            return mean_answer_loss(states, head_of(self.model))

@@ -1,7 +1,6 @@
 """`walk_` and `walk_checkpoint`: prune a model in one pass through its layers."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,14 +43,7 @@ def walk_(
     ratio: float | None = None,
     axis: str = "width",
     *,
-    plan: Plan | None = None,
-    scores: Scores | Sequence[Scores] = (),
-    allocation: str = "balanced",
-    repair: str = "auto",
-    held_out: Iterable[Batch] | None = None,
-    local_steps: int = 0,
     token_weights: TokenWeights | None = None,
-    ridge: float = RIDGE,
     **options: Any,
 ) -> Walked:
     """Prune a model in one pass through its layers, in place.
@@ -67,27 +59,31 @@ def walk_(
     between two layers (twice where the original's are a target), on the model's device, in host
     memory or in files (`slimvlm.scoring.stores.StatesPlace`); and one layer's sums.
 
-    Options are those of ``slimvlm compress``, or of `make_plan`. A ``plan`` takes the place of
-    these, of ``ratio`` and of ``axis``. ``scores`` of widths choose the units instead of the walk;
-    those of layers default to `DEFAULT_CRITERIA`. ``held_out`` are validation batches, which
-    confirm and judge: for ``repair="auto"`` and ``local_steps`` without any, every fourth batch is
-    set aside. ``ridge`` is that of `slimvlm.pruning.repair.refit`.
+    Args:
+        model: A model in full precision with all its weights in place.
+        batches: Model inputs, for choices and fits.
+        ratio: As in `slimvlm.make_plan`.
+        axis: As in `slimvlm.make_plan`.
+        token_weights: Weights of tokens by role; without them all weigh 1.
+        options: ``repair`` (``auto``), ``local_steps`` (0) and ``allocation`` (``balanced``) are
+            those of ``slimvlm compress``; ``held_out`` are validation batches, which confirm and
+            judge: for ``repair="auto"`` and ``local_steps`` without any, every fourth batch is set
+            aside; ``ridge`` is that of `slimvlm.pruning.repair.refit`. ``scores`` of widths choose
+            the units instead of the walk; those of layers default to `DEFAULT_CRITERIA`. All others
+            are those of `slimvlm.make_plan`; a ``plan`` takes the place of these, of ``ratio`` and
+            of ``axis``.
 
     Raises:
         ConfigError: If an argument is unknown or the plan is for another model.
         DataError: If there are no batches, or too few to set some aside.
         NumericalError: If NaN or infinity appears, with the layer's number. The model is unchanged.
     """
-    how = (repair, ridge, local_steps, plan, token_weights)
-    fitted, judges, steps = _prepared(batches, held_out, *how, ratio=ratio, **options)
     models.require_full_precision(model.config, "pruned")
     models.require_undivided(model, "pruned")
-    given = [scores] if isinstance(scores, Scores) else scores
-    by = DEFAULT_CRITERIA["depth"][0]
-    requested = (ratio, axis, allocation, lambda: [score(model, fitted, by, token_weights)])
-    plans, chooses = plans_for(read_anatomy(model), given, *requested, plan=plan, **options)
-    config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
-    walked = walk(Live(model), config, device_of(model), Memory(torch.device("cpu")))
+    source, store, by = Live(model), Memory(torch.device("cpu")), DEFAULT_CRITERIA["depth"][0]
+    found = lambda fitted: [score(model, fitted, by, token_weights)]  # noqa: E731
+    how = (source, device_of(model), store, found, batches, ratio, axis, token_weights)
+    walked = _asked(*how, **options)
     walked.apply_(model)
     return walked
 
@@ -99,14 +95,7 @@ def walk_checkpoint(
     ratio: float | None = None,
     axis: str = "width",
     *,
-    plan: Plan | None = None,
-    scores: Scores | Sequence[Scores] = (),
-    allocation: str = "balanced",
-    repair: str = "auto",
-    held_out: Iterable[Batch] | None = None,
-    local_steps: int = 0,
     token_weights: TokenWeights | None = None,
-    ridge: float = RIDGE,
     dtype: str = "auto",
     scratch: str | Path | None = None,
     force: bool = False,
@@ -126,56 +115,71 @@ def walk_checkpoint(
     `slimvlm.score_checkpoint`, all other arguments as in `walk_`. Errors are those of these three.
     """
     require_free(out, force)
-    place = device_named(device)
-    how = (repair, ridge, local_steps, plan, token_weights)
-    fitted, judges, steps = _prepared(batches, held_out, *how, ratio=ratio, **options)
-    given = [scores] if isinstance(scores, Scores) else scores
-    opened = open_checkpoint(model, dtype, trust_remote_code)
+    place, opened = device_named(device), open_checkpoint(model, dtype, trust_remote_code)
+    data, held_out = list(batches), [*(options.pop("held_out", None) or ())]
+    scores = _listed(options.pop("scores", ()))
     with scratch_folder(scratch) as folder:
         request = {
             **opened.identity,
-            "batches": [[*map(digest_of_tensors, part)] for part in (fitted, judges)],
-            "asked": repr((ratio, axis, plan, allocation, token_weights, steps, options)),
-            "scores": [digest_of_tensors(each.tensors()) for each in given],
+            "batches": [[*map(digest_of_tensors, part)] for part in (data, held_out)],
+            "asked": repr((ratio, axis, token_weights, sorted(options.items()))),
+            "scores": [digest_of_tensors(each.tensors()) for each in scores],
         }
-        Scratch(folder).keep_if_same("request.json", request)
+        Scratch(folder).keep_if_same(request)
+        store = Scratch(folder / "walk")
         by: dict[str, Any] = {DEFAULT_CRITERIA["depth"][0]: {}}
-        scoring = (fitted, by, token_weights, folder / "scoring", say, device)
-        requested = (ratio, axis, allocation, lambda: score_by_layer(opened, *scoring))
-        anatomy = read_anatomy(opened.model)
-        plans, chooses = plans_for(anatomy, given, *requested, plan=plan, **options)
-        config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
-        walked = walk(opened, config, place, Scratch(folder / "walk"), say=say)
+        scoring = (by, token_weights, folder / "scoring", say, device)
+        found = lambda fitted: score_by_layer(opened, fitted, *scoring)  # noqa: E731
+        how = (opened, place, store, found, data, ratio, axis, token_weights)
+        walked = _asked(*how, scores=scores, held_out=held_out, say=say, **options)
         weights = walked.weights
         prune_checkpoint(model, walked.plan, out, dtype, force, False, trust_remote_code, weights)
     return walked
 
 
-def _prepared(
+def _asked(
+    source: Source,
+    device: torch.device,
+    results: Store,
+    score_layers: Callable[[Sequence[Batch]], list[Scores]],
     batches: Iterable[Batch],
-    held_out: Iterable[Batch] | None,
-    repair: str,
-    ridge: float,
-    count: int,
-    plan: Plan | None,
+    ratio: float | None,
+    axis: str,
     token_weights: TokenWeights | None,
+    *,
+    plan: Plan | None = None,
+    scores: Scores | Sequence[Scores] = (),
+    allocation: str = "balanced",
+    repair: str = "auto",
+    held_out: Iterable[Batch] | None = None,
+    local_steps: int = 0,
+    ridge: float = RIDGE,
+    say: Say = silent,
     **options: Any,
-) -> tuple[list[Batch], list[Batch], Steps]:
-    """Check the options; set validation batches aside, if none are given and some are needed."""
-    for name, value in options.items():
+) -> Walked:
+    """Check the arguments of `walk_`, set validation batches aside if needed, and walk."""
+    for name, value in {"ratio": ratio, **options}.items():
         if plan is not None and value is not None:
             raise ConfigError(f"{name} {value} conflicts with the plan: leave one of them out")
     if token_weights is not None:
         criterion_named(WALKING, {}, token_weights)
-    steps = Steps(repair=cast(Repair, repair), ridge=ridge, count=count)
-    fitted, judges = list(batches), [] if held_out is None else list(held_out)
+    steps = Steps(repair=cast(Repair, repair), ridge=ridge, count=local_steps)
+    fitted, judges = list(batches), [*(held_out or ())]
     if (steps.repair == "auto" or steps.count) and not judges:
         fitted, judges = split_validation(fitted)
         if not judges:
             raise DataError("the walk needs held_out batches, or 4 calibration batches")
     if not fitted:
         raise DataError("no calibration batch was given")
-    return fitted, judges, steps
+    requested = (ratio, axis, allocation, lambda: score_layers(fitted))
+    anatomy = read_anatomy(source.model)
+    plans, chooses = plans_for(anatomy, _listed(scores), *requested, plan=plan, **options)
+    config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
+    return walk(source, config, device, results, say=say)
+
+
+def _listed(scores: Scores | Sequence[Scores]) -> list[Scores]:
+    return [scores] if isinstance(scores, Scores) else list(scores)
 
 
 def plans_for(
@@ -218,7 +222,7 @@ def walk(
     say: Say = silent,
 ) -> Walked:
     """Walk a model that is run layer by layer; it does not change."""
-    model, everything = source.model, [*config.batches, *config.held_out]
+    model = source.model
     if all(plan.tokens is not None and not plan.cuts_layers for plan in config.plans):
         return Walked(config.plans[0])
     for plan in config.plans:
@@ -227,33 +231,35 @@ def walk(
             require_choosable(plan)
     with evaluating(model), frozen(model):
         if states is None:
-            # shared keys, and the masks of flex_attention, which are no tensors, stay on the device
-            with suppress(UnsupportedModelError):
-                tensors = ([v for v in b.values() if isinstance(v, Tensor)] for b in everything)
-                sizes = [sum(value.nbytes for value in each) for each in tensors]
-                # the largest batch tells what is kept but hidden states: masks, images
-                one = LayerwiseModel(source, Memory(torch.device("cpu")), device)
-                one.embed([everything[sizes.index(max(sizes))]])
-                kept = one.store.read("batches", 0, torch.device("cpu"))
-                others = sum(value.nbytes for name, value in kept.items() if name != "hidden")
-                del one, kept  # which hold the batch
-                tokens = sum(valid_tokens(batch).numel() for batch in everything)
-                size, aims = text_config_of(model.config).hidden_size, config.aims_at_original
-                needed = states_bytes(size, tokens, model.dtype.itemsize, aims)
-                needed += others * sum(sizes) / max(sizes)
-                place = StatesPlace.of(needed, device)
-                say(f"hidden states: {place}")
-                folder = results.folder / "states" if isinstance(results, Scratch) else None
-                states = place.store(folder)
-        states = Memory() if states is None else states
-        runner = LayerwiseModel(source, states, device)
-        runner.embed(everything)
-        fitted = range(len(config.batches))
-        held_out = range(len(fitted), len(everything))
-        streams = Streams(runner, fitted, held_out, config.token_weights)
-        if not any(bool(streams.weights[place].any()) for place in fitted):
+            states = _states_store(source, config, device, results, say)
+        streams = Streams(source, states, device, config.token_weights)
+        streams.embed_all(config.batches, config.held_out)
+        if not any(bool(streams.weights[place].any()) for place in streams.fitted):
             raise DataError("no calibration token has a weight above 0")
         return Walk(streams, results, config).run()
+
+
+def _states_store(
+    source: Source, config: WalkConfig, device: torch.device, results: Store, say: Say
+) -> Store:
+    """Make a store of hidden states where they fit, by what is kept of the largest batch."""
+    everything, cpu = [*config.batches, *config.held_out], torch.device("cpu")
+    tensors = ([v for v in batch.values() if isinstance(v, Tensor)] for batch in everything)
+    sizes = [sum(value.nbytes for value in each) for each in tensors]
+    one = LayerwiseModel(source, Memory(cpu), device)
+    try:
+        one.embed([everything[sizes.index(max(sizes))]])
+    except UnsupportedModelError:
+        # shared keys, and the masks of flex_attention, which are no tensors, stay on the device
+        return Memory()
+    kept = one.store.read("batches", 0, cpu)  # also masks, and features of images
+    others = sum(value.nbytes for name, value in kept.items() if name != "hidden")
+    tokens = sum(valid_tokens(batch).numel() for batch in everything)
+    size, itemsize = text_config_of(source.model.config).hidden_size, source.model.dtype.itemsize
+    needed = states_bytes(size, tokens, itemsize, config.aims_at_original)
+    place = StatesPlace.of(needed + others * sum(sizes) / max(sizes), device)
+    say(f"hidden states: {place}")
+    return place.store(results.folder / "states" if isinstance(results, Scratch) else None)
 
 
 def require_choosable(plan: Plan) -> None:
