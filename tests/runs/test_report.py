@@ -159,7 +159,6 @@ def test_a_study_shows_every_cell(study):
     assert "Failed cells" in html
     assert not re.search(r"<[^>]*onerror", html)
     assert_sound(html)
-    assert report_html(read_record(study)) == html  # the same every time
     assert html.count('<img src="data:image/svg+xml;base64,') > 30
 
 
@@ -277,6 +276,7 @@ def test_the_report_shows_the_numbers_of_the_files_and_refuses_broken_ones(run):
     assert record.cards[1] == ("Retained of free answers", "80.0", words)
     assert not any("chosen" in label for label, *_ in record.cards)
     html = report_html(record)
+    assert report_html(read_record(run)) == html  # the same every time
     text = unescape(re.sub(r"<[^>]+>", " ", html))
     kept_text = f"80.0 [{expected.low:.1f}, {expected.high:.1f}]"
     for needed in (kept_text, f"{plan.ratio:.1%}", "7 samples"):

@@ -48,15 +48,21 @@ class Chart:
 
 @contextmanager
 def drawing(
-    charts: list[Chart], title: str, caption: str = "", size: tuple[int, int] = (400, 270)
+    charts: list[Chart],
+    title: str,
+    caption: str = "",
+    size: tuple[int, int] = (400, 270),
+    right: int = 12,
 ) -> Iterator[Axes]:
-    """Yield axes to draw on, and append the chart; its size is in CSS pixels."""
+    """Yield axes to draw on, and append the chart; size and right margin are in CSS pixels."""
     buffer, no_metadata = StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that only the reader's fonts have
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
+        width, height = size
+        figure = Figure(figsize=(width / 72, height / 72))
         figure.patch.set_visible(False)
-        axes = figure.add_subplot()
+        inside = (width - 54 - right) / width, (height - 54) / height
+        axes = figure.add_axes((54 / width, 46 / height, *inside))
         axes.patch.set_visible(False)
         yield axes
         figure.savefig(buffer, format="svg", metadata=no_metadata)
@@ -94,6 +100,7 @@ def trade_offs(entries: pd.DataFrame) -> list[Chart]:
             axes.plot(best["cost"], best["kept"], ":", color=COLOURS["soft"])
             _draw_models(axes, shown, cost)
             axes.set(xlabel=label, ylabel="AVG-%")
+            axes.locator_params(nbins=6)
             axes.legend()
     return charts
 
@@ -153,8 +160,8 @@ def allocation(plan: Plan) -> list[Chart]:
         rows.append([mlp, kept.num_kv_heads * kept.kv_group_params, fixed])
     parts = np.array(rows, float).T / 1e6
     caption = "Millions of parameters. Outline: before pruning. Removed layers are crossed."
-    size = min(_COLUMN * len(shapes) + 240, _WIDEST), _BAR
-    with drawing(charts, "What each layer keeps", caption, size) as axes:
+    size = min(_COLUMN * len(shapes) + 234, _WIDEST), _BAR
+    with drawing(charts, "What each layer keeps", caption, size, right=180) as axes:
         looks = (("MLP", "depth"), ("attention", "width"), ("weights without units", "soft"))
         for i, (name, colour) in enumerate(looks):
             below = parts[:i].sum(0)
@@ -164,7 +171,7 @@ def allocation(plan: Plan) -> list[Chart]:
         gone = [i for i in range(len(shapes)) if i not in plan.layers]
         axes.plot(gone, [whole[i] / 2 for i in gone], "x", color=COLOURS["lost"])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.figure.legend(loc="outside right center")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return charts
 
 
@@ -201,7 +208,7 @@ def _draw_scores(
             columns[layer] = of.new_tensor([float(part.mean()) for part in parts if len(part)])
     table = pd.DataFrame([column.tolist() for column in columns])
     ranks = pd.Series(table.to_numpy(float).ravel()).rank(pct=True).to_numpy().reshape(table.shape)
-    size = min(_COLUMN * len(columns) + 60, _WIDEST), table.shape[1] * row + 50
+    size = min(_COLUMN * len(columns) + 66, _WIDEST), table.shape[1] * row + 54
     with drawing(charts, title, caption, size) as axes:
         shown: Any = {"cmap": "Blues", "vmin": 0, "vmax": 1, "interpolation": "none"}
         axes.imshow(ranks.T, aspect="auto", **shown)
