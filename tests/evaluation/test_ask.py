@@ -80,34 +80,30 @@ def test_batches_change_no_reply(kind):
 
 def test_replies_stay_with_their_questions_and_the_model_is_left_alone(llava, result):
     """They are asked longest first, and must come back in the task's order."""
-    found = result.tasks["colours"]
+    found, (model, processor) = result.tasks["colours"], llava
     assert found.ids == tuple(f"q{i}" for i in range(9))
     for question, reply in zip(questions(9), found.replies, strict=True):
         assert answer(*llava, [question], 4)[0][0] == reply
-    model, processor = llava
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
-    evaluate(model, processor, [task(count=2)])
+    few = evaluate(model, processor, [task()], limit=3)
     assert model.training
     model.eval()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert few.tasks["colours"].ids == ("q0", "q1", "q2")
+    assert few.tasks["colours"].replies == found.replies[:3]
+    with pytest.raises(ConfigError, match=r"'colours': the baseline has other questions"):
+        few.retention(result)
 
 
-def test_scores_follow_from_the_replies_and_limit_asks_the_first_questions(llava, result):
+def test_scores_follow_from_the_replies_and_answers_are_offered_or_not(llava, result):
     """Ask again with some replies declared right."""
     asked, given = questions(9), result.tasks["colours"].replies
     asked[:3] = [replace(asked[i], answers=(given[i],)) for i in range(3)]
     found = evaluate(*llava, [task(load=lambda limit: asked)]).tasks["colours"]
     assert found.scores == (1, 1, 1, 0, 0, 0, 0, 0, 0)
     assert found.score == pytest.approx(100 / 3)
-    few = evaluate(*llava, [task()], limit=3)
-    assert few.tasks["colours"].ids == ("q0", "q1", "q2")
-    assert few.tasks["colours"].replies == given[:3]
-    with pytest.raises(ConfigError, match=r"'colours': the baseline has other questions"):
-        few.retention(result)
-
-
-def test_answers_are_offered_where_the_prompt_gives_them_or_the_likeliest_is_taken(llava, result):
+    assert found.offered is False
     asked = [replace(q, images=(), choices=WORDS) for q in questions(2)]
     told = [replace(q, prompt=f"{q.prompt} red, blue or green?") for q in asked]
     for given, likeliest, offered in (
@@ -118,7 +114,6 @@ def test_answers_are_offered_where_the_prompt_gives_them_or_the_likeliest_is_tak
     ):
         found = task(load=lambda limit, given=given: given, by_likelihood=likeliest)
         assert evaluate(*llava, [found]).tasks["colours"].offered is offered
-    assert result.tasks["colours"].offered is False
 
 
 def test_replies_that_reach_the_token_limit_are_counted(llava, tmp_path):
@@ -176,40 +171,34 @@ def test_perplexity_is_exp_of_the_mean_token_loss(llava, result):
     found = result.tasks["passages"]
     assert found.score == pytest.approx(math.exp(total / count), rel=1e-5)
     assert found.in_average is False
-    assert "passages" not in {n for n, t in result.tasks.items() if t.in_average}
 
 
 def test_blind_shows_other_pictures_and_gives_floors(llava, result):
     """Questions about the same picture may stand half a list apart; text has nothing to swap."""
     asked = questions(5)
-    blind = with_other_pictures(asked)
-    assert [q.id for q in blind] == [q.id for q in asked]
-    assert all(b.images != q.images for b, q in zip(blind, asked, strict=True))
-    shown, given = (sorted(q.images[0].tobytes() for q in of) for of in (blind, asked))
+    shown, given = (
+        sorted(q.images[0].tobytes() for q in of) for of in (with_other_pictures(asked), asked)
+    )
     assert shown == given
-    found = evaluate(*llava, [task()], blind=True).tasks["colours"]
-    assert found.replies != result.tasks["colours"].replies
     asked = [replace(q, images=(picture(i // 3 % 2),)) for i, q in enumerate(questions(12))]
     asked.insert(4, replace(asked[0], images=()))
     blind = with_other_pictures(asked)
+    assert [q.id for q in blind] == [q.id for q in asked]
     assert [bool(q.images) for q in blind] == [bool(q.images) for q in asked]
     assert all(b.images != q.images for b, q in zip(blind, asked, strict=True) if q.images)
     with pytest.raises(ConfigError, match=r"blind: question 'q0' finds no other images"):
         with_other_pictures([replace(q, images=(picture(0),)) for q in asked])
     asked = [task(), task("words", sees=False), PERPLEXITY, task("losses", metric="loss")]
-    both = evaluate(*llava, asked, floors=True)
-    blind = evaluate(*llava, asked, blind=True)
-    colours = both.tasks["colours"]
-    assert colours.blind_scores == blind.tasks["colours"].scores
-    alone = result.tasks["colours"]
-    assert (colours.replies, colours.scores) == (alone.replies, alone.scores)
-    assert colours.majority == pytest.approx(100 * 3 / 9)  # "yes" answers 0, 4 and 8
+    both, blind = (evaluate(*llava, asked, **{how: True}) for how in ("floors", "blind"))
+    colours, alone = both.tasks["colours"], result.tasks["colours"]
+    assert blind.tasks["colours"].replies != alone.replies
     assert colours.blind == blind.tasks["colours"].blind == blind.tasks["colours"].score
+    assert colours.majority == pytest.approx(100 * 3 / 9)  # "yes" answers 0, 4 and 8
+    assert replace(alone, blind_scores=blind.tasks["colours"].scores) == colours
     assert [both.tasks[n].blind for n in ("words", "passages", "losses")] == [None] * 3
     lost = [found.tasks["losses"].scores for found in (both, blind)]
     assert not any(one == other for one, other in zip(*lost, strict=True))
     assert both.tasks["passages"].majority is None
-    assert replace(alone, blind_scores=colours.blind_scores) == colours
     with pytest.raises(DataError, match=r"^task 'colours': two questions have the id 'q0'$"):
         evaluate(*llava, [task(load=lambda limit: questions(2) + questions(1))])
     with pytest.raises(ConfigError, match="leave out one of blind and floors"):
@@ -240,8 +229,7 @@ def test_a_result_has_sizes_times_and_options(llava, result):
 
 def test_a_stopped_evaluation_asks_only_the_rest(llava, tmp_path, monkeypatch):
     tasks = [task(count=9), PERPLEXITY, task("more", count=6)]
-    asked = []
-    budget = 0
+    asked, budget, how = [], 99, {"batch_size": 2, "log_folder": tmp_path}
 
     def counted(*arguments):
         if len(asked) >= budget:
@@ -250,32 +238,24 @@ def test_a_stopped_evaluation_asks_only_the_rest(llava, tmp_path, monkeypatch):
         return answer(*arguments)
 
     monkeypatch.setattr(evaluation, "answer", counted)
-    budget = 99
     whole = evaluate(*llava, tasks, batch_size=2)
     assert len(asked) == 15
-    again = evaluate(*llava, tasks, batch_size=2)
-    assert whole == again
-    asked, budget = [], 4
-    with pytest.raises(Stopped):
-        evaluate(*llava, tasks, batch_size=2, log_folder=tmp_path)
-    first = list(asked)
-    assert len(first) == 4
-    for log in tmp_path.iterdir():
-        with log.open("a") as file:
-            file.write('{"id": "q0", "prom')  # cut short
-    asked, budget = [], 9
-    with pytest.raises(Stopped):
-        evaluate(*llava, tasks, batch_size=2, log_folder=tmp_path)
+    first = []
+    for budget in (4, 9):  # noqa: B007
+        asked = []
+        with pytest.raises(Stopped):
+            evaluate(*llava, tasks, **how)
+        first += asked[: 9 - len(first)]
+        for log in tmp_path.iterdir():
+            with log.open("a") as file:
+                file.write('{"id": "q0", "prom')  # cut short
+    assert sorted(first) == [f"q{i}" for i in range(9)]
     assert len(asked) == 9
-    assert not set(first) & set(asked[:5])
-    assert sorted(first + asked[:5]) == [f"q{i}" for i in range(9)]
     monkeypatch.setattr(evaluation, "answer_losses", None)  # passages are not read again
-    asked, budget = [], 99
-    assert evaluate(*llava, tasks, batch_size=2, log_folder=tmp_path) == whole
-    assert len(asked) == 2
-    asked = []
-    assert evaluate(*llava, tasks, batch_size=2, log_folder=tmp_path) == whole
-    assert asked == []
+    for budget, rest in ((99, 2), (0, 0)):  # noqa: B007
+        asked = []
+        assert evaluate(*llava, tasks, **how) == whole
+        assert len(asked) == rest
 
 
 def test_a_log_answers_only_for_what_was_asked_in_the_same_way(tmp_path, monkeypatch):
@@ -308,9 +288,6 @@ def test_a_log_answers_only_for_what_was_asked_in_the_same_way(tmp_path, monkeyp
     assert is_asked_once()
     monkeypatch.setattr(evaluation.documents, "identity_of_code", lambda: "a mended bug")
     assert is_asked_once()
-
-
-def test_a_log_that_cannot_be_written_is_named(llava, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
-        evaluate(*llava, [task(count=1)], log_folder=tmp_path / "file" / "log")
+        evaluate(model, processor, [task(count=1)], log_folder=tmp_path / "file" / "log")

@@ -81,22 +81,19 @@ def test_counts_of_all_tasks_add_up_and_others_are_named():
     a = result("a", one=answered(one, "1100"), two=answered(other, "1111"))
     b = result("b", one=answered(one, "1010"), two=answered(other, "1110"))
     found = compare(a, b, {})
-    assert found.counts == {"lost": 2, "gained": 1, "both wrong": 1, "both right": 4}
-    assert found.difference.value == pytest.approx(-12.5)
-    worded = [
-        result(n, one=answered(one, ["dog", word] * 2)) for n, word in (("a", "cat"), ("b", "cow"))
-    ]
-    found = compare(*worded, {})
-    assert (found.flips, found.counts["lost"]) == (2, 2)
-    worded[0] = result("a", one=answered(one, ["dog", "hen"] * 2))
-    found = compare(*worded, {})
-    assert (found.flips, found.counts["lost"]) == (2, 0)  # wrong before and after, in other words
+    assert found.total.counts == {"lost": 2, "gained": 1, "both wrong": 1, "both right": 4}
+    assert found.total.difference.value == pytest.approx(-12.5)
+    for before, lost in (("cat", 2), ("hen", 0)):  # wrong before and after, in other words
+        words = {"a": before, "b": "cow"}
+        worded = [result(n, one=answered(one, ["dog", w] * 2)) for n, w in words.items()]
+        total = compare(*worded, {}).total
+        assert (total.flips, total.counts["lost"]) == (2, lost)
     halves = {
         n: result(n, mme_perception=replace(MME, scores=(s,) * 4))
         for n, s in (("a", 20.0), ("b", 18.0))
     }
     found = compare(halves["a"], halves["b"], {})  # 2000 and 1800 of 2000 points
-    assert found.difference.value == pytest.approx(-10)
+    assert found.total.difference.value == pytest.approx(-10)
     assert found.tasks["mme_perception"].difference.value == pytest.approx(-200)
     kinds = [pair.kind for pair in graded().tasks["pets"].pairs]
     assert kinds == ["both right", "lost"]  # graded answers are right from one half
@@ -137,7 +134,7 @@ def test_rows_mark_a_significant_difference_and_json_names_answers():
     assert re.fullmatch(r"-50\.0 \[-\d+\.\d, -\d+\.\d\] \*", rows[0][3])
     assert rows[0][-5:] == ["20 = 20 + 0 + 0", "20", "0", "0", "20"]
     _, rows = comparison_rows(two("1010", "1010")[0])
-    assert re.fullmatch(r"0\.0 \[-\d+\.\d, \+\d+\.\d\]", rows[0][3].strip())
+    assert re.fullmatch(r"\+0\.0 \[-\d+\.\d, \+\d+\.\d\]", rows[0][3].strip())
     values = comparison_json(two("1101", "1010")[0])
     pets = values["tasks"]["pets"]
     assert pets["lost"] == ["pets-1", "pets-3"]
@@ -166,7 +163,7 @@ def gone(limit):
 def test_unknown_and_changed_tasks_show_no_wrong_questions(known, note):
     a, b = (result(n, pets=answered(TWO, n)) for n in ("11", "10"))
     found = compare(a, b, known)
-    assert found.counts["lost"] == 1
+    assert found.total.counts["lost"] == 1
     assert note in found.tasks["pets"].note
     assert all(not pair.question.prompt for pair in found.tasks["pets"].pairs)
 

@@ -166,21 +166,18 @@ def test_mistakes_are_found_before_a_model_is_read(home, monkeypatch):
     assert "'absence'" in refused("compare", MODEL, "demo", "--require", "absence >= 0.5")
     assert "--config" in refused("compress", MODEL, "--out", home / "no", "--require", "loss <= 1x")
     values = {"model": MODEL, "ratio": 0.3, "data": str(data), "recover": "none"}
-    (home / "run.yaml").write_text(yaml.safe_dump({**values, "require": ["presence >= 0.5"]}))
-    for more in ([], ["--dry-run"]):
-        told = refused("compress", "--config", home / "run.yaml", "--out", home / "no", *more)
-        assert "figure 'presence' must be one of: loss, perplexity, increase, agreement" in told
-    (home / "run.yaml").write_text(yaml.safe_dump({**values, "require": "loss <= 1x"}))
-    told = refused(
-        *("compress", "--config", home / "run.yaml", "--out", home / "no"),
-        *("--test-samples", "0"),
-    )
-    assert "those of --tasks, or of --data with test samples" in told
+    unseen = "figure 'presence' must be one of: loss, perplexity, increase, agreement"
     few = str(folders.write_llava_data(home / "few", count=8))  # of which none stays unseen
-    (home / "run.yaml").write_text(yaml.safe_dump({**values, "data": few, "require": "loss <= 1x"}))
-    for more in ([], ["--dry-run"]):
-        told = refused("compress", "--config", home / "run.yaml", "--out", home / "no", *more)
-        assert "those of --tasks, or of --data with test samples" in told
+    for changes, more, expected in (
+        ({"require": ["presence >= 0.5"]}, [], unseen),
+        ({"require": ["presence >= 0.5"]}, ["--dry-run"], unseen),
+        ({"require": "loss <= 1x"}, ["--test-samples", "0"], "with test samples"),
+        ({"require": "loss <= 1x", "data": few}, [], "with test samples"),
+        ({"require": "loss <= 1x", "data": few}, ["--dry-run"], "with test samples"),
+    ):
+        (home / "run.yaml").write_text(yaml.safe_dump(values | changes))
+        run = ("--config", home / "run.yaml", "--out", home / "no", *more)
+        assert expected in refused("compress", *run)
 
 
 @pytest.mark.slow

@@ -157,9 +157,13 @@ def shipped(loaded, tmp_path, monkeypatch):
     def run(name, replies, limit=None):
         task = next(row.task for key, row in LMMS_TASKS.items() if name in (key, row.task))
         column = IMAGE_COLUMNS.get(task, "image")
-        rows = [{**row, column: picture(i)} for i, row in enumerate(SHIPPED_ROWS[task])]
+        given, found = SHIPPED_ROWS[task], []
+        for i in range(max(len(v) for v in given.values() if isinstance(v, list))):
+            row = {n: v.get("all", v) if isinstance(v, dict) else v for n, v in given.items()}
+            row |= {n: v[i] for n, v in given.items() if isinstance(v, list)}
+            found.append({**row, column: picture(i)})
         stored = tmp_path / f"{task}.parquet"
-        write_parquet(stored, rows, column)
+        write_parquet(stored, found, column)
         (file,) = SHIPPED.glob(f"*/{task}.yaml")
         written = yaml.load(file.read_text(), _Plain)
         assert written["task"] == task
@@ -169,9 +173,9 @@ def shipped(loaded, tmp_path, monkeypatch):
             "dataset_kwargs": {"data_files": {written["test_split"]: str(stored)}},
         }
         (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(fields))
-        given = iter(replies)
+        said = iter(replies)
         monkeypatch.setattr(
-            lmms, "answer", lambda _m, _p, asked, _n: [(next(given), False) for _ in asked]
+            lmms, "answer", lambda _m, _p, asked, _n: [(next(said), False) for _ in asked]
         )
         asked = Questions(tasks=name, limit=limit, task_folder=str(tmp_path))
         return evaluate_all(*loaded, asked, "tiny")

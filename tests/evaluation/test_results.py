@@ -35,9 +35,12 @@ def test_a_file_gives_the_same_result_and_one_without_later_fields_loads(tmp_pat
     values = json.loads((tmp_path / "result.json").read_text())
     assert values["average"] == found.average
     assert values["average_by_kind"] == {"free": found.average}
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     replace(found, tasks={"passages": PASSAGES}).save(tmp_path / "loss.json")
     assert json.loads((tmp_path / "loss.json").read_text())["average"] is None  # JSON has no NaN
+    for text in ("", "[]", "{}", '{"average": 1, "tasks": {"a": {}}}'):
+        (tmp_path / "broken.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"result '.*broken\.json': cannot be read"):
+            Result.load(tmp_path / "broken.json")
     for name in ("blind", "limit", "batch_size", "dtype", "average_by_kind"):
         del values[name]
     for task in values["tasks"].values():
@@ -86,17 +89,6 @@ def test_chosen_and_free_answers_are_kept_apart_with_their_floors():
     assert passages.by_kind() == passages.retention_by_kind(whole) == {}
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"average": 1, "tasks": {"a": {}}}', '{"average": 1, "tasks": []}']
-)
-def test_a_broken_file_is_named(text, tmp_path):
-    (tmp_path / "result.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"result '.*result\.json': cannot be read"):
-        Result.load(tmp_path / "result.json")
-    with pytest.raises(ConfigError, match=r"missing\.json"):
-        Result.load(tmp_path / "missing.json")
-
-
 def test_models_of_one_shape_have_the_same_times_and_retain_all():
     found = result(KNOWN)
     kept = found.retention(found)
@@ -121,27 +113,21 @@ def test_retention_above_the_highest_floor(floor, scores):
     assert kept.above_floor == pytest.approx(100 * (score - floor) / (base - floor))
 
 
-def test_a_blind_result_as_baseline(tmp_path):
-    found, blind = result(HALF), result(HALF, blind=True)
-    assert blind.retention(blind).percent == pytest.approx(found.retention(found).percent)
-    blind.save(tmp_path / "blind.json")
-    assert read_baseline(tmp_path / "blind.json", blind=True) == blind
-    with pytest.raises(ConfigError, match=r"blind\.json': it is blind, the new result is not"):
-        read_baseline(tmp_path / "blind.json")
-    with pytest.raises(ConfigError, match="evaluate that model with --floors"):
-        read_baseline(tmp_path / "blind.json", blind=True, floors=True)
-
-
-def test_a_baseline_file_of_other_questions_is_known_before_a_model_is_read(tmp_path):
+def test_a_baseline_file_is_checked_before_a_model_is_read(tmp_path):
     asked = [Question("q0", "what?", ("red",))]
     colours = replace(result("1").tasks["colours"], **asked_of(asked))
-    replace(result("1"), tasks={"colours": colours}).save(tmp_path / "r.json")
-    same = {"colours": Task("colours", "exact_match", 25.0, lambda limit: asked[:limit])}
-    assert read_baseline(tmp_path / "r.json", tasks=same).tasks["colours"] == colours
-    other = {
-        "colours": replace(
-            same["colours"], load=lambda limit: [replace(asked[0], answers=("blue",))]
-        )
-    }
-    with pytest.raises(ConfigError, match=r"'colours'.*other prompts or answers"):
-        read_baseline(tmp_path / "r.json", tasks=other)
+    for name, blind in (("r", False), ("blind", True)):
+        found = replace(result("1"), tasks={"colours": colours}, blind=blind)
+        found.save(tmp_path / f"{name}.json")
+        assert read_baseline(tmp_path / f"{name}.json", blind) == found
+        assert found.retention(found).percent == 100
+    same = Task("colours", "exact_match", 25.0, lambda limit: asked[:limit])
+    assert read_baseline(tmp_path / "r.json", tasks={"colours": same}).tasks["colours"] == colours
+    other = replace(same, load=lambda limit: [replace(asked[0], answers=("blue",))])
+    for name, how, message in (
+        ("blind", {}, r"blind\.json': it is blind, the new result is not"),
+        ("blind", {"blind": True, "floors": True}, "evaluate that model with --floors"),
+        ("r", {"tasks": {"colours": other}}, r"'colours'.*other prompts or answers"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_baseline(tmp_path / f"{name}.json", **how)

@@ -74,7 +74,7 @@ def test_evaluate_data(baseline, pair, card):
     if beside is None:
         head = head_weights_of(theirs) if baseline == "kept with its head" else None
         beside = predictions_of(theirs, processor, samples, head=head)
-        assert {each.device.type for _, *parts in beside.found for each in parts} == {"cpu"}
+        assert {each.device.type for each in (*beside.states, *beside.wanted)} == {"cpu"}
     expected = sv.evaluate_data(model, processor, samples, other, batch_size=2)
     found = sv.evaluate_data(there, processor, samples, beside, batch_size=2)
     for ours, same in zip(found.samples, expected.samples, strict=True):

@@ -1,7 +1,6 @@
 """Models as users have them: adapters, revisions of a hub id, and what the hub refuses."""
 
 import copy
-import json
 import re
 import shutil
 from pathlib import Path

@@ -7,6 +7,7 @@ import pytest
 
 from slimvlm.evaluation.metrics import average_difference, retention
 from slimvlm.evaluation.on_data import DataResult, OnSample
+from tests.evaluation.test_metrics import answers
 
 RIGHT, LOST, GAINED = 0.8, 0.25, 0.3  # of the original; of its right answers; of its wrong ones
 SMALL = RIGHT * (1 - LOST) + (1 - RIGHT) * GAINED  # of the small model: 0.66
@@ -64,16 +65,12 @@ def of_scores(rng, count, each):
     """change retention average apart"""
     a, b = scores(rng, count, each)
     (one, other), shown = (scores(rng, count, each) for _ in "ab"), pictures(count, each)
-    groups = ({"first": shown, "second": shown},) if shown else ()
+    groups = {"first": shown, "second": shown, "": shown}
     tasks = [{"first": x, "second": y} for x, y in ((a, one[0]), (b, one[1]))]
-    unpaired = average_difference({"": other[0]}, {"": b}, *({"": g["first"]} for g in groups))
-    kept = retention(tasks[1], tasks[0], dict.fromkeys(tasks[0], 0.0), None, *groups)
-    return (
-        average_difference({"": a}, {"": b}, *({"": g["first"]} for g in groups)),
-        kept,
-        average_difference(*tasks, *groups),
-        unpaired,
-    )
+    pairs = (({"": b}, {"": a}), (tasks[1], tasks[0]), ({"": b}, {"": other[0]}))
+    tables = [answers(*pair, pictures=groups) for pair in pairs]
+    change, average, unpaired = map(average_difference, tables)
+    return change, retention(tables[1]), average, unpaired
 
 
 def of_losses(rng, count, each):
@@ -113,7 +110,7 @@ def test_answers_that_are_all_alike_leave_a_doubt_that_shrinks():
             [1.0] * count,
             tuple(OnSample(f"{i}", 9, 1.0, 1.0, 9, 0.0) for i in range(count)),
         )
-        change = average_difference({"": same}, {"": same})
+        change = average_difference(answers({"": same}, {"": same}))
         agreement = DataResult("small", alike, "original").figures.agreement
         assert change.low <= -100 / count  # one more question may differ
         assert agreement.high == 100 >= agreement.low + 100 / (2 * count)

@@ -75,17 +75,16 @@ def print_study(table: Any, as_json: bool) -> None:
     """Print the cells of a study and the verdicts on the claims."""
     from slimvlm_tools.claims import claims_of
 
-    def cell(value: object) -> str:
-        if isinstance(value, float):
-            return "" if value != value else f"{value:.4g}"
-        return "" if value is None else str(value)
-
     claims = claims_of(table)
     if as_json:
         rows = json.loads(table.to_json(orient="records"))
         print_json({"rows": rows, "claims": [asdict(claim) for claim in claims]})
         return
     names = [n for n in _OF_A_CELL if n not in _OF_KINDS or table[n].notna().any()]
-    print_table(names, [[cell(row[n]) for n in names] for _, row in table.iterrows()])
+    absent = table[names].isna()
+    cells = (
+        table[names].astype(object).map(lambda v: f"{v:.4g}" if isinstance(v, float) else str(v))
+    )
+    print_table(names, cells.mask(absent, "").to_numpy().tolist())
     verdicts = [[claim.name, claim.statement, claim.verdict] for claim in claims]
     print_table(["claim", "says", "here"], verdicts)

@@ -1,12 +1,10 @@
 """Evaluate a model on tasks, question by question: model + tasks → `Result`."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -82,10 +80,9 @@ def evaluate(
             first.append(questions[0])
             by_loss = task.metric in metrics.LIKELIHOODS
             options: dict[str, Any] = {} if by_loss else {"batch_size": batch_size}
-            score = partial(_score_likelihoods if by_loss else _score_replies, model, processor)
-            rounds = [questions]
             sees = any(question.images for question in questions)
             has_floor = sees and (blind or floors) and not by_loss
+            rounds = [questions]
             if has_floor or (sees and blind):
                 rounds = [with_other_pictures(questions), *rounds * floors]
             found = []
@@ -93,7 +90,7 @@ def evaluate(
                 key = digest_of_questions(weights, task, asked, **options)
                 log, parts = AnswerLog(folder, task.name, key), len(rounds)
                 scaled = lambda x, n=parts, done=number + turn / parts: reached(done + x / n)  # noqa: E731
-                found.append(score(task, asked, log, scaled, **options))
+                found.append(_ask(model, processor, task, asked, log, scaled, **options))
             results[task.name] = replace(found[-1], blind_scores=found[0].scores * has_floor)
             reached(number + 1)
     how = {"blind": blind, "limit": limit, "batch_size": batch_size}
@@ -112,34 +109,45 @@ def _digest_of_model(model: PreTrainedModel, processor: Any) -> str:
     return digest([digest_of_weights(model).encode(), settings])
 
 
-def _score_replies(
+def _ask(
     model: PreTrainedModel,
     processor: Any,
     task: Task,
     questions: Sequence[Question],
     log: "AnswerLog",
     reached: Reached,
-    batch_size: int,
+    batch_size: int = 1,
 ) -> TaskResult:
-    """Score replies; batches are the same whatever the log holds."""
-    reply = choose if task.by_likelihood else answer
+    """Score replies, or compute loss or perplexity over all tokens of the given answers."""
+    by_loss = task.metric in metrics.LIKELIHOODS
+    reply = _loss_of if by_loss else choose if task.by_likelihood else answer
     sees = [bool(question.images) for question in questions]
     prompts = [question.prompt for question in questions]
+    # batches are the same whatever the log holds
     for batch in batches_by_length(prompts, batch_size, task.name, reached, sees):
         picked = [questions[i] for i in batch]
         if any(question.id not in log.replies for question in picked):
             log.add(picked, reply(model, processor, picked, task.max_new_tokens))
     replies, cut = zip(*(log.replies[question.id] for question in questions), strict=True)
-    score = metrics.metric_named(task.metric)
-    scores, is_yes_no = list(map(score, replies, questions)), task.metric == "yes_no"
+    values: dict[str, Any] = {"metric": task.metric, "chance": task.chance, **asked_of(questions)}
+    if by_loss:
+        with raised_as(
+            ConfigError, (TypeError, ValueError), f"log of task {task.name!r}: is broken"
+        ):
+            means, counts = zip(*map(parse_json, replies), strict=True)
+        total = sum(mean * count for mean, count in zip(means, counts, strict=True))
+        loss = total / max(sum(counts), 1)
+        score = loss if task.metric == "loss" else metrics.perplexity(loss)
+        none = ("",) * len(questions)
+        return TaskResult(score=score, in_average=False, replies=none, scores=means, **values)
+    score_of, is_yes_no = metrics.metric_named(task.metric), task.metric == "yes_no"
+    scores = tuple(map(score_of, replies, questions))
     return TaskResult(
-        metric=task.metric,
-        score=100 * sum(scores) / max(len(scores), 1),
-        chance=task.chance,
+        **values,
+        score=100 * sum(scores) / len(scores),
         in_average=task.in_average,
-        **asked_of(questions),
         replies=replies,
-        scores=tuple(scores),
+        scores=scores,
         details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
         majority=metrics.majority_score(task.metric, questions),
         offered=task.by_likelihood
@@ -148,50 +156,23 @@ def _score_replies(
     )
 
 
-def _score_likelihoods(
-    model: PreTrainedModel,
-    processor: Any,
-    task: Task,
-    questions: Sequence[Question],
-    log: "AnswerLog",
-    reached: Reached,
-) -> TaskResult:
-    """Compute loss or perplexity of the given answers (``answers[0]``) over all their tokens."""
-    means, counts = list[float](), list[int]()
-    for question in progress(questions, task.name, reached=reached):
-        try:  # the mean loss and the number of tokens, if an earlier run logged them
-            mean, count = parse_json(log.replies[question.id][0])
-            is_known = type(mean) is float and math.isfinite(mean)
-            is_known &= type(count) is int and count >= 0
-        except (KeyError, TypeError, ValueError):
-            is_known = False
-        if not is_known:
-            text = question.answers[0]
-            if question.prompt or question.images:
-                encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
-                _require_context(model, encoded, [question])
-            else:  # a plain passage has no chat template
-                encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
-                encoded = {n: each[:, : context_of(model.config)] for n, each in encoded.items()}
-                encoded["labels"] = encoded["input_ids"]
-            where = f"the loss of passage {question.id!r} of {task.name!r}"
-            found, counted = answer_losses(model, encoded, where)
-            count = int(counted.sum())
-            mean = float(found[..., 0].contiguous().sum()) / max(count, 1)
-            log.add([question], [(json.dumps([mean, count]), False)])
-        means.append(mean)
-        counts.append(count)
-    total = sum(mean * count for mean, count in zip(means, counts, strict=True))
-    loss = total / max(sum(counts), 1)
-    return TaskResult(
-        metric=task.metric,
-        score=loss if task.metric == "loss" else metrics.perplexity(loss),
-        chance=task.chance,
-        in_average=False,
-        **asked_of(questions),
-        replies=("",) * len(questions),
-        scores=tuple(means),
-    )
+def _loss_of(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int = 0
+) -> list[tuple[str, bool]]:
+    """Compute mean loss and number of tokens of a question's given answer, as JSON."""
+    (question,) = questions
+    text = question.answers[0]
+    if question.prompt or question.images:
+        encoded = chat.encode_samples(processor, [chat.answered_sample(question, text)])
+        _require_context(model, encoded, questions)
+    else:  # a plain passage has no chat template
+        encoded = dict(chat.tokenizer_of(processor)(text, return_tensors="pt"))
+        encoded = {n: each[:, : context_of(model.config)] for n, each in encoded.items()}
+        encoded["labels"] = encoded["input_ids"]
+    found, counted = answer_losses(model, encoded, f"the loss of passage {question.id!r}")
+    count = int(counted.sum())
+    mean = float(found[..., 0].contiguous().sum()) / max(count, 1)
+    return [(json.dumps([mean, count]), False)]
 
 
 def with_arguments(processor: Any, given: Sequence[str]) -> Any:

@@ -1,33 +1,31 @@
 """Time models in turn, count the bytes of their tensors, and compare a speed-up with the ideal."""
 
-import json
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError
-from slimvlm.core.files import write_text
 from slimvlm.core.options import MIN_NEW_TOKENS, Workload
 from slimvlm.core.progress import progress
 from slimvlm.data import chat
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.metrics import Estimate
-from slimvlm.evaluation.results import Times
+from slimvlm.evaluation.results import Stored, Times
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import decode_flops, kv_cache_bytes, prefill_flops, slow_widths
 from slimvlm.models.hidden import as_inputs, evaluating, hidden_states, require_finite_values
@@ -36,6 +34,7 @@ from slimvlm.models.parts import Parts
 
 REPEATS, NEW_TOKENS = 6, 8  # runs of each model, and new tokens after the first
 
+_ENDS = (0.5, 0.0, 1.0)  # quantiles: median, fastest, slowest
 Run = tuple[float, ...]  # milliseconds of a generation: to the first token, then of each other one
 
 
@@ -71,24 +70,16 @@ def in_turn(runs: Sequence[Callable[[], Run]], repeats: int) -> list[list[Run]]:
     return found
 
 
-def _by_phase(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
-    """Return the prefill time and the median time of a decoding step of each run."""
-    return [run[0] for run in runs], [median(run[1:]) for run in runs]
-
-
-def _shares(ours: Sequence[Run], theirs: Sequence[Run]) -> list[Estimate]:
-    """Divide both times by those of the same rounds: median, smallest and largest share."""
-    found = []
-    for times in zip(_by_phase(ours), _by_phase(theirs), strict=True):
-        shares = [a / b for a, b in zip(*times, strict=True)]
-        found.append(Estimate(median(shares), min(shares), max(shares)))
-    return found
+def _by_phase(runs: Sequence[Run]) -> NDArray[np.float64]:
+    """Return ``[R, 2]``: the prefill time and the median time of a decoding step of each run."""
+    return np.array([[run[0], median(run[1:])] for run in runs])
 
 
 @dataclass(frozen=True)
-class PairedTimes:
+class PairedTimes(Stored):
     """Times of an original and a compressed model that ran in turn, and their shares."""
 
+    what: ClassVar = "times"
     original: Times
     pruned: Times
     prefill: Estimate  # of the original's
@@ -100,15 +91,6 @@ class PairedTimes:
         told = f"prefills in {self.prefill} of the original's time ({read})"
         return f"{told}, decodes a token in {self.decode} ({write})"
 
-    def save(self, path: str | Path) -> None:
-        """Write everything as JSON."""
-        write_text(Path(path), json.dumps(asdict(self), indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "PairedTimes":
-        """Read what `save` wrote."""
-        return built(cls, read_object(path, "times"), f"times {str(path)!r}")
-
 
 def paired_times(
     model: PreTrainedModel,
@@ -119,30 +101,34 @@ def paired_times(
 ) -> PairedTimes:
     """Time a compressed model and its original in turn, each with its own processor."""
     pairs = [(original, original_processor), (model, processor)]
-    (first, second), (theirs, ours) = times_of(pairs, chat.plain_question(original_processor, size))
-    return PairedTimes(first, second, *_shares(ours, theirs))
+    asked = chat.plain_question(original_processor, size)
+    (first, second), (theirs, ours) = times_of(pairs, asked)
+    shares = ours / theirs  # of the same rounds
+    prefill, decode = (Estimate(*ends) for ends in np.quantile(shares, _ENDS, axis=0).T.tolist())
+    return PairedTimes(first, second, prefill, decode)
 
 
 def times_of(
     pairs: Sequence[tuple[PreTrainedModel, Any]], question: Question
-) -> tuple[list[Times], list[list[Run]]]:
-    """Time models with their processors in turn on one question; also return all runs."""
+) -> tuple[list[Times], list[NDArray[np.float64]]]:
+    """Time models with their processors in turn on one question; also return `_by_phase`."""
     models = [model for model, _ in pairs]
     inputs = [as_inputs(m, chat.encode_questions(p, [question])) for m, p in pairs]
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
-        runs = timed_runs(models, inputs, 1 + NEW_TOKENS, REPEATS)
+        phases = [*map(_by_phase, timed_runs(models, inputs, 1 + NEW_TOKENS, REPEATS))]
     found = []
-    for prefill, decode in map(_by_phase, runs):
+    for each in phases:
+        middle, low, high = np.quantile(each, _ENDS, axis=0).tolist()
         times = Times(
-            prefill_ms=median(prefill),
-            decode_ms=median(decode),
-            prefill_range_ms=(min(prefill), max(prefill)),
-            decode_range_ms=(min(decode), max(decode)),
+            prefill_ms=middle[0],
+            decode_ms=middle[1],
+            prefill_range_ms=(low[0], high[0]),
+            decode_range_ms=(low[1], high[1]),
         )
         found.append(times)
-    return found, runs
+    return found, phases
 
 
 def stored_bytes(*modules: nn.Module) -> int:
@@ -327,7 +313,7 @@ def summarised(
         speeds = []
         for size, its in runs.items():
             whole = [1e3 * size * workload.new_tokens / sum(run) for run in its[i]]
-            prefill, decode = map(median, _by_phase(its[i]))
+            prefill, decode = np.median(_by_phase(its[i]), 0).tolist()
             speeds.append(Speed(size, prefill, decode, median(whole), peaks[size][i]))
         footprint = Footprint(
             model=side.name,
@@ -343,7 +329,7 @@ def summarised(
     for size, (fast, slow) in runs.items() if len(sides) > 1 else ():
         read = [prefill_flops(side.shape, workload.prompt_tokens, size) for side in sides]
         written = [side.bytes_for(size, workload.mean_context) for side in sides]
-        prefill, decode = (share.value for share in _shares(slow, fast))
+        prefill, decode = np.median(_by_phase(slow) / _by_phase(fast), 0).tolist()
         ideals = read[1] / read[0], written[1] / written[0]
         reached = prefill / ideals[0], decode / ideals[1]
         speed_ups.append(SpeedUp(size, prefill, ideals[0], decode, ideals[1], *reached))

@@ -9,7 +9,7 @@ from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.ask import with_other_pictures
-from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Estimate, normalise, signed
+from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Estimate, normalise
 from slimvlm.evaluation.results import (
     Kind,
     Result,
@@ -43,12 +43,15 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Answered:
-    """Questions that both models answered, in the task's order."""
+class TaskComparison:
+    """Questions of one task, or of all, that both models answered, in the task's order."""
 
     pairs: tuple[Pair, ...]
     difference: Estimate  # B - A, in points; of several tasks that of AVG
-    note: str = ""  # why questions and images are missing, or which model was evaluated blind
+    metric: str = ""
+    score_a: float | None = None  # mean, in percent; of several tasks unknown
+    score_b: float | None = None
+    note: str = ""  # why questions and images are missing
 
     @property
     def counts(self) -> dict[Change, int]:
@@ -66,26 +69,18 @@ class _Answered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskComparison(_Answered):
-    """One task answered by both models."""
-
-    name: str
-    metric: str
-    score_a: float  # mean, in percent
-    score_b: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison(_Answered):
-    """Two models, answer by answer; ``pairs`` are those of all tasks."""
+class Comparison:
+    """Two models, answer by answer."""
 
     name_a: str  # or path
     name_b: str
     params_a: int
     params_b: int
     tasks: Mapping[str, TaskComparison]
+    total: TaskComparison  # of all tasks
     left_out: Mapping[str, str]  # why a task is not compared, by its name
     kept: Mapping[Kind, metrics.Retention]  # AVG-% of B; empty if only one was evaluated blind
+    note: str = ""  # which model was evaluated blind
 
 
 def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
@@ -112,7 +107,6 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         full = MME_FULL_SCORES.get(name, 100.0) / 100
         right_a, right_b = ([s / full for s in each.scores] for each in (ours, theirs))
         found[name] = TaskComparison(
-            name=name,
             metric=ours.metric,
             score_a=ours.score,
             score_b=theirs.score,
@@ -122,7 +116,6 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         )
     if not found:
         raise ConfigError(f"results of {a.model!r} and {b.model!r}: no task has answers of both")
-    pairs = tuple(chain(*(task.pairs for task in found.values())))
     note = ""
     if a.blind and b.blind:
         note = "A and B were evaluated blind: images are those of other questions, as both saw them"
@@ -136,8 +129,10 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         params_a=a.total_params,
         params_b=b.total_params,
         tasks=found,
-        pairs=pairs,
-        difference=average_of(*({name: of.tasks[name] for name in found} for of in (b, a))),
+        total=TaskComparison(
+            pairs=tuple(chain(*(task.pairs for task in found.values()))),
+            difference=average_of(b.tasks, a.tasks, found),
+        ),
         left_out=left_out,
         kept=b.retention_by_kind(a) if a.blind == b.blind else {},
         note=note,
@@ -166,41 +161,38 @@ def _questions_of(
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """Give the figures of a comparison as plain values, and the ids lost and gained."""
-
-    def figures(of: TaskComparison | Comparison) -> dict[str, Any]:
-        change = {**of.difference.as_points(), "significant": of.difference.significant}
-        return {**change, "flips": of.flips, "counts": of.counts}
-
-    tasks = {}
-    for name, task in comparison.tasks.items():
-        about = {"n": len(task.pairs), "metric": task.metric, "a": task.score_a, "b": task.score_b}
-        ids: dict[Change, list[str]] = {kind: [] for kind in CHANGES}
-        for pair in task.pairs:
-            ids[pair.kind].append(pair.question.id)
-        tasks[name] = {**about, **figures(task), "lost": ids["lost"], "gained": ids["gained"]}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, task in [*comparison.tasks.items(), ("", comparison.total)]:
+        rows[name] = {**task.difference.as_points(), "significant": task.difference.significant}
+        rows[name] |= {"flips": task.flips, "counts": task.counts}
+        if name:
+            about = {"n": len(task.pairs), "metric": task.metric}
+            about |= {"a": task.score_a, "b": task.score_b}
+            ids = {
+                kind: [pair.question.id for pair in task.pairs if pair.kind == kind]
+                for kind in ("lost", "gained")
+            }
+            rows[name] = {**about, **rows[name], **ids}
+    total = rows.pop("")
     return {
-        **{"a": comparison.name_a, "b": comparison.name_b, "tasks": tasks},
-        "all": figures(comparison),
+        **{"a": comparison.name_a, "b": comparison.name_b, "tasks": rows, "all": total},
         "retention_by_kind": {kind: kept.as_json() for kind, kept in comparison.kept.items()},
-        "left_out": dict(comparison.left_out),
-        "note": comparison.note,
+        **{"left_out": dict(comparison.left_out), "note": comparison.note},
     }
 
 
 def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Make a row for each task; a ``*`` marks a difference whose 95 % interval excludes 0."""
-    values = comparison_json(comparison)
     rows = []
-    for name, row in [*values["tasks"].items(), ("all", values["all"])]:
-        scores = [f"{row[side]:.1f}" if side in row else "" for side in ("a", "b")]
-        points, low, high = (signed(row[each]) for each in ("points", "low", "high"))
-        change = f"{points} [{low}, {high}] {'*' if row['significant'] else ' '}"
-        counts = [str(row["counts"][kind]) for kind in CHANGES]
-        reworded = row["flips"] - row["counts"]["lost"] - row["counts"]["gained"]
-        flips = f"{row['flips']} = {counts[0]} + {counts[1]} + {reworded}"
-        rows.append([name, *scores, change, flips, *counts])
+    for name, task in [*comparison.tasks.items(), ("all", comparison.total)]:
+        scores = ["" if score is None else f"{score:.1f}" for score in (task.score_a, task.score_b)]
+        change = f"{task.difference:+z.1f} {'*' if task.difference.significant else ' '}"
+        counts, flips = task.counts, task.flips
+        reworded = flips - counts["lost"] - counts["gained"]
+        parts = f"{flips} = {counts['lost']} + {counts['gained']} + {reworded}"
+        rows.append([name, *scores, change, parts, *map(str, counts.values())])
     for kind, kept in comparison.kept.items():
         label, blank = f"AVG-% {kind}, floor {kept.floor:.1f}", [""] * (2 + len(CHANGES))
         rows.append([label, "100.0", str(kept), *blank])
-    flips = "flips = lost + gained + reworded"
-    return ["task", "A", "B", "B - A [95 % interval]", flips, *CHANGES], rows
+    flips_are = "flips = lost + gained + reworded"
+    return ["task", "A", "B", "B - A [95 % interval]", flips_are, *CHANGES], rows

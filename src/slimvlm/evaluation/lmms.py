@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -11,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from PIL import Image, ImageFile
 from transformers import PreTrainedModel
 
@@ -42,15 +42,10 @@ def _scores(read: str, values: Sequence[Any]) -> list[float]:
         return [float(evaluate_mmmu([value])[1]["acc"]) for value in values]
     if read == "mme":  # 100 x the mean of these is the MME score, which adds up, over categories,
         # the percentages of right answers and of images with both answers right
-        keys = [(value["category"], value["question_id"]) for value in values]
-        images = Counter(category for category, _ in set(keys))
-        right = Counter[tuple[str, str]]()
-        for key, value in zip(keys, values, strict=True):
-            right[key] += int(value["score"])
-        return [
-            len(values) / 100 * 50 * (value["score"] + (right[key] == 2)) / images[key[0]]
-            for key, value in zip(keys, values, strict=True)
-        ]
+        table = pd.DataFrame(list(values))[["category", "question_id", "score"]]
+        pairs = table.groupby(["category", "question_id"])["score"].transform("sum") == 2
+        images = table.groupby("category")["question_id"].transform("nunique")
+        return [*(len(table) / 2 * (table["score"] + pairs) / images).astype(float)]
     found = []  # numbers, or mappings with a usual name
     for value in values:
         if isinstance(value, Mapping):
@@ -95,8 +90,7 @@ def check_names(
         raise ConfigError("lmms-eval is not installed: pip install 'slimvlm[eval]'")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit {limit} must be 1 or more")
-    own = _own_tasks(task_folder)
-    subtasks = [] if own is None else list(own.all_subtasks)
+    subtasks = [] if task_folder is None else list(_index(str(task_folder)).all_subtasks)
     rows: dict[str, LmmsRow] = {}
     for name in names:
         # by key, or by task: two for mme
@@ -139,11 +133,11 @@ def evaluate_with_lmms(
     rows = check_names(names, limit, task_folder)
     from tenacity import RetryError  # comes with lmms-eval
 
-    own, tasks = _own_tasks(task_folder), {}
+    folder, tasks = None if task_folder is None else str(task_folder), {}
     for name in dict.fromkeys(row.task for row in rows.values()):
+        is_own = folder is not None and name in _index(folder).all_subtasks
+        manager = _index(folder if is_own else None)
         with contained():
-            is_own = own is not None and name in own.all_subtasks
-            manager = own if is_own else _shipped_tasks()
             try:
                 tasks[name] = manager.load_task_or_group(name)[name]
             except (RetryError, ImportError, OSError, ValueError) as error:
@@ -227,34 +221,27 @@ def evaluate_all(
     own, theirs = split_names(asked.tasks)
     processor = with_arguments(processor, asked.template_args)
     how: dict[str, Any] = {"limit": asked.limit, "batch_size": asked.batch_size}
-    if not own and theirs:  # without a question of our own, times are measured on a grey image
-        found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
-        return with_costs(model, processor, found, plain_question(processor), name, **how)
-    ours = (asked.limit, asked.batch_size, name, blind, log_folder, asked.floors)
-    result = evaluate(model, processor, own, *ours)
+    found: dict[str, TaskResult] = {}
+    if own or not theirs:
+        ours = (asked.limit, asked.batch_size, name, blind, log_folder, asked.floors)
+        result = evaluate(model, processor, own, *ours)
     if theirs:
         found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
-        result = replace(result, tasks={**result.tasks, **found})
-    return result
-
-
-def _own_tasks(task_folder: str | Path | None) -> Any:
-    if task_folder is None:
-        return None
-    if not Path(task_folder).is_dir():
-        raise ConfigError(f"task_folder {str(task_folder)!r} is not a folder")
-    with contained():
-        from lmms_eval.tasks import TaskManager
-
-        return TaskManager(include_path=str(task_folder), include_defaults=False)
+    if not own and theirs:  # without a question of our own, times are measured on a grey image
+        return with_costs(model, processor, found, plain_question(processor), name, **how)
+    return replace(result, tasks={**result.tasks, **found})
 
 
 @cache
-def _shipped_tasks() -> Any:
-    """Read lmms-eval's index of its own two thousand tasks, which takes seconds."""
-    from lmms_eval.tasks import TaskManager
+def _index(task_folder: str | None = None) -> Any:
+    """Read the tasks in a folder, or the two thousand that lmms-eval ships, which takes seconds."""
+    if task_folder is not None and not Path(task_folder).is_dir():
+        raise ConfigError(f"task_folder {task_folder!r} is not a folder")
+    with contained():
+        from lmms_eval.tasks import TaskManager
 
-    return TaskManager()
+        own = {"include_path": task_folder, "include_defaults": False}
+        return TaskManager() if task_folder is None else TaskManager(**own)
 
 
 def adapter(

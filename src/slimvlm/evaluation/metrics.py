@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
-from rapidfuzz.distance import Levenshtein
+from rapidfuzz.distance import LCSseq, Levenshtein
 
 from slimvlm.core.errors import ConfigError, raised_as, shortened
 from slimvlm.core.tables import read_table
@@ -66,22 +66,13 @@ def normalise(text: str) -> str:
     return shorter
 
 
-def exact_match(reply: str, question: Question) -> float:
-    """1 if the normalised reply is one of the answers."""
-    return float(normalise(reply) in {normalise(answer) for answer in question.answers})
-
-
-def letter(reply: str, question: Question) -> float:
-    """1 if the reply chooses the answer's letter: at its beginning, at its end, or alone.
+def _letter_of(reply: str) -> str:
+    """Return the letter that a reply chooses: at its beginning, at its end, or alone.
 
     The last "answer is" or "answer:" begins it. A letter that is ruled out ("not A"), the article
     "A" and the pronoun "I" do not count, and several letters are no answer. Answers may be written
     as replies are: "B. The cat".
     """
-    return float(_letter_of(reply) in {*map(_letter_of, question.answers)} - {""})
-
-
-def _letter_of(reply: str) -> str:
     text = re.sub(_LETTERS["negated"], " ", plain(reply))
     text = concluded(re.sub(_LETTERS["wrong"], " ", text))
     alone, listed = (dict.fromkeys(re.findall(_LETTERS[k], text)) for k in ("alone", "listed"))
@@ -118,20 +109,10 @@ def _items(text: str) -> set[str]:
     return {item for item in items if item}
 
 
-def anls(reply: str, question: Question) -> float:
-    """Levenshtein similarity to the best answer, 0 below one half (arXiv:1905.13648, Eq. 1)."""
-    said = normalise(reply)
-    wanted = map(normalise, question.answers)
-    best = max(Levenshtein.normalized_similarity(said, answer) for answer in wanted)
-    return best if best >= 0.5 else 0.0
-
-
-def f1(reply: str, question: Question) -> float:
-    """F1 between the words, without articles, of reply and best answer (arXiv:1606.05250, 6.1)."""
-    words = (_words(text, "") for text in (reply, *question.answers))
-    counts = (Counter([w for w in each if w not in ("a", "an", "the")] or each) for each in words)
-    found, *wanted = counts
-    return max((_f1(found, each) for each in wanted), default=0.0)
+def _bag(text: str) -> Counter[str]:
+    """Count words, without articles if there are others."""
+    words = _words(text, "")
+    return Counter([word for word in words if word not in ("a", "an", "the")] or words)
 
 
 def _f1(found: Counter[str], wanted: Counter[str]) -> float:
@@ -146,17 +127,35 @@ def _words(text: str, gap: str) -> list[str]:
     return "".join(signs).split()
 
 
-def rouge_l(reply: str, question: Question) -> float:
-    """ROUGE-L F1 with the best answer (Lin 2004), by the rouge-score package, without stemming."""
-    words = SimpleNamespace(tokenize=lambda text: _words(text, " "))  # its own are of English only
-    scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=words)
-    scores = scorer.score_multi(list(question.answers), reply)
-    return float(scores["rougeL"].fmeasure)
-
-
 Metric = Callable[[str, Question], float]  # reply and question → a score in [0, 1]
-_OF_REPLIES = (exact_match, letter, yes_no, set_f1, anls, f1, rouge_l)
-METRICS: dict[str, Metric] = {metric.__name__: metric for metric in _OF_REPLIES}
+
+
+def _best(read: Callable[[str], Any], alike: Callable[[Any, Any], float]) -> Metric:
+    """Make a metric: the similarity of the reply to the best answer, both read in one way."""
+
+    def metric(reply: str, question: Question) -> float:
+        found = read(reply)
+        return max((alike(found, read(answer)) for answer in question.answers), default=0.0)
+
+    return metric
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": _best(normalise, lambda a, b: float(a == b)),
+    "letter": _best(_letter_of, lambda a, b: float(a == b != "")),
+    "yes_no": yes_no,
+    "set_f1": set_f1,
+    # Levenshtein similarity, 0 below one half (arXiv:1905.13648, Eq. 1)
+    "anls": _best(
+        normalise, lambda a, b: Levenshtein.normalized_similarity(a, b, score_cutoff=0.5)
+    ),
+    "f1": _best(_bag, _f1),  # of words (arXiv:1606.05250, 6.1)
+    # ROUGE-L F1, without stemming (Lin 2004)
+    "rouge_l": _best(
+        lambda text: _words(text, " "),
+        lambda a, b: 2 * LCSseq.similarity(a, b) / max(len(a) + len(b), 1),
+    ),
+}
 LIKELIHOODS = ("perplexity", "loss")  # of the given answer, without a reply; lower is better
 
 
@@ -166,21 +165,17 @@ def perplexity(loss: float) -> float:
 
 
 def metric_named(name: str) -> Metric:
-    """Find a metric of replies: one of `METRICS`, or a user's own ``package.module:function``."""
-    if ":" in name:
-        return _own_metric(name)
-    if name not in METRICS:
+    """Find a metric of replies: one of `METRICS`, or a user's own ``package.module:function``.
+
+    That must be a plain function of two arguments, from a module of the user's own: a task file
+    names it, and must not be able to call a function of an installed package.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    if ":" not in name:
         known = ", ".join((*METRICS, *LIKELIHOODS))
         told = f"must be one of: {known}; or a function, package:name"
         raise ConfigError(f"metric {shortened(name)} {told}")
-    if name == "rouge_l" and find_spec("rouge_score") is None:
-        raise ConfigError("metric 'rouge_l' needs rouge-score: pip install 'slimvlm[rouge]'")
-    return METRICS[name]
-
-
-def _own_metric(name: str) -> Metric:
-    """Import a plain function of two arguments, from a module of the user's own."""
-    # a task file names it, and must not be able to call a function of an installed package
     module, _, attribute = name.partition(":")
     where = f"metric {shortened(name)}"
     top = module.partition(".")[0]
@@ -301,10 +296,10 @@ def kept_text(percent: float | None, low: float | None, high: float | None) -> s
 
 
 # Intervals: Student's t on a delete-one jackknife over images; wider than a bootstrap's for few.
+# Answers are a table with a row for each question: its task, its picture (questions about one are
+# no independent evidence), and the scores of models as shares of the full score.
 
 Values = NDArray[np.float64]
-Groups = Mapping[str, Sequence[str]]
-"""By task, the image of each question: questions about one image are no independent evidence."""
 
 
 def t_quantile(freedom: int) -> float:
@@ -314,10 +309,10 @@ def t_quantile(freedom: int) -> float:
     return math.sqrt(freedom * math.expm1(3.84146 * (freedom - 1.5) / (freedom - 1) ** 2))
 
 
-def _by_group(rows: Values, groups: Sequence[str]) -> Values:
+def _by_group(rows: Sequence[Values], groups: Sequence[str]) -> Values:
     """Sum the columns of each group; an empty name is a group of its own."""
-    named = enumerate(groups or [""] * rows.shape[1])
-    _, places = np.unique([name or f"alone {i}" for i, name in named], return_inverse=True)
+    names = [name or f"alone {i}" for i, name in enumerate(groups)]
+    _, places = np.unique(names, return_inverse=True)
     return np.stack([np.bincount(places, row) for row in rows])
 
 
@@ -329,16 +324,13 @@ def _jackknife(sums: Values, sizes: Values, log: bool = False, scale: Any = 1.0)
     return np.asarray(apart @ apart.T)
 
 
-def _shares(
-    rows: Values, groups: Sequence[str], answered: int, parts: int = 1
-) -> tuple[Values, Values, int]:
+def _shares(table: Values, answered: int, parts: int = 1) -> tuple[Values, Values, int]:
     """Estimate means of shares, their covariance and its degrees of freedom; the last row counts.
 
     Two questions are added on which the first ``answered`` rows differ (Bonett and Price 2012):
     else answers that are all alike would leave no doubt, however few they are. They are divided
     among the ``parts`` of an average, and weigh more where questions share images.
     """
-    table = _by_group(rows, groups)
     sums, sizes, scale = table[:-1], table[-1], np.ones(table.shape[1])
     if answered:
         weight = math.sqrt(sizes.mean()) / parts
@@ -351,15 +343,14 @@ def _shares(
 
 
 def _averages(
-    models: Sequence[Mapping[str, Sequence[float]]], groups: Groups | None, answered: int
+    answers: pd.DataFrame, models: Sequence[str], answered: int
 ) -> tuple[Values, Values, Values, float]:
     """Compute AVG of each model as a share, its centre and covariance, and the quantile of t."""
-    parts, found = len(models[0]), []
-    for name in models[0]:
-        scores = np.array([model[name] for model in models], float)
-        scores /= MME_FULL_SCORES.get(name, 100.0) / 100
-        rows, named = np.vstack([scores, np.ones_like(scores[:1])]), (groups or {}).get(name, ())
-        found.append((scores.mean(1), *_shares(rows, named, answered, parts)))
+    parts, found = answers["task"].nunique(), []
+    for _, rows in answers.groupby("task", sort=False):
+        scores = rows[models].to_numpy().T
+        table = _by_group([*scores, np.ones(len(rows))], rows["picture"].tolist())
+        found.append((scores.mean(1), *_shares(table, answered, parts)))
     means, centres, spreads, freedoms = zip(*found, strict=True)
     covariance = np.sum(spreads, 0) / parts**2
     return np.mean(means, 0), np.mean(centres, 0), covariance, t_quantile(sum(freedoms))
@@ -375,59 +366,42 @@ def _quotient(centre: Values, covariance: Values, times: float) -> tuple[float, 
     return float(low), float(high)
 
 
-def retention(
-    scores: Mapping[str, Sequence[float]],
-    baseline: Mapping[str, Sequence[float]],
-    chance: Mapping[str, float],
-    floors: Mapping[str, float | Sequence[float]] | None = None,
-    groups: Groups | None = None,
-) -> Retention:
-    """Compute AVG-% with a paired interval, from scores in [0, 1] of each task and question.
+def retention(answers: pd.DataFrame) -> Retention:
+    """Compute AVG-% with a paired interval.
 
-    ``chance`` is in percent. ``floors``, without doing the task, are in percent or of questions.
+    Answers have the columns ``ours``, ``theirs``, ``floor`` (scores without doing the task) and
+    ``chance``.
     """
-    given = floors if floors is not None else chance
-    floor_scores: dict[str, Sequence[float]] = {}
-    for name in scores:
-        level = given[name]
-        if isinstance(level, (int, float)):  # on the scale of the task's scores
-            level = [level / 100 * MME_FULL_SCORES.get(name, 100.0) / 100] * len(scores[name])
-        floor_scores[name] = level
-    means, centre, covariance, times = _averages((scores, baseline, floor_scores), groups, 2)
+    means, centre, covariance, times = _averages(answers, ["ours", "theirs", "floor"], 2)
     ours, base, floor = means.tolist()
-
-    def share(level: float) -> float:
-        is_above = base > level and not math.isclose(base, level)  # up to rounding
-        return 100 * (ours - level) / (base - level) if is_above else math.nan
-
+    chance = float(answers.groupby("task")["chance"].mean().mean())
+    percent, above_chance, above_floor = (  # None is above what it equals up to rounding
+        100 * (ours - level) / (base - level)
+        if base > level and not math.isclose(base, level)
+        else math.nan
+        for level in (0.0, chance, floor)
+    )
     low, high = _quotient(centre[:2], covariance[:2, :2], times)
-    apart = np.array([[1, 0, -1], [0, 1, -1]])
-    percent, above_floor = share(0.0), share(floor)
-    above = _quotient(apart @ centre, apart @ covariance @ apart.T, times)
-    if math.isnan(above_floor):
-        above = math.nan, math.nan
+    apart, above = np.array([[1, 0, -1], [0, 1, -1]]), (math.nan, math.nan)
+    if not math.isnan(above_floor):
+        above = _quotient(apart @ centre, apart @ covariance @ apart.T, times)
     return Retention(
         percent=percent,
         low=min(max(low, 0.0), percent),
         high=max(high, percent),
         floor=100 * floor / base if base > 0 else math.nan,
-        above_chance=share(float(np.mean([chance[name] for name in scores])) / 100),
+        above_chance=above_chance,
         above_floor=above_floor,
         above_floor_low=min(above[0], above_floor),
         above_floor_high=max(above[1], above_floor),
     )
 
 
-def average_difference(
-    a: Mapping[str, Sequence[float]] | None,
-    b: Mapping[str, Sequence[float]],
-    groups: Groups | None = None,
-    bounded: bool = True,
-) -> Estimate:
-    """Compute AVG of ``b``, minus that of ``a`` if given; losses are not ``bounded`` by 0 and 1."""
-    models = [b] if a is None else [b, a]
+def average_difference(answers: pd.DataFrame, bounded: bool = True) -> Estimate:
+    """Compute AVG of ``ours``, minus ``theirs`` if there; losses are not ``bounded`` by 0 and 1."""
+    models = [model for model in ("ours", "theirs") if model in answers]
     sign = np.array([1, -1])[: len(models)]
-    means, centre, covariance, times = _averages(models, groups, len(models) * bounded)
+    means, centre, covariance, times = _averages(answers, models, len(models) * bounded)
     mean, middle, variance = map(float, (sign @ means, sign @ centre, sign @ covariance @ sign))
     reach = times * math.sqrt(variance)
     low, high = min(middle - reach, mean), max(middle + reach, mean)
@@ -439,7 +413,7 @@ def average_difference(
 def share_interval(hits: Values, counts: Values, groups: Sequence[str]) -> Estimate:
     """Compute the share of hits among counts, in percent, and its interval over groups."""
     share = float(hits.sum() / counts.sum())
-    (centre,), spread, freedom = _shares(np.stack([hits, counts]), groups, 1)
+    (centre,), spread, freedom = _shares(_by_group([hits, counts], groups), 1)
     if not freedom:
         return Estimate(100 * share)
     reach = t_quantile(freedom) * math.sqrt(float(spread.sum()))
@@ -451,7 +425,7 @@ def ratio_interval(
     numbers: Values, counts: Values, groups: Sequence[str], positive: bool = False
 ) -> Estimate:
     """Divide sums; the interval over groups is one of the logarithm for what is ``positive``."""
-    table = _by_group(np.stack([numbers, counts]), groups)
+    table = _by_group([numbers, counts], groups)
     value = float(numbers.sum() / counts.sum())
     sums, sizes = table[:1], table[1]
     if len(sizes) < 3:
@@ -462,9 +436,3 @@ def ratio_interval(
     if is_log:
         return Estimate(value, value * math.exp(-reach), value * math.exp(min(reach, 600.0)))
     return Estimate(value, value - reach, value + reach)
-
-
-def signed(value: float) -> str:
-    """Format a signed number with one digit; zero has no sign."""
-    rounded = round(value, 1)
-    return f"{rounded:+.1f}" if rounded else "0.0"

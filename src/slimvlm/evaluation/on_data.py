@@ -5,12 +5,11 @@ B batch, T token, N counted position, D hidden, V vocabulary.
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,16 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimvlm.core.documents import built, parse_json, read_object
-from slimvlm.core.errors import ConfigError, DataError, NumericalError, SlimError, raised_as
-from slimvlm.core.files import new_file, write_text
+from slimvlm.core.documents import parse_json
+from slimvlm.core.errors import ConfigError, DataError, NumericalError
+from slimvlm.core.files import new_file
 from slimvlm.core.progress import progress
 from slimvlm.data.chat import batches_by_kind, encode_samples, process, tokenizer_of
 from slimvlm.data.read import estimated_length
 from slimvlm.data.roles import IGNORE
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.metrics import Estimate, perplexity, ratio_interval, share_interval
-from slimvlm.evaluation.results import digest_of_pictures
+from slimvlm.evaluation.results import Stored, digest_of_pictures
 from slimvlm.models.hidden import (
     HeadWeights,
     as_inputs,
@@ -44,7 +43,7 @@ from slimvlm.models.hidden import (
 from slimvlm.models.losses import Head, Hidden, by_chunks, predictions
 
 _SHARE = 4
-"""Divides the number of positions whose logits exist at one time: here they exist seven times."""
+"""Divides the number of positions whose logits exist at one time: here they exist several times."""
 Given = Sample | str  # a conversation, or plain text
 States = tuple[Sequence[int], Hidden, Int[Tensor, "B T"]]
 """A batch: places of its samples, final hidden states, labels."""
@@ -81,12 +80,11 @@ def evaluate_data(
     """
     if isinstance(baseline, PreTrainedModel):
         baseline = predictions_of(baseline, baseline_processor or processor, samples, batch_size)
-    if baseline is not None and (count := len(list(baseline.found))) != len(samples):
+    if baseline is not None and (count := len(baseline.states)) != len(samples):
         told = f"its predictions are of {count} samples, not of {len(samples)}"
         raise ConfigError(f"baseline: {told}")
-    with evaluating(model):
-        ours = _live(model, processor, samples, batch_size, name, head_of(model))
-        return result_of(ours, samples, model.device, baseline)
+    ours = predictions_of(model, processor, samples, batch_size, name)
+    return result_of(ours, samples, model.device, baseline)
 
 
 @torch.no_grad()
@@ -97,58 +95,54 @@ def result_of(
     baseline: "Predictions | None" = None,
 ) -> "DataResult":
     """Compute the result of a model from its predictions and a baseline's, on a device."""
-    head, their_head = head_on(device, ours.head), None
-    shared: Tensor | None = None  # [W, 2]: numbers of the tokens that both vocabularies have
-    theirs_of: dict[int, int] | None = None
+    head, shared, found = head_on(device, ours.head), None, list[OnSample]()
+    theirs_of: dict[int, int] | None = None  # numbers of the tokens that both vocabularies have
+    their_head: Head | None = None
     if baseline is not None:
         their_head, known = head_on(device, baseline.head), baseline.vocabulary
         if known != ours.vocabulary:
-            both = [(n, known[word]) for word, n in ours.vocabulary.items() if word in known]
-            theirs_of = dict(both)
-            shared = torch.tensor(sorted(both), dtype=torch.long).reshape(-1, 2).to(device)
-    stored = {} if baseline is None else {place: part for place, *part in baseline.found}
-    found: dict[int, OnSample] = {}
-    for place, states, following in ours.found:
-        sample = samples[place]
+            theirs_of = {n: known[word] for word, n in ours.vocabulary.items() if word in known}
+            pairs = sorted(theirs_of.items())
+            shared = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).to(device)
+    for place, sample in enumerate(samples):
         name = str(place) if isinstance(sample, str) else sample.id
-        rows, wanted = states.to(device), following.to(device)
-        count, tokens = len(wanted), following.tolist()
-        if not count:
+        rows, wanted = (part[place].to(device) for part in (ours.states, ours.wanted))
+        if not len(wanted):
             raise DataError(f"sample {name!r} has no token that counts")
-        if theirs_of is not None:
-            tokens = [theirs_of.get(token, IGNORE) for token in tokens]
-        theirs = [part.to(device) for part in stored.get(place, ())]
-        if their_head is None or tokens != theirs[1].tolist():
-            numbers = [by_chunks(partial(row_losses, head), rows, wanted, share=_SHARE)[:, 0]]
-            if their_head is not None:
-                losses = partial(row_losses, their_head)
-                numbers.append(by_chunks(losses, *theirs, share=_SHARE)[:, 0])
-        else:
-            compare = partial(_compared, head, their_head, shared)
-            numbers = [*by_chunks(compare, rows, wanted, *theirs, share=_SHARE).T]
-        for each in numbers:
-            require_finite_values(each, f"the losses of sample {name!r}")
-        loss, *others = (float(each.cpu().double().sum()) for each in numbers)
+        loss, _ = _sums(name, partial(row_losses, head), rows, wanted)
         compared: dict[str, Any] = {}
-        if theirs:
-            compared["baseline_tokens"] = their_count = len(theirs[1])
-            compared["baseline_loss"] = others[0] / their_count
-        if len(others) > 1:
-            compared |= {"same": round(others[1]), "divergence": others[2] / count}
+        if baseline is not None and their_head is not None:
+            others, tokens = (part[place].to(device) for part in (baseline.states, baseline.wanted))
+            theirs, _ = _sums(name, partial(row_losses, their_head), others, tokens)
+            compared = {"baseline_tokens": len(tokens), "baseline_loss": theirs / len(tokens)}
+            own = wanted.tolist()
+            if theirs_of is not None:
+                own = [theirs_of.get(token, IGNORE) for token in own]
+            if own == tokens.tolist():
+                compare = partial(_compared, head, their_head, shared)
+                same, apart = _sums(name, compare, rows, others)
+                compared |= {"same": round(same), "divergence": apart / len(tokens)}
         picture = "" if isinstance(sample, str) else digest_of_pictures(sample.images)
-        found[place] = OnSample(name, count, loss / count, picture=picture, **compared)
-    results = tuple(found[place] for place in sorted(found))
+        found.append(OnSample(name, len(wanted), loss / len(wanted), picture=picture, **compared))
     if baseline is None:
-        return DataResult(ours.model, results)
-    notes, left_out = [], sum(sample.same is None for sample in results)
+        return DataResult(ours.model, tuple(found))
+    notes, left_out = [], sum(sample.same is None for sample in found)
     if left_out:
-        told = f"{left_out} of {len(results)} samples have other tokens than the baseline's"
+        told = f"{left_out} of {len(found)} samples have other tokens than the baseline's"
         notes.append(f"{told}: agreement and divergence leave them out; losses, of all samples,")
         notes[-1] += " are for each token of the baseline, so that they compare"
-    if shared is not None and left_out < len(results):
+    if shared is not None and left_out < len(found):
         told = "the vocabularies differ: agreement and divergence are over"
         notes.append(f"{told} the {len(shared):,} tokens that both have")
-    return DataResult(ours.model, results, baseline.model, tuple(notes))
+    return DataResult(ours.model, tuple(found), baseline.model, tuple(notes))
+
+
+def _sums(name: str, part: Callable[..., Tensor], *rows: Tensor) -> list[float]:
+    """Sum what a function gives for the rows of a sample, a share of them at a time."""
+    numbers = by_chunks(part, *rows, share=_SHARE)
+    require_finite_values(numbers, f"the losses of sample {name!r}")
+    found: list[float] = numbers.cpu().double().sum(0).tolist()
+    return found
 
 
 def _compared(
@@ -156,14 +150,10 @@ def _compared(
     their_head: Head,
     shared: Int[Tensor, "W 2"] | None,
     rows: Float[Tensor, "N D"],
-    wanted: Int[Tensor, " N"],
     their_rows: Float[Tensor, "N E"],
-    their_wanted: Int[Tensor, " N"],
-) -> Float[Tensor, "N 4"]:
-    """Compute for each token the loss of both models, agreement, and KL(baseline ‖ model)."""
+) -> Float[Tensor, "N 2"]:
+    """Compute for each token agreement and KL(baseline ‖ model)."""
     ours, theirs = head(rows).float(), their_head(their_rows).float()
-    pairs = (ours, wanted), (theirs, their_wanted)
-    losses = [F.cross_entropy(*pair, reduction="none") for pair in pairs]
     if shared is not None:
         ours, theirs = ours[:, shared[:, 0]], theirs[:, shared[:, 1]]
     elif ours.shape != theirs.shape:  # rows beyond the vocabulary are no tokens
@@ -171,7 +161,7 @@ def _compared(
         ours, theirs = ours[:, :least], theirs[:, :least]
     same = (ours.argmax(-1) == theirs.argmax(-1)).float()
     log_p, log_q = F.log_softmax(theirs, dim=-1), F.log_softmax(ours, dim=-1)
-    return torch.stack([*losses, same, (log_p.exp() * (log_p - log_q)).sum(-1)], dim=-1)
+    return torch.stack([same, (log_p.exp() * (log_p - log_q)).sum(-1)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -205,9 +195,10 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class DataResult:
+class DataResult(Stored):
     """Losses of a model on some samples, alone or compared with a baseline."""
 
+    derived: ClassVar = ("figures",)
     model: str  # its name
     samples: Annotated[tuple[OnSample, ...], Field(min_length=1)]
     baseline: str = ""  # name of the baseline; empty without one
@@ -238,20 +229,6 @@ class DataResult:
         agreement = share_interval(same, tokens, pictures)
         divergence = ratio_interval(apart * tokens, tokens, pictures, positive=True)
         return Figures(loss, as_perplexity, increase, agreement, divergence)
-
-    def save(self, path: str | Path) -> None:
-        """Write everything as JSON."""
-        values = {**asdict(self), "figures": asdict(self.figures)}
-        write_text(Path(path), json.dumps(values, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "DataResult":
-        """Read what `save` wrote."""
-        values = read_object(path, "result")
-        for derived in ("figures", "seed"):  # files of version 0.2 have the seed of a bootstrap
-            values.pop(derived, None)
-        with raised_as(ConfigError, SlimError, f"result {str(path)!r}: cannot be read"):
-            return built(cls, values)
 
 
 # Final hidden states at the tokens that count, and losses there.
@@ -288,43 +265,36 @@ def row_losses(
 
 @dataclass(frozen=True)
 class Predictions:
-    """Final hidden states at the tokens that count, computed as they are read, or stored."""
+    """Final hidden states of samples at the tokens that count, on the CPU."""
 
     model: str
-    # place of a sample, its states and the tokens that follow, on the CPU
-    found: Iterable[tuple[int, Float[Tensor, "_ D"], Int[Tensor, " _"]]]
+    states: Sequence[Float[Tensor, "_ D"]]  # of each sample
+    wanted: Sequence[Int[Tensor, " _"]]  # the tokens that follow
     head: Head  # a function that takes states of any device, or weights
     vocabulary: Mapping[str, int] = field(repr=False)
 
     @classmethod
     def of(cls, model: str, batches: Iterable[States], head: Head, processor: Any) -> "Predictions":
-        """Take them out of batches, when they are read."""
-
-        def found() -> Iterator[tuple[int, Tensor, Tensor]]:
-            for places, hidden, labels in batches:
-                rows, wanted, counted = predictions(hidden, labels)
-                counts = counted.sum(1).tolist()
-                parts = (part.cpu().split(counts) for part in (rows, wanted))
-                yield from zip(places, *parts, strict=True)
-
-        return cls(model, found(), head, tokenizer_of(processor).get_vocab())
-
-    def stored(self) -> "Predictions":
-        """Read all, in the order of the samples, to compare models that are not loaded together."""
-        found = sorted(self.found, key=itemgetter(0))
-        return replace(self, found=found, head=head_on(torch.device("cpu"), self.head))
+        """Take them out of batches, to compare models that are not loaded together."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for places, hidden, labels in batches:
+            rows, wanted, counted = predictions(hidden, labels)
+            counts = counted.sum(1).tolist()
+            parts = (part.cpu().split(counts) for part in (rows, wanted))
+            found |= zip(places, zip(*parts, strict=True), strict=True)
+        states, tokens = zip(*(found[place] for place in sorted(found)), strict=True)
+        head = head_on(torch.device("cpu"), head)
+        return cls(model, states, tokens, head, tokenizer_of(processor).get_vocab())
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the head must be `HeadWeights`."""
-        kept = self.stored()
-        head, (_, states, wanted) = kept.head, zip(*kept.found, strict=True)
-        assert isinstance(head, HeadWeights)
-        tensors = {"states": torch.cat(states), "wanted": torch.cat(wanted)}
-        tensors["weight"] = head.weight.contiguous()
-        if head.bias is not None:
-            tensors["bias"] = head.bias.contiguous()
-        about: dict[str, Any] = {"model": self.model, "counts": list(map(len, wanted))}
-        about |= {"bends": [head.scale, head.cap], "words": dict(self.vocabulary)}
+        assert isinstance(self.head, HeadWeights)
+        tensors = {"states": torch.cat(list(self.states)), "wanted": torch.cat(list(self.wanted))}
+        tensors["weight"] = self.head.weight.contiguous()
+        if self.head.bias is not None:
+            tensors["bias"] = self.head.bias.contiguous()
+        about: dict[str, Any] = {"model": self.model, "counts": list(map(len, self.wanted))}
+        about |= {"bends": [self.head.scale, self.head.cap], "words": dict(self.vocabulary)}
         with new_file(Path(path)) as partial_file:
             save_file(tensors, partial_file, {"about": json.dumps(about)})
 
@@ -336,8 +306,7 @@ class Predictions:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         states, wanted = (tensors[name].split(about["counts"]) for name in ("states", "wanted"))
         head = HeadWeights(tensors["weight"], tensors.get("bias"), *about["bends"])
-        found = list(zip(range(len(states)), states, wanted, strict=True))
-        return cls(about["model"], found, head, about["words"])
+        return cls(about["model"], states, wanted, head, about["words"])
 
 
 @torch.no_grad()
@@ -354,20 +323,10 @@ def predictions_of(
         own, home = head_of(model), model.device
         head = lambda rows: own(rows.to(home)).to(rows.device)  # noqa: E731
     with evaluating(model):
-        return _live(model, processor, samples, batch_size, name, head).stored()
-
-
-def _live(
-    model: PreTrainedModel,
-    processor: Any,
-    samples: Sequence[Given],
-    batch_size: int,
-    name: str,
-    head: Head,
-) -> Predictions:
-    batches = batches_of(processor, samples, batch_size)
-    states = ((places, *_final(model, inputs)) for places, inputs in batches)
-    return Predictions.of(name or str(model.config._name_or_path), states, head, processor)
+        batches = batches_of(processor, samples, batch_size)
+        states = ((places, *_final(model, inputs)) for places, inputs in batches)
+        name = name or str(model.config._name_or_path)
+        return Predictions.of(name, states, head, processor)
 
 
 def batches_of(

@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+import numpy as np
+import pandas as pd
 from PIL import Image
 from pydantic import Field
 
@@ -21,6 +23,29 @@ Kind = Literal["chosen", "free"]
 KINDS: tuple[Kind, ...] = ("chosen", "free")  # multiple-choice; open-ended
 CHOICE_BENCHMARKS = ("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition", "mme_perception")
 """Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
+
+
+class Stored:
+    """A dataclass that is kept as a JSON file."""
+
+    what: ClassVar[str] = "result"  # in messages
+    derived: ClassVar[tuple[str, ...]] = ()  # properties that are written and not read
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON, which has no NaN."""
+        own: Any = self
+        found = {name: getattr(self, name) for name in self.derived}
+        values = asdict(own) | {n: None if value != value else value for n, value in found.items()}
+        write_text(Path(path), json.dumps(values, indent=1, default=asdict) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; raise ConfigError if the file is missing or broken."""
+        values = read_object(path, cls.what)
+        for name in (*cls.derived, "seed"):  # files of version 0.2 have the seed of a bootstrap
+            values.pop(name, None)
+        with raised_as(ConfigError, SlimError, f"{cls.what} {str(path)!r}: cannot be read"):
+            return built(cls, values)
 
 
 @dataclass(frozen=True)
@@ -94,9 +119,10 @@ TIMES = tuple(each.name for each in fields(Times))
 
 
 @dataclass(frozen=True)
-class Result(Times):
+class Result(Stored, Times):
     """Scores of one model on some tasks."""
 
+    derived: ClassVar = ("average", "average_by_kind")
     model: str  # name or path
     total_params: int
     backbone_params: int
@@ -113,6 +139,11 @@ class Result(Times):
         counted = {name: task.score for name, task in self.tasks.items() if task.in_average}
         return metrics.average(counted) if counted else float("nan")
 
+    @property
+    def average_by_kind(self) -> "dict[Kind, float]":
+        """AVG of each kind of answers that occurs."""
+        return {kind: part.average for kind, part in self.by_kind().items()}
+
     def retention(self, baseline: "Result") -> metrics.Retention:
         """Compute AVG-% relative to another model, over the tasks that both answered.
 
@@ -123,15 +154,7 @@ class Result(Times):
             ConfigError: If they share no task, their questions differ, or only one was blind.
         """
         shared = comparable(self, baseline)
-        ours, theirs = ({name: of.tasks[name] for name in shared} for of in (self, baseline))
-        floor_of: dict[str, float | Sequence[float]] = {}
-        for name, other in theirs.items():
-            floor_of[name] = level = max(ours[name].chance, ours[name].majority or 0, other.floor)
-            if other.blind is not None and metrics.average({name: other.blind}) > level:
-                floor_of[name] = other.blind_scores  # one for each question
-        chance, pictures = _each(ours, "chance"), _each(ours, "pictures")
-        scores, base = _each(ours, "scores"), _each(theirs, "scores")
-        return metrics.retention(scores, base, chance, floor_of, pictures)
+        return metrics.retention(answers_of(self.tasks, baseline.tasks, shared))
 
     def by_kind(self) -> "dict[Kind, Result]":
         """Split the tasks that count: a result for each kind of answers that occurs."""
@@ -149,11 +172,6 @@ class Result(Times):
             if any(any(baseline.tasks[n].scores) for n in part.tasks if n in baseline.tasks)
         }
 
-    def difference(self, baseline: "Result") -> metrics.Estimate:
-        """Compute AVG minus that of another model, over the tasks that both answered."""
-        shared = comparable(self, baseline)
-        return average_of(*({name: of.tasks[name] for name in shared} for of in (self, baseline)))
-
     def timed_as(self, other: "Result") -> "Result":
         """Take over the times of a result whose model is as large: measuring again adds noise."""
         facts = ("total_params", "backbone_params", "weight_bytes", "dtype")
@@ -161,24 +179,13 @@ class Result(Times):
             return self
         return replace(self, **{name: getattr(other, name) for name in TIMES})
 
-    def save(self, path: str | Path) -> None:
-        """Write everything as JSON, answers included."""
-        by_kind = {kind: part.average for kind, part in self.by_kind().items()}
-        average = None if math.isnan(self.average) else self.average  # JSON has no NaN
-        values = {**asdict(self), "average": average, "average_by_kind": by_kind}
-        write_text(Path(path), json.dumps(values, indent=1) + "\n")
-
     @classmethod
-    def load(cls, path: str | Path) -> "Result":
+    def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raise ConfigError if the file is missing or not a result."""
-        where, values = f"result {str(path)!r}", read_object(path, "result")
-        for derived in ("average", "average_by_kind"):
-            values.pop(derived, None)
-        with raised_as(ConfigError, SlimError, f"{where}: cannot be read"):
-            result = built(cls, values)
+        result = super().load(path)
         for name, task in result.tasks.items():
             if why := _mistake(name, task):
-                raise ConfigError(f"{where}: task {shortened(name)} {why}")
+                raise ConfigError(f"result {str(path)!r}: task {shortened(name)} {why}")
         return result
 
 
@@ -246,13 +253,33 @@ def task_difference(
 
 
 def average_of(
-    ours: Mapping[str, TaskResult], theirs: Mapping[str, TaskResult] | None = None
+    ours: Mapping[str, TaskResult],
+    theirs: Mapping[str, TaskResult] | None = None,
+    names: Iterable[str] | None = None,
 ) -> metrics.Estimate:
-    """Compute AVG over tasks, minus the baseline's if given."""
-    base = None if theirs is None else _each(theirs, "scores")
-    bounded = all(task.metric not in metrics.LIKELIHOODS for task in ours.values())
-    scores, pictures = _each(ours, "scores"), _each(ours, "pictures")
-    return metrics.average_difference(base, scores, pictures, bounded)
+    """Compute AVG over tasks, all or the named ones, minus the baseline's if given."""
+    named = list(names or ours)
+    bounded = all(ours[name].metric not in metrics.LIKELIHOODS for name in named)
+    return metrics.average_difference(answers_of(ours, theirs, named), bounded)
+
+
+def answers_of(
+    ours: Mapping[str, TaskResult], theirs: Mapping[str, TaskResult] | None, names: Iterable[str]
+) -> pd.DataFrame:
+    """Make a row for each question of tasks: task, picture, scores as shares of the full score."""
+    parts = []
+    for name in names:
+        task, full = ours[name], metrics.MME_FULL_SCORES.get(name, 100.0) / 100
+        rows = {"task": name, "picture": task.pictures or "", "ours": np.divide(task.scores, full)}
+        if theirs is not None:
+            other = theirs[name]
+            floor: Any = max(task.floor, other.floor)
+            if metrics.average({name: other.blind or 0.0}) > floor:
+                floor = 100 * np.divide(other.blind_scores, full)
+            rows |= {"theirs": np.divide(other.scores, full)}
+            rows |= {"floor": floor / 100, "chance": task.chance / 100}
+        parts.append(pd.DataFrame(rows))
+    return pd.concat(parts, ignore_index=True)
 
 
 def guessed(result: Result) -> dict[str, str]:
@@ -263,10 +290,6 @@ def guessed(result: Result) -> dict[str, str]:
         if task.in_average and ((share := average_of({name: task})).low or 0.0) <= level:
             found[name] = f"{share.value:.1f} %, guessing {level:.1f} %"
     return found
-
-
-def _each(tasks: Mapping[str, TaskResult], field: str) -> dict[str, Any]:
-    return {name: getattr(task, field) for name, task in tasks.items()}
 
 
 def read_baseline(

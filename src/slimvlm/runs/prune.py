@@ -180,6 +180,6 @@ def _predictions(
                 for i, batch in ((batch["place"], batch) for batch in runner.batches())
             )
             head = head_weights_of(runner.model)
-            found = Predictions.of(name, states, head, processor).stored()
+            found = Predictions.of(name, states, head, processor)
     shutil.rmtree(folder, ignore_errors=True)
     return found

@@ -18,6 +18,8 @@ from slimvlm.evaluation.results import (
     KINDS,
     TIMES,
     Result,
+    average_of,
+    comparable,
     kind_of,
     require_same_task,
     task_difference,
@@ -80,7 +82,7 @@ def result_json(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
             **{name: getattr(result, name) for name in _OF_A_MODEL},
         }
         if first is not None and found and not math.isnan(first.average):
-            change = result.difference(first)
+            change = average_of(result.tasks, first.tasks, comparable(result, first))
             values["retention"] = result.retention(first).as_json()
             values["average_difference"] = change.as_points()
             values["average_significant"] = change.significant
@@ -96,31 +98,30 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
     Columns of `FLOORS` are those that were measured. `MARK` follows a score that differs from the
     baseline's.
     """
-    models = list(result_json(results).values())
-    tasks = dict.fromkeys(task for model in models for task in model["tasks"])
-    rows, floors = [], []
-    for task in tasks:
+    models, rows, cut = list(result_json(results).values()), [], []
+    for task in dict.fromkeys(task for model in models for task in model["tasks"]):
         asked = [model["tasks"].get(task) for model in models]
-        some = next(each for each in asked if each)
-        majorities = [each["majority"] for each in asked if each and each["majority"] is not None]
-        is_loss = some["metric"] in LIKELIHOODS
-        levels = [next(iter(majorities), None), asked[0] and asked[0]["blind"]]
-        floor = [f"{some['chance']:.0f}", *(_number(level, nothing="") for level in levels)]
-        floors.append([""] * len(FLOORS) if is_loss else floor)
-        digits = 3 if some["metric"] == "loss" else 1
-        cells = [_marked(each, "score", digits) if each else "-" for each in asked]
-        rows.append([f"{task} (lower is better)" if is_loss else task, *cells])
-    shown = [i for i, name in enumerate(FLOORS) if name == "chance" or any(f[i] for f in floors)]
-    rows = [[row[0], *(f[i] for i in shown), *row[1:]] for row, f in zip(rows, floors, strict=True)]
+        given = [each for each in asked if each]
+        label, digits = task, 3 if given[0]["metric"] == "loss" else 1
+        majorities = [each["majority"] for each in given if each["majority"] is not None]
+        levels = [*majorities[:1], None][0], asked[0] and asked[0]["blind"]
+        floors = [f"{given[0]['chance']:.0f}", *(_number(level, nothing="") for level in levels)]
+        if given[0]["metric"] in LIKELIHOODS:
+            label, floors = f"{task} (lower is better)", [""] * len(FLOORS)
+        cells = [_number(e["score"], digits, e.get("significant")) if e else "-" for e in asked]
+        rows.append([label, *floors, *cells])
+        if any(each["cut"] for each in given):
+            cells = [f"{each['cut']} of {each['n']}" if each else "-" for each in asked]
+            cut.append([f"{task}: replies cut off at max_new_tokens", *cells])
 
-    figures = [["AVG", *(_marked(m, "average", mark="average_significant") for m in models)]]
+    averages = [_number(m["average"], marked=m.get("average_significant")) for m in models]
+    figures = [["AVG", *averages]]
     if kept := [model["retention"] for model in models if "retention" in model]:
         figures.append(["AVG-% [95 % interval]", "100.0", *map(_kept, kept)])
         figures.append(["AVG-% above chance", "100.0", *(_number(k["above_chance"]) for k in kept)])
-    if kept and len(shown) > 1:
-        names = ("above_floor", "above_floor_low", "above_floor_high")
-        cells = [_kept(each, names) for each in kept]
-        figures.append(["AVG-% above floor [95 % interval]", "100.0", *cells])
+        if any(row[2] or row[3] for row in rows):
+            cells = [_kept(each, "above_floor", "above_floor_") for each in kept]
+            figures.append(["AVG-% above floor [95 % interval]", "100.0", *cells])
     for kind in KINDS:
         parts = [model["by_kind"].get(kind, {}).get("retention") for model in models[1:]]
         if some := [*filter(None, parts)]:
@@ -130,21 +131,19 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
         ["backbone parameters", *(millions(m["backbone_params"]) for m in models)],
         ["all parameters", *(millions(m["total_params"]) for m in models)],
         ["weights MiB", *(_number(m["weight_bytes"] and m["weight_bytes"] / MIB) for m in models)],
+        *cut,
     ]
-    for task in tasks:
-        asked = [model["tasks"].get(task) for model in models]
-        if any(each and each["cut"] for each in asked):
-            cells = [f"{each['cut']} of {each['n']}" if each else "-" for each in asked]
-            figures.append([f"{task}: replies cut off at max_new_tokens", *cells])
     for label, name in (("prefill ms (batch 1)", "prefill"), ("decode ms per token", "decode")):
         times = [(m[f"{name}_ms"], m[f"{name}_range_ms"]) for m in models]
         figures.append([label, *(f"{Estimate(middle, *ends or ()):.1f}" for middle, ends in times)])
-    rows += [[label, *[""] * len(shown), *cells] for label, *cells in figures]
-    return ["task", *(FLOORS[i] for i in shown), *results], rows
+    rows += [[label, *[""] * len(FLOORS), *cells] for label, *cells in figures]
+    header = ["task", *FLOORS, *results]
+    shown = [i for i in range(len(header)) if i not in (2, 3) or any(row[i] for row in rows)]
+    return [header[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
-def _kept(values: Mapping[str, Any], names: Sequence[str] = ("percent", "low", "high")) -> str:
-    return kept_text(*(values[name] for name in names))
+def _kept(values: Mapping[str, Any], name: str = "percent", ends: str = "") -> str:
+    return kept_text(values[name], values[f"{ends}low"], values[f"{ends}high"])
 
 
 def held_out_json(results: Mapping[str, DataResult]) -> dict[str, dict[str, Any]]:
@@ -231,32 +230,14 @@ def image_rows(found: Sequence[AtBudget]) -> tuple[list[str], list[list[str]]]:
 def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     """Make the rows that `inspect` prints: a name and a value in each.
 
-    Where layers differ (attention and convolution, experts and a dense MLP), each value has its
-    row, with its layers.
+    Layers that differ (attention and convolution, experts and a dense MLP) have rows of their own.
     """
-    shapes = anatomy.layers
-    groups_of = [
-        f"{s.num_kv_heads} ({s.queries_per_group} query heads each, head_dim {s.head_dim})"
-        if s.num_kv_heads else "none" for s in shapes
-    ]  # fmt: skip
-    neurons_of = [
-        f"{s.intermediate_size}{' in every expert' * (s.expert_neuron_params > 0)}"
-        if s.intermediate_size else "none that can be removed" for s in shapes
-    ]  # fmt: skip
-    group = [f"{s.kv_group_params:,}" if s.num_kv_heads else "none" for s in shapes]
-    neuron = [f"{s.neuron_params:,}" if s.intermediate_size else "none" for s in shapes]
-    if anatomy.why_tokens_stay is not None:
-        token = f"all are kept: {anatomy.why_tokens_stay}"
-    else:
+    pinned = ", ".join(map(str, anatomy.pinned_layers))
+    token = f"all are kept: {anatomy.why_tokens_stay}"
+    if anatomy.why_tokens_stay is None:
         share = anatomy.vocab_size * anatomy.token_params / anatomy.backbone_params
         these = f"all {anatomy.vocab_size:,} are {share:.0%} of the backbone"
         token = f"{anatomy.token_params:,}; {these} (compress --vocab-size)"
-    experts: list[list[str]] = []
-    if anatomy.expert_counts:
-        expert = [f"{s.expert_params:,}" if s.num_experts else "none" for s in shapes]
-        share_of_all = f"{anatomy.expert_share:.0%} of the backbone (compress --experts)"
-        experts = [*_by_layer("    one expert", expert), ["    all experts", share_of_all]]
-    pinned = ", ".join(map(str, anatomy.pinned_layers))
     rows = [
         ["model type", f"{anatomy.model_type} ({anatomy.text_type} backbone)"],
         ["all parameters", f"{anatomy.total_params:,}"],
@@ -265,16 +246,28 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         ["  backbone", f"{anatomy.backbone_params:,}"],
         ["    embeddings and head", f"{anatomy.embedding_params + anatomy.head_params:,}"],
         ["    one token", token],
-        *_by_layer("    one layer", [f"{s.params:,}" for s in shapes]),
-        *_by_layer("    one KV group", group),
-        *_by_layer("    one neuron", neuron),
-        *experts,
-        ["layers", f"{anatomy.num_layers}" + (f" ({pinned} must stay)" if pinned else "")],
-        *_by_layer("KV groups in a layer", groups_of),
-        *_by_layer("neurons in a layer", neurons_of),
-        *_legal_rows(anatomy),
         ["hidden size", f"{anatomy.hidden_size}"],
+        ["layers", f"{anatomy.num_layers}" + (f" ({pinned} must stay)" if pinned else "")],
+        *_layer_rows(anatomy),
     ]
+    if anatomy.expert_counts:
+        taken, most = anatomy.experts_per_token, anatomy.expert_counts[-1]
+        share_of_all = f"{anatomy.expert_share:.0%} of the backbone (compress --experts)"
+        rows.append(["all experts", share_of_all])
+        rows.append(["legal experts", f"{taken} to {most}: each token takes {taken}"])
+    heads = anatomy.legal_kv_heads()
+    rows.append(["legal KV groups", ", ".join(map(str, heads)) or "none"])
+    if anatomy.retypable and heads:
+        queries = anatomy.attention_shapes[-1][1]
+        if retyped := [n for n in heads if anatomy.hidden_size % (n * queries)]:
+            rows.append([f"  as {anatomy.backbone.retype}", ", ".join(map(str, retyped))])
+    counts, step = anatomy.legal_neurons(), anatomy.backbone.neuron_multiple
+    widths = ", ".join(map(str, counts)) or "none"
+    if len(counts) > 3:  # at equal steps; the last, the current width, may be no multiple
+        regular = [width for width in counts if width % step == 0]
+        widths = f"{regular[0]} to {regular[-1]}" + (f" in steps of {step}" if step > 1 else "")
+        widths += "" if regular[-1] == counts[-1] else f", and {counts[-1]}"
+    rows.append(["legal neurons", widths])
     for dtype in BYTES:
         memory = size(weight_bytes(anatomy, dtype))
         cache = size(kv_cache_bytes(anatomy, 1024, dtype))
@@ -282,41 +275,30 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
     return rows
 
 
-def _legal_rows(anatomy: Anatomy) -> list[list[str]]:
-    """Make the rows of how many experts, KV groups and neurons a layer may keep."""
+def _layer_rows(anatomy: Anatomy) -> list[list[str]]:
+    """Make the rows of a layer's parameters and units, for each kind of layers."""
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for index, s in enumerate(anatomy.layers):
+        groups, neurons, experts = "none", "none that can be removed", ""
+        if s.num_kv_heads:
+            groups = f"{s.num_kv_heads} of {s.kv_group_params:,} parameters "
+            groups += f"({s.queries_per_group} query heads each, head_dim {s.head_dim})"
+        if s.intermediate_size:
+            where = " in every expert" * (s.expert_neuron_params > 0)
+            neurons = f"{s.intermediate_size}{where} of {s.neuron_params:,} parameters"
+        if anatomy.expert_counts:
+            experts = f"{s.num_experts} of {s.expert_params:,} parameters"
+            experts = experts if s.num_experts else "none"
+        kinds.setdefault((f"{s.params:,}", groups, neurons, experts), []).append(index)
     rows: list[list[str]] = []
-    if anatomy.expert_counts:
-        taken, most = anatomy.experts_per_token, anatomy.expert_counts[-1]
-        counts = [f"{shape.num_experts or 'none'}" for shape in anatomy.layers]
-        rows += _by_layer("experts in a layer", counts)
-        rows.append(["legal experts", f"{taken} to {most}: each token takes {taken}"])
-    groups = anatomy.legal_kv_heads()
-    rows.append(["legal KV groups", ", ".join(map(str, groups)) or "none"])
-    if anatomy.retypable and groups:
-        queries = anatomy.attention_shapes[-1][1]
-        if retyped := [n for n in groups if anatomy.hidden_size % (n * queries)]:
-            rows.append([f"  as {anatomy.backbone.retype}", ", ".join(map(str, retyped))])
-    neuron_counts, step = anatomy.legal_neurons(), anatomy.backbone.neuron_multiple
-    widths = ", ".join(map(str, neuron_counts)) or "none"
-    if len(neuron_counts) > 3:  # at equal steps; the last, the current width, may be no multiple
-        regular = [width for width in neuron_counts if width % step == 0]
-        widths = f"{regular[0]} to {regular[-1]}" + (f" in steps of {step}" if step > 1 else "")
-        widths += "" if regular[-1] == neuron_counts[-1] else f", and {neuron_counts[-1]}"
-    return [*rows, ["legal neurons", widths]]
-
-
-def _by_layer(label: str, texts: Sequence[str]) -> list[list[str]]:
-    """Make one row if all layers have the same value, else one for each value, with its layers."""
-    if len(set(texts)) == 1:
-        return [[label, texts[0]]]
-    rows: list[list[str]] = []
-    for text in dict.fromkeys(texts):
-        same = enumerate(index for index, other in enumerate(texts) if other == text)
-        groups = (list(group) for _, group in groupby(same, lambda pair: pair[1] - pair[0]))
-        runs = [[index for _, index in group] for group in groups]  # of neighbours
-        words = [f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs]
-        where = f"layer{'s' if texts.count(text) > 1 else ''} {', '.join(words)}"
-        rows.append(["" if rows else label, f"{where}: {text}"])
+    for values, found in kinds.items():
+        if len(kinds) > 1:
+            places = groupby(enumerate(found), lambda pair: pair[1] - pair[0])
+            runs = [[index for _, index in group] for _, group in places]  # of neighbours
+            words = [f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs]
+            rows.append([f"layer{'s' * (len(found) > 1)} {', '.join(words)}", ""])
+        names = ("parameters of a layer", "KV groups", "neurons", "experts")
+        rows += [[f"  {n}", value] for n, value in zip(names, values, strict=True) if value]
     return rows
 
 
@@ -343,10 +325,7 @@ def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _number(value: float | None, digits: int = 1, nothing: str = "-") -> str:
-    return nothing if value is None else f"{value:.{digits}f}"
-
-
-def _marked(row: Mapping[str, Any], name: str, digits: int = 1, mark: str = "significant") -> str:
-    value = row[name]
-    return _number(value, digits) + MARK * (value is not None and row.get(mark, False))
+def _number(
+    value: float | None, digits: int = 1, marked: bool | None = False, nothing: str = "-"
+) -> str:
+    return nothing if value is None else f"{value:.{digits}f}{MARK * bool(marked)}"

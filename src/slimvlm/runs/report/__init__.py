@@ -13,20 +13,19 @@ from io import BytesIO
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import escape
 
 from slimvlm.core.progress import progress
 from slimvlm.data.samples import open_image
 from slimvlm.evaluation.compare import CHANGES, RIGHT, Change, Comparison, Pair
-from slimvlm.evaluation.metrics import signed
 from slimvlm.runs.report.record import Record, read_record
 
 __all__ = ["comparison_html", "gallery_of", "read_record", "report_html"]
 
-_WHOLE, MAX_BYTES = 4_900_000, 4_700_000
-"""Bytes at most of a whole report, and of its cards, beyond which pictures are left out."""
+_MARKUP, MAX_BYTES = (
+    300,
+    4_900_000,
+)  # around a picture; of a page, beyond which pictures are left out
 MAX_CARDS: Mapping[Change, int] = {"both wrong": 40, "both right": 12}  # of a task; others: all
-CARD_BYTES = 850  # markup of a card without its words and pictures, rounded up
 SMALL, SMALL_SHOWN, LARGE = 64, 128, 256
 """Pictures up to the first size are enlarged to the second; those above the third are reduced."""
 
@@ -41,11 +40,10 @@ def report_html(record: Record) -> str:
     values = {
         "record": record,
         "version": version("slimvlm"),
-        "legend_items": charts.legend(record.entries),
         "config": json.dumps(record.config, indent=2),
         "charts": overview,
         "prunings": [
-            (title, [charts.allocation(plan), *charts.score_maps(plan, scores)])
+            (title, [*charts.allocation(plan), *charts.score_maps(plan, scores)])
             for title, plan, scores in progress(record.prunings, "drawing plans")
         ],
         "trainings": [
@@ -54,19 +52,16 @@ def report_html(record: Record) -> str:
             if steps
         ],
     }
-    bare = _render("report.html.jinja", gallery=None, **values)
-    if record.comparison is None:
-        return bare
-    room = min(MAX_BYTES, _WHOLE - len(bare.encode()))
-    return _render("report.html.jinja", gallery=gallery_of(record.comparison, room), **values)
+    return _render("report.html.jinja", record.comparison, **values)
 
 
 def comparison_html(comparison: Comparison, title: str) -> str:
     """Write one HTML file with a table and every lost or gained answer, with pictures."""
-    return _render("comparison.html.jinja", title=title, gallery=gallery_of(comparison))
+    return _render("comparison.html.jinja", comparison, title=title)
 
 
-def _render(template: str, **values: Any) -> str:
+def _render(template: str, comparison: Comparison | None, **values: Any) -> str:
+    """Fill in a template, twice where answers are shown: first without their pictures."""
     environment = Environment(
         loader=PackageLoader("slimvlm.runs.report"),
         autoescape=True,
@@ -74,30 +69,29 @@ def _render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["points"] = signed
-    return environment.get_template(template).render(**values)
+    environment.filters["points"] = "{:+z.1f}".format
+    page = environment.get_template(template)
+    bare = page.render(gallery=comparison and gallery_of(comparison, 0), **values)
+    if comparison is None:
+        return bare
+    return page.render(gallery=gallery_of(comparison, MAX_BYTES - len(bare.encode())), **values)
 
 
-def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def gallery_of(comparison: Comparison, room: int) -> dict[str, Any]:
     """Lay out a comparison as cards: the values of ``gallery.html.jinja``."""
-    # Unchanged answers whose replies differ most come first. Pictures are shown until the cards
-    # fill `max_bytes`: those of lost answers first, and tasks take turns.
+    # Unchanged answers whose replies differ most come first. Pictures are shown until they fill so
+    # many bytes: those of lost answers first, and tasks take turns.
     queue: list[tuple[int, int, str, Pair]] = []
     hidden = {name: Counter(task.counts) for name, task in comparison.tasks.items()}
-    for task in comparison.tasks.values():
+    for name, task in comparison.tasks.items():
         for rank, kind in enumerate(CHANGES):
             pairs = [pair for pair in task.pairs if pair.kind == kind]
             if kind in MAX_CARDS:
                 pairs.sort(key=lambda p: (-abs(p.score_a - p.score_b), p.reply_a == p.reply_b))
                 pairs = pairs[: MAX_CARDS[kind]]
-            queue += [(rank, place, task.name, pair) for place, pair in enumerate(pairs)]
-            hidden[task.name][kind] -= len(pairs)
+            queue += [(rank, place, name, pair) for place, pair in enumerate(pairs)]
+            hidden[name][kind] -= len(pairs)
     queue.sort(key=lambda entry: entry[:2])
-    room = max_bytes
-    for *_, pair in queue:
-        asked = pair.question
-        words = (asked.id, asked.prompt, *asked.answers, pair.reply_a, pair.reply_b)
-        room -= CARD_BYTES + sum(len(str(escape(text)).encode()) for text in words)
     cards: dict[str, list[dict[str, Any]]] = {name: [] for name in comparison.tasks}
     left_out = 0
     for *_, name, pair in queue:
@@ -114,21 +108,21 @@ def gallery_of(comparison: Comparison, max_bytes: int = MAX_BYTES) -> dict[str, 
             width, height = (max(1, round(side * scale)) for side in shown.size)
             uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
             pictures.append({"uri": uri, "width": width, "height": height, "enlarged": enlarged})
-        size = sum(len(each["uri"]) for each in pictures)
+        size = sum(len(each["uri"]) + _MARKUP for each in pictures)
         if size > room:
             pictures, room = [], 0
         room -= size
         left_out += bool(pair.question.images) and not pictures
         cards[name].append({"pair": pair, "pictures": pictures})
-    differences = [*(task.difference for task in comparison.tasks.values()), comparison.difference]
-    ends = [end for d in differences for end in (d.low, d.high) if end is not None]
+    rows = [*comparison.tasks.values(), comparison.total]
+    ends = [end for row in rows for end in vars(row.difference).values() if end is not None]
     reach = max(1.0, *map(abs, ends))
     return {
         "comparison": comparison,
         "cards": cards,  # by task
         "hidden": {name: +counts for name, counts in hidden.items()},  # answers without a card
         "pictures_left_out": left_out,
-        "graded": any({p.score_a, p.score_b} - {0, 1} for p in comparison.pairs),
+        "graded": any({p.score_a, p.score_b} - {0, 1} for p in comparison.total.pairs),
         "place": lambda points: round(50 + 48 * points / reach, 1),  # on the axis of all tasks
         "kinds": CHANGES,
         "right": RIGHT,

@@ -48,7 +48,6 @@ class Table:
     note: str = ""  # written below, one list item for each line
     folded: bool = False  # closed at first
     wraps: bool = False  # cells are sentences, which break into lines
-    ids: Sequence[str] = ()  # of each row, that marks of charts lead to; empty for none
 
 
 @dataclass(frozen=True)
@@ -95,38 +94,27 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
     on_data, recover = runs.read_held_out(folder), {}
     if options.recover.train != "none":
         recover = vars(options.recover)
-    rows = []
-    for stage, result in results.items():  # as a row of a study's table
-        original = results.get(ORIGINAL, result)
+    figures, rows = tables.result_json(results), []
+    for stage, values in figures.items():  # as a row of a study's table
         trained = recover.get("train") if stage == "recovered" else None
+        kept = values.get("retention") or {}
         row = {"name": stage, "axis": plan.axis, "achieved_ratio": plan.ratio} | {
-            **{name: getattr(result, name) for name in ("total_params", "prefill_ms", "decode_ms")},
-            **{"train": trained or "none", "loss": recover.get("loss"), "avg": result.average},
+            **{name: values[name] for name in ("total_params", "prefill_ms", "decode_ms")},
+            **{"train": trained or "none", "loss": recover.get("loss"), "avg": values["average"]},
             **{"recovery": f"{trained} {recover['loss']}" if trained else "none"},
-            **{"fraction": recover.get("fraction", 1.0)},
+            **{"fraction": recover.get("fraction", 1.0), "avg_percent": kept.get("percent")},
+            **{f"avg_percent_{end}": kept.get(end) for end in ("low", "high")},
         }
         if stage == ORIGINAL:
             row |= {"axis": ORIGINAL, "achieved_ratio": 0.0, "avg_percent": 100.0}
-        elif not math.isnan(original.average):
-            kept = result.retention(original)
-            row |= {"avg_percent": kept.percent, "avg_percent_low": kept.low}
-            row |= {"avg_percent_high": kept.high}
         rows.append(row)
-    entries = _measured(pd.DataFrame(rows)).fillna({"variant": "", "link": "", "model": ""})
+    entries = _measured(pd.DataFrame(rows)).fillna({"variant": "", "model": ""})
     listed = []
     if results:
         listed.append(Table("Scores in percent", *tables.result_rows(results), tables.LEGEND))
     if on_data:
         title, note = "Retained on test samples", "\n".join(tables.held_out_notes(on_data))
         listed.append(Table(title, *tables.held_out_rows(on_data), note))
-    listed += _walk_tables(folder)
-    there = [
-        [row["name"], interval(row, "avg_percent"), curve.model, f"{value:.1f}", curve.source]
-        for _, row in entries.iterrows()
-        for curve, value in (() if pd.isna(row["avg_percent"]) else published(row))
-    ]
-    if there:
-        listed.append(Table(rows=there, **_TABLES["published"]))
     comparison = None
     if ORIGINAL in results and len(results) > 1:
         original, *_, smaller = results.values()
@@ -137,7 +125,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
     return Record(
         title=f"{Path(config['model']).name} at {plan.ratio:.0%}",
         lead=f"This run {plan.summary()}.",
-        cards=[*_cards(folder, plan, results, on_data)],
+        cards=[*_cards(folder, plan, figures, on_data)],
         command=runs.compress_command(model, options, folder),
         config=config,
         entries=entries,
@@ -150,56 +138,33 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
 
 
 def _cards(
-    folder: Path, plan: Plan, results: Mapping[str, Result], on_data: Mapping[str, DataResult]
+    folder: Path,
+    plan: Plan,
+    figures: Mapping[str, Mapping[str, Any]],
+    on_data: Mapping[str, DataResult],
 ) -> Iterator[Card]:
-    """Yield the figures of a run to read first."""
-    compared = len(results) > 1 and ORIGINAL in results
-    first, *_, last = results.values() if compared else (None, None)
-    if first is not None and last is not None and first.average > 0:  # not NaN
-        kept = last.retention(first)
-        bounds = "no bounds: the original is not clearly above 0"
-        if not math.isnan(kept.low):
-            bounds = f"95 % interval {kept.low:.1f} to {kept.high:.1f}"
-        yield "Retained (AVG-%)", f"{kept.percent:.1f}", bounds
-        for kind, kept in last.retention_by_kind(first).items():
-            bounds = "no bounds" if math.isnan(kept.low) else f"{kept.low:.1f} to {kept.high:.1f}"
-            told = f"{bounds}, floor {kept.floor:.1f}"
-            yield f"Retained of {kind} answers", f"{kept.percent:.1f}", told
+    """Yield the figures of a run to read first; those of tasks as `result_json` gives them."""
+    last: Mapping[str, Any] = list(figures.values())[-1] if figures else {}
+    named = {"Retained (AVG-%)": last.get("retention")}
+    for kind, part in last.get("by_kind", {}).items():
+        named[f"Retained of {kind} answers"] = part.get("retention")
+    for title, kept in named.items():
+        if kept is not None and kept["percent"] is not None:
+            bounds = "no bounds"
+            if kept["low"] is not None:
+                bounds = f"95 % interval {kept['low']:.1f} to {kept['high']:.1f}"
+            yield title, f"{kept['percent']:.1f}", f"{bounds}, floor {kept['floor']:.1f}"
     asked = "" if plan.asked_ratio is None else f"requested {plan.asked_ratio:.1%}"
     yield "Backbone removed", f"{plan.ratio:.1%}", asked
     before, after = plan.before.total_params / 1e6, plan.after.total_params / 1e6
     yield "Parameters", f"{after:,.1f} M", f"of {before:,.1f} M"
-    if (times := runs.read_times(folder)) is not None:  # paired; else each model's own
+    if (times := runs.read_times(folder)) is not None:
         for title, share in (("Prefill time", times.prefill), ("Decode time", times.decode)):
             bounds = f"of the original's, {share.low:.0%} to {share.high:.0%} in all rounds"
             yield title, f"{share.value:.0%}", bounds
-    elif first is not None and last is not None:
-        yield "Prefill", f"{last.prefill_ms:.1f} ms", f"of {first.prefill_ms:.1f} ms"
-        yield "Decode", f"{last.decode_ms:.1f} ms", f"a token, of {first.decode_ms:.1f} ms"
     same = list(on_data.values())[-1].figures.agreement if on_data else None
-    if same is not None and same.low is not None and same.high is not None:
-        bounds = f"on test samples, 95 % interval {same.low:.1f} to {same.high:.1f}"
-        yield "Same next token", f"{same.value:.1f} %", bounds
-
-
-def _walk_tables(folder: Path) -> Iterator[Table]:
-    """Make tables of the errors of each matrix and layer before and after repair."""
-    path = folder / "walk.json"
-    report = read_object(path, "report:") if path.is_file() else {"layers": []}
-    rows = [
-        [f"{layer['index']}.{name}", f"{row['sliced']:.2%}", f"{row['repaired']:.2%}"]
-        for layer in report["layers"]
-        for name, row in layer["refits"].items()
-    ]
-    if rows:
-        yield Table(rows=rows, note="; ".join(report.get("notes", ())), **_TABLES["refits"])
-    rows = [
-        [str(layer["index"]), *(f"{error:.2%}" for error in layer["distilled"])]
-        for layer in report["layers"]
-        if layer["distilled"] is not None
-    ]
-    if rows:
-        yield Table(rows=rows, **_TABLES["distilled"])
+    if same is not None:
+        yield "Same next token", f"{same.value:.1f} %", f"on test samples, {same:.1f}"
 
 
 def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
@@ -214,7 +179,6 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
     named = [name for name in varied if name != "seed"]
     done["name"] = [_name(row, varied) for row in rows]
     done["variant"] = [", ".join(_options(row, named)) for row in rows]
-    done["link"] = [f"cell-{index}" for index in done.index]
     cells = done[done["axis"] != ORIGINAL]
     prunings, trainings = [], list[Training]()
     for _, row in cells.drop_duplicates("plan").iterrows():
@@ -291,7 +255,7 @@ def _study_tables(
         "decode ms": done["decode_ms"].map("{:.1f}".format),
     }
     texts = [*zip(*cells.values(), strict=True)]
-    yield Table(header=list(cells), rows=texts, ids=[*done["link"]], **_TABLES["cells"])
+    yield Table(header=list(cells), rows=texts, **_TABLES["cells"])
     claims = [claim for claim in claims_of(table) if claim.verdict != "not measured"]
     if claims:
         lines = [[claim.name, claim.statement, claim.verdict] for claim in claims]
@@ -330,7 +294,7 @@ def _measured(table: pd.DataFrame) -> pd.DataFrame:
     figures = ["avg_percent", "above_floor", *(f"{kind}_percent" for kind in KINDS)]
     numbers = [f"{figure}{end}" for figure in figures for end in ("", "_low", "_high")]
     numbers += ["achieved_ratio", "avg", "total_params", "prefill_ms", "decode_ms", "fraction"]
-    words = ["name", "model", "axis", "recovery", "train", "loss", "variant", "link", "history"]
+    words = ["name", "model", "axis", "recovery", "train", "loss", "variant", "history"]
     table = table.rename(columns=ends)
     table = table.reindex(columns=[*dict.fromkeys([*table, *numbers, "reference", *words])])
     table = table.astype(dict.fromkeys([*numbers, "reference"], float))
