@@ -141,4 +141,5 @@ def defaults_from(file: str, verb: str, is_untrained: bool = False) -> dict[str,
         return {"teacher": model, "training": core.RecoverConfig(**given), **data}
     if is_untrained:
         config = replace(config, recover=core.RunTraining(), training_samples=None)
-    return {"model": model, "options": config}
+    own = config.recover.part(core.RunTraining)  # with the seed of the run, which a flag may change
+    return {"model": model, "options": replace(config, recover=own)}

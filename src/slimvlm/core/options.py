@@ -603,17 +603,17 @@ def _training(value: Any) -> RunTraining:
     """Read training options from one word, a mapping, other options, or None for no training."""
     if isinstance(value, RunTraining):
         return value
-    if getattr(value, "keep_adapter", False):
-        raise ConfigError("keep_adapter True: compress writes merged weights only; use recover")
-    if isinstance(value, TrainingConfig):
-        value = {row.name: getattr(value, row.name) for row in fields(TrainingConfig)}
-        value["seed"] = value["seed"] or None  # 0 need not be meant
+    if isinstance(value, TrainingConfig):  # whose seed 0 need not be meant
+        value = dict(vars(value), seed=value.seed or None)
     if value is None or isinstance(value, str):
-        value = {"train": value or "none"}
+        value = {"train": "none" if value is None else value}
     if not isinstance(value, Mapping):
         told = f"{shortened(value)} must be options by name, a value of train, or None"
         raise ConfigError(told)
-    return RunTraining(**value)
+    given = dict(value)
+    if given.pop("keep_adapter", False):
+        raise ConfigError("keep_adapter True: compress writes merged weights only; use recover")
+    return RunTraining(**given)
 
 
 class CompressConfig(RunOptions, RunPruning):

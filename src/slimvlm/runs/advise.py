@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -182,12 +182,13 @@ def advise(
 
 
 def _decided(model: str, config: CompressConfig, shape: Anatomy) -> tuple[Recipe, ChartRow]:
-    """Decide what to do by the chart; also return the row of the chart."""
+    """Decide what to do by the chart; also return the row of the chart, with what was decided."""
     recipe = decide(model, config, shape)
-    share = config.target_latency
-    trains = recipe.recover is not None
-    ratio = recipe.size if share is None else 1 - share
-    return recipe, chart_row(ratio, trains, shape.projector_params > 0)
+    learning, can_learn = recipe.recover, shape.projector_params > 0
+    row = chart_row(recipe.size, learning is not None, can_learn)
+    if recipe.axis in get_args(options.Axis):  # at a border, a latency's ratio is of another row
+        row = replace(row, axis=cast(options.Axis, recipe.axis))
+    return recipe, row
 
 
 def _expectations(shape: Anatomy, recipe: ChartRow, share: float) -> tuple[Expectation, ...]:
@@ -323,7 +324,8 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     trials = [trial for trial in recipe.trials if not trial.is_trimmed] or [recipe]
     trimmed = [trial for trial in recipe.trials if trial.is_trimmed]
     axes = tuple(str(trial.axis) for trial in trials[: None if alone is None else 1])
-    first = replace(trials[0], test_samples=len(samples.test))
+    first = trials[0]  # whose plan is shown; together they are scored by all criteria
+    whole = replace(recipe, ratio=first.ratio, test_samples=len(samples.test))
     described = load_config(model, config.trust_remote_code)
     processor = load_processor(resolve_name(model), described, config.trust_remote_code)
     if recipe.pictures is not None:
@@ -369,7 +371,7 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         dtype=dtype,
         device=str(device),
         free_bytes=free_memory(device),
-        cost=cost(first, sizes, device, dtype, tries if tries > 1 else 0),
+        cost=cost(whole, sizes, device, dtype, tries if tries > 1 else 0),
     )
 
 

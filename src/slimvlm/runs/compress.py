@@ -133,7 +133,7 @@ def compress(
             shutil.rmtree(beside(folder, "partial"), ignore_errors=True)  # of a stopped `--force`
         elif not is_same:
             shutil.rmtree(folder, ignore_errors=True)
-        for name in ("scores", "results"):
+        for name in ("scores", "results"):  # as long as no file is in them, a folder is free
             (folder / name).mkdir(parents=True, exist_ok=True)
         write_text(folder / RUN_FILE, _as_yaml(about))
         # the stages that are not done yet
@@ -358,15 +358,15 @@ def read_times(folder: Path) -> PairedTimes | None:
 
 def _about(model: str, config: CompressConfig) -> dict[str, Any]:
     """Describe a run by its options and by hashes of the files that they name, which are read."""
+    recipe = decide(model, config, anatomy(model))  # refuses before files are hashed
     made_from = [documents.identity_of_files(model, resolve_name(model))]
     made_from += [] if config.data is None else [identity_of_data(config.data)]
     files = filter(None, (config.vocab_text, config.baseline))
     made_from += [documents.identity_of_files(file, file) for file in files]
     if config.tasks is not None:
         made_from += identities_of_tasks(config.part(Questions))
-    recipe = decide(model, config, anatomy(model))
-    if recipe.general_text:
-        made_from.append(identity_of_general_text())
+    made_from += [identity_of_general_text()] if recipe.general_text else []
+    made_from += ["the model's code"] if config.trust_remote_code else []
     told = option_values(model, replace(config, recover=recipe.recover or options.UNTRAINED))
     return {**told, "made_from": made_from, documents.VERSION: documents.identity_of_code()}
 
@@ -374,15 +374,24 @@ def _about(model: str, config: CompressConfig) -> dict[str, Any]:
 def option_values(model: str, config: CompressConfig) -> dict[str, Any]:
     """List a run's model, every option that is not the default, and how it is trained."""
     learning = config.recover
-    trained = _NOT_TRAINED if learning.train == _NOT_TRAINED else _unusual(learning)
+    trained: Any = _NOT_TRAINED
+    if learning.train != _NOT_TRAINED:
+        trained = {name: v for name, v in _unusual(learning).items() if name != "seed"}
     values = {"model": model, **_unusual(config), "recover": trained}
     values.pop("trust_remote_code", None)  # it counts on the command line only
     return values
 
 
 def _as_yaml(values: Mapping[str, Any]) -> str:
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """YAML without aliases, which `documents` does not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _noted(folder: Path) -> dict[str, Any] | None:

@@ -136,13 +136,12 @@ def decide(
     given |= {"recover": None, "test_samples": tests}
     latency = getattr(options, "target_latency", None)
     is_planned = ratio is None and latency is None and not options.tokens_first
+    trains = False
     if isinstance(options, CompressConfig):
         check_options(options)
-        if (training := _training(options, shape)) is not None:
-            given["recover"], options = training, replace(options, recover=training)
+        trains = data is not None and options.recover.train != "none"
         most = options.most_test_samples(options.samples)
         given["test_samples"] = 0 if data is None else most
-    trains = given["recover"] is not None
     axis = ("auto" if trains else "chart") if axis is None and not is_planned else axis
     # how much is removed, and along which axis
     if latency is not None:
@@ -154,6 +153,10 @@ def decide(
         axis = chart_row(ratio or 0.0, trains).axis
         if latency is not None:  # whose ratio depends on the axis
             return decide(model, replace(options, axis=axis), shape, say, tokens)
+    # how the pruned model is trained
+    if isinstance(options, CompressConfig) and trains:
+        training = _training(options, shape, ratio or 0.0)
+        given["recover"], options = training, replace(options, recover=training)
     # by which criteria
     for name in options.criterion:
         scoring.criterion_named(name, {})
@@ -238,12 +241,9 @@ def check_options(options: CompressConfig) -> None:
         raise ConfigError(f"{told}: remove it or set train none")
 
 
-def _training(options: CompressConfig, shape: Anatomy | None) -> RecoverConfig | None:
+def _training(options: CompressConfig, shape: Anatomy | None, ratio: float) -> RecoverConfig:
     """Decide how a pruned model is trained, by the extended paper's chart unless options say it."""
-    given, latency = options.recover, options.target_latency
-    if options.data is None or given.train == "none":
-        return None
-    ratio = options.ratio or 0.0 if latency is None else 1 - latency
+    given = options.recover
     can_learn = given.train is not None or shape is None or shape.projector_params > 0
     row = chart_row(ratio, True, has_projector=can_learn)
     chosen = {"train": given.train or row.train, "loss": given.loss or row.loss}
@@ -367,7 +367,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise ConfigError(f"criterion {data_bound[0]!r} needs --data")
     if recipe.token_weights is not None:
         parse_token_weights(recipe.token_weights)
-        if not data_bound and (recipe.criterion or recipe.ratio is not None):
+        repairs_a_plan = recipe.ratio is None and recipe.data is not None and not rows
+        if not data_bound and not repairs_a_plan:
             raise ConfigError(f"token_weights {recipe.token_weights!r}: no criterion reads data")
     if recipe.data is None:
         recipe.refuse(_OF_DATA, "needs --data")

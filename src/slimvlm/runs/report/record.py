@@ -3,13 +3,14 @@
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from slimvlm.core.documents import read_object
+from slimvlm.core.documents import read_object, read_yaml
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.core.tables import read_table
@@ -88,12 +89,13 @@ def read_record(folder: str | Path, tasks: str | None = None) -> Record:
 
 
 def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
-    model, options = runs.read_config(folder / runs.RUN_FILE)
-    config = runs.option_values(model, options)
+    config, command = read_yaml(folder / runs.RUN_FILE, "report:"), ""
+    with suppress(ConfigError):  # options of another version
+        model, options = runs.read_config(folder / runs.RUN_FILE)
+        command = runs.compress_command(model, options, folder)
     plan, results = Plan.load(folder / "plan.json"), runs.read_results(folder)
-    on_data, recover = runs.read_held_out(folder), {}
-    if options.recover.train != "none":
-        recover = vars(options.recover)
+    on_data, recover = runs.read_held_out(folder), config.get("recover")
+    recover = recover if isinstance(recover, dict) else {}
     figures, rows = tables.result_json(results), []
     for stage, values in figures.items():  # as a row of a study's table
         trained = recover.get("train") if stage == "recovered" else None
@@ -126,7 +128,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
         title=f"{Path(config['model']).name} at {plan.ratio:.0%}",
         lead=f"This run {plan.summary()}.",
         cards=[*_cards(folder, plan, figures, on_data)],
-        command=runs.compress_command(model, options, folder),
+        command=command,
         config=config,
         entries=entries,
         prunings=[("", plan, scores)],
