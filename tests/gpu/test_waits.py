@@ -56,21 +56,6 @@ def test_the_card_removes_the_same_units(units, width, share, card):
 
 
 @counted
-@pytest.mark.parametrize("width", [1, 4])
-def test_units_whose_rows_are_prepared_go_without_a_wait(width, card):
-    """Channels that know nothing of each other, so that no removal makes another unit cheapest."""
-    channels, block = 256, 64 // width
-    matrix = torch.randn(20, channels, device=card)
-    gram = torch.diag(torch.rand(channels, device=card) + 1)
-
-    def waits(stop):
-        return waits_of(lambda: removal_order(matrix, gram, channels // width, stop))
-
-    assert waits(block // 4) == waits(block // 2) == waits(block)
-    assert waits(2 * block) == waits(block) + 3  # rows to the host, their order back, a count
-
-
-@counted
 @pytest.mark.parametrize("width", [1, 4, 64])
 def test_an_elimination_waits_for_blocks_of_units(width, card):
     channels = 256
@@ -186,6 +171,7 @@ def test_batches_from_other_processes_are_the_same(card, monkeypatch, tmp_path):
         assert all(torch.equal(value, weights[name]) for name, value in found[1].items())
 
 
+@pytest.mark.slow
 def test_what_another_process_refuses_is_said_in_one_line(card, monkeypatch, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
