@@ -216,7 +216,7 @@ def full_card(words, out, device):
         if words[0] != "study":
             return refused(*words, *given, "--device", device)
         with suppress(SystemExit):
-            cli.main([*words, *given, "--device", str(device)])
+            cli.main([*map(str, (*words, *given)), "--device", str(device)])
     return " ".join(pd.read_parquet(out / "results.parquet")["failed"])
 
 

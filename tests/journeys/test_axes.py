@@ -13,9 +13,9 @@ from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.cost import prefill_flops
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import stages
-from slimvlm.runs.compress import compress, request_of
+from slimvlm.runs.compress import compress
 from slimvlm.runs.recipes import rules
-from slimvlm.runs.request import Request, along, dry_plan, ratio_of, requests_by_axis, resolved
+from slimvlm.runs.request import Request, dry_plan, ratio_of, requests_by_axis, resolved
 from slimvlm.runs.stages import Calibration, settled
 from slimvlm.runs.verbs import prune
 from slimvlm.scoring.batches import answer_loss
@@ -47,6 +47,7 @@ def opened(data, **changes):
     return request, model, Calibration(processor, samples, request.hold_out)
 
 
+@pytest.mark.slow
 def test_the_axis_whose_smaller_model_answers_best_is_chosen(data):
     request, model, calibration = opened(data)
     before = snapshot(model)
@@ -65,17 +66,6 @@ def test_the_axis_whose_smaller_model_answers_best_is_chosen(data):
     assert expected[walked.plan.axis] <= best * (1 + stages.EVEN)  # of two that are even, width
     assert f"axis {walked.plan.axis}: validation loss" in walked.report.notes[0]
     assert all(layer.distilled for layer in walked.report.layers)  # the trial alone is brief
-
-
-@pytest.mark.slow
-def test_each_picture_is_seen_once_for_all_axes_and_the_walk(data):
-    request, model, calibration = opened(data)
-    scores = list(stages.calibrate(request, model, calibration).values())
-    runs = []
-    model.model.vision_tower.register_forward_hook(lambda *call: runs.append(call))
-    stages.prune_(request, model, calibration, scores)
-    batches = [*calibration.fitted, *calibration.held_out]
-    assert len(runs) == sum("pixel_values" in batch for batch in batches) > 0
 
 
 @pytest.mark.slow
@@ -195,18 +185,3 @@ def test_a_stopped_run_does_not_try_again(data, tmp_path, monkeypatch):
     assert any(
         f"axis {Plan.load(out / 'plan.json').axis}: validation loss" in line for line in said
     )
-
-
-def test_the_chart_decides_without_data_and_the_data_before_training(data):
-    for axis in (None, "chart", "auto"):
-        request = Request(model="demo", prune=PruneConfig(ratio=0.3, axis=axis))
-        assert resolved(request).prune.axis == "width"
-    prune = PruneConfig(ratio=0.3, axis="chart", data="demo")
-    charted = Request(model="demo", prune=prune, recover=RecoverConfig())
-    assert resolved(charted).prune.axis == "depth"
-    assert along(charted, "both").prune.axis == "both"
-    config = CompressConfig(ratio=0.3, data=str(data), recover=RecoverConfig())
-    assert request_of("demo", config).prune.axis == "auto"
-    assert request_of("demo", replace(config, axis="depth")).prune.axis == "depth"
-    untrained = resolved(request_of("demo", replace(config, recover=None)))
-    assert untrained.prune.axis == "width"

@@ -11,11 +11,10 @@ import pytest
 from filelock import FileLock
 
 import slimvlm as sv
-from slimvlm.core.errors import ConfigError, ReloadError
+from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
 from slimvlm.core.options import TrainingData, Workload
 from slimvlm.data.samples import Question
-from slimvlm.demo.questions import load_passages
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.export.quantize import quantize
 from slimvlm.export.text_only import export_text
@@ -274,16 +273,6 @@ def test_vllm_answers_as_transformers_from_a_language_model_alone(engine, tmp_pa
     assert differing(found) == []
 
 
-@pytest.mark.slow
-@on("vllm")
-def test_vllm_answers_the_same_with_a_pruned_model_as_its_draft(engine, tmp_path):
-    whole, small = tmp_path / "whole", tmp_path / "small"
-    export_text("demo", whole)
-    export_text(pruned_demo("depth", tmp_path), small)
-    asked = [Question(prompt, prompt, ()) for prompt, _ in load_passages()[:2]]
-    assert differing(compare([whole], engine, asked, 3 * TOKENS, draft=small)) == []
-
-
 SMALLER = (
     *("qwen2_vl/qwen2_vl_text", "qwen2_5_vl/qwen2_5_vl_text", "idefics3/llama", "internvl/qwen2"),
 )
@@ -385,38 +374,3 @@ def test_pages_on_text_alone_and_on_budgets_say_what_was_run():
         assert {model for _, model in table} == models
         assert {engine for engine, _ in table} == {RAN["vllm"].version}
         assert all(SAME in said.values() for said in table.values())
-
-
-SMALL = Workload(prompt_tokens=8, new_tokens=5, batch_sizes=(1, 2), repeats=3)
-
-
-# speaks as ask.py does; a layer takes a second, and one more for each round that went by
-def pretend(path, program, monkeypatch):
-    """Put an interpreter and a ``vllm`` in one folder on PATH."""
-    path.mkdir()
-    for name, text in (("vllm", "#!/bin/sh\n"), ("python", program)):
-        (path / name).write_text(text)
-        (path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """A text model without half of its layers, and the whole one."""
-    model, words = sv.load(tiny_folder.folder("text"), dtype="float32", device="cpu")
-    prune_(model, plan_by_hand(sv.anatomy(model), layers=(0, 2), neurons=range(40)))
-    save(model, words, tmp_path / "small")
-    return str(tmp_path / "small"), str(tiny_folder.folder("text"))
-
-
-def test_an_engine_that_does_not_load_is_quoted_and_a_quantised_model_refused(
-    folders, tmp_path, monkeypatch
-):
-    program = "#!/bin/sh\necho 'loading' >&2; echo 'ValueError: no such layer' >&2; exit 1\n"
-    pretend(tmp_path / "bin", program, monkeypatch)
-    with pytest.raises(ReloadError, match="vllm ended early: ValueError: no such layer"):
-        bench_engine("vllm", folders[0], workload=SMALL)
-    quantised = {"quantization_config": {"quant_method": "compressed-tensors"}}
-    tiny_folder.edit_json(Path(folders[0]) / "config.json", lambda values: values.update(quantised))
-    with pytest.raises(ConfigError, match="is quantised"):
-        bench_engine("vllm", folders[0], workload=SMALL)

@@ -181,36 +181,6 @@ def test_a_written_plan_has_them_and_is_applied(models, tmp_path, text, name, as
     assert anatomy(out) == made.after
 
 
-RECOVER = sv.RecoverConfig(
-    **{"train": "lora", "loss": "sft+hidden+kl", "max_steps": 2},
-    **{"batch_size": 2, "lora_rank": 2, "bf16": False},
-)
-
-
-@pytest.mark.slow
-def test_a_run_trains_and_asks_with_fewer_tokens(tmp_path, data, text):
-    shown = {"data": data, "samples": 8, "local_steps": 0, "test_samples": 3}
-    asked = {"ratio": 0.35, "axis": "width", "vocab_size": FEW, "vocab_text": text}
-    config = sv.CompressConfig(recover=RECOVER, **shown, **asked)
-    heard = []
-    sv.compress(model(), config, tmp_path / "run", say=heard.append)
-    assert f"{FEW} of 533 tokens stay" in "".join(heard)
-    smaller, words = sv.load(tmp_path / "run", device="cpu")
-    assert smaller.config.vocab_size == len(words) == FEW
-    recovered = json.loads((tmp_path / "run" / "results" / "data-recovered.json").read_text())
-    assert recovered["baseline"] == "original"
-    assert f"{FEW} of" in (tmp_path / "run" / "summary.md").read_text()
-
-
-@pytest.mark.slow
-def test_a_run_trains_with_fewer_experts(models, tmp_path, seen):
-    shown = {"data": seen, "samples": 6, "local_steps": 0, "test_samples": 0}
-    config = sv.CompressConfig(experts=0.25, recover=RECOVER, **shown)
-    sv.compress(models["qwen3_moe"], config, tmp_path / "run", say=[].append)
-    assert anatomy(tmp_path / "run").expert_counts == [3]
-    assert "3 of 4 experts" in (tmp_path / "run" / "summary.md").read_text()
-
-
 def test_a_stage_of_a_study_chooses_from_its_own_samples(data):
     config = PruneConfig(ratio=0.3, axis="depth", vocab_size=FEW, data=data, repair="none")
     request = resolved(Request(model=model(), prune=config))

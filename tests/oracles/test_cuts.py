@@ -10,7 +10,6 @@ from itertools import combinations
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.models.anatomy import read_anatomy
@@ -18,13 +17,12 @@ from slimvlm.models.cost import kv_cache_bytes
 from slimvlm.models.load import empty_model
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.models.serving import check
-from slimvlm.planning.make import make_plan, width_candidates
+from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import mask_, prune_
 from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 from tests.handmade import logits, plan_by_hand, random_scores
-from tests.planning.anatomies import synthetic
 from tests.tables import tables
 from tests.tiers import ARCHETYPES, tiered
 from tests.tolerances import FORWARD, assert_close
@@ -149,23 +147,6 @@ def test_layers_that_no_sample_runs_are_cut_by_their_weights_as_the_note_says():
     columns = Parts(tiny.build("mllama")).layers[1].mlp.down_proj.weight.detach().norm(dim=0)
     count = len(found.plan.neurons[1])
     assert found.plan.neurons[1] == tuple(columns.topk(count).indices.sort().values.tolist())
-
-
-class Calls(TorchFunctionMode):
-    count = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-def test_planning_reads_tensors_as_a_whole():
-    anatomy = synthetic(3, 8, 1, 128, 5504, 1024, 6000)
-    scores = random_scores(anatomy)
-    with Calls() as calls:
-        make_plan(anatomy, scores, 0.3, "both", depth_share=0.1)
-        width_candidates(anatomy, [], 0.3, "width", "obs")
-    assert 0 < calls.count < 1000  # of 16,512 neurons
 
 
 # Engines
