@@ -124,4 +124,3 @@ def test_every_test_mirrors_a_source():
     tests = SOURCE.parents[1] / "tests"
     assert [t for t in tests.rglob("test_*.py") if homeless(t.relative_to(tests))] == []
     assert homeless(Path("runs/test_everything.py"))
-    assert homeless(Path("test_everything.py"))

@@ -12,7 +12,7 @@ from slimvlm.models.devices import computes_bfloat16, device_named, free_memory,
 from slimvlm.scoring.criteria import CRITERIA
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
-from tests.handmade import refused
+from tests.handmade import refused, stops
 from tests.tiers import tiered
 from tests.tolerances import assert_scores_close, share_of
 
@@ -142,12 +142,9 @@ def test_out_of_memory_is_one_line_that_says_what_helps(
 
 @pytest.mark.parametrize("first", tiered(["card", "cpu"], lambda first: first == "card"))
 def test_a_stopped_walk_goes_on_elsewhere(first, card, llava, data, tmp_path, monkeypatch):
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
     given = ["prune", llava, "--ratio", "0.3", "--data", data, "--samples", "8", "--low-memory"]
     given += ["--out", str(tmp_path / "out"), "--axis", "width", "--test-samples", "0"]
-    monkeypatch.setattr("slimvlm.runs.verbs.prune_checkpoint", stop)
+    monkeypatch.setattr("slimvlm.runs.verbs.prune_checkpoint", stops)
     found = []
     for device in sorted(["cpu", str(card)], reverse=first == "card"):
         with pytest.raises(SystemExit):

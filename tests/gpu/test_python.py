@@ -10,11 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import slimvlm as sv
 from slimvlm.evaluation.on_data import Predictions, predictions_of, result_of
 from slimvlm.models.hidden import HeadWeights, head_weights_of
-from slimvlm.models.load import load
 from slimvlm.models.losses import CHUNK, rows_at_once
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
-from tests.gpu.alike import assert_close
+from tests.gpu.alike import assert_close, config, llava
 from tests.handmade import changed_copy, plan_by_hand
 
 
@@ -48,14 +47,12 @@ def test_a_repair_in_one_shot(where, card):
 
 def learnt(device, share):
     """Weights that a pruned model on a device learns from a teacher on the CPU."""
-    teacher, processor = load(folders.folder("llava"), device="cpu")
+    teacher, processor = llava()
     student = copy.deepcopy(teacher)
     plan = plan_by_hand(sv.anatomy(student), [0, 1, 3], [0, 2], [*range(0, 64, 2), *range(64, 80)])
     sv.prune_(student, plan)
-    how = {"train": "lora", "loss": "sft+kl+cosine", "max_steps": 2, "batch_size": 2}
-    how |= {"learning_rate": 1e-3, "bf16": False, "lora": {"lora_alpha": 8, "lora_dropout": 0.0}}
-    config, samples = sv.RecoverConfig(**how), folders.short_samples(6)
-    sv.recover(student.to(device), teacher, samples, config, processor, plan=plan, share=share)
+    given = folders.short_samples(6), config(loss="sft+kl+cosine"), processor
+    sv.recover(student.to(device), teacher, *given, plan=plan, share=share)
     assert {parameter.device.type for parameter in student.parameters()} == {device.type}
     return student.state_dict()
 
@@ -68,7 +65,7 @@ def test_a_teacher_on_the_cpu_teaches_the_same(share, card):
 @pytest.fixture(scope="module")
 def pair():
     """A model, another one, and the processor of both, on the CPU. Tests must not change them."""
-    model, processor = load(folders.folder("llava"), device="cpu")
+    model, processor = llava()
     return model, changed_copy(model), processor
 
 

@@ -8,9 +8,7 @@ import torch
 from accelerate import data_loader
 
 from slimvlm.core.errors import DataError
-from slimvlm.core.options import RecoverConfig
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.load import load
 from slimvlm.pruning.repair import refit
 from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.moments import Moments
@@ -19,6 +17,7 @@ from slimvlm.training import recover as recovery
 from slimvlm.training.trainer import SUPERVISION, DistillationTrainer, num_workers
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
+from tests.gpu.alike import config, llava
 from tests.handmade import Stopped, plan_by_hand
 from tests.pretended_gpu import waits_of
 from tests.tolerances import FORWARD, SOLVE, assert_close
@@ -145,15 +144,12 @@ def trained(device, workers, monkeypatch, samples=SAMPLES, work=None, stop=None)
 
     monkeypatch.setattr(recovery, "num_workers", lambda device: workers)
 
-    model, processor = load(folders.folder("llava"))
-    config = RecoverConfig(
-        **{"train": "lora", "loss": "sft", "max_steps": 6, "batch_size": 2, "bf16": False},
-        **{"learning_rate": 5e-3, "lora": {"lora_dropout": 0.1}},
-        trainer={"logging_steps": 1, "save_steps": 2},
-    )
+    model, processor = llava()
+    how = {"learning_rate": 5e-3, "lora": {"lora_dropout": 0.1}, "max_steps": 6}
+    given = samples, config(**how, trainer={"logging_steps": 1, "save_steps": 2}), processor, work
     with monkeypatch.context() as patch:
         patch.setattr(DistillationTrainer, "training_step", step)
-        history = recovery.recover(model.to(device), None, samples, config, processor, work)
+        history = recovery.recover(model.to(device), None, *given)
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     return [float(row["loss"]) for row in history.steps], weights
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
-from slimvlm.core.options import TrainingData, Workload
+from slimvlm.core.options import TrainingData
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.export.quantize import quantize
@@ -30,7 +30,6 @@ from tests import tiny_folder
 from tests.export import served
 from tests.export.engines import (
     ENGINES,
-    bench_engine,
     compare,
     interpreter_of,
     plain_questions,
@@ -96,7 +95,6 @@ ORIGINAL = {"gguf": {"original": "demo"}}
 """llama.cpp knows the tokenizer of this one."""
 DEMO = ("llava/llama", "llava/mistral")
 """Kinds that the demo model is of, as it is and with fewer heads."""
-SHORT = Workload(prompt_tokens=16, new_tokens=4, batch_sizes=(1, 3), repeats=1)
 
 
 def environment(name, config):
@@ -332,22 +330,6 @@ def test_what_a_converter_refuses_is_told_beforehand(engine, tmp_path):
     for kind in kinds:
         said = check(read_anatomy(served.build(kind)[0]), [engine])
         assert "converter" in {finding.rule for finding in said if finding.level == "fail"}
-
-
-@pytest.mark.slow
-@on("gguf", "vllm")
-def test_an_engine_is_timed(engine, tmp_path):
-    """Its memory is that of a process that holds at least the weights."""
-    if engine == "gguf":
-        small, whole = str(pruned_demo("depth", tmp_path)), "demo"
-    else:
-        whole, small, _ = map(str, pruned("llama", tmp_path))
-    found = bench_engine(engine, small, whole, SHORT)
-    for measured in (found.model, found.baseline):
-        assert measured is not None
-        for speed in measured.speeds:
-            assert min(speed.prefill_ms, speed.decode_ms) > 0
-            assert speed.peak_bytes > measured.weight_bytes
 
 
 def test_an_engine_that_is_not_there_is_named_and_what_none_ran_is_unknown(monkeypatch):

@@ -69,15 +69,3 @@ def test_a_word_of_the_template_alone_sets_a_tokenizer_off(tmp_path, capfd):
     with pytest.raises(SlimError, match="tokenizer needs more than"):
         encode_samples(words, folders.short_samples(2, sees=False))
     assert not capfd.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["tokenizer.4.0.0.json", "../secret/tokenizer.4.0.0.json"])
-def test_no_other_file_takes_the_place_of_the_tokenizer_that_is_checked(name, tmp_path):
-    folder = folders.copied("text", tmp_path / "m")
-    (tmp_path / "secret").mkdir()
-    (folder / name).write_bytes((folder / "tokenizer.json").read_bytes())
-    folders.edit_json(
-        folder / "tokenizer_config.json", lambda v: v.update(fast_tokenizer_files=[name])
-    )
-    with pytest.raises(SlimError, match="fast_tokenizer_files must be"):
-        load_config(folder)
