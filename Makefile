@@ -25,9 +25,13 @@ test: $(VENV)/.ready
 	$(PYTEST) -m "not slow and not gpu"
 	$(PYTEST_GPU) -m "not slow"
 
-# the slow tests, with the shapes and types of every call checked on the CPU
+# the slow tests; shapes and types of every call are checked on the CPU, but not in whole runs, which
+# would take twice as long
+WHOLE_RUNS := tests/journeys tests/oracles tests/trust
 test-slow: $(VENV)/.engines
-	$(PYTEST) -m "slow and not gpu and not engine" --jaxtyping-packages=slimvlm,tests.typecheck
+	$(PYTEST) -m "slow and not gpu and not engine" --jaxtyping-packages=slimvlm,tests.typecheck \
+	  $(WHOLE_RUNS:%=--ignore=%)
+	$(PYTEST) -m "slow and not gpu and not engine" $(WHOLE_RUNS)
 	$(PYTEST_GPU) -m slow
 
 # engines that serve checkpoints, each in an environment of its own (5 GB); writes the table in

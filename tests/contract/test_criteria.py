@@ -172,17 +172,20 @@ def test_the_model_is_left_as_it_was(case):
         assert traces(model) == found
 
 
+@pytest.mark.parametrize(
+    "model_name", tiered(["llama", "phi", "llava-phi3"], lambda name: name == "llava-phi3")
+)
 @every_case_with_data
-@pytest.mark.parametrize("model_name", tiered(["llama", "llava-phi3"]))
-def test_how_samples_are_batched_does_not_matter(case, model_name):
+def test_how_samples_are_batched_and_padded_does_not_matter(case, model_name):
     model = case.build(model_name)
     single = samples(model)
     together = case.score(model, [joined(single)])
-    one_by_one = case.score(model, single)
-    mixed = case.score(model, [joined(single[:3]), single[3]])
-    assert_same_scores(one_by_one, together)
-    assert_same_scores(mixed, together)
-    assert_same_scores(case.score(model, iter(single)), together)
+    for data in (single, [joined(single[:3]), single[3]], iter(single)):
+        assert_same_scores(case.score(model, data), together)
+    single = [sample(model, seed, tokens=9 + 4 * (seed % 3), labels=3 + seed) for seed in range(3)]
+    alone = case.score(model, single)
+    for left in (False, True):
+        assert_same_scores(case.score(model, [padded(single, left)]), alone)
 
 
 @every_case_with_data
@@ -197,19 +200,6 @@ def test_the_data_matters_and_embeddings_may_stand_for_tokens(case):
     embedded["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"]).detach()
     expected = case.score(model, [batch])
     assert_same_scores(case.score(model, [embedded]), expected)
-
-
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize(
-    "model_name", tiered(["llama", "phi", "llava-phi3"], lambda name: name == "llava-phi3")
-)
-@every_case_with_data
-def test_padding_does_not_count(case, model_name, left):
-    model = case.build(model_name)
-    single = [sample(model, seed, tokens=9 + 4 * (seed % 3), labels=3 + seed) for seed in range(3)]
-    alone = case.score(model, single)
-    together = case.score(model, [padded(single, left)])
-    assert_same_scores(together, alone)
 
 
 @every_case_with_data

@@ -77,11 +77,8 @@ def record(model, compared, page=PAGE, **more):
         if one.error:
             cell = one.error[:_LONGEST].replace("|", "/").replace("`", "'")
         table.setdefault((engine, model), dict.fromkeys(head[2:], "")).update({axis: cell, **more})
-    rows = [
-        head,
-        ["---"] * len(head),
-        *([*key, *said.values()] for key, said in sorted(table.items())),
-    ]
+    rows = [head, ["---"] * len(head)]
+    rows += [[*key, *said.values()] for key, said in sorted(table.items())]
     lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     write_text(page, text[:begin] + lines + text[end:])
 
