@@ -6,7 +6,7 @@ OUT ?= runs/demo
 JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 # tests of what runs on an accelerator: on the machine's own, or on two pretended cards
-PYTEST_GPU := PRETENDED_GPUS=2 $(PYTEST) -p tests.pretended_gpu tests/gpu tests/oracles/test_launches.py tests/oracles/test_forecasts.py
+PYTEST_GPU := PRETENDED_GPUS=2 $(PYTEST) -p tests.pretended_gpu tests/gpu tests/oracles/test_forecasts.py
 
 # compiled Python is kept in the environment, also where a setting forbids it beside the sources: else
 # every process that tests start compiles torch and transformers anew, in ten seconds

@@ -18,7 +18,7 @@ from slimvlm.evaluation.tasks import TaskRow
 from slimvlm.models.families import BACKBONES, FAMILIES
 from slimvlm.planning.plan import PlanFile
 from slimvlm.scoring.criteria import CRITERIA
-from tests.criteria_page import criteria_table
+from tests.tables import criteria_table
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -3,10 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 import slimvlm as sv
+from tests import pretended_gpu
 from tests import tiny_folder as folders
+
+pretended = pytest.mark.skipif(
+    pretended_gpu.REASON is not None, reason=f"needs the pretended card: {pretended_gpu.REASON}"
+)
+"""For tests of what only the pretended card counts, limits or refuses."""
 
 ROUNDING = 1e-3
 """Largest difference of tensors, relative to their norm: Adam's first steps magnify rounding."""

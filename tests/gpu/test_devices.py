@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import slimvlm as sv
 from slimvlm import cli
@@ -12,13 +10,11 @@ from slimvlm.models.devices import computes_bfloat16, device_named, free_memory,
 from slimvlm.scoring.criteria import CRITERIA
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
-from tests.handmade import refused, stops
+from tests.gpu.alike import pretended
+from tests.handmade import Watched, refused, stops
 from tests.tiers import tiered
 from tests.tolerances import assert_scores_close, share_of
 
-PRETENDED = pytest.mark.skipif(
-    pretended_gpu.REASON is not None, reason=f"needs the pretended card: {pretended_gpu.REASON}"
-)
 MIB = 2**20
 
 
@@ -41,7 +37,7 @@ def test_a_model_goes_where_the_user_says_and_the_card_has_a_name(card, llava):
     assert found.device == torch.get_device_module(card).get_device_name(card)
 
 
-@PRETENDED
+@pretended
 def test_memory_and_precision_are_the_card_s(card):
     assert computes_bfloat16(card)
     with pretended_gpu.capability(pretended_gpu.TURING):
@@ -54,28 +50,19 @@ def test_memory_and_precision_are_the_card_s(card):
     del held
 
 
-class WithoutFloat64(TorchDispatchMode):
-    """Inside, nothing in float64 can be made on a device, as on MPS."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device = device
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor) and value.device.type == self.device.type:
-                assert value.dtype != torch.float64, f"{func} makes float64 on {value.device}"
-        return result
-
-
 OF_EXPERTS = ("reap", "frequency")
 
 
 @pytest.fixture
 def without_float64(card, monkeypatch):
+    """Inside, nothing in float64 can be made on a card, as on MPS."""
     monkeypatch.setattr("slimvlm.models.devices.has_float64", lambda device: device.type == "cpu")
-    return WithoutFloat64(card)
+
+    def look(func, _, made):
+        wide = [v for v in made if v.device.type == card.type and v.dtype == torch.float64]
+        assert not wide, f"{func} makes float64 on a card"
+
+    return Watched(look)
 
 
 def scored(criterion, device):
@@ -116,7 +103,7 @@ def test_sums_in_float64_are_made_on_the_cpu_where_a_card_has_none(what, card, w
 SMALLER, LOW_MEMORY = "a smaller --batch-size (with", "--low-memory keeps one layer"
 
 
-@PRETENDED
+@pretended
 @pytest.mark.parametrize(
     ("words", "during", "cure"),
     [

@@ -22,14 +22,11 @@ from slimvlm.scoring.layerwise import Live
 from slimvlm.scoring.stores import Memory, Scratch, StatesPlace
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
-from tests.gpu.alike import assert_close, config, llava
+from tests.gpu.alike import assert_close, config, llava, pretended
 from tests.handmade import random_scores
 from tests.tiers import tiered
 
 pytestmark = pytest.mark.usefixtures("unhurried")
-counted = pytest.mark.skipif(
-    pretended_gpu.REASON is not None, reason="only the pretended card counts every byte"
-)
 HIDDEN, LAYERS, BATCHES, TOKENS = 128, 12, 4, 16
 GRAMS = 6 * 4 * HIDDEN**2
 """Gram matrices of a layer, in float32, as many as a walk holds at one time."""
@@ -78,7 +75,7 @@ def layer_bytes(model):
     return 4 * max(layer.params for layer in read_anatomy(model).layers)
 
 
-@counted
+@pretended
 def test_a_walk_from_files_needs_two_layers(model, folder, tmp_path, card):
     data, peak = batches(model), Peak()
     sv.walk_checkpoint(folder, data[:3], tmp_path / "out", 0.3, held_out=data[3:], device=card)
@@ -103,7 +100,7 @@ RUNS = {
 ON_FULL_CARD = ("walk", "local steps")
 
 
-@counted
+@pretended
 @pytest.mark.parametrize(
     ("name", "is_full"),
     tiered(
@@ -127,7 +124,7 @@ def test_a_dry_run_says_what_a_run_takes_and_it_leaves_nothing_on_the_card(
     assert torch.cuda.memory_allocated() == peak.before
 
 
-@counted
+@pretended
 def test_a_dry_run_says_where_states_go_and_what_does_not_fit(folder, data):
     asked = replace(CONFIG, data=data, recover=RECOVER)
 
@@ -158,7 +155,7 @@ def trained(batch_size, card, room=0):
     return {name: value.cpu() for name, value in model.state_dict().items()}, peak.bytes
 
 
-@counted
+@pretended
 @pytest.mark.parametrize("size", [6, pytest.param(4, marks=pytest.mark.slow)])
 def test_batches_that_do_not_fit_are_divided(size, card, capsys):
     expected, most = trained(size, card)
@@ -170,7 +167,7 @@ def test_batches_that_do_not_fit_are_divided(size, card, capsys):
     assert_close(found, expected)
 
 
-@counted
+@pretended
 def test_what_fits_in_no_batches_is_one_error(card):
     with pytest.raises(torch.OutOfMemoryError):
         trained(2, card, room=1000)

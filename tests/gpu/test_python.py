@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import slimvlm as sv
 from slimvlm.evaluation.on_data import Predictions, predictions_of, result_of
@@ -13,8 +12,8 @@ from slimvlm.models.hidden import HeadWeights, head_weights_of
 from slimvlm.models.losses import CHUNK, rows_at_once
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
-from tests.gpu.alike import assert_close, config, llava
-from tests.handmade import changed_copy, plan_by_hand
+from tests.gpu.alike import assert_close, config, llava, pretended
+from tests.handmade import Watched, changed_copy, plan_by_hand
 
 
 @cache
@@ -88,20 +87,6 @@ def test_evaluate_data(baseline, pair, card):
         }
 
 
-class _HeadsMoved(TorchDispatchMode):
-    """Counts copies of a tensor of some shape to the card."""
-
-    def __init__(self, shape):
-        super().__init__()
-        self.shape, self.count = shape, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and found.shape == self.shape:
-            self.count += found.device.type != args[0].device.type
-        return found
-
-
 def test_what_was_said_lies_on_the_cpu_and_its_head_moves_once(pair, card, tmp_path):
     model, other, processor = pair
     samples = folders.short_samples(5)
@@ -112,16 +97,22 @@ def test_what_was_said_lies_on_the_cpu_and_its_head_moves_once(pair, card, tmp_p
     said.save(tmp_path / "said")
     smaller = copy.deepcopy(model).to(card)
     for kept in (said, Predictions.load(tmp_path / "said")):
-        with _HeadsMoved(said.head.weight.shape) as seen:
+        moved = []
+
+        def look(func, given, made, moved=moved):
+            if func is torch.ops.aten._to_copy.default and made[0].shape == said.head.weight.shape:
+                moved.append(made[0].device.type != given[0].device.type)
+
+        with Watched(look):
             sv.evaluate_data(smaller, processor, samples, kept, batch_size=1)
-        assert seen.count == 1
+        assert sum(moved) == 1
         expected = sv.evaluate_data(other, processor, samples).samples
         for device in (torch.device("cpu"), card):
             found = result_of(kept, samples, device).samples
             assert [s.loss for s in found] == pytest.approx([s.loss for s in expected], rel=1e-4)
 
 
-@pytest.mark.skipif(pretended_gpu.REASON is not None, reason=str(pretended_gpu.REASON))
+@pretended
 def test_chunks_grow_with_the_free_memory_of_a_card_and_change_nothing(card):
     assert rows_at_once(torch.device("cpu")) == CHUNK
     assert rows_at_once(card) == 4 * CHUNK

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from slimvlm import cli
 from slimvlm.core.options import DIVERGENCES
 from slimvlm.models.devices import release_memory
-from slimvlm.scoring.criteria import CRITERIA
 from tests import pretended_gpu, tiny, tiny_pictures, tiny_words
 from tests import tiny_folder as folders
 from tests.gpu.alike import ROUNDING, assert_close
@@ -38,19 +37,10 @@ EXACT = {
 """float32 without dropout, so that devices agree; a checkpoint after every step."""
 TRAINING = "--max-steps 3 --batch-size 2 --learning-rate 1e-3 --lora-rank 4 --config {settings}"
 
-OF_WIDTHS = [name for name in CRITERIA if name not in ("frequency", "reap")]
-"""Criteria that score a model without experts."""
 RECOVERED = TABLES["recovered"]
 """Each way to learn, each loss, a teacher that shares and one that does not."""
 CASES = {
     **TABLES["commands"],
-    **{
-        f"score {name}{more}": "score {llava} --data {data} --samples 4 "
-        f"--criterion {name}{more}"
-        for name in OF_WIDTHS
-        for more in ("", " --low-memory")
-        if not more or (CRITERIA[name].needs_data and not CRITERIA[name].capture.backward)
-    },
     **{
         f"recover {train} {loss}": f"recover {{smaller}} --data {{data}} --train {train} "
         f"--loss {loss} {'' if loss == 'sft' else '--teacher {llava}'} {more} {TRAINING}"
@@ -130,65 +120,66 @@ def same(found, expected):
         same_file(ours[name], file)
 
 
+def stones(path):
+    """Conversations without pictures, each with other words."""
+    asked = [(f"How wide are {n} stones?", f"They are {n * n} wide.") for n in range(30)]
+    turns = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in asked
+    ]
+    path.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
+
+
+def experts(path):
+    config = tiny.CONFIGS["qwen3_moe"]()
+    config.vocab_size = folders.VOCAB
+    tiny.made(config).save_pretrained(path)
+    folders.processor("text").save_pretrained(path)
+
+
+def smaller(path):
+    given = ["--data", str(folders.write_llava_data(path.with_name("few"), 4)), "--samples", "2"]
+    given += ["--axis", "both", "--ratio", "0.3", "--device", "cpu"]
+    given += ["--criterion", "block_influence", "magnitude", "--out", str(path)]
+    cli.main(["prune", str(folders.folder("llava")), *given])
+
+
+def study(path):
+    data = folders.write_llava_data(path.with_name("conversations"), pictures=False)
+    cells = {"model": str(folders.folder("text")), "ratio": 0.4, "axis": ["depth", "width"]}
+    values = {
+        "grids": [{**cells, "recovery": "sft+hidden"}],
+        "recoveries": {"sft+hidden": RECOVERIES["sft+hidden"]},
+        "recover": {**RECOVER, "lora": {"lora_dropout": 0.0}},
+        **{"data": str(data), "prune": {"samples": 4}},
+        **{"tasks": "text_odd,text_ppl", "limit": 2, "floors": False},
+    }
+    path.write_text(json.dumps(values))
+
+
+MAKES = {
+    **{"smaller": smaller, "stones.jsonl": stones, "experts": experts, "study": study},
+    "corpus": lambda path: path.write_text("\n".join(tiny_words.CORPUS)),
+    "settings": lambda path: path.write_text(json.dumps({"model": "x", "recover": EXACT})),
+    "picture": lambda path: folders.picture().save(path, "png"),
+    "data": lambda path: folders.write_llava_data(path, count=12),
+}
+
+
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
     """Fills in the names in a command; what they name is made when it is first needed."""
-    root = tmp_path_factory.mktemp("verbs")
+    root, words = tmp_path_factory.mktemp("verbs"), tiny_words.folder("text")
+    places = {"llava": folders.folder("llava"), "words": words}
+    places["pixels"] = tiny_pictures.folder("qwen2_5_vl")
 
-    def smaller():
-        given = filled("--data {data} --samples 2 --criterion block_influence magnitude")
-        given += ["--axis", "both", "--ratio", "0.3", "--device", "cpu"]
-        cli.main(["prune", filled("{llava}")[0], "--out", str(root / "smaller"), *given])
+    def place_of(found):
+        name = {"stones": "stones.jsonl"}.get(found[1], found[1])
+        if name not in places:
+            places[name] = root / name
+            MAKES[name](places[name])
+        return str(places[name] / "data.json" if name == "data" else places[name])
 
-    def stones():
-        """Conversations without pictures, each with other words."""
-        asked = [(f"How wide are {n} stones?", f"They are {n * n} wide.") for n in range(30)]
-        rows = [
-            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-            for q, a in asked
-        ]
-        places["stones"].write_text("\n".join(map(json.dumps, rows)))
-
-    def experts():
-        config = tiny.CONFIGS["qwen3_moe"]()
-        config.vocab_size = folders.VOCAB
-        tiny.made(config).save_pretrained(root / "experts")
-        folders.processor("text").save_pretrained(root / "experts")
-
-    def study():
-        words = folders.write_llava_data(root / "conversations", pictures=False)
-        cells = {"model": str(folders.folder("text")), "ratio": 0.4, "axis": ["depth", "width"]}
-        values = {
-            "grids": [{**cells, "recovery": "sft+hidden"}],
-            "recoveries": {"sft+hidden": RECOVERIES["sft+hidden"]},
-            "recover": {**RECOVER, "lora": {"lora_dropout": 0.0}},
-            **{"data": str(words), "prune": {"samples": 4}},
-            **{"tasks": "text_odd,text_ppl", "limit": 2, "floors": False},
-        }
-        (root / "study").write_text(json.dumps(values))
-
-    settings = {"model": "of the command line", "recover": EXACT}
-    makes = {
-        **{"smaller": smaller, "stones": stones, "experts": experts, "study": study},
-        "corpus": lambda: (root / "corpus").write_text("\n".join(tiny_words.CORPUS)),
-        "settings": lambda: (root / "settings").write_text(json.dumps(settings)),
-        "picture": lambda: folders.picture().save(root / "picture", "png"),
-    }
-    places = {
-        **{"llava": folders.folder("llava"), "words": tiny_words.folder("text")},
-        "pixels": tiny_pictures.folder("qwen2_5_vl"),
-        "data": folders.write_llava_data(root / "data", count=12),
-        **{name: root / name for name in makes},
-        "stones": root / "stones.jsonl",
-    }
-
-    def filled(command):
-        for name in re.findall(r"{(\w+)}", command):
-            if name in makes and not places[name].exists():
-                makes[name]()
-        return shlex.split(command.format_map(places))
-
-    return filled
+    return lambda command: shlex.split(re.sub(r"{(\w+)}", place_of, command))
 
 
 def run(words, out, device):

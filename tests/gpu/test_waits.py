@@ -15,16 +15,12 @@ from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.obs import removal_order
 from slimvlm.training import recover as recovery
 from slimvlm.training.trainer import SUPERVISION, DistillationTrainer, num_workers
-from tests import pretended_gpu, tiny
+from tests import tiny
 from tests import tiny_folder as folders
-from tests.gpu.alike import config, llava
+from tests.gpu.alike import config, llava, pretended
 from tests.handmade import Stopped, plan_by_hand
 from tests.pretended_gpu import waits_of
 from tests.tolerances import FORWARD, SOLVE, assert_close
-
-counted = pytest.mark.skipif(
-    pretended_gpu.REASON is not None, reason="only the pretended card counts waits"
-)
 
 
 def drawn(channels, outputs=20):
@@ -54,7 +50,7 @@ def test_the_card_removes_the_same_units(units, width, share, card):
         assert_close(ours.cpu() / theirs.abs().max(), theirs / theirs.abs().max(), SOLVE)
 
 
-@counted
+@pretended
 @pytest.mark.parametrize("width", [1, 4, 64])
 def test_an_elimination_waits_for_blocks_of_units(width, card):
     channels = 256
@@ -94,7 +90,7 @@ def test_the_card_finds_the_same_weights(has_bias, has_residuals, dtype, card):
     assert ours.repaired_error == pytest.approx(theirs.repaired_error, rel=1e-4)
 
 
-@counted
+@pretended
 def test_a_refit_waits_as_often_for_a_large_matrix_as_for_a_small_one(card):
     def waits(size):
         inputs, weight = torch.randn(2 * size, size, device=card), torch.randn(size, size).to(card)
@@ -112,7 +108,7 @@ def test_a_refit_waits_as_often_for_a_large_matrix_as_for_a_small_one(card):
 
 
 # Local steps
-@counted
+@pretended
 def test_a_local_step_does_not_wait(card):
     model = tiny.build("llava-llama")
     plan = plan_by_hand(read_anatomy(model), [0, 1, 3], [0, 2], range(64))

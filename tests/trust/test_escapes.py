@@ -110,16 +110,6 @@ def test_a_template_of_forty_thousand_tokens_costs_no_work(verb, place):
     assert (place / "o" / "config.json").exists()
 
 
-def test_lora_is_tried_before_weights_are_read(place, monkeypatch):
-    monkeypatch.setattr("slimvlm.runs.verbs.load_as", lambda *_: pytest.fail("weights were read"))
-    data, model = folders.write_llava_data(place / "data", count=4), folders.folder("llava")
-    (place / "r.yaml").write_text(
-        "model: x\nratio: 0.3\nrecover: {loss: sft, lora: {target_modules: [dense]}}\n"
-    )
-    told = refused("recover", model, "--data", data, "--config", "r.yaml", "--out", "o")
-    assert "dense" in told
-
-
 def test_a_second_interrupt_tears_nothing(place):
     code = (
         "import atexit, os, signal, slimvlm.cli as c\n"

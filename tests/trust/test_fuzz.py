@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "name",
     tiered(
-        ["names", "links", "plan", "tokenizer", "weights"],
-        lambda name: name in ("names", "links", "plan"),
+        ["names", "plan", "data", "tokenizer", "weights"],
+        lambda name: name in ("names", "plan", "data"),
     ),
 )
 def test_one_input_of_a_class_ends_well(name, tmp_path):
