@@ -165,7 +165,7 @@ def test_a_divided_model_is_evaluated(kind, last, card, unhurried):
 
 
 def test_a_model_that_cannot_be_pruned_or_trained_is_refused_by_name(card):
-    model, data = divided(model_of("tied"), "cpu"), batches_of("tied")
+    model, data = divided(model_of("tied"), "cpu"), batches_of("tied", 6)
     plan = plan_by_hand(read_anatomy(model), (0, 2, 3))
     for prune in (
         lambda: sv.prune_(model, plan),
