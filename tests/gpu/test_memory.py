@@ -67,20 +67,13 @@ class Peak:
         return torch.cuda.max_memory_allocated() - self.before
 
 
-def batches(model):
-    return [tiny.batch(model, TOKENS, seed) for seed in range(BATCHES)]
-
-
-def layer_bytes(model):
-    return 4 * max(layer.params for layer in read_anatomy(model).layers)
-
-
 @pretended
 def test_a_walk_from_files_needs_two_layers(model, folder, tmp_path, card):
-    data, peak = batches(model), Peak()
+    data, peak = [tiny.batch(model, TOKENS, seed) for seed in range(BATCHES)], Peak()
+    layer = 4 * max(shape.params for shape in read_anatomy(model).layers)
     sv.walk_checkpoint(folder, data[:3], tmp_path / "out", 0.3, held_out=data[3:], device=card)
     states = states_bytes(HIDDEN, BATCHES * TOKENS, 4, aims=True)
-    assert 0 < peak.bytes < 2 * layer_bytes(model) + states + GRAMS
+    assert 0 < peak.bytes < 2 * layer + states + GRAMS
     assert peak.bytes < weight_bytes(read_anatomy(model), "float32") / 3
 
 
@@ -88,8 +81,6 @@ CONFIG = CompressConfig(
     ratio=0.3, axis="width", samples=8, test_samples=2, local_steps=0, general_text=0.0
 )
 RECOVER = RecoverConfig(train="lora", loss="sft+hidden", max_steps=2, batch_size=2)
-
-
 FULL = RecoverConfig(train="full", loss="sft", max_steps=2, batch_size=2)
 SCORED = {"criterion": ("magnitude",), "repair": "none"}
 RUNS = {
