@@ -6,7 +6,7 @@ OUT ?= runs/demo
 JOBS ?= logical
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
 # tests of what runs on an accelerator: on the machine's own, or on two pretended cards
-PYTEST_GPU := PRETENDED_GPUS=2 $(PYTEST) -p tests.pretended_gpu tests/gpu tests/oracles/test_launches.py tests/oracles/test_forecasts.py
+PYTEST_GPU := PRETENDED_GPUS=2 $(PYTEST) -p tests.pretended_gpu tests/gpu tests/oracles/test_forecasts.py
 
 # compiled Python is kept in the environment, also where a setting forbids it beside the sources: else
 # every process that tests start compiles torch and transformers anew, in ten seconds
@@ -25,9 +25,13 @@ test: $(VENV)/.ready
 	$(PYTEST) -m "not slow and not gpu"
 	$(PYTEST_GPU) -m "not slow"
 
-# the slow tests, with the shapes and types of every call checked on the CPU
+# the slow tests; shapes and types of every call are checked on the CPU, but not in whole runs, which
+# would take twice as long
+WHOLE_RUNS := tests/journeys tests/oracles tests/trust
 test-slow: $(VENV)/.engines
-	$(PYTEST) -m "slow and not gpu and not engine" --jaxtyping-packages=slimvlm,tests.typecheck
+	$(PYTEST) -m "slow and not gpu and not engine" --jaxtyping-packages=slimvlm,tests.typecheck \
+	  $(WHOLE_RUNS:%=--ignore=%)
+	$(PYTEST) -m "slow and not gpu and not engine" $(WHOLE_RUNS)
 	$(PYTEST_GPU) -m slow
 
 # engines that serve checkpoints, each in an environment of its own (5 GB); writes the table in

@@ -3,7 +3,7 @@
 import copy
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from slimvlm import cli
@@ -110,6 +112,23 @@ def in_python(code: str, *words: str, **how: Any) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+class Watched(TorchDispatchMode):
+    """Inside, a function sees each operator, what it was given, and what it gave."""
+
+    def __init__(self, look: Callable[[Any, list[Tensor], list[Tensor]], object]) -> None:
+        super().__init__()
+        self.look = look
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given, made = (
+            [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+            for values in ((args, kwargs), found)
+        )
+        self.look(func, given, made)
+        return found
 
 
 class Stopped(Exception):

@@ -9,7 +9,7 @@ import torch
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError
 from tests import tiny
-from tests.criteria_page import criteria_table
+from tests.tables import criteria_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "add-a-criterion.md"
 

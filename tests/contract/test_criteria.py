@@ -1,14 +1,13 @@
 """The battery that every row of the table of criteria passes, whatever its options."""
 
 import itertools
-import math
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimvlm.core.errors import ConfigError, DataError, NumericalError
+from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.parts import Parts
 from slimvlm.scoring.criteria import CRITERIA
@@ -81,7 +80,6 @@ UNSEEING = [case for case in CASES if case.name in ("random", "spacing")]
 
 every_case = every(CASES)
 every_case_with_data = every(WITH_DATA)
-every_case_with_labels = every(WITH_LABELS)
 every_width_case = every(c for c in CASES if "neuron" in c.row.units and c not in UNSEEING)
 
 
@@ -167,31 +165,27 @@ def test_the_model_is_left_as_it_was(case):
     assert model.training
     assert traces(model) == found
     assert_equal(batch, kept)
+    if case.row.needs_data and case not in EXPERTS_ALONE:  # likewise after a batch that fails
+        broken = {**batch, "pixel_values": batch["pixel_values"][:, :1]}
+        with pytest.raises(RuntimeError, match="to have 3 channels"):
+            case.score(model, [batch, broken])
+        assert traces(model) == found
 
 
-@every(c for c in WITH_DATA if c not in EXPERTS_ALONE)
-def test_a_failing_batch_leaves_the_model_as_it_was(case):
-    model = case.build("llava-llama")
-    broken = sample(model, 0)
-    broken["pixel_values"] = broken["pixel_values"][:, :1]
-    logits(model, sample(model, 0))
-    found = traces(model)
-    with pytest.raises(RuntimeError, match="to have 3 channels"):
-        case.score(model, [sample(model, 0), broken])
-    assert traces(model) == found
-
-
+@pytest.mark.parametrize(
+    "model_name", tiered(["llama", "phi", "llava-phi3"], lambda name: name == "llava-phi3")
+)
 @every_case_with_data
-@pytest.mark.parametrize("model_name", tiered(["llama", "llava-phi3"]))
-def test_how_samples_are_batched_does_not_matter(case, model_name):
+def test_how_samples_are_batched_and_padded_does_not_matter(case, model_name):
     model = case.build(model_name)
     single = samples(model)
     together = case.score(model, [joined(single)])
-    one_by_one = case.score(model, single)
-    mixed = case.score(model, [joined(single[:3]), single[3]])
-    assert_same_scores(one_by_one, together)
-    assert_same_scores(mixed, together)
-    assert_same_scores(case.score(model, iter(single)), together)
+    for data in (single, [joined(single[:3]), single[3]], iter(single)):
+        assert_same_scores(case.score(model, data), together)
+    single = [sample(model, seed, tokens=9 + 4 * (seed % 3), labels=3 + seed) for seed in range(3)]
+    alone = case.score(model, single)
+    for left in (False, True):
+        assert_same_scores(case.score(model, [padded(single, left)]), alone)
 
 
 @every_case_with_data
@@ -206,19 +200,6 @@ def test_the_data_matters_and_embeddings_may_stand_for_tokens(case):
     embedded["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"]).detach()
     expected = case.score(model, [batch])
     assert_same_scores(case.score(model, [embedded]), expected)
-
-
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize(
-    "model_name", tiered(["llama", "phi", "llava-phi3"], lambda name: name == "llava-phi3")
-)
-@every_case_with_data
-def test_padding_does_not_count(case, model_name, left):
-    model = case.build(model_name)
-    single = [sample(model, seed, tokens=9 + 4 * (seed % 3), labels=3 + seed) for seed in range(3)]
-    alone = case.score(model, single)
-    together = case.score(model, [padded(single, left)])
-    assert_same_scores(together, alone)
 
 
 @every_case_with_data
@@ -278,12 +259,8 @@ def test_bad_token_weights_are_refused():
         if not row.needs_data:
             with pytest.raises(ConfigError, match=f"token_weights: criterion '{name}' reads no"):
                 score(model, [], name, token_weights={"image": 0.5})
-    for weights in ({"sky": 1.0}, {"image": -1.0}, {"image": math.nan}, {"image": math.inf}):
-        with pytest.raises(ConfigError, match=r"token_weights .*image, prompt, answer"):
-            score(model, samples(model), "activation", token_weights=weights)
-    nothing = {"image": 0.0, "prompt": 0.0, "answer": 0.0}
-    with pytest.raises(ConfigError, match="above 0"):
-        score(model, samples(model), "activation", token_weights=nothing)
+    with pytest.raises(ConfigError, match=r"token_weights .*image, prompt, answer"):
+        score(model, samples(model), "activation", token_weights={"sky": 1.0})
     unlabelled = [{k: v for k, v in one.items() if k != "labels"} for one in samples(model)]
     with pytest.raises(DataError, match="token weight above 0"):
         score(model, unlabelled, "activation", token_weights={"prompt": 0.0})
@@ -330,23 +307,12 @@ def test_a_dead_neuron_scores_zero(case, model_name):
 
 
 @every_case_with_data
-@pytest.mark.parametrize("nothing", [[], iter(())], ids=["list", "iterator"])
-def test_no_data_is_refused(case, nothing):
+def test_no_data_is_refused_nor_are_samples_without_labels_taken(case):
+    model = case.build("llama")
     with pytest.raises(DataError, match="no calibration batch"):
-        case.score(case.build("llama"), nothing)
-
-
-@every(c for c in CASES if c not in WITH_DATA)
-def test_no_data_is_needed(case):
-    model = case.build("llama")
-    without = case.flat(model, [])
-    given = case.flat(model, samples(model))
-    assert_equal(without, given)
-
-
-@every_case_with_labels
-def test_samples_without_labels_are_refused(case):
-    model = case.build("llama")
+        case.score(model, iter(()))
+    if case not in WITH_LABELS:
+        return
     batch = joined(samples(model)[:2])
     batch["labels"][1] = -100
     with pytest.raises(DataError, match="no labelled token"):
@@ -354,16 +320,6 @@ def test_samples_without_labels_are_refused(case):
     embedded = {"inputs_embeds": torch.randn(1, 5, 64)}
     with pytest.raises(DataError, match="needs labels"):
         case.score(model, [embedded])
-
-
-@every(c for c in CASES if c not in UNSEEING)
-def test_a_broken_weight_is_named(case):
-    model = case.build("llama")
-    with torch.no_grad():
-        path = "mlp.experts.down_proj" if case in EXPERTS_ALONE else "mlp.down_proj.weight"
-        Parts(model).layers[2].get_parameter(path)[..., 3, 5] = math.nan
-    with pytest.raises(NumericalError, match=r"NaN or infinity"):
-        case.score(model, samples(model))
 
 
 def test_random_scores_follow_their_seed_and_an_unknown_criterion_is_refused():

@@ -3,9 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from slimvlm.core.options import RecoverConfig
 from slimvlm.data.chat import answered_sample
@@ -26,45 +23,30 @@ from slimvlm.scoring.score_model import score
 from slimvlm.training.recover import recover
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.handmade import logits, padded, plan_by_hand
+from tests.handmade import Watched, logits, padded, plan_by_hand
 
 pytestmark = pytest.mark.usefixtures("unhurried")
 LONG = "It is red. There is a blue circle in the picture. " * 6
 QUESTION = Question("q", LONG, (LONG,), choices=("yes", LONG))
 
 
-class MostRows(TorchDispatchMode):
-    """The most rows over a whole vocabulary in one tensor that an operation made.
+def most_rows(vocabulary, run):
+    """The most rows over a whole vocabulary in one tensor that an operation made meanwhile.
 
     What shares memory with an argument is not made: the transposed weights of a head, for one.
     """
+    rows = [0]
 
-    def __init__(self, vocabulary):
-        super().__init__()
-        self.rows, self._vocabulary = 0, vocabulary
+    def look(_, given, made):
+        places = {value.untyped_storage().data_ptr() for value in given}
+        for value in made:
+            is_made = value.untyped_storage().data_ptr() not in places
+            if value.shape[-1:] == (vocabulary,) and is_made:
+                rows.append(value.numel() // vocabulary)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {memory(value) for value in tensors((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for value in tensors(result):
-            if value.shape[-1:] == (self._vocabulary,) and memory(value) not in given:
-                self.rows = max(self.rows, value.numel() // self._vocabulary)
-        return result
-
-
-def tensors(values):
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-
-
-def memory(value):
-    return value.untyped_storage().data_ptr()
-
-
-def most_rows(vocabulary, run):
-    """The most rows of logits at one time while something runs."""
-    with MostRows(vocabulary) as seen:
+    with Watched(look):
         run()
-    return seen.rows
+    return max(rows)
 
 
 @pytest.fixture(scope="module")

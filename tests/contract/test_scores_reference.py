@@ -9,10 +9,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from slimvlm.models.parts import Parts
 from slimvlm.scoring.forward import angular_distance, block_influence
 from slimvlm.scoring.score_model import score
 from tests import tiny
@@ -281,9 +280,13 @@ def test_wanda_and_flap_are_their_formulas(name, criterion):
 
 # Layers
 def hidden_states(model, batch):
+    """Those after the embedding and each layer, and at last those before the final norm."""
+    norm, seen = getattr(model.model, "norm", None) or model.model.final_layernorm, []
+    hook = norm.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     with torch.no_grad():
         output = model(input_ids=batch["input_ids"], output_hidden_states=True)
-    return tuple(state[0] for state in output.hidden_states)
+    hook.remove()
+    return *(state[0] for state in output.hidden_states), seen[0]
 
 
 def shortgpt(x, y):
@@ -296,37 +299,21 @@ def shortgpt(x, y):
 def test_block_influence_sums_are_shortgpts(name):
     model = model_named(name)
     data = [tiny.batch(model, tokens, seed) for seed, tokens in enumerate((9, 17, 5))]
-    expected = torch.zeros(4, dtype=torch.float64)
+    expected, last = torch.zeros(4, dtype=torch.float64), 0.0
     for batch in data:
-        states = hidden_states(model, batch)  # the last one is after the final norm
+        states = hidden_states(model, batch)  # the last layer's are after the final norm
         for index in range(4):
             expected[index] += shortgpt(states[index], states[index + 1]).double().sum()
+        last += float(shortgpt(states[3], states[5]).sum())
     options = {"reduction": "sum", "last_layer": "postnorm"}
     layer = score(model, data, "block_influence", **options).layer
     torch.testing.assert_close(layer.double(), expected, rtol=1e-5, atol=0)
     clean = score(model, data, "block_influence", reduction="sum").layer
     torch.testing.assert_close(clean[:-1], layer[:-1], rtol=1e-6, atol=0)
+    assert float(clean[-1]) == pytest.approx(last, rel=1e-5)
     assert abs(clean[-1] - layer[-1]) > 1e-3 * layer[-1]  # the final norm's weights matter
     mean = score(model, data, "block_influence").layer
     torch.testing.assert_close(mean * (9 + 17 + 5), clean, rtol=1e-6, atol=0)
-
-
-def clean_states(model, batch):
-    """The last of which is before the final norm."""
-    seen = dict[str, Tensor]()
-    hook = Parts(model).norm.register_forward_pre_hook(
-        lambda module, args: seen.update(last=args[0][0].detach())
-    )
-    *states, _ = hidden_states(model, batch)
-    hook.remove()
-    return [*states, seen["last"]]
-
-
-def test_the_clean_last_layer_is_before_the_final_norm():
-    model, batch = model_named("llama-gqa"), tiny.batch(model_named("llama-gqa"), 9)
-    states = clean_states(model, batch)
-    layer = score(model, [batch], "block_influence", reduction="sum").layer
-    torch.testing.assert_close(layer[-1], shortgpt(*states[-2:]).sum(), rtol=1e-5, atol=0)
 
 
 @every_model
@@ -341,7 +328,8 @@ def test_angular_distances_are_those_of_the_last_tokens(name):
                 continue
             distances = []
             for batch in data:
-                states = clean_states(model, batch)
+                *states, _, last = hidden_states(model, batch)
+                states.append(last)  # before the final norm
                 x, y = states[start][-1].double(), states[start + length][-1].double()
                 cosine = float(x @ y) / math.sqrt(float(x @ x) * float(y @ y))
                 distances.append(math.acos(cosine) / math.pi)
@@ -392,7 +380,5 @@ def test_identical_vectors_have_angle_zero_not_nan(dtype):
     x = torch.randn(400, 64).to(dtype)
     unclamped = torch.arccos((x * x).sum(-1) / (x.norm(dim=-1) * x.norm(dim=-1)))
     assert unclamped.isnan().any()  # the reference's bug B6
-    distance = angular_distance(x, x)
-    assert distance.isfinite().all()
-    assert distance.max() < 1e-7
+    assert angular_distance(x, x).max() < 1e-7
     assert angular_distance(x, -x).min() > 1 - 1e-7

@@ -10,14 +10,12 @@ import yaml
 from slimvlm.core.errors import ImpossiblePlanError, UnsupportedModelError
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import auto_class, empty_model
-from slimvlm.models.parts import Parts, text_config_of
+from slimvlm.models.parts import text_config_of
 from slimvlm.planning.make import make_plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import prune_checkpoint
 from slimvlm.pruning.walk.walk import walk_
-from slimvlm.scoring.layerwise import LayerwiseModel, Live
 from slimvlm.scoring.score_model import score, score_checkpoint
-from slimvlm.scoring.stores import Memory
 from tests import tiny
 from tests.handmade import logits, plan_by_hand, random_scores
 from tests.tiers import tiered
@@ -112,19 +110,3 @@ def test_shapes_of_full_size(name, axis):
     assert read_anatomy(model) == plan.after
     assert plan.after.total_params == sum(p.numel() for p in model.parameters())
     assert plan.ratio == pytest.approx(0.15, abs=0.03)
-
-
-@every_gemma
-@torch.no_grad()
-def test_calls_with_own_dictionaries_share_no_keys(name):
-    model = tiny.build(name)
-    runner = LayerwiseModel(Live(model), Memory(), model.device)
-    runner.embed([tiny.batch(model)])
-    one, other = (runner.calls(0).with_own_dictionaries() for _ in range(2))
-    hidden = runner.state("hidden", 0, 0)
-    for index, layer in enumerate(Parts(model).layers):
-        hidden = one.after(index, one.run(layer, index, hidden))
-    filled, empty = (each.arguments[5][1]["shared_kv_states"] for each in (one, other))
-    assert len(filled) == 2
-    assert len(empty) == 0
-    assert one.arguments[0][1]["shared_kv_states"] is filled

@@ -1,11 +1,7 @@
 """The device is the user's choice, and what a device cannot do is done elsewhere or said."""
 
-import copy
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import slimvlm as sv
 from slimvlm import cli
@@ -14,13 +10,11 @@ from slimvlm.models.devices import computes_bfloat16, device_named, free_memory,
 from slimvlm.scoring.criteria import CRITERIA
 from tests import pretended_gpu, tiny
 from tests import tiny_folder as folders
-from tests.handmade import refused
+from tests.gpu.alike import pretended
+from tests.handmade import Watched, refused, stops
 from tests.tiers import tiered
 from tests.tolerances import assert_scores_close, share_of
 
-PRETENDED = pytest.mark.skipif(
-    pretended_gpu.REASON is not None, reason=f"needs the pretended card: {pretended_gpu.REASON}"
-)
 MIB = 2**20
 
 
@@ -43,23 +37,7 @@ def test_a_model_goes_where_the_user_says_and_the_card_has_a_name(card, llava):
     assert found.device == torch.get_device_module(card).get_device_name(card)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        *("score nowhere --data none.json --out OUT", "plan nowhere --ratio 0.3 --out OUT"),
-        *("recover nowhere --data none.json --loss sft --out OUT", "evaluate nowhere"),
-        *("compare nowhere elsewhere", "chat nowhere What?", "bench nowhere"),
-        *("quantize nowhere --out OUT", "demo run --out OUT"),
-    ],
-)
-def test_an_absent_card_is_refused_before_anything_is_read(words, card, tmp_path):
-    absent, out = f"{card.type}:{torch.accelerator.device_count()}", tmp_path / "out"
-    told = refused(*words.replace("OUT", str(out)).split(), "--device", absent, alone=True)
-    assert told.startswith(f"slimvlm: device '{absent}' must be one of: cpu, {card.type}"), told
-    assert not out.exists()
-
-
-@PRETENDED
+@pretended
 def test_memory_and_precision_are_the_card_s(card):
     assert computes_bfloat16(card)
     with pretended_gpu.capability(pretended_gpu.TURING):
@@ -72,80 +50,67 @@ def test_memory_and_precision_are_the_card_s(card):
     del held
 
 
-class WithoutFloat64(TorchDispatchMode):
-    """Inside, nothing in float64 can be made on a device, as on MPS."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device = device
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor) and value.device.type == self.device.type:
-                assert value.dtype != torch.float64, f"{func} makes float64 on {value.device}"
-        return result
-
-
 OF_EXPERTS = ("reap", "frequency")
 
 
 @pytest.fixture
 def without_float64(card, monkeypatch):
+    """Inside, nothing in float64 can be made on a card, as on MPS."""
     monkeypatch.setattr("slimvlm.models.devices.has_float64", lambda device: device.type == "cpu")
-    return WithoutFloat64(card)
+
+    def look(func, _, made):
+        wide = [v for v in made if v.device.type == card.type and v.dtype == torch.float64]
+        assert not wide, f"{func} makes float64 on a card"
+
+    return Watched(look)
 
 
-of_each_kind = tiered(CRITERIA, lambda name: name in ("taylor", "obs", "reap"))
+def scored(criterion, device):
+    model = tiny.build("qwen3_vl_moe" if criterion in OF_EXPERTS else "llava-llama").to(device)
+    batches = [tiny.batch(model, 12, seed) for seed in range(2)]
+    found = sv.score(model, batches, criterion).tensors()
+    return {k: v for k, v in found.items() if v.numel() and k != "layer_runs"}
 
 
-@pytest.mark.parametrize("criterion", of_each_kind)
-def test_sums_in_float64_are_made_on_the_cpu_where_a_card_has_none(
-    criterion, card, without_float64
-):
-    model = tiny.build("qwen3_vl_moe" if criterion in OF_EXPERTS else "llava-llama")
-    batches = [tiny.batch(model, 12, 0), tiny.batch(model, 12, 1)]
-    expected = sv.score(model, batches, criterion).tensors()
-    model.to(card)
-    with without_float64:
-        found = sv.score(model, batches, criterion).tensors()
-    assert found.keys() == expected.keys()
-    for name in expected.keys() - {"layer_runs"}:
-        if expected[name].numel():
-            assert_scores_close(found[name], expected[name], share_of(criterion))
-
-
-@pytest.mark.parametrize("axis", tiered(["width", "both"], lambda axis: axis == "width"))
-def test_a_walk_needs_no_float64_on_the_card(axis, card, without_float64):
-    model = tiny.build("llava-llama")
+def walked(axis, device):
+    model = tiny.build("llava-llama").to(device)
     batches = [tiny.batch(model, 12 + seed, seed) for seed in range(5)]
-    expected = sv.walk_(copy.deepcopy(model), batches, 0.3, axis, local_steps=1)
-    model.to(card)
-    with without_float64:
-        found = sv.walk_(model, batches, 0.3, axis, local_steps=1)
-    assert found.plan == expected.plan
+    plan = sv.walk_(model, batches, 0.3, axis, local_steps=1).plan
+    return {str(i): torch.tensor([0.0, *kept]) for i, kept in enumerate(plan.neurons)}
 
 
-def test_samples_are_asked_without_float64_on_the_card(card, without_float64):
-    model, processor = sv.load(str(folders.folder("llava")), device="cpu")
-    samples = folders.short_samples(3)
-    expected = sv.evaluate_data(model, processor, samples, model)
-    model.to(card)
+def evaluated(_, device):
+    model, processor = sv.load(str(folders.folder("llava")), device=device)
+    samples = sv.evaluate_data(model, processor, folders.short_samples(3), model).samples
+    return {sample.id: torch.tensor(sample.loss) for sample in samples}
+
+
+USES = {**dict.fromkeys(CRITERIA, scored), "width": walked, "both": walked, "samples": evaluated}
+
+
+@pytest.mark.parametrize(
+    "what", tiered(USES, ("taylor", "obs", "reap", "both", "samples").__contains__)
+)
+def test_sums_in_float64_are_made_on_the_cpu_where_a_card_has_none(what, card, without_float64):
+    expected = USES[what](what, torch.device("cpu"))
     with without_float64:
-        found = sv.evaluate_data(model, processor, samples, model)
-    for one, other in zip(found.samples, expected.samples, strict=True):
-        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        found = USES[what](what, card)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert_scores_close(found[name], expected[name], share_of(what))
 
 
 SMALLER, LOW_MEMORY = "a smaller --batch-size (with", "--low-memory keeps one layer"
 
 
-@PRETENDED
+@pretended
 @pytest.mark.parametrize(
     ("words", "during", "cure"),
     [
-        ("prune --ratio 0.3 --samples 8", "prune", LOW_MEMORY),
         ("score --criterion taylor", "score", LOW_MEMORY),
+        pytest.param(
+            *("prune --ratio 0.3 --samples 8", "prune", LOW_MEMORY), marks=pytest.mark.slow
+        ),
         ("recover --loss sft --train full", "recover, stage 'train", SMALLER),
     ],
 )
@@ -164,12 +129,9 @@ def test_out_of_memory_is_one_line_that_says_what_helps(
 
 @pytest.mark.parametrize("first", tiered(["card", "cpu"], lambda first: first == "card"))
 def test_a_stopped_walk_goes_on_elsewhere(first, card, llava, data, tmp_path, monkeypatch):
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
     given = ["prune", llava, "--ratio", "0.3", "--data", data, "--samples", "8", "--low-memory"]
     given += ["--out", str(tmp_path / "out"), "--axis", "width", "--test-samples", "0"]
-    monkeypatch.setattr("slimvlm.runs.prune.prune_checkpoint", stop)
+    monkeypatch.setattr("slimvlm.runs.prune.prune_checkpoint", stops)
     found = []
     for device in sorted(["cpu", str(card)], reverse=first == "card"):
         with pytest.raises(SystemExit):

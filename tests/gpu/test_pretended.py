@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests import pretended_gpu
+from tests.gpu.alike import pretended
 
-pytestmark = pytest.mark.skipif(pretended_gpu.REASON is not None, reason=str(pretended_gpu.REASON))
+pytestmark = pretended
 
 
 def test_what_a_card_refuses_is_refused(card):

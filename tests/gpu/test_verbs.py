@@ -14,13 +14,7 @@ from safetensors.torch import load_file
 
 from slimvlm import cli
 from slimvlm.core.options import DIVERGENCES
-from slimvlm.evaluation.on_data import DataResult
-from slimvlm.evaluation.results import Result
 from slimvlm.models.devices import release_memory
-from slimvlm.planning.plan import Plan
-from slimvlm.pruning.save import PLAN_FILE
-from slimvlm.runs.compress import read_times
-from slimvlm.scoring.criteria import CRITERIA
 from tests import pretended_gpu, tiny, tiny_pictures, tiny_words
 from tests import tiny_folder as folders
 from tests.gpu.alike import ROUNDING, assert_close
@@ -34,7 +28,6 @@ TABLES = tables(__file__)
 pytestmark = pytest.mark.usefixtures("unhurried")
 PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
 CPU = torch.device("cpu")
-HELD_OUT = "slimvlm_held_out.json"
 ROOM = 30_000
 """Bytes of a card without room."""
 EXACT = {
@@ -44,19 +37,10 @@ EXACT = {
 """float32 without dropout, so that devices agree; a checkpoint after every step."""
 TRAINING = "--max-steps 3 --batch-size 2 --learning-rate 1e-3 --lora-rank 4 --config {settings}"
 
-OF_WIDTHS = [name for name in CRITERIA if name not in ("frequency", "reap")]
-"""Criteria that score a model without experts."""
 RECOVERED = TABLES["recovered"]
 """Each way to learn, each loss, a teacher that shares and one that does not."""
 CASES = {
     **TABLES["commands"],
-    **{
-        f"score {name}{more}": "score {llava} --data {data} --samples 4 "
-        f"--criterion {name}{more}"
-        for name in OF_WIDTHS
-        for more in ("", " --low-memory")
-        if not more or (CRITERIA[name].needs_data and CRITERIA[name].capture.sees == "layer")
-    },
     **{
         f"recover {train} {loss}": f"recover {{smaller}} --data {{data}} --train {train} "
         f"--loss {loss} {'' if loss == 'sft' else '--teacher {llava}'} {more} {TRAINING}"
@@ -64,10 +48,10 @@ CASES = {
     },
 }
 FAST = (
-    *("width", "prune", "prune --low-memory", "fewer tokens, pruned"),
+    *("width", "prune --low-memory", "fewer tokens, pruned"),
     "recover lora 0.5*sft+0.5*kl",
     *("score obs", "score taylor", "score block_influence --low-memory"),
-    *("evaluate --tasks", "evaluate --data", "evaluate --data --baseline", "compare", "chat"),
+    *("evaluate --tasks", "evaluate --data --baseline", "compare", "chat"),
 )
 """In the default tier; criteria of each way to collect."""
 TABLE = {
@@ -81,159 +65,121 @@ PRINTS = ("compare", "chat", "bench", "image-tokens")
 """Verbs whose outcome is what they print."""
 
 
-def same_checkpoint(found, expected):
-    """The same units stay, in weights that differ by rounding at most."""
-    for name in (PLAN_FILE, HELD_OUT):
-        assert (found / name).exists() == (expected / name).exists()
-    if (expected / PLAN_FILE).exists():
-        assert Plan.load(found / PLAN_FILE) == Plan.load(expected / PLAN_FILE)
-    if (expected / HELD_OUT).exists():
-        same_on_data(found / HELD_OUT, expected / HELD_OUT)
+MEASURED = re.compile(r"_ms$|seconds|per_sec|time|bytes$|^device|^runs$|speed|ideal")
+"""Figures that differ from run to run, or between devices."""
+
+
+def same_values(found, expected, at=""):
+    """Values of JSON files, but for what is measured; numbers differ by rounding at most."""
+    if isinstance(expected, dict):
+        ours, theirs = ({k: v for k, v in each.items() if not MEASURED.search(k)}
+                        for each in (found, expected))  # fmt: skip
+        assert ours.keys() == theirs.keys(), at
+        for key, value in theirs.items():
+            same_values(ours[key], value, f"{at}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), at
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            same_values(*pair, f"{at}/{index}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=ROUNDING, abs=1e-5, nan_ok=True), at
+    else:
+        assert found == expected, at
+
+
+def same_file(found, expected):
+    """The same tensors, rows or values, or the same text where that tells no figures."""
+    if expected.suffix == ".safetensors":
+        return assert_close(load_file(found), load_file(expected))
+    if expected.suffix == ".parquet":
+        ours, theirs = (stable(pd.read_parquet(each)) for each in (found, expected))
+        assert set(theirs["status"]) == {"done"}
+        return pd.testing.assert_frame_equal(ours, theirs, rtol=ROUNDING)
+    try:
+        values = json.loads(expected.read_text())
+    except ValueError:
+        if expected.suffix == "":
+            assert found.read_text() == expected.read_text()
+        return None
+    return same_values(json.loads(found.read_text()), values, expected.name)
+
+
+def same(found, expected):
+    """What a verb wrote: the same files, and the same in them."""
     ours, theirs = (
-        [load_file(f) for f in sorted(d.glob("*.safetensors"))] for d in (found, expected)
+        {
+            str(p.relative_to(place.parent)): p
+            for p in [place, *place.parent.rglob("*")]
+            if p.is_file()
+        }
+        for place in (found, expected)
     )
-    assert len(ours) == len(theirs) > 0
-    for one, other in zip(ours, theirs, strict=True):
-        assert_close(one, other)
-
-
-def same_scores(found, expected):
-    assert_close(*(load_file(out.with_suffix(".safetensors")) for out in (found, expected)))
-
-
-def same_on_data(found, expected):
-    ours, theirs = DataResult.load(found).samples, DataResult.load(expected).samples
-    assert [sample.id for sample in ours] == [sample.id for sample in theirs]
-    for name in ("loss", "baseline_loss", "same", "divergence"):
-        one, other = ([getattr(sample, name) or 0 for sample in each] for each in (ours, theirs))
-        assert one == pytest.approx(other, rel=ROUNDING, abs=1e-6)
-
-
-def same_answers(found, expected):
-    if "tasks" not in json.loads(expected.read_text()):
-        return same_on_data(found, expected)
-    ours, theirs = Result.load(found).tasks, Result.load(expected).tasks
-    assert [ours[name].replies for name in theirs] == [theirs[name].replies for name in theirs]
-    for name, task in theirs.items():
-        assert ours[name].scores == pytest.approx(task.scores, rel=ROUNDING)
-    return None
-
-
-def same_run(found, expected):
-    """Two run folders of compress: plan, checkpoint, losses of every step and of the end."""
-    assert Plan.load(found / "plan.json") == Plan.load(expected / "plan.json")
-    same_checkpoint(found / "checkpoint", expected / "checkpoint")
-    losses = [
-        [row["loss"] for row in json.loads((folder / "history.json").read_text())["steps"]]
-        for folder in (found, expected)
-        if (folder / "history.json").exists()
-    ]
-    if losses:
-        assert losses[0] == pytest.approx(losses[1], rel=ROUNDING)
-    assert read_times(found) is not None
-    measured = sorted(path.name for path in (expected / "results").glob("data-*.json"))
-    assert measured
-    for name in measured:
-        same_on_data(found / "results" / name, expected / "results" / name)
-
-
-def same_text(found, expected):
-    assert found.read_text() == expected.read_text()
-
-
-def same_counts(found, expected):
-    """Times differ; what is counted does not."""
-    ours, theirs = (json.loads(out.read_text()) for out in (found, expected))
     assert ours.keys() == theirs.keys()
-    for name in ("total_params", "weight_bytes", "decode_flops"):
-        assert ours["model"][name] == theirs["model"][name]
+    assert theirs
+    for name, file in theirs.items():
+        same_file(ours[name], file)
 
 
-def same_budgets(found, expected):
-    """Times differ; settings, tokens and figures of answers do not."""
-    ours, theirs = (json.loads(out.read_text())["budgets"] for out in (found, expected))
-    assert len(ours) == len(theirs) == 2
-    for one, other in zip(ours, theirs, strict=True):
-        for name in ("settings", "tokens", "kv_cache_bytes"):
-            assert one[name] == other[name]
-        for name, value in (other["held_out"]["data"] or {}).items():
-            if isinstance(value, dict):
-                said = one["held_out"]["data"][name]["value"]
-                assert said == pytest.approx(value["value"], rel=ROUNDING, abs=1e-6)
+def stones(path):
+    """Conversations without pictures, each with other words."""
+    asked = [(f"How wide are {n} stones?", f"They are {n * n} wide.") for n in range(30)]
+    turns = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in asked
+    ]
+    path.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
 
 
-def same_study(found, expected):
-    ours, theirs = (stable(pd.read_parquet(out / "results.parquet")) for out in (found, expected))
-    assert set(theirs["status"]) == {"done"}
-    pd.testing.assert_frame_equal(ours, theirs, rtol=ROUNDING)
+def experts(path):
+    config = tiny.CONFIGS["qwen3_moe"]()
+    config.vocab_size = folders.VOCAB
+    tiny.made(config).save_pretrained(path)
+    folders.processor("text").save_pretrained(path)
 
 
-SAME = {
-    **{"compress": same_run, "score": same_scores, "evaluate": same_answers, "study": same_study},
-    **dict.fromkeys(("prune", "recover", "quantize"), same_checkpoint),
-    **{"compare": same_text, "chat": same_text, "bench": same_counts, "image-tokens": same_budgets},
+def smaller(path):
+    given = ["--data", str(folders.write_llava_data(path.with_name("few"), 4)), "--samples", "2"]
+    given += ["--axis", "both", "--ratio", "0.3", "--device", "cpu"]
+    given += ["--criterion", "block_influence", "magnitude", "--out", str(path)]
+    cli.main(["prune", str(folders.folder("llava")), *given])
+
+
+def study(path):
+    data = folders.write_llava_data(path.with_name("conversations"), pictures=False)
+    cells = {"model": str(folders.folder("text")), "ratio": 0.4, "axis": ["depth", "width"]}
+    values = {
+        "grids": [{**cells, "recovery": "sft+hidden"}],
+        "recoveries": {"sft+hidden": RECOVERIES["sft+hidden"]},
+        "recover": {**RECOVER, "lora": {"lora_dropout": 0.0}},
+        **{"data": str(data), "prune": {"samples": 4}},
+        **{"tasks": "text_odd,text_ppl", "limit": 2, "floors": False},
+    }
+    path.write_text(json.dumps(values))
+
+
+MAKES = {
+    **{"smaller": smaller, "stones.jsonl": stones, "experts": experts, "study": study},
+    "corpus": lambda path: path.write_text("\n".join(tiny_words.CORPUS)),
+    "settings": lambda path: path.write_text(json.dumps({"model": "x", "recover": EXACT})),
+    "picture": lambda path: folders.picture().save(path, "png"),
+    "data": lambda path: folders.write_llava_data(path, count=12),
 }
 
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
     """Fills in the names in a command; what they name is made when it is first needed."""
-    root = tmp_path_factory.mktemp("verbs")
+    root, words = tmp_path_factory.mktemp("verbs"), tiny_words.folder("text")
+    places = {"llava": folders.folder("llava"), "words": words}
+    places["pixels"] = tiny_pictures.folder("qwen2_5_vl")
 
-    def smaller():
-        given = filled("--data {data} --samples 2 --criterion block_influence magnitude")
-        given += ["--axis", "both", "--ratio", "0.3", "--device", "cpu"]
-        cli.main(["prune", filled("{llava}")[0], "--out", str(root / "smaller"), *given])
+    def place_of(found):
+        name = {"stones": "stones.jsonl"}.get(found[1], found[1])
+        if name not in places:
+            places[name] = root / name
+            MAKES[name](places[name])
+        return str(places[name] / "data.json" if name == "data" else places[name])
 
-    def stones():
-        """Conversations without pictures, each with other words."""
-        asked = [(f"How wide are {n} stones?", f"They are {n * n} wide.") for n in range(30)]
-        rows = [
-            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-            for q, a in asked
-        ]
-        places["stones"].write_text("\n".join(map(json.dumps, rows)))
-
-    def experts():
-        config = tiny.CONFIGS["qwen3_moe"]()
-        config.vocab_size = folders.VOCAB
-        tiny.made(config).save_pretrained(root / "experts")
-        folders.processor("text").save_pretrained(root / "experts")
-
-    def study():
-        words = folders.write_llava_data(root / "conversations", pictures=False)
-        cells = {"model": str(folders.folder("text")), "ratio": 0.4, "axis": ["depth", "width"]}
-        values = {
-            "grids": [{**cells, "recovery": "sft+hidden"}],
-            "recoveries": {"sft+hidden": RECOVERIES["sft+hidden"]},
-            "recover": {**RECOVER, "lora": {"lora_dropout": 0.0}},
-            **{"data": str(words), "prune": {"samples": 4}},
-            **{"tasks": "text_odd,text_ppl", "limit": 2, "floors": False},
-        }
-        (root / "study").write_text(json.dumps(values))
-
-    settings = {"model": "of the command line", "recover": EXACT}
-    makes = {
-        **{"smaller": smaller, "stones": stones, "experts": experts, "study": study},
-        "corpus": lambda: (root / "corpus").write_text("\n".join(tiny_words.CORPUS)),
-        "settings": lambda: (root / "settings").write_text(json.dumps(settings)),
-        "picture": lambda: folders.picture().save(root / "picture", "png"),
-    }
-    places = {
-        **{"llava": folders.folder("llava"), "words": tiny_words.folder("text")},
-        "pixels": tiny_pictures.folder("qwen2_5_vl"),
-        "data": folders.write_llava_data(root / "data", count=12),
-        **{name: root / name for name in makes},
-        "stones": root / "stones.jsonl",
-    }
-
-    def filled(command):
-        for name in re.findall(r"{(\w+)}", command):
-            if name in makes and not places[name].exists():
-                makes[name]()
-        return shlex.split(command.format_map(places))
-
-    return filled
+    return lambda command: shlex.split(re.sub(r"{(\w+)}", place_of, command))
 
 
 def run(words, out, device):
@@ -253,52 +199,51 @@ def run(words, out, device):
     assert used == ([device.index] if device.type == "cuda" else [])
 
 
-@pytest.mark.parametrize("name", tiered(CASES, lambda name: name in FAST))
-def test_a_verb_does_the_same(name, filled, card, tmp_path):
+def full_card(words, out, device):
+    """What a verb says where it has no room."""
+    release_memory()
+    given = () if words[0] in PRINTS else ("--out", out)
+    with pretended_gpu.limit(ROOM, 0):
+        if words[0] != "study":
+            return refused(*words, *given, "--device", device)
+        with suppress(SystemExit):
+            cli.main([*map(str, (*words, *given)), "--device", str(device)])
+    table = pd.read_parquet(out / "results.parquet")
+    assert set(table["status"]) == {"failed"}
+    return min(table["failed"], key=lambda told: "out of memory" in told)
+
+
+ON_CARDS = [(name, 1) for name in CASES if name in FAST or name not in TABLE.values()]
+ON_CARDS += [(name, 2) for name in TABLE.values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), tiered(ON_CARDS, lambda name, count: name in FAST and count == 1)
+)
+def test_a_verb_does_the_same(name, count, filled, card, tmp_path):
+    """On one card; those of the table in the documents also on another one, and on a full one."""
     if name == "quantize":
         pytest.importorskip("torchao")
-    words = filled(CASES[name])
-    for device in (CPU, card):
-        run(words, tmp_path / device.type / "out", device)
-    SAME[words[0]](tmp_path / card.type / "out", tmp_path / "cpu" / "out")
+    words, cards = filled(CASES[name]), range(min(count, torch.accelerator.device_count()))
+    devices = [CPU, *(torch.device(card.type, index) for index in cards)]
+    for number, device in enumerate(devices):
+        run(words, tmp_path / str(number) / "out", device)
+    for number in range(1, len(devices)):
+        same(tmp_path / str(number) / "out", tmp_path / "0" / "out")
+    if count == 2 and pretended_gpu.REASON is None:
+        told = full_card(words, tmp_path / "full", card)
+        expected = {"quantize": "do not fit into", "study": "out of memory"}
+        assert expected.get(name, "out of memory on cuda:0 during") in told
 
 
 def test_all_losses_are_tried_and_the_table_in_the_docs_has_these_rows():
     tried = {part.partition("*")[2] or part for _, loss, _ in RECOVERED for part in loss.split("+")}
     assert tried == {"sft", "hidden", "cosine", *DIVERGENCES}
-    assert re.findall(r"^\| `(.+?)` \| runs \|", PAGE.read_text(), re.MULTILINE) == [*TABLE]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    pretended_gpu.REASON is not None or torch.cuda.device_count() < 2,
-    reason="needs two pretended cards (PRETENDED_GPUS=2)",
-)
-@pytest.mark.parametrize("name", TABLE)
-def test_the_table_in_the_docs_is_what_verbs_do(name, filled, tmp_path):
-    if name == "quantize":
-        pytest.importorskip("torchao")
-    words = filled(CASES[TABLE[name]])
-    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    for place, device in (("cpu", CPU), ("first", first), ("second", second)):
-        run(words, tmp_path / place, device)
-    for place in ("first", "second"):
-        SAME[words[0]](tmp_path / place, tmp_path / "cpu")
-    end = "refused in one line"
-    if name == "study":
-        release_memory()
-        with pretended_gpu.limit(ROOM, 0), suppress(SystemExit):
-            cli.main([*words, "--out", str(tmp_path / "full"), "--device", str(first)])
-        table = pd.read_parquet(tmp_path / "full" / "results.parquet")
-        assert set(table["status"]) == {"failed"}
-        assert table["failed"].str.contains("out of memory").all()
-        end = "each cell says so, the others go on"
-    else:
-        release_memory()
-        with pretended_gpu.limit(ROOM, 0):
-            given = () if words[0] in PRINTS else ("--out", tmp_path / "full")
-            assert "out of memory on cuda:0" in refused(*words, *given, "--device", first)
-    assert f"| `{name}` | runs | same | same | {end} |" in PAGE.read_text().splitlines()
+    ends = dict.fromkeys(TABLE, "refused in one line") | {
+        "study": "each cell says so, the others go on"
+    }
+    rows = [f"| `{name}` | runs | same | same | {end} |" for name, end in ends.items()]
+    assert [line for line in PAGE.read_text().splitlines() if " | runs | " in line] == rows
 
 
 def test_export_is_the_same_where_there_is_a_card(card, filled, tmp_path, capsys):

@@ -8,24 +8,19 @@ import torch
 from accelerate import data_loader
 
 from slimvlm.core.errors import DataError
-from slimvlm.core.options import RecoverConfig
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.load import load
 from slimvlm.pruning.repair import refit
 from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.moments import Moments
 from slimvlm.scoring.obs import removal_order
 from slimvlm.training import recover as recovery
 from slimvlm.training.trainer import SUPERVISION, DistillationTrainer, num_workers
-from tests import pretended_gpu, tiny
+from tests import tiny
 from tests import tiny_folder as folders
+from tests.gpu.alike import config, llava, pretended
 from tests.handmade import Stopped, plan_by_hand
 from tests.pretended_gpu import waits_of
 from tests.tolerances import FORWARD, SOLVE, assert_close
-
-counted = pytest.mark.skipif(
-    pretended_gpu.REASON is not None, reason="only the pretended card counts waits"
-)
 
 
 def drawn(channels, outputs=20):
@@ -55,22 +50,7 @@ def test_the_card_removes_the_same_units(units, width, share, card):
         assert_close(ours.cpu() / theirs.abs().max(), theirs / theirs.abs().max(), SOLVE)
 
 
-@counted
-@pytest.mark.parametrize("width", [1, 4])
-def test_units_whose_rows_are_prepared_go_without_a_wait(width, card):
-    """Channels that know nothing of each other, so that no removal makes another unit cheapest."""
-    channels, block = 256, 64 // width
-    matrix = torch.randn(20, channels, device=card)
-    gram = torch.diag(torch.rand(channels, device=card) + 1)
-
-    def waits(stop):
-        return waits_of(lambda: removal_order(matrix, gram, channels // width, stop))
-
-    assert waits(block // 4) == waits(block // 2) == waits(block)
-    assert waits(2 * block) == waits(block) + 3  # rows to the host, their order back, a count
-
-
-@counted
+@pretended
 @pytest.mark.parametrize("width", [1, 4, 64])
 def test_an_elimination_waits_for_blocks_of_units(width, card):
     channels = 256
@@ -110,7 +90,7 @@ def test_the_card_finds_the_same_weights(has_bias, has_residuals, dtype, card):
     assert ours.repaired_error == pytest.approx(theirs.repaired_error, rel=1e-4)
 
 
-@counted
+@pretended
 def test_a_refit_waits_as_often_for_a_large_matrix_as_for_a_small_one(card):
     def waits(size):
         inputs, weight = torch.randn(2 * size, size, device=card), torch.randn(size, size).to(card)
@@ -128,7 +108,7 @@ def test_a_refit_waits_as_often_for_a_large_matrix_as_for_a_small_one(card):
 
 
 # Local steps
-@counted
+@pretended
 def test_a_local_step_does_not_wait(card):
     model = tiny.build("llava-llama")
     plan = plan_by_hand(read_anatomy(model), [0, 1, 3], [0, 2], range(64))
@@ -160,15 +140,12 @@ def trained(device, workers, monkeypatch, samples=SAMPLES, work=None, stop=None)
 
     monkeypatch.setattr(recovery, "num_workers", lambda device: workers)
 
-    model, processor = load(folders.folder("llava"))
-    config = RecoverConfig(
-        **{"train": "lora", "loss": "sft", "max_steps": 6, "batch_size": 2, "bf16": False},
-        **{"learning_rate": 5e-3, "lora": {"lora_dropout": 0.1}},
-        trainer={"logging_steps": 1, "save_steps": 2},
-    )
+    model, processor = llava()
+    how = {"learning_rate": 5e-3, "lora": {"lora_dropout": 0.1}, "max_steps": 6}
+    given = samples, config(**how, trainer={"logging_steps": 1, "save_steps": 2}), processor, work
     with monkeypatch.context() as patch:
         patch.setattr(DistillationTrainer, "training_step", step)
-        history = recovery.recover(model.to(device), None, samples, config, processor, work)
+        history = recovery.recover(model.to(device), None, *given)
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     return [float(row["loss"]) for row in history.steps], weights
 
@@ -186,6 +163,7 @@ def test_batches_from_other_processes_are_the_same(card, monkeypatch, tmp_path):
         assert all(torch.equal(value, weights[name]) for name, value in found[1].items())
 
 
+@pytest.mark.slow
 def test_what_another_process_refuses_is_said_in_one_line(card, monkeypatch, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")

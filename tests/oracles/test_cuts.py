@@ -4,13 +4,11 @@ A letter is a layer: ``f`` full attention, ``s`` a sliding window, ``c`` chunks,
 a picture, ``l`` linear attention, ``v`` a convolution.
 """
 
-import copy
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from slimvlm.core.errors import ImpossiblePlanError
 from slimvlm.models.anatomy import read_anatomy
@@ -18,16 +16,14 @@ from slimvlm.models.cost import kv_cache_bytes
 from slimvlm.models.load import empty_model
 from slimvlm.models.parts import Parts, text_config_of
 from slimvlm.models.serving import check
-from slimvlm.planning.make import make_plan, width_candidates
-from slimvlm.pruning.cut import mask_, prune_
+from slimvlm.planning.make import make_plan
+from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.walk.walk import walk_
 from slimvlm.scoring.unit_scores import Scores
 from tests import tiny
 from tests.handmade import logits, plan_by_hand, random_scores
-from tests.planning.anatomies import synthetic
 from tests.tables import tables
-from tests.tiers import ARCHETYPES, tiered
-from tests.tolerances import FORWARD, assert_close
+from tests.tiers import ARCHETYPES
 
 KINDS = {  # of the tiny models, as `tests.tiny` configures them
     **{"gemma2": "sfsf", "gemma3": "sfsf", "aya_vision": "sssf", "llama4": "cccf"},
@@ -41,21 +37,6 @@ WORDS = {
 READ_BY_LATER = {"gemma3n_text": {2, 3, 5}, "gemma4_text": {2, 3, 5}}
 """Layers whose keys the last ones read, and the last one."""
 LONG = 40  # tokens of text: windows and chunks have 16
-every_kind = pytest.mark.parametrize("name", tiered(KINDS, lambda name: name in ARCHETYPES))
-
-
-def letters(model):
-    """Read the kind of each layer off its module."""
-    found = ""
-    for layer in Parts(model).layers:
-        attention = getattr(layer, "self_attn", None)
-        for letter, part in (("x", "cross_attn"), ("l", "linear_attn"), ("v", "conv")):
-            found += letter if hasattr(layer, part) else ""
-        if attention is not None:
-            is_chunked = bool(getattr(attention, "use_rope", False))  # of Llama 4
-            is_sliding = getattr(attention, "sliding_window", None) is not None
-            found += "c" if is_chunked else "s" if is_sliding else "f"
-    return found
 
 
 def subsets(kinds):
@@ -77,22 +58,6 @@ def test_a_plan_that_ends_a_kind_is_refused_and_every_other_is_legal(name):
         order = torch.tensor([float(kind != letter) for kind in kinds])
         plan = make_plan(anatomy, Scores("x", layer=order), 0.6, "depth", counting="per_layer")
         assert {kinds[index] for index in plan.layers} == set(kinds)
-
-
-@every_kind
-def test_the_layers_that_stay_are_of_their_kind_and_slicing_is_masking(name):
-    kinds, whole = KINDS[name], tiny.build(name)
-    assert letters(whole) == kinds
-    batch, anatomy = tiny.batch(whole, LONG), read_anatomy(whole)
-    legal = [k for k in subsets(kinds) if {kinds[i] for i in k} == set(kinds)]
-    legal = [k for k in legal if READ_BY_LATER.get(name, set()) <= set(k)]
-    for kept in legal[:: max(len(legal) // 4, 1)]:
-        plan, model, masked = plan_by_hand(anatomy, kept), copy.deepcopy(whole), tiny.build(name)
-        prune_(model, plan)
-        expected = "".join(kinds[index] for index in kept)
-        assert letters(model) == letters(empty_model(copy.deepcopy(model.config))) == expected
-        mask_(masked, plan)
-        assert_close(logits(model, batch), logits(masked, batch), FORWARD)
 
 
 SEEING = [n for n in (*ARCHETYPES, *KINDS) if "pixel_values" in tiny.batch(tiny.build(n))]
@@ -149,23 +114,6 @@ def test_layers_that_no_sample_runs_are_cut_by_their_weights_as_the_note_says():
     columns = Parts(tiny.build("mllama")).layers[1].mlp.down_proj.weight.detach().norm(dim=0)
     count = len(found.plan.neurons[1])
     assert found.plan.neurons[1] == tuple(columns.topk(count).indices.sort().values.tolist())
-
-
-class Calls(TorchFunctionMode):
-    count = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-def test_planning_reads_tensors_as_a_whole():
-    anatomy = synthetic(3, 8, 1, 128, 5504, 1024, 6000)
-    scores = random_scores(anatomy)
-    with Calls() as calls:
-        make_plan(anatomy, scores, 0.3, "both")
-        width_candidates(anatomy, [], 0.3, "width", "obs")
-    assert 0 < calls.count < 1000  # of 16,512 neurons
 
 
 # Engines

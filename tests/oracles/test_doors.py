@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import slimvlm as sv
@@ -252,25 +252,6 @@ def assert_alike(options, tmp, at):
         assert not differing, name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "at"),
-    [
-        ({"recover": "none", "test_samples": 0, "vocab_size": "auto", "seed": 1}, ("walk", True)),
-        (
-            {"test_samples": 0, "recover": {**LORA, "fraction": 0.5}, "seed": 3},
-            ("recover_", True),
-        ),
-        (
-            {"axis": "auto", "floors": True, "recover": {**LORA, "lora": {"lora_alpha": 3}}},
-            ("save", False),
-        ),
-    ],
-)
-def test_every_door_gives_the_same(changes, at, files, tmp_path):
-    assert_alike(usual(files, **changes), tmp_path, at)
-
-
 def drawn(kind, known, most):
     """Some options of a class, at values that their types list, or at those known here."""
     values = {name: [known[name][1]] for name in known if name != "recover"}
@@ -283,8 +264,20 @@ def drawn(kind, known, most):
     return named.flatmap(lambda names: st.fixed_dictionaries({n: some[n] for n in names}))
 
 
+def asked_as_usual(at, recover, **asked):
+    return example(asked={"test_samples": 0} | asked, recover=recover, is_cell=False, at=at)
+
+
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@asked_as_usual(("walk", True), "none", vocab_size="auto", seed=1)
+@asked_as_usual(("recover_", True), {**LORA, "fraction": 0.5}, seed=3)
+@asked_as_usual(
+    *(("save", False), {**LORA, "lora": {"lora_alpha": 3}}),
+    axis="auto",
+    floors=True,
+    test_samples=2,
+)
 @given(
     asked=drawn(CompressConfig, OTHERWISE, 4),
     recover=st.just("none") | drawn(RecoverConfig, LEARNT, 3).map(lambda given: {**LORA, **given}),
@@ -338,14 +331,3 @@ def test_what_nothing_reads_is_refused(words, told, tmp_path):
     with pytest.raises(ConfigError, match=told):
         typed(*f"{verb} {MODEL} {words} --out {tmp_path}/out".split())
     assert not list(tmp_path.iterdir())
-
-
-def test_a_run_has_one_seed(files, tmp_path):
-    """`recover` takes it from the file of a run; a second one is refused."""
-    for recover in ({"train": "lora"}, "none"):
-        path = written(tmp_path / "run", {"model": MODEL, "seed": 3, "recover": recover})
-        words = ["--data", str(files["data"]), "--config", str(path), "--out", "x"]
-        assert cli.parsed("recover", [MODEL, *words])["training"].seed == 3
-    for door in (by_python, by_file):
-        with pytest.raises(ConfigError, match="seed 0"):
-            door(usual(files, seed=3, recover={**LORA, "seed": 0}), tmp_path / "out")

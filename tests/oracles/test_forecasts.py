@@ -2,7 +2,8 @@
 
 One model of each trait: plain text, a picture, cross-attention, deepstack features, experts, and
 layers without attention. Bytes are said to within a third, operations of weights to a twentieth.
-Bytes are those of the pretended card: ``python -m pytest -p tests.pretended_gpu`` runs these.
+Bytes and launched kernels are those of the pretended card: ``python -m pytest -p
+tests.pretended_gpu`` runs these.
 """
 
 import pytest
@@ -16,7 +17,10 @@ from slimvlm.models.devices import release_memory
 from slimvlm.runs import cost as module
 from slimvlm.runs.cost import Sizes, bytes_of_picture, cost, image_tokens
 from slimvlm.runs.recipe import decide
+from slimvlm.scoring.obs import removal_order
 from tests import pretended_gpu, tiny
+from tests.gpu.alike import pretended
+from tests.handmade import Watched
 
 TRAITS = {
     **{"text": "llama", "picture": "llava-llama", "cross-attention": "mllama"},
@@ -37,7 +41,7 @@ def batch_of(model, seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(pretended_gpu.REASON is not None, reason="needs -p tests.pretended_gpu")
+@pretended
 @pytest.mark.parametrize("trait", TRAITS)
 def test_a_walk_takes_the_memory_that_is_said(trait, monkeypatch):
     """From a model that is not on the card yet, to the end of its walk."""
@@ -85,3 +89,38 @@ def test_a_picture_that_is_cross_attended_takes_no_place_in_the_sequence(tmp_pat
     for trait, count in (("cross-attention", 1), ("picture", 16)):
         tiny.CONFIGS[TRAITS[trait]]().save_pretrained(tmp_path / trait)
         assert image_tokens(str(tmp_path / trait)) == count
+
+
+NEURONS, MOST = 11_008, 60_000  # of a layer of LLaVA-1.5-7B; launches that it may take
+"""A launch takes some 5 microseconds of the host, whatever it computes: 10 s in 32 layers."""
+
+
+def eliminated(neurons, share):
+    """Launches and waits of removing a share of the neurons of correlated inputs."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2 * neurons, neurons, generator=generator)
+    gram = (inputs * torch.rand(neurons, generator=generator)).cuda()
+    gram, matrix = gram.T @ gram, torch.randn(64, neurons, generator=generator).cuda()
+    launches = []
+
+    def look(operator, given, made):
+        on_card = any(value.device.type != "cpu" for value in (*given, *made))
+        launches.append(not operator.is_view and on_card)
+
+    with Watched(look):
+        found = []
+        run = lambda: found.append(removal_order(matrix, gram, neurons, int(share * neurons)))  # noqa: E731
+        waits = pretended_gpu.waits_of(run)
+    assert len(found[0].order) == int(share * neurons)
+    return sum(launches), waits
+
+
+@pytest.mark.gpu
+@pretended
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_choosing_neurons_takes_few_launches_and_fewer_waits(share):
+    """They grow at most in proportion to the neurons: blocks of equal size, half as many."""
+    (few, _), (many, waits) = (eliminated(neurons, share) for neurons in (512, 1024))
+    assert many <= 2.5 * few
+    assert many * NEURONS / 1024 <= MOST
+    assert waits <= many / 8

@@ -427,7 +427,7 @@ CONFIGS = [
     CompressConfig(
         **{"ratio": 0.5, "axis": "depth", "data": "demo", "seed": 3, "allocation": "balanced"},
         **{"tasks": "name,pope", "task_folder": "mine", "batch_size": 4, "floors": True},
-        recover=RecoverConfig(train="full", loss="sft", batch_size=2, seed=3),
+        recover=RecoverConfig(train="full", loss="sft", batch_size=2),
     ),
 ]
 

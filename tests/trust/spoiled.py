@@ -4,12 +4,13 @@ import json
 import os
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.tiny_folder import edit_json
 
@@ -28,6 +29,13 @@ class Mark:
 
 def write_pickle(file: Path, mark: Path) -> None:
     file.write_bytes(pickle.dumps(Mark(mark)))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the weights of a folder in place."""
+    weights = load_file(folder / WEIGHTS)
+    edit(weights)
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / WEIGHTS, {"format": "pt"})
 
 
 def divide(folder: Path, *names: str) -> None:

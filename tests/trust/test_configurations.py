@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import slimvlm
 from slimvlm.cli import main
@@ -15,6 +16,7 @@ from tests import tiny_folder as folders
 from tests.handmade import refused
 from tests.tables import tables
 from tests.tiers import tiered
+from tests.trust.spoiled import edit_weights
 
 TABLES = tables(__file__)
 
@@ -80,7 +82,7 @@ CARDS = {
 }
 
 
-@pytest.mark.parametrize("why", tiered(CARDS, lambda why: why in ("results", "deep")))
+@pytest.mark.parametrize("why", tiered(CARDS, lambda why: why == "deep"))
 def test_an_odd_card_costs_no_work(why, tmp_path):
     model = folders.copied("text", tmp_path / "m")
     (model / "README.md").write_bytes(CARDS[why])
@@ -91,20 +93,19 @@ def test_an_odd_card_costs_no_work(why, tmp_path):
     assert load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("what", ["unexpected", "another shape", "missing"])
-def test_names_in_weights_are_said_in_one_line_without_control_characters(what, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
+SPOILT = {
+    "unexpected": lambda weights: weights.update({"\x1b[2J\n\u202e": torch.zeros(2)}),
+    "another shape": lambda weights: weights.update(
+        {name: w[:, 1:] for name, w in weights.items() if "1.mlp.down_proj" in name}
+    ),
+    "missing": lambda weights: weights.pop("model.layers.1.mlp.down_proj.weight"),
+}
 
-    model = folders.copied("text", tmp_path / "m")
-    weights = load_file(model / "model.safetensors")
-    name = next(name for name in weights if "down_proj" in name)
-    if what == "unexpected":
-        weights["\x1b[2J\n\u202e"] = weights[name].clone()
-    elif what == "missing":
-        del weights[name]
-    else:
-        weights[name] = weights[name][:, 1:].contiguous()
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_names_in_weights_are_said_in_one_line_without_control_characters(what, tmp_path, capsys):
+    model, name = folders.copied("text", tmp_path / "m"), "model.layers.1.mlp.down_proj.weight"
+    edit_weights(model, SPOILT[what])
     if what == "unexpected":
         load(model)
         said = capsys.readouterr().err
@@ -127,18 +128,7 @@ def test_settings_of_generation_change_no_code(values, tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{"min_pixels": 2**27}, {"size": {"shortest_edge": 2**26, "longest_edge": 2**27}}],
-    ids=["min_pixels", "size"],
-)
-def test_no_processor_enlarges_pictures_to_gigabytes(values, tmp_path):
-    model = folders.copied("qwen2_5_vl", tmp_path / "m")
-    (model / "preprocessor_config.json").write_text(json.dumps(values))
-    assert "must be 1 to 4,194,304" in refused("inspect", model)
-
-
-@pytest.mark.parametrize("low_memory", [True, False])
+@pytest.mark.parametrize("low_memory", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_settings_of_generation_without_effect_are_kept(low_memory, tmp_path):
     """As LLaVA-1.5 and Vicuna were published, and tokens that the model cannot pad with."""
     model, out = folders.copied("text", tmp_path / "m"), tmp_path / "out"
@@ -180,11 +170,6 @@ def test_a_run_goes_on_only_with_what_it_wrote(name, stopped):
     main(words)
     assert (run / "summary.md").exists()
     assert not list(run.glob("*.sha256"))
-
-
-@pytest.mark.slow
-def test_a_run_with_other_options_is_named(stopped):
-    assert "was begun with another seed. Use --force" in refused(*stopped[1], "--seed", "3")
 
 
 def test_a_model_is_read_in_silence(capfd):

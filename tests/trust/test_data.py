@@ -152,3 +152,14 @@ def test_a_row_of_very_many_pictures_is_broken(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": TURNS, "images": ["a.png"] * 2000}))
     with pytest.raises(DataError, match="has 2000 images; at most 1024"):
         load_samples(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("line", ["[" * 5000, "9" * 5000, '{"a": "\\ud800', "\x00", "nul", "]"])
+def test_a_line_that_no_reader_takes_is_named(line, tmp_path):
+    write_rows(tmp_path / "x.jsonl", "own")
+    with (tmp_path / "x.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match="line 2") as caught:
+        load_samples(tmp_path / "x.jsonl")
+    assert "\n" not in str(caught.value)
+    assert len(load_samples(tmp_path / "x.jsonl", max_bad_rows=1)) == 1

@@ -1,24 +1,18 @@
-"""Random damage: to plans, options, data, weights, and to runs in flight.
+"""Random damage: to plans, options, and to runs in flight."""
 
-``SLIMVLM_FAULTS=long`` tries many more of each than the default, which is meant for every change.
-"""
-
-import json
 import os
 import random
 import signal
 import time
 from typing import get_args, get_type_hints
 
-import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimvlm import cli
-from slimvlm.core.errors import DataError, SlimError
+from slimvlm.core.errors import SlimError
 from slimvlm.core.options import PruneConfig, RecoverConfig
-from slimvlm.data.read import NAMED, load_samples
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
 from slimvlm.planning.plan import Plan
@@ -27,9 +21,7 @@ from slimvlm.pruning.save import PLAN_FILE, save
 from tests import tiny, tiny_folder
 from tests.handmade import assert_equal
 
-IS_LONG = os.environ.get("SLIMVLM_FAULTS") == "long"
-KILLS = 50 if IS_LONG else 3
-EXAMPLES = 1000 if IS_LONG else 60
+KILLS = 3
 ANATOMY = read_anatomy(tiny.build("llama"))
 
 
@@ -59,7 +51,7 @@ def refusal_of(call):
 
 
 @given(kept=kept_units())
-@settings(max_examples=200 if IS_LONG else 8)
+@settings(max_examples=8)
 def test_any_plan_makes_a_checkpoint_that_loads(kept, tmp_path_factory):
     """`save` itself loads it back and compares; here its shape."""
     plan = Plan(before=ANATOMY, axis="both", **kept)
@@ -73,7 +65,6 @@ def test_any_plan_makes_a_checkpoint_that_loads(kept, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", [PruneConfig, RecoverConfig])
 @given(data=st.data())
-@settings(max_examples=EXAMPLES)
 def test_options_are_taken_or_named(kind, data):
     numbers = st.integers(-3, 10**9) | st.floats()
     texts = st.text(max_size=10) | st.sampled_from(["sft+hidden", "0.5*sft+kl", "kl+", "lora"])
@@ -82,59 +73,6 @@ def test_options_are_taken_or_named(kind, data):
     name = data.draw(st.sampled_from([name for name, first in hints.items() if first in by_type]))
     refusal = refusal_of(lambda: kind(**{name: data.draw(by_type[hints[name]])}))
     assert refusal is None or name.split("_")[0] in refusal
-
-
-# Data files.
-
-ROW = {
-    "id": "good",
-    "conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "Red."}],
-}
-IMAGES = ["../../etc/passwd", "/etc/passwd", "x" * 5000, "a\0b"]
-WRONG = [
-    *(None, 7, "text", [], {}, {"id": 1}, {"conversations": None}, {"messages": {}}),
-    *({**ROW, "image": image} for image in (*IMAGES, 5, [None], {"path": None})),
-    {"conversations": [{"from": "gpt", "value": ""}]},
-    {"conversations": [{"from": {}, "value": []}]},
-    {"messages": [{"role": "user", "content": [{"type": []}]}]},
-    {"messages": [{"role": "assistant", "content": [{"type": "text", "text": 3}]}]},
-]
-BROKEN_LINES = ["{", "]", "nul", '{"id": ', "[" * 5000, "9" * 5000, '{"a": "\\ud800', "\x00"]
-ROWS = 1000
-
-
-def write_rows(path, rng):
-    """A file of one good row and a thousand that are none."""
-    wrong = [rng.choice(WRONG) for _ in range(ROWS)]
-    if path.suffix == ".json":
-        path.write_text(json.dumps([*wrong, ROW]))
-    elif path.suffix == ".jsonl":
-        lines = [rng.choice([json.dumps(row), rng.choice(BROKEN_LINES)]) for row in wrong]
-        path.write_text("\n".join([*lines, json.dumps(ROW)]) + "\n")
-    else:
-        images = [*IMAGES, "none.png"]
-        turns = [[], [{"from": "gpt", "value": ""}], [{"from": "robot", "value": "Hi"}]]
-        rows = [
-            {"id": str(i), "conversations": ROW["conversations"], "image": rng.choice(images)}
-            if rng.random() < 0.5
-            else {"id": str(i), "conversations": rng.choice(turns), "image": None}
-            for i in range(ROWS)
-        ]
-        datasets.Dataset.from_list([*rows, {**ROW, "image": None}]).to_parquet(path)
-
-
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
-def test_a_thousand_broken_rows_are_counted_and_named(name, tmp_path):
-    path = tmp_path / name
-    write_rows(path, random.Random(0))
-    told = []
-    samples = load_samples(path, max_bad_rows=ROWS, warn=told.append)
-    assert [sample.id for sample in samples] == ["good"]
-    assert len(told) == NAMED + 1
-    assert all(line.startswith("skipped: ") and "\n" not in line for line in told[:-1])
-    assert f"{ROWS} broken rows skipped, 1 samples read" in told[-1]
-    with pytest.raises(DataError, match=f"max-bad-rows {ROWS - 1}"):
-        load_samples(path, max_bad_rows=ROWS - 1, warn=lambda line: None)
 
 
 # Kills. The commands run in forks of this process, which has its libraries in memory already.

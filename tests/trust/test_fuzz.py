@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "name",
     tiered(
-        ["names", "report", "gate", "links", "tokenizer", "plan", "weights"],
-        lambda name: name in ("names", "links", "plan"),
+        ["names", "plan", "data", "tokenizer", "weights"],
+        lambda name: name in ("names", "plan", "data"),
     ),
 )
 def test_one_input_of_a_class_ends_well(name, tmp_path):
@@ -45,14 +45,14 @@ def test_what_leaves_its_folder_is_noticed(deed, event, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_hundred_spoiled_inputs_end_well():
+def test_spoiled_inputs_of_every_class_end_well():
     """In a process of its own, as each input is a fork of it.
 
     By hand thousands: ``python -m tests.trust.fuzz --minutes 60 --inputs 2400 --seed 3``.
     """
-    words = ["-m", "tests.trust.fuzz", "--minutes", "4", "--inputs", "100", "--seed", "tier"]
+    words = ["-m", "tests.trust.fuzz", "--minutes", "4", "--inputs", "62", "--seed", "tier"]
     ran = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-2000:]
-    tried, bad = re.search(r"\*\*all\*\* \| (\d+) \| (\d+) \|", ran.stdout).groups()
-    assert int(tried) >= len(fuzz.CLASSES)
-    assert bad == "0"
+    tried, bad = map(int, re.search(r"^all: (\d+) inputs, (\d+) bad", ran.stdout, re.M).groups())
+    assert tried >= len(fuzz.CLASSES)
+    assert bad == 0

@@ -4,7 +4,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from slimvlm.core.errors import ConfigError, NumericalError
 from slimvlm.core.options import Workload
@@ -20,19 +19,17 @@ from slimvlm.training.recover import History
 from tests import tiny_folder as folders
 from tests.handmade import refused
 from tests.tiers import tiered
+from tests.trust.spoiled import edit_weights
 
 QUESTION = Question("q1", "Which colour?", ("red",), choices=("red", "blue"))
 SHORT = Workload(prompt_tokens=8, new_tokens=4, batch_sizes=(1,), repeats=1)
 NORM = "model.layers.1.input_layernorm.weight"
 
 
-def spoilt(out, name, value, dtype=None):
+def spoilt(out, name, value):
     """A text model with one wrong weight."""
     folder = folders.copied("text", out)
-    weights = load_file(folder / "model.safetensors")
-    weights[name].flatten()[0] = value
-    held = {key: tensor.to(dtype or tensor.dtype) for key, tensor in weights.items()}
-    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    edit_weights(folder, lambda weights: weights[name].flatten()[0].fill_(value))
     return folder
 
 
@@ -100,11 +97,8 @@ def test_a_metric_that_gives_no_number_stops(monkeypatch):
 )
 def test_weights_that_say_nothing_end_in_one_line(low_memory, value, tmp_path):
     model = folders.copied("text", tmp_path / "m")
-    weights = load_file(model / "model.safetensors")
-    spoiled = {
-        name: w * 0 + value if "embed" in name or not value else w for name, w in weights.items()
-    }
-    save_file(spoiled, model / "model.safetensors", {"format": "pt"})
+    same = lambda name: value and "embed" not in name  # noqa: E731
+    edit_weights(model, lambda ws: [w.fill_(value) for name, w in ws.items() if not same(name)])
     data = folders.write_llava_data(tmp_path / "data", pictures=False)
     words = ("prune", model, "--ratio", "0.3", "--data", data, "--out", tmp_path / "o")
     told = refused(*words, "--samples", "8", *["--low-memory"] * low_memory)
@@ -115,9 +109,7 @@ def test_weights_that_say_nothing_end_in_one_line(low_memory, value, tmp_path):
 def test_a_tied_head_that_differs_is_named(tmp_path):
     model = folders.copied("text", tmp_path / "m")
     folders.edit_json(model / "config.json", lambda values: values.update(tie_word_embeddings=True))
-    weights = load_file(model / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    edit_weights(model, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}))
     with pytest.raises(ConfigError, match="two different matrices"):
         load(model)
 

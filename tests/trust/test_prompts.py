@@ -10,11 +10,10 @@ import yaml
 from slimvlm.core.errors import ConfigError, DataError, SlimError
 from slimvlm.data.read import load_samples, read_rows
 from slimvlm.data.samples import Question
-from slimvlm.evaluation.ask import AnswerLog, answer, choose
+from slimvlm.evaluation.ask import AnswerLog
 from slimvlm.evaluation.tasks import TaskRow, read_task
-from slimvlm.models.load import load
 from tests.tables import tables
-from tests.tiny_folder import edit_json, folder
+from tests.tiny_folder import edit_json
 
 TABLES = tables(__file__)
 
@@ -125,11 +124,3 @@ def test_a_line_above_the_limit_is_a_broken_row(tmp_path, monkeypatch):
     assert [line for line in said if "line 2 has more than 300 bytes" in line]
     with pytest.raises(SlimError, match="line 2"):
         load_samples(path)
-
-
-def test_a_prompt_beyond_the_context_is_named():
-    model, words = load(folder("text"))
-    long = Question("long", "word " * 100_000, ("a",), choices=("a", "b"))
-    for ask in (answer, choose):
-        with pytest.raises(DataError, match=r"question 'long' has .* tokens, the model reads"):
-            ask(model, words, [long], 2)

@@ -2,17 +2,19 @@
 
 import contextlib
 import copy
+import json
 import os
 import signal
 import time
-from pathlib import Path
 
 import jinja2
 import pytest
 
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.data import templates
-from slimvlm.data.chat import render
+from slimvlm.data.chat import encode_samples, render
+from slimvlm.data.read import load_samples
+from slimvlm.models.load import load_config, load_processor
 from tests import tiny_folder as folders
 from tests.tables import tables
 from tests.tiers import tiered
@@ -88,12 +90,6 @@ def test_a_fork_has_a_child_of_its_own():
     assert rendered("{{ messages[0].content }}") == "Hi"
 
 
-def test_the_child_writes_no_file_and_has_no_torch():
-    program = Path(templates.__file__).with_name("child.py").read_text()
-    assert "import torch" not in program
-    assert "import transformers" not in program
-
-
 @pytest.mark.parametrize("kind", folders.KINDS)
 def test_honest_templates_say_what_transformers_alone_has_them_say(kind):
     words = folders.processor(kind)
@@ -111,3 +107,63 @@ def test_filters_and_joins_work_as_ever():
     )
     expected = 'a11 user x-3 2 [{"role": "user", "content": "Hi"}] abababababababab'
     assert rendered(template) == expected
+
+
+# Tokenizers that end a process, fill the memory or rewrite texts are refused, too.
+def many(pattern, content, times):
+    each = {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+    return {"type": "Sequence", "normalizers": [each] * times}
+
+
+TOKENIZERS = {
+    "empty pattern": {"normalizer": many("", "b", 1)["normalizers"][0]},
+    "charsmap": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAD/////"}},
+    "growing": {"normalizer": many("a", "a" * 100, 5)},
+    "prepended": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "x" * 2**20}] * 60,
+        }
+    },
+    "fixed length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "slow pattern": {
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": r"((\w|\s)+)+\d{99}"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+    },
+}
+
+
+def use(folder):
+    words = load_processor(str(folder), load_config(folder))
+    encode_samples(words, load_samples("demo", limit=2, processor=words))
+
+
+@pytest.mark.parametrize("why", tiered(TOKENIZERS, lambda why: why in ("empty pattern", "growing")))
+def test_a_hostile_tokenizer_is_refused_in_one_line(why, tmp_path, capfd):
+    folder = folders.copied("text", tmp_path / "m")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(values | TOKENIZERS[why]))
+    capfd.readouterr()
+    with pytest.raises(SlimError) as caught:
+        use(folder)
+    assert "\n" not in str(caught.value)
+    assert not capfd.readouterr().err
+
+
+def test_a_word_of_the_template_alone_sets_a_tokenizer_off(tmp_path, capfd):
+    folder = folders.copied("text", tmp_path / "m")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    chain = [("\u1234", "\u1235"), ("\u1235", "\u1236"), ("\u1236", "\u1237")]
+    steps = [many(old, new * 1000, 1)["normalizers"][0] for old, new in chain]
+    values["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    template = "\u1234{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    words = load_processor(str(folder), load_config(folder))
+    with pytest.raises(SlimError, match="tokenizer needs more than"):
+        encode_samples(words, folders.short_samples(2, sees=False))
+    assert not capfd.readouterr().err

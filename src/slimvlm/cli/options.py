@@ -141,5 +141,5 @@ def defaults_from(file: str, verb: str, is_untrained: bool = False) -> dict[str,
         return {"teacher": model, "training": core.RecoverConfig(**given), **data}
     if is_untrained:
         config = replace(config, recover=core.RunTraining(), training_samples=None)
-    own = config.recover.part(core.RunTraining)  # with the seed of the run, which a flag may change
+    own = core.RunTraining(**vars(config.recover) | {"seed": None})  # the run's, which flags change
     return {"model": model, "options": replace(config, recover=own)}

@@ -81,7 +81,9 @@ def test_cells_are_every_combination_once_told_apart_by_their_options(tmp_path):
     assert len(cells) - len(untrained) == 2 * 2 * 2 * 2
     twice = study(data, grid)
     assert expand(StudyConfig(**{**vars(twice), "grids": twice.grids * 2})) == cells
-    seeds = {(cell.seed, cell.options.recover.seed or 0) for cell in cells if cell.recovery != "none"}
+    seeds = {
+        (cell.seed, cell.options.recover.seed or 0) for cell in cells if cell.recovery != "none"
+    }
     assert seeds == {(0, 0), (1, 1)}
     data = folders.write_llava_data(tmp_path, pictures=False)
     one = study(data, {"prune": {"gradient": "batch", "samples": 4}})
