@@ -78,7 +78,8 @@ def test_a_walk_from_files_needs_two_layers(model, folder, tmp_path, card):
 
 
 CONFIG = CompressConfig(
-    ratio=0.3, axis="width", samples=8, test_samples=2, local_steps=0, general_text=0.0
+    **{"ratio": 0.3, "axis": "width", "samples": 8, "test_samples": 2, "local_steps": 0},
+    **{"general_text": 0.0, "recover": None},
 )
 RECOVER = RecoverConfig(train="lora", loss="sft+hidden", max_steps=2, batch_size=2)
 FULL = RecoverConfig(train="full", loss="sft", max_steps=2, batch_size=2)

@@ -1,8 +1,10 @@
 """Evaluate a model on tasks, question by question: model + tasks → `Result`."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from importlib.util import find_spec
@@ -123,6 +125,9 @@ def _ask(
     reply = _loss_of if by_loss else choose if task.by_likelihood else answer
     sees = [bool(question.images) for question in questions]
     prompts = [question.prompt for question in questions]
+    if by_loss:  # what a damaged log holds is computed again
+        for name in [name for name, (told, _) in log.replies.items() if not _is_loss(told)]:
+            del log.replies[name]
     # batches are the same whatever the log holds
     for batch in batches_by_length(prompts, batch_size, task.name, reached, sees):
         picked = [questions[i] for i in batch]
@@ -131,10 +136,7 @@ def _ask(
     replies, cut = zip(*(log.replies[question.id] for question in questions), strict=True)
     values: dict[str, Any] = {"metric": task.metric, "chance": task.chance, **asked_of(questions)}
     if by_loss:
-        with raised_as(
-            ConfigError, (TypeError, ValueError), f"log of task {task.name!r}: is broken"
-        ):
-            means, counts = zip(*map(parse_json, replies), strict=True)
+        means, counts = zip(*map(parse_json, replies), strict=True)
         total = sum(mean * count for mean, count in zip(means, counts, strict=True))
         loss = total / max(sum(counts), 1)
         score = loss if task.metric == "loss" else metrics.perplexity(loss)
@@ -154,6 +156,14 @@ def _ask(
         or all(q.choices and all(c in q.prompt for c in q.choices) for q in questions),
         cut=sum(cut),
     )
+
+
+def _is_loss(text: str) -> bool:
+    """Whether a text is what `_loss_of` writes: a finite mean, and how many tokens it is of."""
+    with suppress(ValueError, TypeError):
+        mean, count = parse_json(text)
+        return type(count) is int and count >= 0 and type(mean) is float and math.isfinite(mean)
+    return False
 
 
 def _loss_of(

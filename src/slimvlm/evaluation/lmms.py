@@ -232,16 +232,25 @@ def evaluate_all(
     return replace(result, tasks={**result.tasks, **found})
 
 
-@cache
 def _index(task_folder: str | None = None) -> Any:
-    """Read the tasks in a folder, or the two thousand that lmms-eval ships, which takes seconds."""
-    if task_folder is not None and not Path(task_folder).is_dir():
+    """Read the tasks in a folder, or those that lmms-eval ships."""
+    if task_folder is None:
+        return _shipped()
+    if not Path(task_folder).is_dir():
         raise ConfigError(f"task_folder {task_folder!r} is not a folder")
     with contained():
         from lmms_eval.tasks import TaskManager
 
-        own = {"include_path": task_folder, "include_defaults": False}
-        return TaskManager() if task_folder is None else TaskManager(**own)
+        return TaskManager(include_path=task_folder, include_defaults=False)
+
+
+@cache
+def _shipped() -> Any:
+    """Read the two thousand tasks that lmms-eval ships, which takes seconds."""
+    with contained():
+        from lmms_eval.tasks import TaskManager
+
+        return TaskManager()
 
 
 def adapter(

@@ -83,8 +83,13 @@ def evaluate_data(
     if baseline is not None and (count := len(baseline.states)) != len(samples):
         told = f"its predictions are of {count} samples, not of {len(samples)}"
         raise ConfigError(f"baseline: {told}")
-    ours = predictions_of(model, processor, samples, batch_size, name)
-    return result_of(ours, samples, model.device, baseline)
+    words = tokenizer_of(processor).get_vocab()
+    name = name or str(model.config._name_or_path)
+    with evaluating(model):  # of one batch at a time
+        batches = batches_of(processor, samples, batch_size)
+        states = ((places, *_final(model, inputs)) for places, inputs in batches)
+        ours = Predictions(name, (), (), head_of(model), words)
+        return result_of(ours, samples, model.device, baseline, _by_sample(states))
 
 
 @torch.no_grad()
@@ -93,9 +98,14 @@ def result_of(
     samples: Sequence[Given],
     device: torch.device,
     baseline: "Predictions | None" = None,
+    computed: Iterable[tuple[int, Tensor, Tensor]] | None = None,
 ) -> "DataResult":
-    """Compute the result of a model from its predictions and a baseline's, on a device."""
-    head, shared, found = head_on(device, ours.head), None, list[OnSample]()
+    """Compute the result of a model from its predictions and a baseline's, on a device.
+
+    ``computed`` yields the place of a sample, its states and the tokens that follow, in place of
+    those that ``ours`` holds.
+    """
+    head, shared, found = head_on(device, ours.head), None, dict[int, OnSample]()
     theirs_of: dict[int, int] | None = None  # numbers of the tokens that both vocabularies have
     their_head: Head | None = None
     if baseline is not None:
@@ -104,37 +114,44 @@ def result_of(
             theirs_of = {n: known[word] for word, n in ours.vocabulary.items() if word in known}
             pairs = sorted(theirs_of.items())
             shared = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).to(device)
-    for place, sample in enumerate(samples):
+    held = zip(range(len(ours.states)), ours.states, ours.wanted, strict=True)
+    for place, states, following in held if computed is None else computed:
+        sample = samples[place]
         name = str(place) if isinstance(sample, str) else sample.id
-        rows, wanted = (part[place].to(device) for part in (ours.states, ours.wanted))
+        rows, wanted = states.to(device), following.to(device)
         if not len(wanted):
             raise DataError(f"sample {name!r} has no token that counts")
-        loss, _ = _sums(name, partial(row_losses, head), rows, wanted)
         compared: dict[str, Any] = {}
-        if baseline is not None and their_head is not None:
+        if baseline is None or their_head is None:
+            loss, _ = _sums(name, partial(row_losses, head), rows, wanted)
+        else:
             others, tokens = (part[place].to(device) for part in (baseline.states, baseline.wanted))
-            theirs, _ = _sums(name, partial(row_losses, their_head), others, tokens)
-            compared = {"baseline_tokens": len(tokens), "baseline_loss": theirs / len(tokens)}
             own = wanted.tolist()
             if theirs_of is not None:
                 own = [theirs_of.get(token, IGNORE) for token in own]
             if own == tokens.tolist():
                 compare = partial(_compared, head, their_head, shared)
-                same, apart = _sums(name, compare, rows, others)
+                loss, theirs, same, apart = _sums(name, compare, rows, wanted, others, tokens)
                 compared |= {"same": round(same), "divergence": apart / len(tokens)}
+            else:
+                loss, _ = _sums(name, partial(row_losses, head), rows, wanted)
+                theirs, _ = _sums(name, partial(row_losses, their_head), others, tokens)
+            compared |= {"baseline_tokens": len(tokens), "baseline_loss": theirs / len(tokens)}
         picture = "" if isinstance(sample, str) else digest_of_pictures(sample.images)
-        found.append(OnSample(name, len(wanted), loss / len(wanted), picture=picture, **compared))
+        number = len(wanted)
+        found[place] = OnSample(name, number, loss / number, picture=picture, **compared)
+    results = tuple(found[place] for place in sorted(found))
     if baseline is None:
-        return DataResult(ours.model, tuple(found))
-    notes, left_out = [], sum(sample.same is None for sample in found)
+        return DataResult(ours.model, results)
+    notes, left_out = [], sum(sample.same is None for sample in results)
     if left_out:
-        told = f"{left_out} of {len(found)} samples have other tokens than the baseline's"
+        told = f"{left_out} of {len(results)} samples have other tokens than the baseline's"
         notes.append(f"{told}: agreement and divergence leave them out; losses, of all samples,")
         notes[-1] += " are for each token of the baseline, so that they compare"
-    if shared is not None and left_out < len(found):
+    if shared is not None and left_out < len(results):
         told = "the vocabularies differ: agreement and divergence are over"
         notes.append(f"{told} the {len(shared):,} tokens that both have")
-    return DataResult(ours.model, tuple(found), baseline.model, tuple(notes))
+    return DataResult(ours.model, results, baseline.model, tuple(notes))
 
 
 def _sums(name: str, part: Callable[..., Tensor], *rows: Tensor) -> list[float]:
@@ -150,10 +167,14 @@ def _compared(
     their_head: Head,
     shared: Int[Tensor, "W 2"] | None,
     rows: Float[Tensor, "N D"],
+    wanted: Int[Tensor, " N"],
     their_rows: Float[Tensor, "N E"],
-) -> Float[Tensor, "N 2"]:
-    """Compute for each token agreement and KL(baseline ‖ model)."""
+    their_wanted: Int[Tensor, " N"],
+) -> Float[Tensor, "N 4"]:
+    """Compute for each token the loss of both models, agreement, and KL(baseline ‖ model)."""
     ours, theirs = head(rows).float(), their_head(their_rows).float()
+    pairs = (ours, wanted), (theirs, their_wanted)
+    losses = [F.cross_entropy(*pair, reduction="none") for pair in pairs]
     if shared is not None:
         ours, theirs = ours[:, shared[:, 0]], theirs[:, shared[:, 1]]
     elif ours.shape != theirs.shape:  # rows beyond the vocabulary are no tokens
@@ -161,7 +182,7 @@ def _compared(
         ours, theirs = ours[:, :least], theirs[:, :least]
     same = (ours.argmax(-1) == theirs.argmax(-1)).float()
     log_p, log_q = F.log_softmax(theirs, dim=-1), F.log_softmax(ours, dim=-1)
-    return torch.stack([same, (log_p.exp() * (log_p - log_q)).sum(-1)], dim=-1)
+    return torch.stack([*losses, same, (log_p.exp() * (log_p - log_q)).sum(-1)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -263,6 +284,17 @@ def row_losses(
     return torch.stack([loss, (logits.argmax(-1) != wanted).float()], dim=-1)
 
 
+def _by_sample(
+    batches: Iterable[States], device: torch.device | None = None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield the place of each sample, its states at the tokens that count, and what follows."""
+    for places, hidden, labels in batches:
+        rows, wanted, counted = predictions(hidden, labels)
+        counts = counted.sum(1).tolist()
+        parts = (part.to(device).split(counts) for part in (rows, wanted))
+        yield from zip(places, *parts, strict=True)
+
+
 @dataclass(frozen=True)
 class Predictions:
     """Final hidden states of samples at the tokens that count, on the CPU."""
@@ -276,12 +308,7 @@ class Predictions:
     @classmethod
     def of(cls, model: str, batches: Iterable[States], head: Head, processor: Any) -> "Predictions":
         """Take them out of batches, to compare models that are not loaded together."""
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for places, hidden, labels in batches:
-            rows, wanted, counted = predictions(hidden, labels)
-            counts = counted.sum(1).tolist()
-            parts = (part.cpu().split(counts) for part in (rows, wanted))
-            found |= zip(places, zip(*parts, strict=True), strict=True)
+        found = {place: parts for place, *parts in _by_sample(batches, torch.device("cpu"))}
         states, tokens = zip(*(found[place] for place in sorted(found)), strict=True)
         head = head_on(torch.device("cpu"), head)
         return cls(model, states, tokens, head, tokenizer_of(processor).get_vocab())

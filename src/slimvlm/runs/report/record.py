@@ -1,5 +1,6 @@
 """Read a folder of `compress` or of a study as a `Record`; a run is a study of one cell."""
 
+import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,6 +91,7 @@ def read_record(folder: str | Path, tasks: str | None = None) -> Record:
 
 def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
     config, command = read_yaml(folder / runs.RUN_FILE, "report:"), ""
+    json.dumps(config)  # YAML may hold what JSON cannot: the caller says so
     with suppress(ConfigError):  # options of another version
         model, options = runs.read_config(folder / runs.RUN_FILE)
         command = runs.compress_command(model, options, folder)
@@ -99,7 +101,7 @@ def _read_run(folder: Path, known: Mapping[str, Task]) -> Record:
     figures, rows = tables.result_json(results), []
     for stage, values in figures.items():  # as a row of a study's table
         trained = recover.get("train") if stage == "recovered" else None
-        kept = values.get("retention") or {}
+        kept = (values.get("retention") or {}) if ORIGINAL in figures else {}
         row = {"name": stage, "axis": plan.axis, "achieved_ratio": plan.ratio} | {
             **{name: values[name] for name in ("total_params", "prefill_ms", "decode_ms")},
             **{"train": trained or "none", "loss": recover.get("loss"), "avg": values["average"]},
@@ -146,7 +148,7 @@ def _cards(
     on_data: Mapping[str, DataResult],
 ) -> Iterator[Card]:
     """Yield the figures of a run to read first; those of tasks as `result_json` gives them."""
-    last: Mapping[str, Any] = list(figures.values())[-1] if figures else {}
+    last: Mapping[str, Any] = list(figures.values())[-1] if ORIGINAL in figures else {}
     named = {"Retained (AVG-%)": last.get("retention")}
     for kind, part in last.get("by_kind", {}).items():
         named[f"Retained of {kind} answers"] = part.get("retention")
