@@ -117,7 +117,11 @@ def steps(what: str, total: int, done: float = 0) -> Iterator[Callable[..., None
         return
     console = Console(stderr=True)
     hidden, shown = _HIDDEN.get() or not is_first_rank(), escape(printable(what))
-    with stage(what), Progress(console=console, transient=True, disable=hidden) as bar:
+    plain: Any = {
+        "redirect_stdout": False,
+        "redirect_stderr": False,
+    }  # of processes that are forked
+    with stage(what), Progress(console=console, transient=True, disable=hidden, **plain) as bar:
         task = bar.add_task(shown, total=total)
         yield lambda done, more="": bar.update(task, completed=done, description=shown + more)
 

@@ -148,7 +148,8 @@ def files_of_folder(folder: Path, splits: Sequence[str] = TRAIN, say: Say = sile
                 raise ConfigError(f"{where}: {path.name!r} is a link that leads out of it")
             if not path.is_file():
                 raise ConfigError(f"{where}: {path.name!r} is not a regular file")
-            is_data = path.name not in NO_ROWS and not path.name.startswith("cache-")
+            is_cache = path.name.startswith("cache-") and path.suffix == ".arrow"
+            is_data = path.name not in NO_ROWS and not is_cache
             if is_data and path.suffix in (".jsonl", ".json", ".parquet", ".arrow"):
                 kinds.setdefault(path.suffix, []).append(path)
     if not kinds:

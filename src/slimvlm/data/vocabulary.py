@@ -20,7 +20,7 @@ from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimvlm.core.documents import read_text
+from slimvlm.core.documents import MAX_BYTES, read_text
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.data.chat import render, tokenizer_of
@@ -276,9 +276,10 @@ def read_texts(path: str | Path) -> Iterator[str]:
         try:
             text = read_text(file, "vocab_text")
         except ConfigError as error:
-            if file is place or not isinstance(error.__cause__, UnicodeDecodeError):
+            is_text = not isinstance(error.__cause__, UnicodeDecodeError)
+            if file is place or (is_text and file.stat().st_size <= MAX_BYTES):
                 raise
-            continue
+            continue  # no text, or too large to be one
         found = True
         yield from _SOME_LINES.findall(text)
     if not found:

@@ -1,6 +1,7 @@
 """Find devices, what they compute and how much memory is free; hash tensors on any of them."""
 
 import gc
+import inspect
 import re
 import sys
 from collections.abc import Mapping
@@ -72,7 +73,10 @@ def computes_bfloat16(device: torch.device) -> bool:
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         supported: Any = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-        return supported is not None and bool(supported(including_emulation=False))
+        if supported is None:
+            return False
+        knows_emulation = "including_emulation" in inspect.signature(supported).parameters
+        return bool(supported(including_emulation=False) if knows_emulation else supported())
     found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.8 on
     return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 

@@ -82,8 +82,8 @@ def walk_(
     models.require_undivided(model, "pruned")
     source, store, by = Live(model), Memory(torch.device("cpu")), DEFAULT_CRITERIA["depth"][0]
     found = lambda fitted: [score(model, fitted, by, token_weights)]  # noqa: E731
-    how = (source, device_of(model), store, found, batches, ratio, axis, token_weights)
-    walked = _asked(*how, **options)
+    walking = _checked(batches, ratio, axis, token_weights, **options)
+    walked = walking(source, device_of(model), store, found)
     walked.apply_(model)
     return walked
 
@@ -118,6 +118,9 @@ def walk_checkpoint(
     place, opened = device_named(device), open_checkpoint(model, dtype, trust_remote_code)
     data, held_out = list(batches), [*(options.pop("held_out", None) or ())]
     scores = _listed(options.pop("scores", ()))
+    given: dict[str, Any] = {"scores": scores, "held_out": held_out, "say": say}
+    # checked before the scratch folder of another request is emptied
+    walking = _checked(data, ratio, axis, token_weights, **given, **options)
     with scratch_folder(scratch) as folder:
         request = {
             **opened.identity,
@@ -130,18 +133,13 @@ def walk_checkpoint(
         by: dict[str, Any] = {DEFAULT_CRITERIA["depth"][0]: {}}
         scoring = (by, token_weights, folder / "scoring", say, device)
         found = lambda fitted: score_by_layer(opened, fitted, *scoring)  # noqa: E731
-        how = (opened, place, store, found, data, ratio, axis, token_weights)
-        walked = _asked(*how, scores=scores, held_out=held_out, say=say, **options)
+        walked = walking(opened, place, store, found)
         weights = walked.weights
         prune_checkpoint(model, walked.plan, out, dtype, force, False, trust_remote_code, weights)
     return walked
 
 
-def _asked(
-    source: Source,
-    device: torch.device,
-    results: Store,
-    score_layers: Callable[[Sequence[Batch]], list[Scores]],
+def _checked(
     batches: Iterable[Batch],
     ratio: float | None,
     axis: str,
@@ -156,8 +154,12 @@ def _asked(
     ridge: float = RIDGE,
     say: Say = silent,
     **options: Any,
-) -> Walked:
-    """Check the arguments of `walk_`, set validation batches aside if needed, and walk."""
+) -> Callable[..., Walked]:
+    """Check the arguments of `walk_`, and set validation batches aside if needed.
+
+    Returns a function that walks a source of layers on a device; results go to a store, and scores
+    of layers come from a function of batches.
+    """
     for name, value in {"ratio": ratio, **options}.items():
         if plan is not None and value is not None:
             raise ConfigError(f"{name} {value} conflicts with the plan: leave one of them out")
@@ -171,11 +173,20 @@ def _asked(
             raise DataError("the walk needs held_out batches, or 4 calibration batches")
     if not fitted:
         raise DataError("no calibration batch was given")
-    requested = (ratio, axis, allocation, lambda: score_layers(fitted))
-    anatomy = read_anatomy(source.model)
-    plans, chooses = plans_for(anatomy, _listed(scores), *requested, plan=plan, **options)
-    config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
-    return walk(source, config, device, results, say=say)
+
+    def walking(
+        source: Source,
+        device: torch.device,
+        results: Store,
+        score_layers: Callable[[Sequence[Batch]], list[Scores]],
+    ) -> Walked:
+        requested = (ratio, axis, allocation, lambda: score_layers(fitted))
+        anatomy = read_anatomy(source.model)
+        plans, chooses = plans_for(anatomy, _listed(scores), *requested, plan=plan, **options)
+        config = WalkConfig(plans, chooses, fitted, judges, steps, token_weights)
+        return walk(source, config, device, results, say=say)
+
+    return walking
 
 
 def _listed(scores: Scores | Sequence[Scores]) -> list[Scores]:
@@ -254,6 +265,7 @@ def _states_store(
         return Memory()
     kept = one.store.read("batches", 0, cpu)  # also masks, and features of images
     others = sum(value.nbytes for name, value in kept.items() if name != "hidden")
+    del one, kept  # before free memory is measured
     tokens = sum(valid_tokens(batch).numel() for batch in everything)
     size, itemsize = text_config_of(source.model.config).hidden_size, source.model.dtype.itemsize
     needed = states_bytes(size, tokens, itemsize, config.aims_at_original)
