@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,9 @@ CHOICE_BENCHMARKS = ("pope", "scienceqa_img", "mmmu_val", "ai2d", "mme_cognition
 """Published benchmarks whose answers are chosen from a few (arXiv:2604.24380, Fig. 2)."""
 
 
+T = TypeVar("T", bound="Stored")  # typing.Self is not read by beartype
+
+
 class Stored:
     """A dataclass that is kept as a JSON file."""
 
@@ -39,7 +42,7 @@ class Stored:
         write_text(Path(path), json.dumps(values, indent=1, default=asdict) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls: type[T], path: str | Path) -> T:
         """Read what `save` wrote; raise ConfigError if the file is missing or broken."""
         values = read_object(path, cls.what)
         for name in (*cls.derived, "seed"):  # files of version 0.2 have the seed of a bootstrap
@@ -180,7 +183,7 @@ class Result(Stored, Times):
         return replace(self, **{name: getattr(other, name) for name in TIMES})
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "Result":
         """Read what `save` wrote; raise ConfigError if the file is missing or not a result."""
         result = super().load(path)
         for name, task in result.tasks.items():
