@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from slimvlm import cli
 from slimvlm.core.errors import ConfigError, RegressionError
@@ -156,8 +157,8 @@ def test_evaluate_ends_with_three_for_a_regression(home, capsys):
 
 
 def test_mistakes_are_found_before_a_model_is_read(home, monkeypatch):
-    for place in ("slimvlm.models.load.load_as", "slimvlm.runs.stages.load_original"):
-        monkeypatch.setattr(place, lambda *_: pytest.fail("it was read"))
+    read = classmethod(lambda *_, **__: pytest.fail("it was read"))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", read)
     data = home / "data" / "data.json"
     told = refused("evaluate", MODEL, "--data", data, "--require", "agreement >= 95%")
     assert told == "slimvlm: require 'agreement >= 95%' needs a baseline"

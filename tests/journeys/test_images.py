@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 import slimvlm as sv
 from slimvlm import cli
@@ -114,7 +114,7 @@ def test_the_older_file_of_a_processor_follows(data, tmp_path):
 
 @pytest.mark.parametrize(("how", "told"), TABLES["mistakes"])
 def test_mistakes_are_told_before_weights_are_read(data, how, told, monkeypatch, tmp_path):
-    monkeypatch.setattr("slimvlm.models.load.load_as", None)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     if "out" in how:
         how = {**how, "out": tmp_path / how["out"]}
     with pytest.raises(ConfigError, match=told):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from transformers import PreTrainedModel
 
 from slimvlm.cli import main
 from slimvlm.models.load import anatomy, load
@@ -111,7 +112,8 @@ def test_a_template_of_forty_thousand_tokens_costs_no_work(verb, place):
 
 
 def test_lora_is_tried_before_weights_are_read(place, monkeypatch):
-    monkeypatch.setattr("slimvlm.models.load.load_as", lambda *_: pytest.fail("weights were read"))
+    read = classmethod(lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", read)
     data, model = folders.write_llava_data(place / "data", count=4), folders.folder("llava")
     (place / "r.yaml").write_text(
         "model: x\nratio: 0.3\nrecover: {loss: sft, lora: {target_modules: [dense]}}\n"
