@@ -17,8 +17,8 @@ from slimvlm.core.errors import ConfigError, ReloadError
 from slimvlm.core.files import mark_checkpoint, new_folder, require_free
 from slimvlm.evaluation.bench import stored_bytes
 from slimvlm.models import load as models
-from slimvlm.models.devices import device_named
-from slimvlm.models.files import alone, unreadable
+from slimvlm.models.devices import device_named, free_memory
+from slimvlm.models.files import alone, unreadable, weight_files
 from slimvlm.models.parts import Parts
 from slimvlm.pruning.layout import write_processor
 from slimvlm.pruning.save import PLAN_FILE, CardFacts, check_reload, plan_of, write_card
@@ -82,6 +82,11 @@ def quantize(
     plan, empty = plan_of(model), models.empty_model(config)
     skipped, dtype = _unquantized(empty, to), getattr(config, "dtype", None) or torch.bfloat16
     kind, source = models.class_of(config), models.folder_of(name)
+    needed = sum(file.stat().st_size for file in set(weight_files(source).values()))
+    if target.type != "cpu" and needed > (free := free_memory(target)):
+        told = f"{needed / 2**30:.2f} GiB of weights do not fit into {free / 2**30:.2f} GiB"
+        told += " that are free. Give cpu, or a device with more"
+        raise ConfigError(f"device {str(target)!r}: {told}")
     with unreadable(name, "weights"), alone(source):
         small: PreTrainedModel = kind.from_pretrained(
             source,
