@@ -23,11 +23,10 @@ def schemas() -> dict[str, dict[str, Any]]:
     """Make each schema: draft 2020-12, unknown keys refused, help texts as descriptions."""
     run = _schema(CompressConfig, "A run of slimvlm compress: run.yaml")
     run["properties"]["model"] = {"type": "string", "description": "Folder, hub id, or demo."}
-    training = run["properties"]["recover"]
-    words = ["projector", "lora", "full", "none"]
+    (words, _) = run["$defs"]["TrainingConfig"]["properties"]["train"]["anyOf"]  # or null
     run["properties"]["recover"] = {
-        "anyOf": [{"$ref": "#/$defs/TrainingConfig"}, {"enum": words}],
-        "description": training["description"],
+        "anyOf": [{"$ref": "#/$defs/TrainingConfig"}, words],
+        "description": run["properties"]["recover"]["description"],
     }
     for name in ("made_from", "version"):  # in a run's own file
         run["properties"][name] = {"description": "Written by slimvlm; compared on resume."}

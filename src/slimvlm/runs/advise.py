@@ -92,8 +92,8 @@ def advise(
     shape, known = anatomy_of(model), rules()
     if samples is not None and samples < 1:
         raise ConfigError(f"samples {samples} must be at least 1")
-    size = {"target_params": target_params, "target_memory": target_memory}
-    budget = {"ratio": ratio, **size, "target_latency": target_latency}
+    targets = {"target_params": target_params, "target_memory": target_memory}
+    budget = {"ratio": ratio, **targets, "target_latency": target_latency}
     if sum(value is not None for value in budget.values()) != 1:
         names = [f"--{name.replace('_', '-')}" for name in budget]
         raise ConfigError(f"advise needs exactly one of {', '.join(names)}")

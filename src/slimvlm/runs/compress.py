@@ -155,14 +155,11 @@ def compress(
 
 def _is_begun(folder: Path, about: Mapping[str, Any], told: str, force: bool) -> bool:
     """Whether a folder holds the same run unfinished; refuse another one without ``force``."""
-    noted, is_same = _noted(folder), False
-    if noted is not None:
-        is_same = _compared(noted) == _compared(about)
-        if not force:
-            cure = "Use --force to replace it"
-            documents.require_same(_compared(noted), _compared(about), told, cure)
-    require_free(folder, force or is_same)
-    return is_same
+    noted, wanted = _noted(folder), _compared(about)
+    if noted is not None and not force:
+        documents.require_same(noted, wanted, told, "Use --force to replace it")
+    require_free(folder, force or noted == wanted)
+    return noted == wanted
 
 
 def _recover(run: Run, plan: Plan) -> None:
@@ -334,8 +331,9 @@ def finish(run: Run, plan: Plan) -> None:
 def results_of(model: str, config: CompressConfig, out: Path) -> dict[str, Result] | None:
     """Read the results of a finished `compress` with the same arguments; None without one."""
     noted = _noted(out) if (out / "summary.md").exists() else None
-    is_same = noted is not None and _compared(noted) == _compared(_about(model, config))
-    return read_results(out) if is_same else None
+    if noted is None or noted != _compared(_about(model, config)):
+        return None
+    return read_results(out)
 
 
 def read_results(folder: Path) -> dict[str, Result]:
@@ -395,15 +393,16 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
 
 
 def _noted(folder: Path) -> dict[str, Any] | None:
-    """Read what a run folder was begun for; None without such a file."""
+    """Read what a run folder was begun for, as `_compared` gives it; None without such a file."""
     with suppress(ConfigError):
         values = documents.read_yaml(folder / RUN_FILE, "run")
-        return values if isinstance(values, dict) and documents.VERSION in values else None
+        if isinstance(values, dict) and documents.VERSION in values:
+            return _compared(values)
     return None
 
 
 def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop what changes no result from what `_noted` reads or `_about` says."""
+    """Drop what changes no result from what a run's file or `_about` says."""
     read: dict[str, Any] = documents.parse_yaml(_as_yaml(values))
     return {name: v for name, v in read.items() if name not in (*options.NO_RESULT, "require")}
 
