@@ -8,7 +8,7 @@ A share of the conversations is kept as ordinary multi-turn chat instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,16 @@ class Batch:
 
 
 class Encoder:
-    """Writes conversations as tokens in the demo's chat form."""
+    """Writes conversations as tokens in the demo's chat form.
 
-    def __init__(self, tokenizer: Any) -> None:
+    ``picture`` are the tokens that stand for a picture.
+    """
+
+    def __init__(
+        self, tokenizer: Any, picture: Sequence[int] = (IMAGE_TOKEN_ID,) * NUM_IMAGE_TOKENS
+    ) -> None:
         self._tokenizer = tokenizer
+        self._picture = list(picture)
         self._user = self._ids("<|im_start|>user\n")
         self._assistant = self._ids("<|im_end|>\n<|im_start|>assistant\n")
         self._end = self._ids("<|im_end|>\n")
@@ -79,7 +85,7 @@ class Encoder:
         ids = list(self._user)
         pixels = None
         if scene is not None:
-            ids += [IMAGE_TOKEN_ID] * NUM_IMAGE_TOKENS
+            ids += self._picture
             pixels = np.asarray(render(scene))
         prefix = len(ids)
         positions, branches = list(range(prefix)), [0] * prefix

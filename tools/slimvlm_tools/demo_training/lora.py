@@ -16,11 +16,11 @@ RANK = 32
 class LoraLinear(nn.Module):
     """A frozen linear layer plus a trained low-rank update: y = x W' + scale (x A') B'."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
-        self.a = nn.Parameter(torch.empty(RANK, linear.in_features))
-        self.b = nn.Parameter(torch.zeros(linear.out_features, RANK))
+        self.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,9 @@ class LoraLinear(nn.Module):
         return functional.linear(x, self.weight) + SCALE * low
 
 
-def add_lora_(model: nn.Module) -> None:
+def add_lora_(
+    model: nn.Module, rank: int = RANK, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Replaces every linear layer inside `model` by a `LoraLinear`."""
     found = [
         (parent, name, child)
@@ -39,7 +41,7 @@ def add_lora_(model: nn.Module) -> None:
         if isinstance(child, nn.Linear)
     ]
     for parent, name, child in found:
-        setattr(parent, name, LoraLinear(child))
+        setattr(parent, name, LoraLinear(child, rank, dtype))
 
 
 def lora_state(model: nn.Module) -> dict[str, torch.Tensor]:
