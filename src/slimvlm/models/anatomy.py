@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from slimvlm.core.documents import Count, Width
 from slimvlm.models import families
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Backbone, Projection, Segment
-from slimvlm.models.parts import Matrix, Parts, layer_matrices, parameters_below
+from slimvlm.models.parts import (
+    Matrix,
+    Parts,
+    family_of,
+    layer_matrices,
+    parameters_below,
+    tower_path,
+)
 
 WIDTH_UNITS = ("kv_group", "neuron")  # kinds of unit that pruning in width removes
 LAYER_UNITS = (*WIDTH_UNITS, "expert")  # kinds of unit that a layer has several of
@@ -136,7 +143,7 @@ def read_layer(layer: nn.Module, backbone: Backbone) -> LayerShape:
         expert_neuron_params=of_experts,
         expert_fixed_params=expert_fixed_params,
         fixed_weights=fixed_weights,
-        fixed_cache=0 if keys is None else 2 * keys.out_features,
+        fixed_cache=2 * keys.out_features if isinstance(keys, nn.Linear) else 0,
     )
 
 
@@ -170,6 +177,10 @@ class Anatomy:
     experts_per_token: Count = 0  # that each token takes, of layers that have some: so many stay
     # products of queries and keys are divided by its root; 0 where it is ``head_dim``
     query_scalar: float = 0.0
+    # The vision tower, whose units are neurons and layers; its other parameters are
+    # ``embedding_params``. None without one, or where its layers are not known.
+    tower: "Anatomy | None" = None
+    unread: Width = 0  # last layers of a tower whose outputs nobody reads
 
     @property
     def num_layers(self) -> int:
@@ -222,16 +233,20 @@ class Anatomy:
     @property
     def family(self) -> families.Family:
         """The row of `FAMILIES` that describes the whole model."""
-        return families.FAMILIES[self.model_type]
+        return family_of(self.model_type)
 
     @property
     def backbone(self) -> Backbone:
         """The row of `BACKBONES` that describes the decoder layers."""
-        return families.BACKBONES[self.text_type]
+        row = families.backbone_row(self.text_type)
+        assert row is not None
+        return row
 
     @property
     def why_pinned(self) -> str:
         """Why `pinned_layers` must stay."""
+        if self.model_type in families.TOWERS:
+            return "the language model reads their outputs"
         if self.backbone.shared_tail is None:
             return f"image features are added to the first {len(self.pinned_layers)} layers"
         return "later layers read their keys and values, or they are the last"
@@ -354,7 +369,58 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         other_params=count(set(parts.text_model.parameters()) - listed),
         experts_per_token=0 if experts is None else getattr(text_config, experts.taken_field),
         query_scalar=getattr(text_config, "query_pre_attn_scalar", None) or 0.0,
+        tower=_read_tower(model, projector),
     )
+
+
+def _read_tower(model: nn.Module, projector: set[nn.Parameter]) -> Anatomy | None:
+    """Read the shape of a model's vision tower; its unread layers are those behind all read ones."""
+    config: Any = model.config
+    path = tower_path(config)
+    if path is None:
+        return None
+    described, tower = config.vision_config, model.get_submodule(path)
+    row = families.TOWERS[described.model_type]
+    layers = getattr(tower.get_submodule(row.inside), row.layers)
+    shapes = [read_layer(layer, row) for layer in layers]
+    of_layers = set(layers.parameters())
+    rest = sum(p.numel() for p in {*tower.parameters()} - of_layers - projector)
+    (last,) = (p for p in row.mlp if p.dim == INPUT_COLUMNS)
+    reads = read_states(config, len(shapes))
+    listed = [number for name in row.layer_indices for number in getattr(described, name, ())]
+    pinned = {state - 1 for state in reads if 0 < state < max(reads)}
+    if "fullatt_block_indexes" in row.layer_indices:
+        side = described.window_size // described.patch_size
+        for index, shape in enumerate(shapes):
+            if index not in listed:
+                shapes[index] = replace(shape, kind="window_attention", window=side * side)
+    else:
+        pinned |= {*listed}
+    return Anatomy(
+        model_type=described.model_type,
+        text_type=described.model_type,
+        hidden_size=layers[0].get_submodule(last.path).out_features,  # type: ignore[arg-type]
+        vocab_size=1,
+        layers=tuple(shapes),
+        embedding_params=max(rest, 1),
+        head_params=0,
+        final_norm_params=0,
+        vision_params=0,
+        projector_params=0,
+        pinned_layers=tuple(sorted(pinned)),
+        unread=len(shapes) - max(reads),
+    )
+
+
+def read_states(config: Any, depth: int) -> list[int]:
+    """List the hidden states of a tower that are read: 0 is that before its first layer."""
+    row, found = families.TOWERS[config.vision_config.model_type], config
+    for name in row.reads.split("."):
+        found = getattr(found, name, None)
+    if found is None:
+        return [depth]
+    numbers = found if isinstance(found, list | tuple) else [found]
+    return [number + (depth + 1 if number < 0 else row.first_state) for number in numbers]
 
 
 def _pinned_layers(config: Any, parts: Parts) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Read ``families.yaml``: `BACKBONES` (decoders) and `FAMILIES` (whole models)."""
+"""Read ``families.yaml``: `BACKBONES` (decoders), `TOWERS` (encoders), `FAMILIES` (whole models)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,6 +123,20 @@ class Backbone:
     # Values with which the configuration takes `neuron_field` literally.
     width_fields: Mapping[str, object] = field(default_factory=dict)
     whole_mlp_if: str | None = None  # dotted attribute; where it is true, all neurons stay
+    # Of a vision tower, whose units are neurons and layers alone.
+    inside: str = ""  # path of the module with the layers, and the name of their list there
+    layers: str = "layers"
+    depth_field: str = "num_hidden_layers"  # of the configuration
+    # Path, below a layer, of factors by which the outputs of its MLP are multiplied (LayerScale).
+    scaled_by: str | None = None
+    # Matrices outside the layers that have the same width, and that no language model reads.
+    of_same_width: _Matrices = ()
+    # Dotted path, in the whole configuration, of the numbers of hidden states that are read, negative
+    # ones from the end; without such a field it is the last one. ``first_state`` is number 0: that
+    # of the embeddings, or 1, that after the first layer.
+    reads: str = "vision_feature_layer"
+    first_state: int = 0
+    why_whole: str | None = None  # why nothing of it can be removed
     can_be_uneven: bool = True  # whether `modeling_pruned.py` can cut layers to different widths
 
 
@@ -166,8 +180,15 @@ class Family:
         return (*(() if self.vision is None else (self.vision,)), *self.other_towers)
 
 
+def _tower_rows() -> dict[str, Any]:
+    """Return the rows of towers; unlike a decoder's, their attention stays."""
+    return {kind: {"attention": {}, **row} for kind, row in _TABLES["towers"].items()}
+
+
 _BACKBONES, _FAMILIES = TypeAdapter(dict[str, Backbone]), TypeAdapter(dict[str, Family])
 BACKBONES = _BACKBONES.validate_python(_TABLES["backbones"], extra="forbid")
+TOWERS = _BACKBONES.validate_python(_tower_rows(), extra="forbid")
+"""By the model type of the vision configuration."""
 FAMILIES: dict[str, Family] = {
     **_FAMILIES.validate_python(_TABLES["families"], extra="forbid"),
     **{
@@ -176,3 +197,15 @@ FAMILIES: dict[str, Family] = {
         if text_type not in _TABLES["only_inside"]
     },
 }
+
+
+def family_row(model_type: str) -> Family | None:
+    """Find the row of a whole model, or of a tower on its own; None for an unknown type."""
+    if (tower := TOWERS.get(model_type)) is not None:
+        return Family(backbone=tower.inside, head="", text_config=None)
+    return FAMILIES.get(model_type)
+
+
+def backbone_row(text_type: str) -> Backbone | None:
+    """Find the row of a decoder or of a tower; None for an unknown type."""
+    return TOWERS.get(text_type) or BACKBONES.get(text_type)

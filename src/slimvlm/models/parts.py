@@ -8,7 +8,17 @@ from typing import Any
 from torch import nn
 
 from slimvlm.core.errors import UnsupportedModelError
-from slimvlm.models.families import BACKBONES, FAMILIES, Backbone, Family, Projection, Stack
+from slimvlm.models.families import (
+    BACKBONES,
+    FAMILIES,
+    TOWERS,
+    Backbone,
+    Family,
+    Projection,
+    Stack,
+    backbone_row,
+    family_row,
+)
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,10 @@ class Parts:
         config: Any = model.config
         self.family, self.row = family_of(config.model_type), backbone_of(config)
         self.text_config: Any = text_config_of(config)
-        text_model: Any = model.get_submodule(self.family.backbone)
-        self.text_model, layers = text_model, text_model.layers
-        self.layers: nn.ModuleList = layers
-        self.norm: nn.Module = self.text_model.get_submodule(self.row.final_norm)
+        self.text_model: Any = model.get_submodule(self.family.backbone)
+        self.layers: nn.ModuleList = getattr(self.text_model, self.row.layers)
+        norm = "" if config.model_type in TOWERS else self.row.final_norm  # which a tower lacks
+        self.norm: nn.Module = self.text_model.get_submodule(norm)
         self.head: Any = model.get_submodule(self.family.head)
         obeyed = self.text_config if self.family.caps_logits else None
         self.logit_scale: float = getattr(obeyed, "logit_scale", 1.0)
@@ -83,12 +93,12 @@ class Parts:
 
 def family_of(model_type: str) -> Family:
     """Look up the family row for a configuration's ``model_type``."""
-    if model_type not in FAMILIES:
+    if (row := family_row(model_type)) is None:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not known. Known: {', '.join(sorted(FAMILIES))}. "
             "docs/add-a-family.md shows how to add one"
         )
-    return FAMILIES[model_type]
+    return row
 
 
 def text_config_of(config: Any) -> Any:
@@ -100,12 +110,18 @@ def text_config_of(config: Any) -> Any:
 def backbone_of(config: Any) -> Backbone:
     """Look up the backbone row for a configuration."""
     text_type = text_config_of(config).model_type
-    if text_type not in BACKBONES:
+    if (row := backbone_row(text_type)) is None:
         raise UnsupportedModelError(
             f"language model type {text_type!r} inside {config.model_type!r} is not known. Known: "
             f"{', '.join(sorted(BACKBONES))}. docs/add-a-family.md shows how to add one"
         )
-    return BACKBONES[text_type]
+    return row
+
+
+def tower_path(config: Any) -> str | None:
+    """Return the path of a model's vision tower whose MLPs are known; None without one."""
+    kind = getattr(getattr(config, "vision_config", None), "model_type", None)
+    return family_of(config.model_type).vision if kind in TOWERS else None
 
 
 def part_at(model: nn.Module, path: str) -> nn.Parameter | nn.Module | None:

@@ -16,9 +16,10 @@ from slimvlm.core.options import AT_LEAST_1, SHARE, Axis, Options
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy
 from slimvlm.models.cost import TILE_MULTIPLE, WIDTH_MULTIPLE
 from slimvlm.models.hidden import all_finite
-from slimvlm.planning.plan import Kept, Plan
+from slimvlm.planning.plan import Kept, Plan, why_tower_stays
 from slimvlm.scoring.unit_scores import Scores
 
+_TOWER_MULTIPLE = TILE_MULTIPLE  # of the neurons that stay
 _PROTECTED_OF_32 = (4, 2)  # first and last layers that the paper's code leaves unpruned
 
 
@@ -105,6 +106,8 @@ def make_plan(
     kv_heads: int | None = None,
     tokens: Collection[int] | None = None,
     experts: float = 0.0,
+    tower_ratio: float = 0.0,
+    tower_scores: Scores | None = None,
 ) -> Plan:
     """Choose the units to keep.
 
@@ -131,6 +134,11 @@ def make_plan(
             Removed rows count towards the ratio; the axis gives the rest.
         experts: Share of the experts to remove from every layer, protected ones included, in
             [0, 1); at least as many stay as each token takes. Also counts towards the ratio.
+        tower_ratio: Share of the vision tower's parameters to remove, in [0, 1), whatever the
+            ratio: first the layers that nobody reads, then neurons, equally many of each layer (see
+            `plan_tower`).
+        tower_scores: Scores of the tower on its own, by which its neurons are chosen; without them
+            the first ones stay, until a walk chooses.
 
     Returns:
         A plan with the nearest ratio; `ImpossiblePlanError` if none is within one layer for
@@ -145,6 +153,10 @@ def make_plan(
     given = [scores] if isinstance(scores, Scores) else list(scores)
     kept = None if tokens is None else tuple(sorted(set(tokens)))
     plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio, tokens=kept)
+    if tower_ratio:
+        plan = replace(plan, tower=plan_tower(anatomy, tower_ratio, tower_scores))
+        if not ratio:
+            return plan
     if experts:
         of_experts = scores_for("expert", given, budget)
         for index, values in enumerate(of_experts.of("expert")):
@@ -171,6 +183,61 @@ def make_plan(
         nearest = f"the nearest legal shape has ratio {plan.ratio:.4f} ({plan.summary()})"
         raise ImpossiblePlanError(f"ratio {ratio:g} cannot be reached on axis {axis!r}: {nearest}")
     return plan
+
+
+def plan_tower(anatomy: Anatomy, ratio: float, scores: Scores | None = None) -> Plan:
+    """Choose the units of a model's vision tower to keep, so that a share of it goes.
+
+    The layers that nobody reads go first. Then each layer loses equally many neurons, so many that
+    a multiple of `_TOWER_MULTIPLE` stays (of less in narrow towers). Where less than a quarter of
+    the neurons would stay, whole layers go, too: those with the lowest scores, else evenly spread
+    ones.
+
+    Raises:
+        ConfigError: If the ratio is out of range.
+        ImpossiblePlanError: If nothing of the tower can be removed, or not so much.
+    """
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"tower_ratio {ratio} must be at least 0 and below 1")
+    if why := why_tower_stays(anatomy):
+        raise ImpossiblePlanError(f"tower_ratio {ratio:g}: {why}")
+    tower = anatomy.tower
+    assert tower is not None
+    read = range(tower.num_layers - tower.unread)
+    width, each = tower.mlp_widths[-1], tower.layers[0].neuron_params
+    multiple = _TOWER_MULTIPLE
+    while multiple > 1 and 8 * multiple > width:
+        multiple //= 2
+    order = [index for index in _tower_order(read, scores) if index not in tower.pinned_layers]
+    wanted = ratio * tower.backbone_params
+    for count in range(len(order) + 1):
+        layers = tuple(index for index in read if index not in order[:count])
+        gone = sum(s.params for i, s in enumerate(tower.layers) if i not in layers)
+        left = width - (wanted - gone) / (len(layers) * each)
+        if 4 * left >= width:
+            break
+    neurons = min(max(round(left / multiple), 1) * multiple, width)
+    most = gone + (width - multiple) * len(layers) * each
+    if wanted > most + multiple * len(layers) * each:
+        told = f"cannot be reached: at most {most / tower.backbone_params:.2f}"
+        raise ImpossiblePlanError(f"tower_ratio {ratio:g} {told}")
+    best = cache(best_units)
+    units = [torch.zeros(width)] * tower.num_layers
+    if scores is not None and scores.neuron is not None:
+        units = list(scores.neuron)
+    kept = tuple(best(units[i], neurons) if i in layers else () for i in range(tower.num_layers))
+    plan = Plan.everything(tower)
+    groups = tuple(() for _ in kept)
+    return replace(plan, layers=layers, neurons=kept, kv_groups=groups, experts=(), asked_ratio=ratio)
+
+
+def _tower_order(read: range, scores: Scores | None) -> list[int]:
+    """List the layers in the order in which they may go: the first and the last one never."""
+    inner = list(read[1:-1])
+    if scores is not None and scores.layer is not None:
+        return sorted(inner, key=lambda index: float(scores.layer[index]))  # type: ignore[index]
+    step = (5**0.5 - 1) / 2  # the golden section spreads any number of them
+    return sorted(inner, key=lambda index: (index * step) % 1)
 
 
 def ratio_for_params(anatomy: Anatomy, target_params: int) -> float:

@@ -13,7 +13,7 @@ from slimvlm.core.documents import built, read_object
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.core.files import write_text
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
-from slimvlm.models.families import BACKBONES, FAMILIES
+from slimvlm.models.families import backbone_row, family_row
 
 AXES = ("depth", "width", "both")
 
@@ -43,9 +43,16 @@ class Plan:
     experts: tuple[Kept, ...] = ()
     """For each original layer its kept experts; empty where the layer is removed or has none.
     Without any entry, the kept layers keep all."""
+    tower: "Plan | None" = None
+    """The kept layers and neurons of the vision tower; None if all of it stays."""
 
     def __post_init__(self) -> None:
         before = self.before
+        if self.tower is not None:
+            if self.tower.before != before.tower:
+                raise ConfigError("plan: tower is for another vision tower")
+            if before.tower.backbone.why_whole is not None:
+                raise ImpossiblePlanError(f"plan: {why_tower_stays(before)}")
         if not self.experts:
             counts = [s.num_experts if i in self.layers else 0 for i, s in enumerate(before.layers)]
             object.__setattr__(self, "experts", tuple(tuple(range(count)) for count in counts))
@@ -119,6 +126,14 @@ class Plan:
         """The smaller model's anatomy."""
         pinned = tuple(self.layers.index(i) for i in self.before.pinned_layers)
         after = replace(self._narrowed, pinned_layers=pinned)
+        if before_tower := self.before.unread:
+            removed = set(range(self.before.num_layers - before_tower, self.before.num_layers))
+            after = replace(after, unread=len(removed & set(self.layers)))
+        if self.tower is not None:
+            tower = self.tower.after
+            lost = self.tower.before.backbone_params - tower.backbone_params
+            vision_params = self.before.vision_params - lost
+            after = replace(after, tower=tower, vision_params=vision_params)
         return after.retyped() if self.needs_retype else after
 
     @property
@@ -191,8 +206,16 @@ class Plan:
             others += "; layers of different widths: needs trust_remote_code=True"
         layers = f"{len(self.layers)} of {self.before.num_layers} layers"
         widths = f"{_span(groups)} KV groups and {_span(neurons)} neurons per layer"
+        if self.tower is not None:
+            others += f"; {self.tower.tower_summary()}"
         removed = f"removes {self.ratio:.2%} of the backbone{asked}"
         return f"{removed}; keeps {layers}, {widths}{others}"
+
+    def tower_summary(self) -> str:
+        """Describe in a phrase what a plan of a vision tower removes and keeps."""
+        kept = f"{len(self.layers)} of {self.before.num_layers} layers"
+        kept += f" with {_span(self.after.mlp_widths)} of {_span(self.before.mlp_widths)} neurons"
+        return f"removes {self.ratio:.2%} of the vision tower, which keeps {kept}"
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values, for JSON."""
@@ -200,6 +223,7 @@ class Plan:
         names = ("axis", "asked_ratio", "ratio", "criteria", "layers", *rows, "tokens")
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
         values["criteria"] = dict(self.criteria)
+        values["tower"] = None if self.tower is None else self.tower.to_dict()
         return {"format": "slimvlm-plan/1", **values, "before": asdict(self.before)}
 
     def save(self, path: str | Path) -> None:
@@ -214,9 +238,12 @@ class Plan:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "plan") -> "Plan":
         """Make a plan of the values that `to_dict` gives; ``where`` begins error messages."""
-        file = built(PlanFile, values, where)
+        return cls._of_file(built(PlanFile, values, where), where)
+
+    @classmethod
+    def _of_file(cls, file: "PlanFile", where: str) -> "Plan":
         before = file.before
-        if before.model_type not in FAMILIES or before.text_type not in BACKBONES:
+        if family_row(before.model_type) is None or backbone_row(before.text_type) is None:
             kinds = f"{before.model_type!r} and {before.text_type!r}"
             raise ConfigError(f"{where}: before names the unknown model types {kinds}")
         impossible = [
@@ -228,7 +255,10 @@ class Plan:
         ]
         if impossible or (before.retypable and before.backbone.retype is None):
             raise ConfigError(f"{where}: before describes no {before.model_type!r} that there is")
-        return cls(**{each.name: getattr(file, each.name) for each in fields(cls)})
+        values = {each.name: getattr(file, each.name) for each in fields(cls)}
+        if file.tower is not None:
+            values["tower"] = cls._of_file(file.tower, where)
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +276,17 @@ class PlanFile:
     before: Anatomy
     tokens: Kept | None = None
     experts: tuple[Kept, ...] = ()
+    tower: "PlanFile | None" = None
+
+
+def why_tower_stays(anatomy: Anatomy) -> str:
+    """Say why nothing of a model's vision tower can be removed; empty if something can."""
+    if anatomy.tower is not None:
+        why, kind = anatomy.tower.backbone.why_whole, anatomy.tower.model_type
+        return "" if why is None else f"the vision tower {kind!r} must stay whole: {why}"
+    if anatomy.vision_params:
+        return f"the layers of {anatomy.model_type!r}'s vision tower are not known"
+    return f"{anatomy.model_type!r} has no vision tower"
 
 
 def _are_indices(kept: Sequence[Any], count: int) -> bool:

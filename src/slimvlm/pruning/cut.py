@@ -4,6 +4,7 @@ import copy
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,13 +14,27 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from slimvlm.core.errors import ConfigError, ImpossiblePlanError
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError, UnsupportedModelError
 from slimvlm.models import load as models
-from slimvlm.models.anatomy import LAYER_UNITS, Anatomy, channels_of, read_anatomy, unit_of
+from slimvlm.models.anatomy import (
+    LAYER_UNITS,
+    Anatomy,
+    channels_of,
+    read_anatomy,
+    read_states,
+    unit_of,
+)
 from slimvlm.models.families import INPUT_COLUMNS, OUTPUT_ROWS, Projection
 from slimvlm.models.hidden import layer_input
 from slimvlm.models.modeling_pruned import READS_GLOBAL, set_counts_
-from slimvlm.models.parts import Parts, family_of, layer_matrices, text_config_of
+from slimvlm.models.parts import (
+    Parts,
+    family_of,
+    layer_matrices,
+    part_at,
+    text_config_of,
+    tower_path,
+)
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.tokens import renumber_config_, renumber_modules_, require_named_tokens
 
@@ -83,10 +98,35 @@ def with_renumbered(
 ) -> PreTrainedConfig:
     """Change the whole configuration of the original into that of the pruned model."""
     renumber_config_(config, plan)
+    if plan.tower is not None:
+        narrow_tower_config_(config, plan.tower)
     if (name := family_of(config.model_type).text_config) is None:
         return text_config
     setattr(config, name, text_config)
     return config
+
+
+def narrow_tower_config_(config: Any, plan: Plan) -> None:
+    """Change the whole configuration of the original into one with the plan's vision tower."""
+    row, vision = plan.before.backbone, config.vision_config
+    (width,) = {len(plan.neurons[index]) for index in plan.layers}
+    setattr(vision, row.neuron_field, width)
+    if len(plan.layers) == plan.before.num_layers:
+        return
+    states = read_states(config, plan.before.num_layers)
+    setattr(vision, row.depth_field, len(plan.layers))
+    for name in row.layer_indices:
+        if (given := getattr(vision, name, None)) is not None:
+            setattr(vision, name, [place for place, i in enumerate(plan.layers) if i in given])
+    owner, _, field = row.reads.rpartition(".")
+    holder = attrgetter(owner)(config) if owner else config
+    if (given := getattr(holder, field, None)) is None:
+        return
+    # positive numbers: engines that compute only what is read take -1 for another state
+    left = [sum(index < state for index in plan.layers) - row.first_state for state in states]
+    is_last = given == -1 and left[0] == len(plan.layers)
+    if not is_last:
+        setattr(holder, field, left if isinstance(given, list | tuple) else left[0])
 
 
 def lost_heads(config: PreTrainedConfig) -> str | None:
@@ -146,6 +186,8 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
         ImpossiblePlanError: If the configuration class cannot express the shape.
     """
     text_config = require_expressible(model, plan, allow_uneven)
+    if plan.tower is not None:
+        prune_tower_(model, plan.tower)
     embedding, head = Parts(model).token_matrices()
     is_tied = head.weight is embedding.weight
     _cut_(cuts_of(model, plan))
@@ -182,6 +224,25 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
         models.retype_modules_(model, old, text_config)
 
 
+def prune_tower_(model: nn.Module, plan: Plan) -> None:
+    """Cut the vision tower of a model, in place; its configuration is changed with the model's."""
+    tower = tower_of(model)
+    _cut_(cuts_of_tower(tower, plan))
+    parts, row = Parts(tower), plan.before.backbone
+    setattr(parts.text_model, row.layers, nn.ModuleList(parts.layers[i] for i in plan.layers))
+    for name in row.layer_indices:
+        if name in vars(tower):
+            given = getattr(tower, name)
+            setattr(tower, name, [place for place, i in enumerate(plan.layers) if i in given])
+
+
+def tower_of(model: nn.Module) -> nn.Module:
+    """Return a model's vision tower; raise if it has none whose layers are known."""
+    if (path := tower_path(model.config)) is None:
+        raise UnsupportedModelError("the model has no vision tower whose layers are known")
+    return model.get_submodule(path)
+
+
 def require_expressible(
     model: PreTrainedModel, plan: Plan, allow_uneven: bool = False
 ) -> PreTrainedConfig:
@@ -211,9 +272,13 @@ def require_expressible(
     except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError) as error:
         cause, why = error, str(error).strip().splitlines()[-1]
     else:
-        shapes = plan.after.layers, plan.after.backbone_params
-        if (found.layers, found.backbone_params) == shapes:
-            return text_config
+        after = plan.after
+        towers = found.tower, after.tower
+        if (found.layers, found.backbone_params) == (after.layers, after.backbone_params):
+            if towers[0] == towers[1]:
+                return text_config
+            kind = plan.before.model_type
+            raise ImpossiblePlanError(f"plan: {kind!r} cannot be configured with such a tower")
         why = "a model built from the new configuration has other shapes"
     groups, *_ = [shape[0] for shape in plan.after.attention_shapes] or [0]
     told = f"plan: {plan.before.text_type!r} cannot be configured with {groups} KV groups ({why})"
@@ -233,7 +298,7 @@ class Cut:
 
 
 def cuts_of(model: nn.Module, plan: Plan) -> Iterator[Cut]:
-    """List all cuts of a plan: token rows, kept layers, weights with a slice for each layer."""
+    """List the cuts of a plan's backbone: token rows, kept layers, weights with slices for them."""
     if plan.tokens is not None:
         keep = torch.tensor(plan.tokens)
         for module in Parts(model).token_matrices():
@@ -264,6 +329,18 @@ def cuts_of_layer(
         yield Cut(matrix.owner, matrix.name, projection.axis, keep, count)
         if projection.dim == OUTPUT_ROWS and matrix.bias is not None:
             yield Cut(matrix.owner, "bias", 0, keep)
+
+
+def cuts_of_tower(tower: nn.Module, plan: Plan) -> Iterator[Cut]:
+    """List the cuts of a plan for a vision tower, and of the head that shares its width."""
+    for index in plan.layers:
+        yield from cuts_of_layer(tower, plan, index)
+    keep = torch.arange(len(plan.neurons[plan.layers[0]]))
+    for projection in plan.before.backbone.of_same_width:
+        if isinstance(part := part_at(tower, projection.path), nn.Linear):
+            yield Cut(part, "weight", projection.axis, keep)
+            if projection.dim == OUTPUT_ROWS:
+                yield Cut(part, "bias", 0, keep)
 
 
 def cut_layer_(
@@ -304,24 +381,12 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
     infinity. `prune_` is tested against this slow and obvious form of a plan.
     """
 
-    def pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        hidden = layer_input(args, kwargs)
-        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
     require_match(model, plan)
-    parts, kept_layers = Parts(model), set(plan.layers)
+    parts = Parts(model)
     with torch.no_grad():
-        for index, layer in enumerate(parts.layers):
-            if index not in kept_layers:
-                for parameter in layer.parameters():
-                    parameter.zero_()
-                layer.register_forward_hook(pass_on, with_kwargs=True)
-        for index, matrix in parts.matrices():
-            if matrix.projection.dim == INPUT_COLUMNS and index in kept_layers:
-                removed = _removed(matrix.width, kept_channels(plan, index, matrix.projection))
-                shape = [1] * matrix.weight.ndim
-                shape[matrix.projection.axis] = matrix.width
-                matrix.weight.masked_fill_(removed.view(shape).to(matrix.weight.device), 0)
+        _mask_layers_(parts, plan)
+        if plan.tower is not None:
+            _mask_layers_(Parts(tower_of(model)), plan.tower)
         for index in plan.layers:
             layer = parts.layers[index]
             for matrix in layer_matrices(layer, parts.row)[2]:
@@ -336,6 +401,26 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
             head.register_forward_hook(
                 lambda module, args, logits: logits.masked_fill(lost.to(logits.device), -torch.inf)
             )
+
+
+def _mask_layers_(parts: Parts, plan: Plan) -> None:
+    """Switch off the removed layers, and the inputs of matrices that read removed units."""
+
+    def pass_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = layer_input(args, kwargs)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    for index, layer in enumerate(parts.layers):
+        if index not in plan.layers:
+            for parameter in layer.parameters():
+                parameter.zero_()
+            layer.register_forward_hook(pass_on, with_kwargs=True)
+    for index, matrix in parts.matrices():
+        if matrix.projection.dim == INPUT_COLUMNS and index in plan.layers:
+            removed = _removed(matrix.width, kept_channels(plan, index, matrix.projection))
+            shape = [1] * matrix.weight.ndim
+            shape[matrix.projection.axis] = matrix.width
+            matrix.weight.masked_fill_(removed.view(shape).to(matrix.weight.device), 0)
 
 
 def _route_without(router: Any, weight: Tensor, kept: Kept) -> None:
@@ -368,6 +453,8 @@ def require_match(model: nn.Module, plan: Plan) -> None:
             layers = f"{each.model_type} with {each.num_layers} layers"
             shapes.append(f"{layers}, {groups} KV groups, {neurons} neurons{experts}")
         raise ConfigError("plan: made for {}, but the model is {}".format(*shapes))
+    if plan.tower is not None and plan.tower.before != anatomy.tower:
+        raise ConfigError("plan: made for a model with another vision tower")
     expected, count = plan.before.vocab_size, anatomy.vocab_size
     if plan.tokens is not None and count != expected:
         raise ConfigError(f"plan: made for {expected:,} tokens, but the model has {count:,}")
