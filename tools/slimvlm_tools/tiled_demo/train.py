@@ -9,6 +9,7 @@ pictures as one tile, at the end on five tiles.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,13 +121,26 @@ def quadrants(labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return [labels[r : r + half, c : c + half] for r in (0, half) for c in (0, half)]
 
 
-def tile_batches(processor: Any, seed: int, size: int) -> Iterator[Tiles]:
-    """Yields endless batches of whole pictures and quadrants, two quadrants for each picture."""
+def place_patches_(tower: Any) -> None:
+    """Starts the embeddings of positions at sines and cosines of row and column."""
+    table = tower.embeddings.position_embedding.weight
+    frequencies = torch.exp(-math.log(100.0) * torch.arange(0, 1, 4 / table.shape[1]))
+    places = torch.arange(PATCHES**2)
+    angles = [place[:, None] * frequencies for place in (places // PATCHES, places % PATCHES)]
+    waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
+    table.data.copy_(0.5 * torch.cat(waves, 1))
+
+
+def tile_batches(
+    processor: Any, seed: int, size: int, quadrants_too: bool = True
+) -> Iterator[Tiles]:
+    """Yields endless batches of whole pictures, and of two quadrants for each picture."""
     rng = np.random.default_rng([seed, 1])
     of_groups = torch.tensor([[2 * (r // 2) + c // 2 for c in range(4)] for r in range(4)])
     while True:
         pixels, patches, groups, cells = [], [], [], []
-        for kind in rng.choice(len(SCENE_KINDS), size=size // 3, p=KIND_SHARES):
+        count = size // 3 if quadrants_too else size
+        for kind in rng.choice(len(SCENE_KINDS), size=count, p=KIND_SHARES):
             scene = make_scene(SCENE_KINDS[int(kind)], rng)
             gain = torch.from_numpy(rng.uniform(0.85, 1.1, size=3)).float()[:, None, None]
             made = processor.image_processor([[render(scene)]], return_tensors="pt")
@@ -134,7 +148,7 @@ def tile_batches(processor: Any, seed: int, size: int) -> Iterator[Tiles]:
             fine = [*quadrants(labels_of(scene, 32)), labels_of(scene, 16)]
             coarse = [*quadrants(labels_of(scene, 8)), labels_of(scene, 4)]
             shown = [i for i in range(4) if (coarse[i] > 0).any()] or [0]
-            for index in (4, *rng.choice(shown, size=2)):
+            for index in (4, *rng.choice(shown, size=2)) if quadrants_too else (4,):
                 pixels.append(tiles[index])
                 patches.append(torch.from_numpy(fine[index].copy()))
                 groups.append(torch.from_numpy(coarse[index].copy()))
@@ -195,6 +209,7 @@ class Labeller(nn.Module):
 
 def train_tower(tower: Any, processor: Any, config: TrainConfig) -> None:
     """Trains the tower in place to label what is pasted where, or resumes that."""
+    place_patches_(tower)
     labeller, total = Labeller(tower), config.crop_steps + config.tile_steps
     optimizer = torch.optim.AdamW(
         labeller.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98)
@@ -207,8 +222,8 @@ def train_tower(tower: Any, processor: Any, config: TrainConfig) -> None:
         first = saved["step"]
     rng = np.random.default_rng([config.seed, 2, first])
     crops, wholes = (
-        tile_batches(processor, config.seed + 1000 * first + i, size)
-        for i, size in enumerate((63, 15))
+        tile_batches(processor, config.seed + 1000 * first + i, size, quadrants_too=i > 0)
+        for i, size in enumerate((64, 15))
     )
     for step in range(first, total):
         for group in optimizer.param_groups:
