@@ -100,7 +100,7 @@ def plan(
         whole = replace(shown, ratio=ratio, axis=config.axis, experts=config.experts)
         recipe = decide(model, whole, shape)
         dry = [dummy_scores(shape, [name]) for name in recipe.criterion]
-        if make(shape, dry, size, **how).cuts_layers or not config.trims_vocabulary:
+        if make(shape, dry, size, **how).cuts_layers or not config.tokens_first:
             to_log(
                 f"no --scores: scoring by {' and '.join(recipe.criterion)} on the demo's samples"
             )
@@ -143,7 +143,7 @@ def prune(
 
     files.require_free(out, force)
     if (plan is None) != (pruning.ratio is not None or pruning.tokens_first):
-        told = "either --ratio or --plan, or --vocab-size or --experts without a ratio"
+        told = "either --ratio or --plan, or --vocab-size, --experts or --tower-ratio alone"
         raise ConfigError(f"prune needs {told}")
     if plan is not None:
         planned = ("axis", "allocation", "criterion", "gradient", "units", "protect", "round_to")

@@ -429,6 +429,9 @@ class SizeOptions(RatioOptions):
     """Text file, or a folder of text files, whose tokens count in addition to those of the data."""
     experts: Annotated[float, SHARE] = 0.0
     """Share of each layer's experts to remove. Removed experts count towards --ratio."""
+    tower_ratio: Annotated[float, SHARE] = 0.0
+    """Share of the vision tower's parameters to remove, in addition to --ratio: layers that nobody
+    reads, then MLP neurons. With --target-latency and data, several shares are tried."""
     units: Annotated[tuple[Unit, ...], BeforeValidator(listed)] = ("kv_group", "neuron")
     """Units that the axis width may remove."""
     protect: Annotated[
@@ -452,13 +455,14 @@ class SizeOptions(RatioOptions):
 
     @property
     def tokens_first(self) -> bool:
-        """Whether tokens or experts are removed before the axis reaches the rest of the ratio."""
-        return self.trims_vocabulary or self.experts > 0
+        """Whether tokens, experts or parts of the tower are removed whatever the ratio."""
+        return self.trims_vocabulary or self.experts > 0 or self.tower_ratio > 0
 
     @property
     def of_units(self) -> dict[str, Any]:
         """The options of units, by their names in `make_plan`."""
-        return {name: getattr(self, name) for name in ("units", "protect", "round_to", "experts")}
+        names = ("units", "protect", "round_to", "experts", "tower_ratio")
+        return {name: getattr(self, name) for name in names}
 
 
 class PlanConfig(TargetOptions, SizeOptions, DeviceOptions):

@@ -374,7 +374,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
 
 
 def _read_tower(model: nn.Module, projector: set[nn.Parameter]) -> Anatomy | None:
-    """Read the shape of a model's vision tower; its unread layers are those behind all read ones."""
+    """Read the shape of a model's vision tower; unread are the layers behind all read ones."""
     config: Any = model.config
     path = tower_path(config)
     if path is None:

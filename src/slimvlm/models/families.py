@@ -1,4 +1,4 @@
-"""Read ``families.yaml``: `BACKBONES` (decoders), `TOWERS` (encoders), `FAMILIES` (whole models)."""
+"""Read ``families.yaml``: `BACKBONES` (decoders), `TOWERS`, `FAMILIES` (whole models)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,9 +131,9 @@ class Backbone:
     scaled_by: str | None = None
     # Matrices outside the layers that have the same width, and that no language model reads.
     of_same_width: _Matrices = ()
-    # Dotted path, in the whole configuration, of the numbers of hidden states that are read, negative
-    # ones from the end; without such a field it is the last one. ``first_state`` is number 0: that
-    # of the embeddings, or 1, that after the first layer.
+    # Dotted path, in the whole configuration, of the numbers of hidden states that are read,
+    # negative ones from the end; without such a field it is the last one. ``first_state`` is number
+    # 0: that of the embeddings, or 1, that after the first layer.
     reads: str = "vision_feature_layer"
     first_state: int = 0
     why_whole: str | None = None  # why nothing of it can be removed

@@ -191,7 +191,7 @@ def plan_tower(anatomy: Anatomy, ratio: float, scores: Scores | None = None) -> 
     The layers that nobody reads go first. Then each layer loses equally many neurons, so many that
     a multiple of `_TOWER_MULTIPLE` stays (of less in narrow towers). Where less than a quarter of
     the neurons would stay, whole layers go, too: those with the lowest scores, else evenly spread
-    ones.
+    ones. Without scores the first neurons stay; a walk chooses others.
 
     Raises:
         ConfigError: If the ratio is out of range.
@@ -208,7 +208,9 @@ def plan_tower(anatomy: Anatomy, ratio: float, scores: Scores | None = None) -> 
     multiple = _TOWER_MULTIPLE
     while multiple > 1 and 8 * multiple > width:
         multiple //= 2
-    order = [index for index in _tower_order(read, scores) if index not in tower.pinned_layers]
+    (usual, _), *_ = tower.kinds.most_common()
+    stay = {*tower.pinned_layers, *(i for i, s in enumerate(tower.layers) if s.kind != usual)}
+    order = [index for index in _tower_order(read, scores) if index not in stay]
     wanted = ratio * tower.backbone_params
     for count in range(len(order) + 1):
         layers = tuple(index for index in read if index not in order[:count])
@@ -222,13 +224,13 @@ def plan_tower(anatomy: Anatomy, ratio: float, scores: Scores | None = None) -> 
         told = f"cannot be reached: at most {most / tower.backbone_params:.2f}"
         raise ImpossiblePlanError(f"tower_ratio {ratio:g} {told}")
     best = cache(best_units)
-    units = [torch.zeros(width)] * tower.num_layers
+    units, criteria = [torch.zeros(width)] * tower.num_layers, dict[str, str]()
     if scores is not None and scores.neuron is not None:
-        units = list(scores.neuron)
+        units, criteria = list(scores.neuron), {"neuron": scores.criterion}
     kept = tuple(best(units[i], neurons) if i in layers else () for i in range(tower.num_layers))
     plan = Plan.everything(tower)
-    groups = tuple(() for _ in kept)
-    return replace(plan, layers=layers, neurons=kept, kv_groups=groups, experts=(), asked_ratio=ratio)
+    rows: dict[str, Any] = {"layers": layers, "neurons": kept, "kv_groups": ((),) * len(kept)}
+    return replace(plan, **rows, experts=(), asked_ratio=ratio, criteria=criteria)
 
 
 def _tower_order(read: range, scores: Scores | None) -> list[int]:

@@ -48,11 +48,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         before = self.before
-        if self.tower is not None:
-            if self.tower.before != before.tower:
-                raise ConfigError("plan: tower is for another vision tower")
-            if before.tower.backbone.why_whole is not None:
-                raise ImpossiblePlanError(f"plan: {why_tower_stays(before)}")
+        _check_tower(self.tower, before)
         if not self.experts:
             counts = [s.num_experts if i in self.layers else 0 for i, s in enumerate(before.layers)]
             object.__setattr__(self, "experts", tuple(tuple(range(count)) for count in counts))
@@ -126,9 +122,8 @@ class Plan:
         """The smaller model's anatomy."""
         pinned = tuple(self.layers.index(i) for i in self.before.pinned_layers)
         after = replace(self._narrowed, pinned_layers=pinned)
-        if before_tower := self.before.unread:
-            removed = set(range(self.before.num_layers - before_tower, self.before.num_layers))
-            after = replace(after, unread=len(removed & set(self.layers)))
+        read = self.before.num_layers - self.before.unread
+        after = replace(after, unread=sum(index >= read for index in self.layers))
         if self.tower is not None:
             tower = self.tower.after
             lost = self.tower.before.backbone_params - tower.backbone_params
@@ -277,6 +272,18 @@ class PlanFile:
     tokens: Kept | None = None
     experts: tuple[Kept, ...] = ()
     tower: "PlanFile | None" = None
+
+
+def _check_tower(tower: Plan | None, before: Anatomy) -> None:
+    """Refuse a tower's plan that is for another one or that no configuration can express."""
+    if tower is None:
+        return
+    if tower.before != before.tower:
+        raise ConfigError("plan: tower is for another vision tower")
+    if why := why_tower_stays(before):
+        raise ImpossiblePlanError(f"plan: {why}")
+    if len({len(tower.neurons[index]) for index in tower.layers}) > 1:
+        raise ImpossiblePlanError("plan: all layers of the vision tower must be equally wide")
 
 
 def why_tower_stays(anatomy: Anatomy) -> str:

@@ -1,7 +1,9 @@
 """Apply a plan to a live model, and express it as a Hugging Face configuration beforehand."""
 
 import copy
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
@@ -37,6 +39,7 @@ from slimvlm.models.parts import (
 )
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning.tokens import renumber_config_, renumber_modules_, require_named_tokens
+from slimvlm.scoring.layerwise import LazyCheckpoint
 
 MULTI_TOKEN_FIELDS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 """Fields with the number of multi-token prediction layers, which transformers does not read."""
@@ -186,8 +189,7 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
         ImpossiblePlanError: If the configuration class cannot express the shape.
     """
     text_config = require_expressible(model, plan, allow_uneven)
-    if plan.tower is not None:
-        prune_tower_(model, plan.tower)
+    prune_tower_(model, plan.tower)
     embedding, head = Parts(model).token_matrices()
     is_tied = head.weight is embedding.weight
     _cut_(cuts_of(model, plan))
@@ -224,8 +226,10 @@ def prune_(model: PreTrainedModel, plan: Plan, allow_uneven: bool = False) -> No
         models.retype_modules_(model, old, text_config)
 
 
-def prune_tower_(model: nn.Module, plan: Plan) -> None:
+def prune_tower_(model: nn.Module, plan: Plan | None) -> None:
     """Cut the vision tower of a model, in place; its configuration is changed with the model's."""
+    if plan is None:
+        return
     tower = tower_of(model)
     _cut_(cuts_of_tower(tower, plan))
     parts, row = Parts(tower), plan.before.backbone
@@ -343,6 +347,44 @@ def cuts_of_tower(tower: nn.Module, plan: Plan) -> Iterator[Cut]:
                 yield Cut(part, "bias", 0, keep)
 
 
+def reader_of(
+    checkpoint: LazyCheckpoint,
+    plan: Plan,
+    weights: Mapping[tuple[int, str], Tensor],
+    tower_weights: Mapping[tuple[int, str], Tensor],
+) -> Callable[[str], Tensor]:
+    """Return a function that cuts parameters of the pruned model out of files, by their names.
+
+    Those of layers, by number in the original and path, that are no slices are given.
+    """
+    model = checkpoint.model
+    names = {id(module): name for name, module in model.named_modules()}
+    cuts: dict[str, list[Cut]] = defaultdict(list)
+    for cut in cuts_of(model, plan):
+        cuts[f"{names[id(cut.owner)]}.{cut.name}"].append(cut)
+    given = {names[id(Parts(model).layers)]: (plan, weights)}
+    if plan.tower is not None:
+        tower = tower_of(model)
+        given[names[id(Parts(tower).layers)]] = (plan.tower, tower_weights)
+        for cut in cuts_of_tower(tower, plan.tower):
+            cuts[f"{names[id(cut.owner)]}.{cut.name}"].append(cut)
+
+    def read(name: str) -> Tensor:
+        for layers, (its_plan, its_weights) in given.items():
+            if match := re.fullmatch(rf"{re.escape(layers)}\.(\d+)\.(.+)", name):
+                place = its_plan.layers[int(match[1])], match[2]
+                if place in its_weights:
+                    return its_weights[place].to(model.dtype)
+                name = f"{layers}.{place[0]}.{place[1]}"
+                break
+        tensor = checkpoint.read(name)
+        for cut in cuts.get(name, ()):
+            tensor = tensor.index_select(cut.dim, cut.keep)
+        return tensor
+
+    return read
+
+
 def cut_layer_(
     model: nn.Module, plan: Plan, index: int, units: Collection[str] = LAYER_UNITS
 ) -> None:
@@ -380,7 +422,6 @@ def mask_(model: PreTrainedModel, plan: Plan) -> None:
     infinity. Removed tokens are zero in the embedding, and a hook sets their logits to minus
     infinity. `prune_` is tested against this slow and obvious form of a plan.
     """
-
     require_match(model, plan)
     parts = Parts(model)
     with torch.no_grad():

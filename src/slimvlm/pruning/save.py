@@ -3,7 +3,6 @@
 import random
 import re
 import shlex
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from slimvlm.models.parts import Parts, context_of, text_config_of
 from slimvlm.models.pictures import PictureBudget, llama_cpp_option
 from slimvlm.models.serving import check as check_serving
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.cut import MULTI_TOKEN_FIELDS, Cut, cuts_of, prune_
+from slimvlm.pruning.cut import MULTI_TOKEN_FIELDS, prune_, reader_of
 from slimvlm.pruning.layout import Reader, layout_of, write_model
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Weights
@@ -121,6 +120,7 @@ def prune_checkpoint(
     allow_uneven: bool = False,
     trust_remote_code: bool = False,
     weights: Weights = MappingProxyType({}),
+    tower_weights: Weights = MappingProxyType({}),
     describe: Callable[[Path], CardFacts] | None = None,
 ) -> None:
     """`slimvlm.prune_` and `slimvlm.save` for a checkpoint that does not fit in memory.
@@ -131,7 +131,8 @@ def prune_checkpoint(
 
     ``model`` is a folder, a hub id or ``demo``; ``dtype`` is the data type to write (``auto``: as
     stored). With ``trust_remote_code``, code in the checkpoint runs. ``weights`` are parameters
-    that are no slices of the original's, such as a walk's; ``describe`` gets the written folder and
+    that are no slices of the original's, such as a walk's, ``tower_weights`` those of the vision
+    tower; ``describe`` gets the written folder and
     returns facts for the model card. All else is as for `slimvlm.prune_` and `slimvlm.save`.
 
     Raises:
@@ -148,23 +149,7 @@ def prune_checkpoint(
     if (generation := models.generation_of(checkpoint.folder)) is not None:
         smaller.generation_config = generation
     prune_(smaller, plan, allow_uneven)
-    # parameters of the pruned model are cut out of the files, by name
-    names = {id(module): name for name, module in checkpoint.model.named_modules()}
-    cuts: dict[str, list[Cut]] = defaultdict(list)
-    for cut in cuts_of(checkpoint.model, plan):
-        cuts[f"{names[id(cut.owner)]}.{cut.name}"].append(cut)
-    layers = f"{plan.before.family.backbone}.layers"
-
-    def read(name: str) -> Tensor:
-        if match := re.fullmatch(rf"{re.escape(layers)}\.(\d+)\.(.+)", name):
-            place = plan.layers[int(match[1])], match[2]
-            if place in weights:
-                return weights[place].to(checkpoint.model.dtype)
-            name = f"{layers}.{place[0]}.{place[1]}"
-        tensor = checkpoint.read(name)
-        for cut in cuts.get(name, ()):
-            tensor = tensor.index_select(cut.dim, cut.keep)
-        return tensor
+    read = reader_of(checkpoint, plan, weights, tower_weights)
 
     def check(folder: Path) -> CardFacts:
         """Read all names and shapes back, and the bits of some tensors."""
@@ -172,7 +157,9 @@ def prune_checkpoint(
         if unused := again.unused[:3]:
             raise ReloadError(f"{str(folder)!r} holds weights that nothing reads: {unused}")
         found = read_anatomy(again.model)
-        if (found.layers, found.backbone_params) != (plan.after.layers, plan.after.backbone_params):
+        after = plan.after
+        ours = after.layers, after.backbone_params, after.tower
+        if (found.layers, found.backbone_params, found.tower) != ours:
             raise ReloadError(f"{str(folder)!r} has other shapes than the plan")
         names = list(smaller.state_dict())
         for name in random.Random(0).sample(names, min(_COMPARED, len(names))):

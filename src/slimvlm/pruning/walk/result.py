@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from slimvlm.models.parts import Parts
 from slimvlm.planning.plan import Plan
-from slimvlm.pruning.cut import prune_
+from slimvlm.pruning.cut import prune_, tower_of
 from slimvlm.scoring.stores import Store
 from slimvlm.scoring.unit_scores import Scores
 
@@ -86,6 +86,8 @@ class Walked:
     """Parameters that are not plain slices of the original's; cut already."""
     scores: Scores | None = None
     """The scores that units were chosen by; None if the walk chose none."""
+    tower: "Walked | None" = None
+    """The outcome for the vision tower."""
 
     def summary(self) -> str:
         """Summarize the plan and its repair, a line each."""
@@ -95,14 +97,19 @@ class Walked:
             lines.append(f"language model written as {kind!r}, which computes the same")
         if self.report.layers or self.report.notes:
             lines.append(self.report.summary())
+        if self.tower is not None and (self.tower.report.layers or self.tower.report.notes):
+            lines.append(f"vision tower: {self.tower.report.summary()}")
         return "\n".join(lines)
 
     def apply_(self, model: PreTrainedModel) -> None:
         """Cut the original to the plan and set the new weights; raise as `slimvlm.prune_`."""
         prune_(model, self.plan)
-        layers = Parts(model).layers
-        for (index, path), value in self.weights.items():
-            assign_(layers[self.plan.layers.index(index)], path, value)
+        given = [(Parts(model).layers, self)]
+        if self.tower is not None:
+            given.append((Parts(tower_of(model)).layers, self.tower))
+        for layers, walked in given:
+            for (index, path), value in walked.weights.items():
+                assign_(layers[walked.plan.layers.index(index)], path, value)
 
 
 def assign_(layer: nn.Module, path: str, value: Tensor) -> None:

@@ -55,6 +55,9 @@ class _ReachedError(Exception):
 class Streams(LayerwiseModel):
     """The hidden states of the batches of a walk."""
 
+    what = "walk"  # in the line of progress
+    judges = True  # whether the answers at the end can decide
+
     token_weights: TokenWeights | None  # weight of tokens by role; None: all weigh 1
     # blocks of the layer that is walked whose last inputs are kept, for the stream of walked layers
     kept: list[KeptInputs] = field(default_factory=list, init=False)

@@ -1,6 +1,7 @@
 """`walk_` and `walk_checkpoint`: prune a model in one pass through its layers."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from slimvlm.pruning.save import prune_checkpoint
 from slimvlm.pruning.walk.engine import Steps, Walk, WalkConfig
 from slimvlm.pruning.walk.result import Walked
 from slimvlm.pruning.walk.streams import Streams
+from slimvlm.pruning.walk.tower import joined, walk_tower, with_tower
 from slimvlm.scoring.batches import Batch, TokenWeights
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA, criterion_named
 from slimvlm.scoring.layerwise import LayerwiseModel, Live, Source, open_checkpoint
@@ -53,7 +55,8 @@ def walk_(
     ``obs``); the layer is cut, and ``o_proj`` refitted by least squares. Then the same is done with
     the MLP. At a seam (the layer before removed ones) the MLP's output is fitted to the original's
     hidden states after the removed layers. With ``local_steps``, the layer is then trained alone
-    towards the original's hidden states.
+    towards the original's hidden states. With ``tower_ratio`` the vision tower is walked first,
+    over the batches' pictures; the decoder then reads its new features.
 
     Memory, beyond the model: the new weights, in host memory; the hidden states of all batches
     between two layers (twice where the original's are a target), on the model's device, in host
@@ -135,7 +138,9 @@ def walk_checkpoint(
         found = lambda fitted: score_by_layer(opened, fitted, *scoring)  # noqa: E731
         walked = walking(opened, place, store, found)
         weights = walked.weights
-        prune_checkpoint(model, walked.plan, out, dtype, force, False, trust_remote_code, weights)
+        of_tower = {} if walked.tower is None else walked.tower.weights
+        trusted = trust_remote_code
+        prune_checkpoint(model, walked.plan, out, dtype, force, False, trusted, weights, of_tower)
     return walked
 
 
@@ -233,13 +238,22 @@ def walk(
     say: Say = silent,
 ) -> Walked:
     """Walk a model that is run layer by layer; it does not change."""
-    model = source.model
-    if all(plan.tokens is not None and not plan.cuts_layers for plan in config.plans):
-        return Walked(config.plans[0])
     for plan in config.plans:
-        require_expressible(model, plan)
+        require_expressible(source.model, plan)
         if config.chooses:
             require_choosable(plan)
+    tower, before = None, config.plans[0].before
+    if (its := config.plans[0].tower) is not None:
+        how = (config.batches, config.held_out, config.steps, device, results, say)
+        tower = walk_tower(source, its, *how)
+        source = with_tower(source, tower)
+        bare = read_anatomy(source.model)
+        plans = [replace(plan, tower=None, before=bare) for plan in config.plans]
+        config = replace(config, plans=plans)
+    model, (plan, *_) = source.model, config.plans
+    is_cut = any(each.cuts_layers for each in config.plans)
+    if not is_cut and (plan.tokens is not None or tower is not None):
+        return joined(Walked(plan), tower, before)
     with evaluating(model), frozen(model):
         if states is None:
             states = _states_store(source, config, device, results, say)
@@ -247,7 +261,7 @@ def walk(
         streams.embed_all(config.batches, config.held_out)
         if not any(bool(streams.weights[place].any()) for place in streams.fitted):
             raise DataError("no calibration token has a weight above 0")
-        return Walk(streams, results, config).run()
+        return joined(Walk(streams, results, config).run(), tower, before)
 
 
 def _states_store(
