@@ -164,7 +164,7 @@ Repair = Literal["none", "width", "depth", "both", "auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
-Train = Literal["projector", "lora", "full"]
+Train = Literal["projector", "lora", "full", "projector+tower", "full+tower"]
 Positions = Literal["answer", "all"]
 TooLong = Literal["error", "truncate"]
 
@@ -201,9 +201,11 @@ def parse_loss(expression: str) -> dict[str, float]:
 class TrainingConfig(Options):
     """Training; the extended paper's decision chart gives what is left out."""
 
-    train: Literal["projector", "lora", "full", "none"] | None = None
+    train: Literal["projector", "lora", "full", "projector+tower", "full+tower", "none"] | None = (
+        None
+    )
     """Weights to train: the projector; LoRA on the backbone, plus the projector; full, all but the
-    vision tower; or none."""
+    vision tower; projector or full with the tower; or none."""
     loss: str | None = None
     """Weighted sum of losses: sft, hidden (L2 distance of the final hidden states), cosine (their
     angle), kl, rkl, jsd."""
@@ -275,8 +277,8 @@ class RecoverConfig(TrainingConfig):
     """Recovery: what is trained after pruning, and on which loss."""
 
     train: Train = "lora"
-    """Weights to train: the projector; LoRA on the backbone, plus the projector; or full, all but
-    the vision tower."""
+    """Weights to train: the projector; LoRA on the backbone, plus the projector; full, all but the
+    vision tower; or projector or full with the tower."""
     loss: str = "sft+hidden"
     keep_adapter: bool = False
     """Also keep the LoRA matrices as an adapter, next to the merged model."""
@@ -287,6 +289,11 @@ class RecoverConfig(TrainingConfig):
             raise ConfigError(f"keep_adapter True needs train 'lora', not {self.train!r}")
 
     @property
+    def besides_tower(self) -> str:
+        """What is trained beside the vision tower."""
+        return self.train.removesuffix("+tower")
+
+    @property
     def positions(self) -> Positions:
         """The positions to compare: answers with sft in the loss, else all but padding."""
         return "answer" if "sft" in self.loss_weights else "all"
@@ -295,7 +302,7 @@ class RecoverConfig(TrainingConfig):
         """Compute the epochs over so many samples, with a ``removed`` share of the decoder."""
         if self.epochs is not None:
             return self.epochs
-        if self.train != "full" or "sft" in self.loss_weights:
+        if self.besides_tower != "full" or "sft" in self.loss_weights:
             return 1.0
         return min(max(SAMPLES_READ * removed / samples, 1.0), MAX_EPOCHS)
 

@@ -155,7 +155,7 @@ def make_plan(
     plan = replace(Plan.everything(anatomy), axis=axis, asked_ratio=ratio, tokens=kept)
     if tower_ratio:
         plan = replace(plan, tower=plan_tower(anatomy, tower_ratio, tower_scores))
-        if not ratio:
+        if not ratio and not experts:
             return plan
     if experts:
         of_experts = scores_for("expert", given, budget)

@@ -210,9 +210,9 @@ def _training_bytes(
     held = weight_bytes(shape, held_in)
     smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
     # a teacher shares the weights that stay frozen
-    models = held + smaller * (config.train == "full") if config.needs_teacher else smaller
+    models = held + smaller * (config.besides_tower == "full") if config.needs_teacher else smaller
     learn = learning_params(shape, ratio, config.train, config.lora_rank)
-    if config.train == "full":
+    if config.besides_tower == "full":
         models -= learn * BYTES[held_in]  # they are held among those that learn
     of_token = sizes.token_bytes.get(kept_in, 0.0)
     if config.train == "lora":  # keeps its inputs after dropout, and where these fell
@@ -270,7 +270,7 @@ def stage_flops(kind: str, recipe: Recipe, sizes: Sizes, kept: float = 1.0) -> f
         steps = optimizer_steps(recover, samples, sizes.decoder_share(1 - kept))
         batches = steps * recover.gradient_accumulation
         seen = batches * min(recover.batch_size, samples)
-        passes = kept * (2 if recover.train == "projector" else 3) + recover.needs_teacher
+        passes = kept * (2 if recover.besides_tower == "projector" else 3) + recover.needs_teacher
         return sizes.pass_flops * passes * seen
     assert recipe.tasks is not None
     count = questions_of(recipe.tasks, recipe.limit) * (1 + recipe.floors)
@@ -307,10 +307,11 @@ def _is_walked(recipe: Recipe) -> bool:
 
 def learning_params(shape: Anatomy, ratio: float, train: Train, rank: int) -> int:
     """Count the parameters that learn, after a share ``ratio`` of the backbone was removed."""
-    if train == "projector":
-        return shape.projector_params
-    if train == "full":
-        return round((1 - ratio) * shape.backbone_params) + shape.projector_params
+    tower, part = shape.vision_params * train.endswith("+tower"), train.removesuffix("+tower")
+    if part == "projector":
+        return tower + shape.projector_params
+    if part == "full":
+        return tower + round((1 - ratio) * shape.backbone_params) + shape.projector_params
     channels, hidden = 0, shape.hidden_size  # inputs and outputs of all matrices
     for layer in shape.layers:
         queries, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim

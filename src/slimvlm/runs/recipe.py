@@ -58,6 +58,7 @@ _OF_DATA = (
     *("images", "max_bad_rows", "max_length", "too_long"),
     *("repair", "local_steps", "general_text"),
 )
+_OF_PICTURES = ("projector", "projector+tower", "full+tower")  # trainings that need images
 TOWER_RATIOS = (0.2, 0.4, 0.6)  # that are tried for a latency, beside none
 _RATIO_STEP = 1e-3  # how much further a ratio goes at least while it is too small
 
@@ -88,7 +89,7 @@ class Recipe(CompressConfig):
     @property
     def name(self) -> str:
         """The name of a trial."""
-        tower = f" with {self.tower_ratio:.0%} of the tower" if self.tower_ratio else ""
+        tower = f" and tower {self.tower_ratio:g}" if self.tower_ratio else ""
         return f"{self.axis}{tower}{TRIMMED * self.is_trimmed}"
 
     @property
@@ -358,11 +359,19 @@ def resolve(
     try_lora(described, recipe.recover)
     # with samples
     samples = read_split(recipe, say)
-    if recipe.recover is not None and recipe.recover.train == "projector" and samples.training:
+    if (
+        recipe.recover is not None
+        and (train := recipe.recover.train) in _OF_PICTURES
+        and samples.training
+    ):
         if not shape.projector_params:
-            raise ConfigError(f"train 'projector': {shape.model_type!r} has no projector")
+            raise ConfigError(f"train {train!r}: {shape.model_type!r} has no projector")
         if not any(sample.images for sample in samples.training):
-            raise ConfigError("train 'projector' needs images, and the data have none")
+            raise ConfigError(f"train {train!r} needs images, and the data have none")
+    if recipe.tower_ratio and has_data and not any(s.images for s in samples.calibration):
+        raise ConfigError(
+            f"tower_ratio {recipe.tower_ratio:g} needs images, and the data have none"
+        )
     gates.parse(recipe.require, gates.in_percent(tasks, bool(samples.test)))
     budget = None
     if share is not None:

@@ -161,8 +161,11 @@ def behind_tower(
         how = (calibration.fitted, held_out, steps, device, results, say)
         tower = walk_tower(source, its, *how, steps_open=recipe.local_steps is None)
     source = with_tower(source, tower)
+    left = read_anatomy(source.model)
     if plan is not None:
-        plan = replace(plan, tower=None, before=read_anatomy(source.model))
+        plan = replace(plan, tower=None, before=left)
+    elif not (recipe.size or recipe.experts or recipe.tokens):  # nothing else goes
+        plan = replace(Plan.everything(left), axis=recipe.axis or "width")
     return tower, replace(recipe, tower_ratio=0.0), source, plan
 
 

@@ -311,7 +311,7 @@ def peak_rate(config: RecoverConfig, model: PreTrainedModel, plan: Plan | None) 
     """Return the learning rate: the one that is given, or one by rule."""
     if config.learning_rate is not None:
         return config.learning_rate
-    if config.train != "full":
+    if config.besides_tower != "full":
         return RATE
     # measured on a model with 576 channels (``docs/log.md``); a wider one takes less in proportion,
     # as the hidden matrices of μP do (arXiv:2203.03466, Table 3)

@@ -41,7 +41,7 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
     """Freeze all but the trainable weights, hold those in float32, and add LoRA by PEFT."""
     family = Parts(model).family
     model.requires_grad_(False)
-    if config.train == "projector" and not family.projector:
+    if config.besides_tower == "projector" and not family.projector:
         raise ConfigError(f"train 'projector': {model.config.model_type!r} has no projector")
     trained: Any = model
     if config.train == "lora":
@@ -58,7 +58,7 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
         with wrong, warnings.catch_warnings(action="ignore", category=FutureWarning):  # old names
             settings = peft.LoraConfig(r=config.lora_rank, **options)
             trained = peft.get_peft_model(model, settings)
-    if config.train == "full":
+    if config.besides_tower == "full":
         head: Any = model.get_submodule(family.head)
         head.requires_grad_(bool(config.loss_weights.keys() - set(HIDDEN_LOSSES)))
         model.get_submodule(family.backbone).requires_grad_(True)  # a tied head with it
@@ -67,8 +67,18 @@ def prepare_training(model: PreTrainedModel, config: RecoverConfig) -> Any:
     for path in family.projector:
         for parameter in parameters_below(model, path):
             parameter.requires_grad_(True)
+    if config.train != config.besides_tower:
+        if family.vision is None:
+            raise ConfigError(f"train {config.train!r}: {model.config.model_type!r} has no tower")
+        for parameter in parameters_below(model, family.vision):
+            parameter.requires_grad_(True)
     hold_in_(model, torch.float32, learning_only=True)
     return trained
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether any parameter of a module learns."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _towers(model: PreTrainedModel) -> list[nn.Module]:
@@ -256,7 +266,8 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *unused: Any, **kwargs: Any
     ) -> Tensor:
         """Compute the weighted sum of the losses; each is kept for the log."""
-        for tower in _towers(plain_model(self.model)):  # frozen, and so are their statistics
+        frozen = [tower for tower in _towers(plain_model(self.model)) if not learns(tower)]
+        for tower in frozen:  # and so are their statistics
             for module in tower.modules():  # in evaluation mode layers keep all for the gradient
                 module.training = isinstance(module, GradientCheckpointingLayer)
         batches, values = [inputs, *inputs.pop(REST)], dict[str, Tensor]()

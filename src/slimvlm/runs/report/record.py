@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 
 from slimvlm.core.documents import read_object, read_yaml
 from slimvlm.core.errors import LONGEST, ConfigError, one_line, raised_as, shortened
 from slimvlm.core.files import path_of
+from slimvlm.core.options import Train
 from slimvlm.core.tables import read_table
 from slimvlm.data.samples import Task
 from slimvlm.evaluation.compare import Comparison, compare
@@ -303,8 +304,9 @@ def _measured(table: pd.DataFrame) -> pd.DataFrame:
     table = table.reindex(columns=[*dict.fromkeys([*table, *numbers, "reference", *words])])
     table = table.astype(dict.fromkeys([*numbers, "reference"], float))
     table["train"] = table["train"].fillna("none")  # of originals
-    for train in {*table["train"]} - {"none", "projector", "lora", "full"}:
-        raise ConfigError(f"train {shortened(train)} must be one of: none, projector, lora, full")
+    known = ("none", *get_args(Train))
+    for train in {*table["train"]} - {*known}:
+        raise ConfigError(f"train {shortened(train)} must be one of: {', '.join(known)}")
     return table
 
 

@@ -34,6 +34,8 @@ class Grid:
     """depth, width or both."""
     criterion: Listed[str] = (DEFAULT,)
     """Criteria; of several kinds of unit joined by +. default chooses for the axis."""
+    tower_ratio: Listed[float] = (0.0,)
+    """Shares of the vision tower's parameters to remove as well."""
     allocation: Listed[core.Allocation | None] = (None,)
     """How widths share the ratio; by default balanced where obs chooses, else uniform."""
     repair: Listed[str] = ("auto",)
@@ -145,6 +147,7 @@ class Cell:
         """The options of the cell as a short text."""
         given = self.options
         parts = [short_name(self.model), given.axis, percent(given.ratio or 0), self.criterion]
+        parts += [f"tower {percent(given.tower_ratio)}"] if given.tower_ratio else []
         parts += [given.allocation] if given.allocation and given.axis != "depth" else []
         parts += [f"repair {given.repair}"] if given.repair != "none" else []
         parts += [self.words] if self.words else []
@@ -160,7 +163,7 @@ class Cell:
             trained = {name: getattr(self.options.recover, name) for name in trained}
         return {
             "model": self.model,
-            **{name: getattr(self.options, name) for name in ("axis", "ratio")},
+            **{name: getattr(self.options, name) for name in ("axis", "ratio", "tower_ratio")},
             "criterion": self.criterion,
             **{name: getattr(self.options, name) for name in ("allocation", "repair")},
             "options": self.words,
