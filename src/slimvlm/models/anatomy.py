@@ -199,6 +199,11 @@ class Anatomy:
         return self.backbone_params + self.vision_params + self.projector_params
 
     @property
+    def params(self) -> int:
+        """The same, of a tower on its own."""
+        return self.total_params
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all layers with KV groups have equally many, and so with neurons and experts."""
         kinds = (self.attention_shapes, self.mlp_widths, self.expert_counts)

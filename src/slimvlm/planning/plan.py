@@ -109,6 +109,21 @@ class Plan:
         return {"kv_group": self.kv_groups, "neuron": self.neurons, "expert": self.experts}[unit]
 
     @property
+    def tower_layers(self) -> Kept:
+        """The kept layers of the vision tower; none without one."""
+        return () if self._tower is None else self._tower.layers
+
+    @property
+    def tower_neurons(self) -> tuple[Kept, ...]:
+        """For each of its original layers the kept neurons."""
+        return () if self._tower is None else self._tower.neurons
+
+    @property
+    def _tower(self) -> "Plan | None":
+        whole = self.before.tower
+        return self.tower or (None if whole is None else Plan.everything(whole))
+
+    @property
     def shapes(self) -> dict[int, LayerShape]:
         """The kept layers by their original number, with the units that they keep."""
         layers = self._of_kept_tokens.layers

@@ -135,6 +135,7 @@ def decide(
     ``shape`` no `Recipe.trials` are made.
     """
     axis, ratio, data, repair = options.axis, options.ratio, options.data, options.repair
+    ratio = ratio or None if options.tokens_first else ratio  # 0 is none where others go
     given = {**vars(options), "model": model, "tokens": tokens}
     given |= {"recover": None, "test_samples": tests}
     latency = getattr(options, "target_latency", None)
@@ -354,6 +355,8 @@ def resolve(
     check_recipe(recipe)
     if plan is None:
         require_possible(recipe, shape, silent if recipe.trims_vocabulary else say)
+    if shape.tower is not None and shape.tower.unread and not (recipe.tower_ratio or plan):
+        say(unread_layers(shape.tower))
     if (line := lost_heads(described)) is not None:
         say(line)
     try_lora(described, recipe.recover)
@@ -393,6 +396,13 @@ def resolve(
         trimmed = decide(model, options, shape, tokens=fewer).trials
         recipe = replace(recipe, trials=(*recipe.trials, *trimmed))
     return replace(recipe, pictures=budget), plan, samples
+
+
+def unread_layers(tower: Anatomy) -> str:
+    """Say which layers of a vision tower nobody reads."""
+    first, last = tower.num_layers - tower.unread, tower.num_layers - 1
+    which = f"layer {last}" if first == last else f"layers {first} to {last}"
+    return f"nobody reads {which} of the vision tower: --tower-ratio removes that first, and no feature changes"
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -161,6 +161,8 @@ def _cards(
             yield title, f"{kept['percent']:.1f}", f"{bounds}, floor {kept['floor']:.1f}"
     asked = "" if plan.asked_ratio is None else f"requested {plan.asked_ratio:.1%}"
     yield "Backbone removed", f"{plan.ratio:.1%}", asked
+    if plan.tower is not None:
+        yield "Vision tower removed", f"{plan.tower.ratio:.1%}", ""
     before, after = plan.before.total_params / 1e6, plan.after.total_params / 1e6
     yield "Parameters", f"{after:,.1f} M", f"of {before:,.1f} M"
     if (times := runs.read_times(folder)) is not None:
