@@ -23,6 +23,7 @@ from slimvlm.models.load import load_config, load_processor
 from slimvlm.models.pictures import picture_tokens
 from slimvlm.models.serving import GGUF_PICTURES, OPENVINO_REFUSES, RAN, check
 from slimvlm.planning.make import make_plan
+from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import prune_
 from slimvlm.pruning.save import save
 from slimvlm.runs.images import image_tokens
@@ -37,7 +38,7 @@ from tests.handmade import plan_by_hand, random_scores
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, ALONE, BUDGETS = DOCS / "engines.md", DOCS / "text-only.md", DOCS / "images-budget.md"
-AXES = ("as it is", "depth", "width", "both", "tokens")
+AXES = ("as it is", "depth", "width", "both", "tokens", "tower")
 SAME = "same"
 WRITES = "SLIMVLM_WRITE_ENGINE_TABLE"
 """Set by ``make test-engines``; other runs of the tests leave the pages as they are."""
@@ -159,6 +160,21 @@ def pruned(kind, out):
     return folders
 
 
+def smaller_tower(kind, out):
+    """A small model with a quarter of its vision tower's neurons and no layer that nobody reads."""
+    model, words = served.build(kind)
+    shape = read_anatomy(model)
+    tower = Plan.everything(shape.tower)
+    layers = tower.layers[: len(tower.layers) - shape.tower.unread]
+    few = tuple(range(shape.tower.mlp_widths[-1] // 4))
+    rows = {"neurons": tuple(few if i in layers else () for i in tower.layers)}
+    tower = replace(tower, layers=layers, **rows)
+    plan = replace(Plan.everything(shape), tower=tower)
+    prune_(model, plan)
+    save(model, words, out / kind.replace("/", "-"), plan)
+    return out / kind.replace("/", "-")
+
+
 def differing(found):
     return [each.summary() for each in found if not each.is_same]
 
@@ -173,6 +189,20 @@ def test_answers_are_transformers_for_every_kind_an_engine_is_named_for(engine, 
         texts = len(plain_questions(sees=False))
         asked = zip(kinds, found[::3], strict=True)
         assert seeing == {kind for kind, one in asked if len(one.prompts) > texts}
+
+
+@pytest.mark.slow
+@on("vllm", "gguf")
+def test_answers_with_a_smaller_tower_are_transformers(engine, tmp_path):
+    kinds = [kind for kind in RAN[engine].kinds if engine == "vllm" or kind not in DEMO]
+    towers = {kind: read_anatomy(served.build(kind)[0]).tower for kind in kinds}
+    kinds = [k for k, tower in towers.items() if tower and tower.backbone.why_whole is None]
+    folders = [smaller_tower(kind, tmp_path) for kind in kinds]
+    found = compare(folders, engine, max_new_tokens=TOKENS, **ORIGINAL.get(engine, {}))
+    for kind, one in zip(kinds, found, strict=True):
+        record(f"small `{kind}`", {"tower": one})
+    assert kinds
+    assert differing(found) == []
 
 
 @pytest.mark.slow

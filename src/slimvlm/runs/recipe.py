@@ -402,7 +402,7 @@ def unread_layers(tower: Anatomy) -> str:
     """Say which layers of a vision tower nobody reads."""
     first, last = tower.num_layers - tower.unread, tower.num_layers - 1
     which = f"layer {last}" if first == last else f"layers {first} to {last}"
-    return f"nobody reads {which} of the vision tower: --tower-ratio removes that first, and no feature changes"
+    return f"nobody reads {which} of the vision tower: --tower-ratio removes it first, for nothing"
 
 
 def check_recipe(recipe: Recipe) -> None:
