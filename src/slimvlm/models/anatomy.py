@@ -404,7 +404,7 @@ def _read_tower(model: nn.Module, projector: set[nn.Parameter]) -> Anatomy | Non
     return Anatomy(
         model_type=described.model_type,
         text_type=described.model_type,
-        hidden_size=layers[0].get_submodule(last.path).out_features,  # type: ignore[arg-type]
+        hidden_size=layers[0].get_submodule(last.path).out_features,
         vocab_size=1,
         layers=tuple(shapes),
         embedding_params=max(rest, 1),

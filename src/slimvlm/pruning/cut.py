@@ -240,7 +240,7 @@ def prune_tower_(model: nn.Module, plan: Plan | None) -> None:
             setattr(tower, name, [place for place, i in enumerate(plan.layers) if i in given])
 
 
-def tower_of(model: nn.Module) -> nn.Module:
+def tower_of(model: nn.Module) -> Any:
     """Return a model's vision tower; raise if it has none whose layers are known."""
     if (path := tower_path(model.config)) is None:
         raise UnsupportedModelError("the model has no vision tower whose layers are known")

@@ -150,8 +150,8 @@ def prune_from_files(
         return CardFacts(base=base, name=out.name, held_out=text, data=recipe.data)
 
     trusted, where = recipe.trust_remote_code, (recipe.model, walked.plan, out, recipe.dtype, force)
-    parts = {"weights": walked.weights, "tower_weights": {} if tower is None else tower.weights}
-    prune_checkpoint(*where, trust_remote_code=trusted, **parts, describe=describe)
+    weights = walked.weights, {} if tower is None else tower.weights
+    prune_checkpoint(*where, False, trusted, *weights, describe)
     return walked, held_out
 
 

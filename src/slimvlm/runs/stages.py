@@ -220,6 +220,7 @@ def try_axes(
     shape, shown = read_anatomy(model), replace(calibration)  # with fewer batches, of all lengths
     shown.fitted = calibration.fitted[:: max(len(calibration.fitted) // _TRIAL_BATCHES, 1)]
     shown.held_out = calibration.held_out
+    known = {} if known is None else known
     # by the tower's ratio: its walk, the model behind it, features of pictures
     towers = dict[float, tuple[Walked | None, Source, dict[str, Any]]]()
 
@@ -227,7 +228,7 @@ def try_axes(
         brief, store = replace(trial, local_steps=0), Memory(torch.device("cpu"))
         if brief.tower_ratio not in towers:
             found = behind_tower(brief, Live(model), store, model.device, shown, None)
-            own = known if known is not None and found[0] is None else {}
+            own = known if found[0] is None else {}
             towers[brief.tower_ratio] = (found[0], found[2], own)
         tower, source, features = towers[brief.tower_ratio]
         brief = replace(brief, tower_ratio=0.0)
@@ -240,7 +241,6 @@ def try_axes(
         processor = trimmed_processor(shown.processor, walked.plan)
         if trial.recover is not None and training:
             student = copy.deepcopy(student)  # what stays whole is the original's until here
-            features = {}  # which the projector's training changes
             judges = set(map(id, judging(shown.samples)))
             samples = [each for each in training if id(each) not in judges] or list(training)
             learnt = max(round(len(samples) * trial.recover.fraction), 1)

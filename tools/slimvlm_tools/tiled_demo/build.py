@@ -86,7 +86,6 @@ def make_base() -> tuple[Any, Any]:
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=SHUFFLE,
         tie_word_embeddings=True,
-        pad_token_id=DATA["token_ids"]["pad_token_id"],
     )
     text_model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         str(fetch_language_model()),

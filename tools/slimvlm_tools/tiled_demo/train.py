@@ -395,11 +395,11 @@ def train_joint(model: Any, tokenizer: Any, config: TrainConfig) -> None:
         total = sum(float(part.weights[part.targets >= 0].sum()) for part in parts)
         value = 0.0
         optimizer.zero_grad()
-        for part in parts:
-            known = part.targets >= 0
-            logits = answer_logits(model, eyes, part)
-            losses = functional.cross_entropy(logits, part.targets[known], reduction="none")
-            loss: Any = (losses * part.weights[known]).sum() / total
+        for batch in parts:
+            known = batch.targets >= 0
+            logits = answer_logits(model, eyes, batch)
+            losses = functional.cross_entropy(logits, batch.targets[known], reduction="none")
+            loss: Any = (losses * batch.weights[known]).sum() / total
             loss.backward()
             value += float(loss)
         for group in optimizer.param_groups:

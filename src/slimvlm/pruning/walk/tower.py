@@ -38,8 +38,7 @@ class TowerSource:
     @property
     def model(self) -> PreTrainedModel:
         """The tower itself."""
-        found: Any = tower_of(self.whole.model)
-        return found
+        return tower_of(self.whole.model)
 
     def loaded(self, part: int | str, device: torch.device) -> AbstractContextManager[None]:
         """Give a layer of the tower its values inside."""
