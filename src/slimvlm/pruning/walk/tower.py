@@ -38,7 +38,8 @@ class TowerSource:
     @property
     def model(self) -> PreTrainedModel:
         """The tower itself."""
-        return tower_of(self.whole.model)
+        found: PreTrainedModel = tower_of(self.whole.model)
+        return found
 
     def loaded(self, part: int | str, device: torch.device) -> AbstractContextManager[None]:
         """Give a layer of the tower its values inside."""
