@@ -29,6 +29,7 @@ from slimvlm.models.parts import (
     family_of,
     layer_matrices,
     parameters_below,
+    part_at,
     tower_path,
 )
 
@@ -181,6 +182,8 @@ class Anatomy:
     # ``embedding_params``. None without one, or where its layers are not known.
     tower: "Anatomy | None" = None
     unread: Width = 0  # last layers of a tower whose outputs nobody reads
+    # the part of a tower's ``embedding_params`` that goes with each neuron of all layers
+    head_neuron_params: Count = 0
 
     @property
     def num_layers(self) -> int:
@@ -391,6 +394,11 @@ def _read_tower(model: nn.Module, projector: set[nn.Parameter]) -> Anatomy | Non
     of_layers = set(layers.parameters())
     rest = sum(p.numel() for p in {*tower.parameters()} - of_layers - projector)
     (last,) = (p for p in row.mlp if p.dim == INPUT_COLUMNS)
+    of_head = [
+        Matrix(part, "weight", projection)
+        for projection in row.of_same_width
+        if isinstance(part := part_at(tower, projection.path), nn.Linear)
+    ]
     reads = read_states(config, len(shapes))
     listed = [number for name in row.layer_indices for number in getattr(described, name, ())]
     pinned = {state - 1 for state in reads if 0 < state < max(reads)}
@@ -414,6 +422,7 @@ def _read_tower(model: nn.Module, projector: set[nn.Parameter]) -> Anatomy | Non
         projector_params=0,
         pinned_layers=tuple(sorted(pinned)),
         unread=len(shapes) - max(reads),
+        head_neuron_params=_of_unit(of_head, shapes[0].intermediate_size),
     )
 
 

@@ -139,6 +139,9 @@ class Plan:
         after = replace(self._narrowed, pinned_layers=pinned)
         read = self.before.num_layers - self.before.unread
         after = replace(after, unread=sum(index >= read for index in self.layers))
+        if each := self.before.head_neuron_params:
+            lost = (self.before.mlp_widths[-1] - after.mlp_widths[-1]) * each
+            after = replace(after, embedding_params=self.before.embedding_params - lost)
         if self.tower is not None:
             tower = self.tower.after
             lost = self.tower.before.backbone_params - tower.backbone_params

@@ -339,7 +339,7 @@ def cuts_of_tower(tower: nn.Module, plan: Plan) -> Iterator[Cut]:
     """List the cuts of a plan for a vision tower, and of the head that shares its width."""
     for index in plan.layers:
         yield from cuts_of_layer(tower, plan, index)
-    keep = torch.arange(len(plan.neurons[plan.layers[0]]))
+    keep = torch.arange(len(plan.neurons[plan.layers[0]]))  # of a head that nobody reads
     for projection in plan.before.backbone.of_same_width:
         if isinstance(part := part_at(tower, projection.path), nn.Linear):
             yield Cut(part, "weight", projection.axis, keep)
