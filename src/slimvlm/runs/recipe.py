@@ -36,10 +36,10 @@ from slimvlm.evaluation.lmms import check_names, split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.cost import prefill_flops
+from slimvlm.models.cost import Picture, question_flops
 from slimvlm.models.devices import device_named
 from slimvlm.models.parts import context_of
-from slimvlm.models.pictures import PictureBudget, budgets_for, knobs_of
+from slimvlm.models.pictures import PictureBudget, budgets_for, knobs_of, picture_of
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import lost_heads
@@ -271,12 +271,16 @@ def _trials(recipe: Recipe, options: PruneConfig, shape: Anatomy) -> tuple[Recip
 def _ratio_for_latency(
     model: str, options: PruneConfig, shape: Anatomy, tokens: tuple[int, ...] | None
 ) -> float:
-    """Find about the smallest ratio whose prefill takes a share of the work, on the first axis."""
+    """Find about the smallest ratio with a share of a question's work, on the first axis."""
     share = float(options.target_latency)  # type: ignore[attr-defined]
+    picture = picture_of(model, options.trust_remote_code)
+    work = question_flops(shape, picture)
+    in_backbone = work.backbone / sum(work)
     in_layers = sum(layer.params for layer in shape.layers) / shape.backbone_params
+    pace = in_layers / in_backbone  # ratio by which a share of the work is removed
     axes = [axis for axis in get_args(Axis) if axis == options.axis] or ["width", "depth", "both"]
     for axis in axes:
-        ratio = 0.9 * (1 - share) * in_layers  # a little less than it takes
+        ratio = 0.9 * (1 - share) * pace  # a little less than it takes
         while True:
             tried: dict[str, Any] = {"target_latency": None, "ratio": min(ratio, 1 - _RATIO_STEP)}
             recipe = decide(model, replace(options, axis=axis, **tried), shape, tokens=tokens)
@@ -284,20 +288,22 @@ def _ratio_for_latency(
                 plan = dry_plan(recipe, shape)
             except ImpossiblePlanError:
                 break
-            excess = prefill_share(plan) - share
+            excess = prefill_share(plan, picture) - share
             if excess <= 0:
                 return ratio
             if ratio >= 1:
                 break
-            ratio += max(excess * in_layers, _RATIO_STEP)
-    raise ImpossiblePlanError(f"target_latency {share} cannot be reached on {' or '.join(axes)}")
+            ratio += max(excess * pace, _RATIO_STEP)
+    message = f"target_latency {share} cannot be reached on {' or '.join(axes)}"
+    if picture.patches:
+        message += f": the backbone has {in_backbone:.0%} of the work of a question with an image"
+    raise ImpossiblePlanError(message)
 
 
-def prefill_share(plan: Plan) -> float:
-    """Compute the FLOPs of reading a usual prompt, as a share of the original's."""
-    known = rules().constants
-    prompt = known.text_tokens + (known.image_tokens if plan.before.vision_params else 0)
-    return prefill_flops(plan.after, prompt) / prefill_flops(plan.before, prompt)
+def prefill_share(plan: Plan, picture: Picture) -> float:
+    """Compute the FLOPs of a question about an image, as a share of the original's."""
+    before, after = (sum(question_flops(each, picture)) for each in (plan.before, plan.after))
+    return after / before
 
 
 def resolve(
