@@ -102,14 +102,16 @@ def _flops_of_weights(anatomy: Anatomy, shape: LayerShape) -> int:
 
 def question_flops(anatomy: Anatomy, picture: Picture, text_tokens: int = QUESTION_TOKENS) -> Work:
     """Count FLOPs of a question about an image, from its pixels to the first answer token."""
-    tower, patches = anatomy.tower, picture.patches
-    flops = 0 if tower is not None else 2 * anatomy.vision_params * patches
-    for shape in () if tower is None else tower.layers:
-        width = shape.fixed_weights // (4 * tower.hidden_size)  # of queries, keys, values, outputs
-        scores = 4 * min(picture.reach, shape.window or picture.reach) * width
-        flops += patches * (_flops_of_weights(tower, shape) + scores)
+    of_patch = 2 * anatomy.vision_params
+    if (tower := anatomy.tower) is not None:
+        of_patch = 0
+        for shape in tower.layers:
+            width = shape.fixed_weights // (4 * tower.hidden_size)  # four matrices, alike
+            reach = min(picture.reach, shape.window or picture.reach)
+            of_patch += _flops_of_weights(tower, shape) + 4 * reach * width
     projector = 2 * anatomy.projector_params * picture.features
-    return Work(flops, projector, prefill_flops(anatomy, picture.tokens + text_tokens))
+    backbone = prefill_flops(anatomy, picture.tokens + text_tokens)
+    return Work(picture.patches * of_patch, projector, backbone)
 
 
 def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:

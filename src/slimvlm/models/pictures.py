@@ -28,7 +28,7 @@ from slimvlm.models.parts import family_of, text_config_of
 SHOWN = 32  # images, spread over the data, whose sizes decide
 _PIXELS = ("pixel_values", "image_pixel_values", "flattened_patches")  # as processors name them
 _TOKEN_IDS = ("image_token_id", "image_token_index", "image_patch_id")
-_EDGES = (  # patches, or a share, along the edge of what becomes one token
+_EDGES = (  # patches along the edge of what becomes one token; of ratios the inverse
     *("spatial_merge_size", "scale_factor", "downsample_factor", "downsample_ratio"),
     *("pixel_shuffle_ratio", "hidden_stride"),
 )
@@ -74,9 +74,8 @@ def usual_picture(config: Any, processor: Any = None) -> Picture:
 
 def _pair(value: Any) -> tuple[int, int] | None:
     """Return height and width of a setting that is one number or two; None if it is neither."""
-    if not value:
-        return None
-    return (value[0], value[-1]) if isinstance(value, list | tuple) else (value, value)
+    values = [*value] if isinstance(value, list | tuple) else [value]
+    return (values[0], values[-1]) if values[0] else None
 
 
 def _patches(

@@ -28,7 +28,7 @@ from slimvlm.planning.make import ratio_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.chart import ChartRow, chart_row, expected, rules, subject_of
 from slimvlm.runs.compress import compress_command
-from slimvlm.runs.cost import Cost, Sizes, bytes_of_picture, cost, flops_of_picture, kept_bytes
+from slimvlm.runs.cost import Cost, Sizes, bytes_of_picture, cost, kept_bytes
 from slimvlm.runs.recipe import (
     Recipe,
     decide,
@@ -125,7 +125,8 @@ def advise(
         token_bytes={name: kept_bytes(load_config(model), name) for name in {dtype, "bfloat16"}},
         vocabulary=tokens,
         beside=bytes_of_picture(load_config(model), picture.tokens, dtype),
-        picture_flops=flops_of_picture(shape, picture),
+        picture=picture,
+        images=1.0,
     )
     device = device_named()
     if gpu is not None and gpu == (device.type == "cpu"):
@@ -359,7 +360,8 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         token_bytes={name: kept_bytes(described, name) for name in {dtype, "bfloat16"}},
         vocabulary=None if recipe.tokens is None else len(recipe.tokens),
         beside=shown_in[0] * bytes_of_picture(described, picture.tokens, dtype),
-        picture_flops=max(shown_in) * flops_of_picture(shape, picture),
+        picture=picture,
+        images=max(shown_in),
     )
     return DryRun(
         plan=alone or dry_plan(first, shape),

@@ -57,12 +57,18 @@ class Sizes:
     token_bytes: Mapping[str, float] = field(default_factory=dict)  # `kept_bytes` by data type
     vocabulary: int | None = None  # tokens of the pruned model; None for all
     beside: float = 0.0  # `bytes_of_picture` of a sample's images
-    picture_flops: float = 0.0  # FLOP of tower and projector for a sample's images
+    picture: Picture = field(default_factory=Picture)  # a usual image
+    images: float = 0.0  # of a sample, on average
 
     @property
     def pass_flops(self) -> float:
         """FLOP of a sample's forward pass through the whole model."""
         return self.backbone_flops + self.picture_flops
+
+    @property
+    def picture_flops(self) -> float:
+        """FLOP of tower and projector for a sample's images."""
+        return self.images * sum(question_flops(self.shape, self.picture)[:2])
 
     @property
     def backbone_flops(self) -> float:
@@ -112,7 +118,7 @@ def cost(recipe: Recipe, sizes: Sizes, device: torch.device, dtype: str, tried: 
     shape, on_images = sizes.shape, sizes.picture_flops / max(sizes.pass_flops, 1.0)
     brief = replace(recipe, local_steps=0, test_samples=0)
     work = stage_flops("calibrate", recipe, sizes) + stage_flops("prune", recipe, sizes)
-    again = replace(sizes, picture_flops=0.0)  # with the same scores and features of images
+    again = replace(sizes, images=0.0)  # with the same scores and features of images
     work += tried * stage_flops("prune", brief, again)
     asking = 0.0
     if recipe.tasks is not None:
@@ -365,12 +371,6 @@ def bytes_of_picture(config: PreTrainedConfig, tokens: float, dtype: str) -> flo
         patches = (vision.image_size // vision.patch_size) ** 2 + 1
         found += vision.max_num_tiles * patches * channels
     return found
-
-
-def flops_of_picture(shape: Anatomy, picture: Picture) -> int:
-    """Count the FLOP of tower and projector for one image."""
-    work = question_flops(shape, picture)
-    return work.tower + work.projector
 
 
 def speed_of(device: torch.device, dtype: str) -> tuple[float, str]:

@@ -274,8 +274,7 @@ def _ratio_for_latency(
     """Find about the smallest ratio with a share of a question's work, on the first axis."""
     share = float(options.target_latency)  # type: ignore[attr-defined]
     picture = picture_of(model, options.trust_remote_code)
-    work = question_flops(shape, picture)
-    in_backbone = work.backbone / sum(work)
+    in_backbone = (work := question_flops(shape, picture)).backbone / sum(work)
     in_layers = sum(layer.params for layer in shape.layers) / shape.backbone_params
     pace = in_layers / in_backbone  # ratio by which a share of the work is removed
     axes = [axis for axis in get_args(Axis) if axis == options.axis] or ["width", "depth", "both"]

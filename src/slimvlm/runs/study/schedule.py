@@ -33,7 +33,7 @@ from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import save
 from slimvlm.runs import stages
 from slimvlm.runs.chart import rules
-from slimvlm.runs.cost import Sizes, flops_of_picture, stage_flops
+from slimvlm.runs.cost import Sizes, stage_flops
 from slimvlm.runs.recipe import (
     Recipe,
     criterion_options,
@@ -364,13 +364,8 @@ class Schedule:
             tokens = fmean(lengths or [rules().constants.text_tokens + picture.tokens])
             images = fmean([len(s.images) for s in found.calibration] or [1])
             trained, shown = len(found.training), len(found.calibration)
-            sizes = Sizes(
-                shape=shape,
-                tokens=tokens,
-                samples=trained,
-                calibration=shown,
-                picture_flops=images * flops_of_picture(shape, picture),
-            )
+            counts: dict[str, Any] = {"samples": trained, "calibration": shown, "images": images}
+            sizes = Sizes(shape=shape, tokens=tokens, picture=picture, **counts)
             disk = rules().constants.disk_flops * 2 * shape.total_params / 1e9
             smaller = 1 - (cell.cell.options.ratio or 0.0)
             for stage in cell.all():
