@@ -54,7 +54,7 @@ def usual_picture(config: Any, processor: Any = None) -> Picture:
     step, extra = _pair(getattr(vision, "patch_size", None)), vision.model_type in _CLASSED
     reads_aside = bool(getattr(text_config_of(config), "cross_attention_layers", None))
     if chat.can_see(processor):
-        with suppress(SlimError):  # a processor without a template, or that refuses the image
+        with suppress(SlimError, AttributeError, TypeError, ValueError):  # refuses it, or is unlike
             inputs = chat.encode_questions(processor, [chat.plain_question(processor)])
             tokens = picture_tokens(processor, chat.USUAL_SIZE)
             ids = torch.tensor([getattr(config, name, None) or -1 for name in _TOKEN_IDS])
