@@ -34,7 +34,7 @@ SECTIONS = {
     "Reference": (
         *("cli", "python", "files", "criteria", "losses", "families", "engines", "demo-model"),
     ),
-    "Why": ("how-pruning-works", "results", "speed", "limits", "faq", "security", "log"),
+    "Why": ("how-pruning-works", "results", "speed", "towers", "limits", "faq", "security", "log"),
     "Take part": (
         *("contributing", "changelog"),
         *("journey-compress", "journey-batch-to-slice", "journey-sample-to-loss"),

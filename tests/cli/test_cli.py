@@ -29,6 +29,7 @@ from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
 from slimvlm.evaluation.results import Result
 from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.cost import Picture, question_flops
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import recipe
 from tests import tiny_folder as folders
@@ -289,6 +290,10 @@ def test_inspect_agrees_with_the_library(kind, run):
         "legal_kv_heads": shape.legal_kv_heads(),
     }
     assert {name: values.pop(name) for name in extra} == extra
+    sees = kind == "llava"  # 4 x 4 patches and a class token; a mark is around the image tokens
+    image = {"patches": 17 * sees, "reach": 17 * sees, "features": 16 * sees, "tokens": 17 * sees}
+    assert values.pop("image") == image
+    assert values.pop("image_flops") == question_flops(shape, Picture(**image))._asdict()
     assert built(Anatomy, values) == shape
 
 

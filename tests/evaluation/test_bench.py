@@ -86,6 +86,32 @@ def test_figures_of_a_benchmark_of_two_models_and_of_one(models):
     assert all(len(row) == len(header) == 2 for row in rows)
 
 
+def test_a_question_with_an_image_is_timed_from_its_pixels(llava, monkeypatch):
+    """Beside random prompts, for models and processors that take images."""
+    model, processor = llava
+    small, _ = load(folders.folder("llava"))
+    prune_(small, plan_by_hand(read_anatomy(small), layers=(0, 2)))
+    given = []
+    timed = module.timed_run
+    monkeypatch.setattr(module, "timed_run", lambda m, i, n: given.append({*i}) or timed(m, i, n))
+    result = bench(small, model, replace(SMALL, batch_sizes=(1,)), processors=(processor,) * 2)
+    assert sum("pixel_values" in names for names in given) == 2 * (1 + SMALL.repeats)
+    ours, theirs = result.model, result.baseline
+    gain, ideal = result.image_speed_up
+    assert ideal == pytest.approx(theirs.image_flops / ours.image_flops)
+    assert 1 < ideal < theirs.prefill_flops / ours.prefill_flops * 1.1  # the tower stays
+    assert min(ours.image_ms, theirs.image_ms, gain) > 0
+    header, rows = bench_rows(result)
+    assert all(len(row) == len(header) for row in rows)
+    assert rows[-1][0] == "question with an image: prefill ms"
+    alone = bench(model, workload=replace(SMALL, batch_sizes=(1,)), processors=(processor,))
+    assert all(len(row) == 2 for row in bench_rows(alone)[1])
+    text = bench(
+        model, workload=replace(SMALL, batch_sizes=(1,)), processors=(processor.tokenizer,)
+    )
+    assert text.model.image_flops is None
+
+
 @pytest.mark.parametrize(
     "wrong", [{"prompt_tokens": 0}, {"new_tokens": 2}, {"repeats": 0}, {"batch_sizes": (0,)}]
 )
@@ -141,10 +167,21 @@ def test_a_run_times_every_token_and_times_lie_within_their_runs(llava, tmp_path
     assert 0 < low <= found.pruned.prefill_ms <= high
     found.save(tmp_path / "times.json")
     assert PairedTimes.load(tmp_path / "times.json") == found
+    assert found.text is not None
+    assert paired_times(*load(folders.folder("text")), *load(folders.folder("text"))).text is None
+    old = json.loads((tmp_path / "times.json").read_text())
+    del old["text"]  # as runs of an earlier version have it
+    (tmp_path / "times.json").write_text(json.dumps(old))
+    assert PairedTimes.load(tmp_path / "times.json") == replace(found, text=None)
     times = replace(found.pruned, prefill_ms=2.24, decode_ms=1.0)
-    assert str(replace(found, pruned=times, prefill=Estimate(1, 1, 1), decode=Estimate(1))) == (
+    found = replace(found, pruned=times, prefill=Estimate(1, 1, 1), decode=Estimate(1), text=None)
+    assert str(found) == (
         "prefills in 1.00 [1.00, 1.00] of the original's time (2.2 ms), "
         "decodes a token in 1.00 (1.0 ms)"
+    )
+    assert str(replace(found, text=Estimate(0.5))) == (
+        "prefills a question with an image in 1.00 [1.00, 1.00] of the original's time (2.2 ms), "
+        "without the image in 0.50, decodes a token in 1.00 (1.0 ms)"
     )
     (tmp_path / "times.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"times '.*times\.json'"):

@@ -10,10 +10,9 @@ from slimvlm.cli.steps import prune
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.core.options import CompressConfig, MemoryOptions, PruneConfig, RecoverConfig
 from slimvlm.core.progress import silent
-from slimvlm.models.cost import prefill_flops
+from slimvlm.models.cost import Picture, question_flops
 from slimvlm.planning.plan import Plan
 from slimvlm.runs import stages
-from slimvlm.runs.chart import rules
 from slimvlm.runs.compress import compress
 from slimvlm.runs.recipe import decide, dry_plan, read_split, resolve
 from slimvlm.runs.stages import Calibration
@@ -26,7 +25,7 @@ from tests.tiers import tiered
 TABLES = tables(__file__)
 
 AXES = ["depth", "width", "both"]
-PROMPT = rules().constants.text_tokens + rules().constants.image_tokens
+SHOWN = Picture(17, 17, 16, 16)  # an image is 4 x 4 patches, and a class token
 RATIO = 0.19
 """About one of the four layers."""
 
@@ -124,8 +123,9 @@ def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share):
     for trial in found:
         least = replace(trial, ratio=trial.size - max(layer, 0.02))
         reads = [dry_plan(each, shape).after for each in (least, trial)]
-        more, left = (prefill_flops(each, PROMPT) / prefill_flops(shape, PROMPT) for each in reads)
-        assert left <= share < more, trial.axis
+        more, left = (sum(question_flops(each, SHOWN)) for each in reads)
+        whole = sum(question_flops(shape, SHOWN))
+        assert left <= share * whole < more, trial.axis
     assert len({trial.ratio for trial in found}) == 3
 
 
@@ -147,8 +147,8 @@ def test_a_run_meets_its_latency(data, tmp_path, unhurried):
     shown = {"data": str(data), "samples": 8, "local_steps": 0, "axis": "auto"}
     compress(model, CompressConfig(target_latency=0.7, **shown), tmp_path / "run", say=said.append)
     plan = Plan.load(tmp_path / "run" / "plan.json")
-    left = prefill_flops(plan.after, PROMPT) / prefill_flops(plan.before, PROMPT)
-    assert 0.5 < left < 0.71  # groups and neurons share anew once they are tried
+    after, before = (sum(question_flops(each, SHOWN)) for each in (plan.after, plan.before))
+    assert 0.5 < after / before < 0.71  # groups and neurons share anew once they are tried
     assert "target_latency 0.7: measured 1.00 [1.00, 1.00]" in said  # times are made up
     with pytest.raises(ConfigError, match=r"target_latency 0\.7 conflicts with ratio 0\.3"):
         CompressConfig(target_latency=0.7, ratio=0.3)

@@ -6,8 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slimvlm.models import devices as module
 from slimvlm.models.anatomy import read_anatomy
-from slimvlm.models.cost import decode_flops, prefill_flops
+from slimvlm.models.cost import Picture, decode_flops, prefill_flops, question_flops
 from slimvlm.models.devices import usable_cores
+from slimvlm.models.parts import family_of
 from slimvlm.pruning.cut import prune_
 from tests import tiny
 from tests.handmade import plan_by_hand
@@ -58,3 +59,52 @@ def test_a_container_limits_the_cores(limit, most, tmp_path, monkeypatch):
     assert usable_cores() == torch.get_num_threads()
     (tmp_path / "cpu.max").write_text(f"{limit}\n")
     assert usable_cores() == min(torch.get_num_threads(), most)
+
+
+PICTURES = {  # of 32 pixels in patches of 8, and one class token; Qwen's windows have 2 x 2 patches
+    "llava-llama": Picture(17, 17, 16, 16),
+    "idefics3": Picture(16, 16, 4, 4),
+    "qwen2_5_vl": Picture(16, 16, 4, 4),
+    "llava-pixtral": Picture(16, 16, 16, 16),
+    "internvl-qwen2": Picture(17, 17, 4, 4),
+    "gemma3": Picture(16, 16, 4, 4),
+    "qwen3_vl": Picture(16, 16, 4, 4),
+}
+
+
+@pytest.mark.parametrize("family", PICTURES)
+def test_flops_of_a_question_about_an_image_are_what_torch_counts(family):
+    config = tiny.CONFIGS[family]()
+    if family == "qwen2_5_vl":
+        config.vision_config.window_size = 16
+    model = tiny.made(config)
+    model.set_attn_implementation("eager")
+    inputs = {**tiny.batch(model, 12), "use_cache": True, "logits_to_keep": 1}
+    del inputs["labels"]
+    shape = read_anatomy(model)
+    assert shape.tower.unread == (family == "llava-llama")
+    with torch.no_grad(), FlopCounterMode(display=False) as counting:
+        model(**inputs)
+    found = question_flops(shape, PICTURES[family], 12)
+    by_part, name = counting.get_flop_counts(), type(model).__name__
+    row = family_of(model.config.model_type)
+
+    def counted_in(part):
+        lists = [f"{name}.{part}.{i}" for i in range(2)]  # are not called themselves
+        of_list = sum(sum(by_part[each].values()) for each in lists if each in by_part)
+        counts = by_part.get(f"{name}.{part}", {None: of_list})
+        return sum(n for operator, n in counts.items() if operator != torch.ops.aten.convolution)
+
+    projected = sum(map(counted_in, row.projector))
+    inside = sum(counted_in(part) for part in row.projector if part.startswith(row.vision))
+    assert found.tower == counted_in(row.vision) - inside
+    assert found.projector == pytest.approx(projected, rel=0.05)  # which counts its biases, too
+    assert found.backbone == counted_in(row.backbone) + counted_in(row.head)
+
+
+def test_of_a_tower_without_known_layers_every_parameter_counts():
+    shape = read_anatomy(tiny.build("perception_lm"))
+    assert shape.tower is None
+    found = question_flops(shape, Picture(16, 16, 16, 16))
+    assert found.tower == 2 * 16 * shape.vision_params
+    assert question_flops(read_anatomy(tiny.build("llama")), Picture())[:2] == (0, 0)

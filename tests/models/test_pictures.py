@@ -7,19 +7,23 @@ from PIL import Image
 from slimvlm.core.errors import DataError, UnsupportedModelError
 from slimvlm.data import chat
 from slimvlm.data.samples import Sample
-from slimvlm.models.families import FAMILIES
+from slimvlm.models.anatomy import read_anatomy
+from slimvlm.models.cost import Picture
+from slimvlm.models.families import FAMILIES, TOWERS
 from slimvlm.models.hidden import as_inputs
 from slimvlm.models.load import load_processor, sharing_copy
-from slimvlm.models.parts import Parts
+from slimvlm.models.parts import Parts, tower_path
 from slimvlm.models.pictures import (
     budgets_for,
     knobs_of,
     picture_tokens,
     seen_once,
     steps_down,
+    usual_picture,
     with_settings,
 )
 from tests import tiny, tiny_folder, tiny_pictures
+from tests.handmade import Stopped
 from tests.tiers import tiered
 
 SHARES = {  # all of a small picture goes through the tower once, however few tiles it has
@@ -135,3 +139,43 @@ def test_each_picture_is_seen_once_and_gives_the_same_to_the_last_bit(name):
                 assert torch.equal(logits(each), wanted)
     assert len(known) == (0 if name == "mllama" else 2)  # it reads pictures in its own way
     assert len(runs) == (2 * 3 * 2 if name == "mllama" else 2 + 2 * 2)  # the other's, too
+
+
+@pytest.mark.parametrize("name", tiny_pictures.BY_DEFAULT)
+def test_an_image_of_usual_size_has_the_patches_that_the_tower_reads(name):
+    model, processor = tiny_pictures.made(name)
+    found, shape = usual_picture(model.config, processor), read_anatomy(model)
+    inputs = as_inputs(model, chat.encode_questions(processor, [chat.plain_question(processor)]))
+    assert picture_tokens(processor, chat.USUAL_SIZE) == found.tokens >= found.features > 0
+    if shape.tower is None:  # of timm
+        assert found.patches == found.features
+        return
+    row = TOWERS[shape.tower.model_type]
+    tower = model.get_submodule(tower_path(model.config)).get_submodule(row.inside)
+    read = []
+
+    def stop(layer, given, named):
+        states = next(iter((*given, *named.values())))
+        read.append(states.shape[:-1])
+        raise Stopped
+
+    hook = getattr(tower, row.layers)[0].register_forward_pre_hook(stop, with_kwargs=True)
+    with pytest.raises(Stopped):
+        model(**inputs)
+    hook.remove()
+    assert (found.patches, found.reach) == (read[0].numel(), read[0][-1])
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llava-llama", Picture(17, 17, 16, 16)),  # 4 x 4 patches and a class token
+        ("internvl-qwen2", Picture(17, 17, 4, 4)),
+        ("idefics3", Picture(16, 16, 4, 4)),
+        ("mllama", Picture(17, 17, 17, 1)),  # others attend to it
+        ("qwen2_5_vl", Picture(4800, 4800, 1200, 1200)),  # 480 x 640 in patches of 8
+        ("llama", Picture()),
+    ],
+)
+def test_without_a_processor_the_configuration_says_what_an_image_becomes(family, expected):
+    assert usual_picture(tiny.CONFIGS[family]()) == expected

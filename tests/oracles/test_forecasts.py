@@ -14,8 +14,9 @@ import slimvlm as sv
 from slimvlm.core.options import CompressConfig
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.devices import release_memory
+from slimvlm.models.pictures import picture_of
 from slimvlm.runs import cost as module
-from slimvlm.runs.cost import Sizes, bytes_of_picture, cost, image_tokens
+from slimvlm.runs.cost import Sizes, bytes_of_picture, cost
 from slimvlm.runs.recipe import decide
 from slimvlm.scoring.obs import removal_order
 from tests import pretended_gpu, tiny
@@ -80,7 +81,7 @@ def test_a_pass_takes_the_operations_that_are_said(trait):
         for operator, count in by_part[f"{type(model).__name__}.{part}"].items()
         if operator != torch.ops.aten.bmm  # attention scores, which the estimate leaves out
     )
-    said = sizes_of(model, batch["input_ids"].shape[1]).pass_flops
+    said = sizes_of(model, batch["input_ids"].shape[1]).backbone_flops
     assert said == pytest.approx(counted, rel=0.05)
 
 
@@ -88,7 +89,7 @@ def test_a_picture_that_is_cross_attended_takes_no_place_in_the_sequence(tmp_pat
     """Without data, the tokens of a conversation are its text's and what stands for the picture."""
     for trait, count in (("cross-attention", 1), ("picture", 16)):
         tiny.CONFIGS[TRAITS[trait]]().save_pretrained(tmp_path / trait)
-        assert image_tokens(str(tmp_path / trait)) == count
+        assert picture_of(str(tmp_path / trait)).tokens == count
 
 
 NEURONS, MOST = 11_008, 60_000  # of a layer of LLaVA-1.5-7B; launches that it may take

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from slimvlm.core.options import CompressConfig, RecoverConfig
+from slimvlm.models.cost import Picture, question_flops
 from slimvlm.models.devices import usable_cores
 from slimvlm.models.load import anatomy
 from slimvlm.runs import cost as module
@@ -26,6 +27,7 @@ from tests import tiny
 from tests import tiny_folder as folders
 
 MODEL = str(folders.folder("text"))
+SHOWN = Picture(17, 17, 16, 16)
 SPEEDS = {torch.float32: 1e10, torch.bfloat16: 4e10}
 
 
@@ -145,3 +147,23 @@ def test_what_a_backward_pass_keeps_is_what_a_real_one_does(name):
         net.base_model(input_ids=torch.randint(0, 9, (1, 64)), use_cache=False)
     real = sum(size for size, _ in kept.values()) / 64
     assert kept_bytes(net.config, "float32") == pytest.approx(real, rel=0.15)
+
+
+def test_images_cost_the_tower_once_for_each_time_that_a_sample_is_read():
+    """Not three times, as a backbone that learns; a teacher reads the image as well."""
+    shape, model = anatomy(tiny.build("llava-llama")), str(folders.folder("llava"))
+    without = Sizes(shape=shape, tokens=100.0, samples=8, calibration=6, picture=SHOWN)
+    sizes = replace(without, images=2.0)
+    each = 2 * sum(question_flops(shape, SHOWN)[:2])
+    assert sizes.pass_flops - without.pass_flops == sizes.picture_flops == each > 0
+    expected = {"calibrate": 6, "prune": 6 + 2 * 5, "recover": 2 * 8, "evaluate": 320}
+    training = RecoverConfig(train="full", loss="kl+cosine", epochs=1.0)
+    given = {"axis": "width", "criterion": ("taylor",), "data": "demo", "tasks": "presence"}
+    recipe = decide(model, CompressConfig(ratio=0.4, recover=training, **given))
+    recipe = replace(recipe, test_samples=5)
+    for kind, times in expected.items():
+        more = stage_flops(kind, recipe, sizes) - stage_flops(kind, recipe, without)
+        assert more == pytest.approx(times * each), kind
+    unknown = Sizes(shape=anatomy(tiny.build("perception_lm")), tokens=9.0, samples=8)
+    told = cost(recipe, unknown, torch.device("cpu"), "float32").rests_on
+    assert any("every parameter" in line for line in told)

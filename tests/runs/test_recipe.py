@@ -4,23 +4,28 @@ from dataclasses import replace
 
 import pytest
 
-from slimvlm.core.errors import ConfigError
+import slimvlm as sv
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.core.options import CompressConfig, Questions, RecoverConfig
 from slimvlm.core.progress import silent
 from slimvlm.data.read import load_samples
 from slimvlm.data.samples import Sample
 from slimvlm.evaluation.tasks import find_tasks
+from slimvlm.models.cost import question_flops
+from slimvlm.models.pictures import picture_of
 from slimvlm.runs import recipe as recipes
 from slimvlm.runs.recipe import (
     Recipe,
     check_questions,
     decide,
+    dry_plan,
     not_among,
     read_split,
     rows_to_read,
     split,
 )
 from slimvlm.scoring.criteria import DEFAULT_CRITERIA
+from tests import tiny
 from tests import tiny_folder as folders
 from tests.tables import tables
 
@@ -213,3 +218,19 @@ def test_published_benchmarks_are_not_asked_blind(how, monkeypatch):
         ConfigError, match="--blind, --floors and --replies do not work with 'pope'"
     ):
         check_questions(questions, **how)
+
+
+def test_a_latency_is_of_the_whole_question_and_a_tower_may_take_more_than_it(tmp_path):
+    """Of an image of 480 x 640 in patches of 8 pixels."""
+    model = str(tmp_path)
+    tiny.CONFIGS["qwen2_5_vl"]().save_pretrained(model)
+    shape, asked = sv.anatomy(model), {"axis": "depth", "data": "demo", "vocab_size": "all"}
+    picture = picture_of(model)
+    work = question_flops(shape, picture)
+    assert work.tower > 0.1 * sum(work)
+    found = decide(model, CompressConfig(target_latency=0.8, **asked), shape)
+    left = sum(question_flops(dry_plan(found, shape).after, picture))
+    assert 0.6 < left / sum(work) <= 0.8
+    least = f"{1 - work.backbone / sum(work):.2f}"
+    with pytest.raises(ImpossiblePlanError, match=r"the backbone has \d+% of the work"):
+        decide(model, CompressConfig(target_latency=float(least), **asked), shape)

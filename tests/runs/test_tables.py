@@ -7,6 +7,7 @@ import pytest
 
 from slimvlm.evaluation.on_data import DataResult, OnSample
 from slimvlm.evaluation.results import TaskResult
+from slimvlm.models.cost import Picture
 from slimvlm.models.load import anatomy
 from slimvlm.runs.tables import (
     LEGEND,
@@ -168,3 +169,26 @@ def test_tables_show_the_floors_that_are_known_and_mark_what_differs():
     header, rows = result_rows({name: models[name] for name in ("large", "same")})
     assert as_table(header, rows).caption is None
     assert LEGEND not in as_markdown(header, rows)
+
+
+def test_the_work_of_a_question_with_an_image_is_shared_out_by_hand():
+    """CLIP: 2 layers of 4 matrices 32 x 32 and 2 of 32 x 48; a projector 32 x 64 + 64 x 64."""
+    shape = shape_of("llava-llama")
+    tower = 2 * 17 * (2 * (4 * 32 * 32 + 2 * 32 * 48) + 4 * 17 * 32)
+    projector = 2 * 16 * (32 * 64 + 64 + 64 * 64 + 64)
+    head, layer = 2 * 64 * 128, 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 4 * 80 * 64
+    backbone = head + 80 * 4 * layer  # 16 image tokens and 64 of text
+    total = tower + projector + backbone
+    rows = dict(anatomy_rows(shape, Picture(17, 17, 16, 16)))
+    assert rows["question with an image"] == (
+        f"{total / 1e9:,.1f} GFLOP: vision tower {tower / total:.1%}, "
+        f"projector {projector / total:.1%}, backbone {backbone / total:.1%}"
+    )
+    unread = "nobody reads the last layer: --tower-ratio removes it without a change"
+    assert rows["unread in the vision tower"] == unread
+    unknown = dict(anatomy_rows(shape_of("perception_lm"), Picture(16, 16, 16, 16)))
+    assert "its layers" not in rows["question with an image"]
+    assert "layers are not known" in unknown["question with an image"]
+    assert not {"question with an image", "unread in the vision tower"} & {
+        name for name, _ in anatomy_rows(shape_of("llama"), Picture())
+    }

@@ -223,17 +223,20 @@ def demo(
 
 
 def inspect(model: Model, json: bool = False) -> None:
-    """Show a model's parts, parameters, units, legal widths and memory.
+    """Show a model's parts, parameters, units, legal widths, memory and work.
 
     Reads the configuration only, not the weights.
     """
+    from slimvlm.models.cost import question_flops
     from slimvlm.models.load import anatomy
+    from slimvlm.models.pictures import picture_of
     from slimvlm.runs.tables import anatomy_rows
 
-    found = anatomy(model)
+    found, picture = anatomy(model), picture_of(model)
     extra = {name: getattr(found, name) for name in ("backbone_params", "total_params")}
+    extra |= {"image": vars(picture), "image_flops": question_flops(found, picture)._asdict()}
     values = {**asdict(found), **extra, "legal_kv_heads": found.legal_kv_heads()}
-    show(json, lambda: values, lambda: (["", model], anatomy_rows(found)))
+    show(json, lambda: values, lambda: (["", model], anatomy_rows(found, picture)))
 
 
 def compare(
@@ -333,8 +336,9 @@ def bench(
 ) -> None:
     """Measure prefill and decode speed, FLOPs and memory; with a baseline, against the ideal.
 
-    Prompts are random tokens, so the vision tower is not timed. Model and baseline run in turn, and
-    speed-ups are medians over neighbouring runs.
+    Prompts are random tokens. For models that take images, a question about an image of usual size
+    is timed as well, from pixels to the first token. Model and baseline run in turn, and speed-ups
+    are medians over neighbouring runs.
 
     Args:
         baseline: The model before pruning.
@@ -344,8 +348,8 @@ def bench(
 
     names = (model,) if baseline is None else (model, baseline)
     check_models(loading, *names)
-    small, *large = (load_as(loading, name)[0] for name in names)
-    found = timing.bench(small, large[0] if large else None, workload, names)
+    models, processors = zip(*(load_as(loading, name) for name in names), strict=True)
+    found = timing.bench(models[0], (*models, None)[1], workload, names, processors)
     title = f"{found.dtype} on {found.device}, {found.threads} CPU threads"
     sides = filter(None, (found.baseline, found.model))
     notes = [f"{side.model}: {line}" for side in sides for line in side.warnings]

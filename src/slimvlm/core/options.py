@@ -418,7 +418,7 @@ class LatencyOptions(Options):
 
     target_latency: Annotated[float | None, INSIDE] = None
     """Instead of a ratio: target prefill time as a share of the original's. The ratio is derived
-    from the backbone's FLOPs, for each axis; compress also measures the share on this machine."""
+    from the FLOPs of a question with an image, for each axis; compress also measures the share."""
 
 
 class BudgetOptions(TargetOptions, LatencyOptions):

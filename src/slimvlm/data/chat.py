@@ -25,7 +25,7 @@ from slimvlm.data.samples import Message, Question, Sample, open_image
 from slimvlm.data.templates import check_texts, rendered
 
 TOKENS_PER_BYTE = 64  # tokens that a byte of text may become, plus a thousand for the whole text
-USUAL_SIZE = (336, 336)  # of a typical image
+USUAL_SIZE = (640, 480)  # width and height of a usual photo, where no data says it
 _MARK = "\ue000{}\ue001"
 """Placeholder of a text, between two characters of Unicode's private use area."""
 _MARKS = _MARK.format(r"(\d+)")

@@ -441,7 +441,7 @@ def _most_tokens(processor: Any, size: tuple[int, int] | None) -> int:
         return picture_tokens(processor, chat.USUAL_SIZE)
     ways = (size, size[::-1])
     try:  # transformers' own count is private, but much faster, and leaves out separators
-        asked = {"image_sizes": (*ways, chat.USUAL_SIZE)}
+        asked = {"image_sizes": (*ways, chat.USUAL_SIZE[::-1])}
         *counts, usual = processor._get_num_multimodal_tokens(**asked)["num_image_tokens"]
         more = max(_most_tokens(processor, None) / usual, 1)
         return int(max(counts) * more * 9 / 8) + 16

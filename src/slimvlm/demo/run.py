@@ -69,7 +69,7 @@ def run_demo(
     rows += [
         ["parameters", *(tables.millions(each.total_params) for each in both)],
         ["weights", *(tables.size(each.weight_bytes or 0) for each in both)],
-        ["prefill, ms", *(f"{each.prefill_ms:.1f}" for each in both)],
+        ["prefill, image included, ms", *(f"{each.prefill_ms:.1f}" for each in both)],
         ["decode per token, ms", *(f"{each.decode_ms:.1f}" for each in both)],
     ]
     if (same := compress.read_held_out(folder)["recovered"].figures.agreement) is not None:

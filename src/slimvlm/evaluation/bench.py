@@ -4,7 +4,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from statistics import median
@@ -27,10 +27,17 @@ from slimvlm.data.samples import Question
 from slimvlm.evaluation.metrics import Estimate
 from slimvlm.evaluation.results import Stored, Times
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.cost import decode_flops, kv_cache_bytes, prefill_flops, slow_widths
+from slimvlm.models.cost import (
+    decode_flops,
+    kv_cache_bytes,
+    prefill_flops,
+    question_flops,
+    slow_widths,
+)
 from slimvlm.models.hidden import as_inputs, evaluating, hidden_states, require_finite_values
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.parts import Parts
+from slimvlm.models.pictures import usual_picture
 
 REPEATS, NEW_TOKENS = 6, 8  # runs of each model, and new tokens after the first
 
@@ -82,13 +89,17 @@ class PairedTimes(Stored):
     what: ClassVar = "times"
     original: Times
     pruned: Times
-    prefill: Estimate  # of the original's
+    prefill: Estimate  # of the original's, from pixels to the first token if the model sees
     decode: Estimate
+    text: Estimate | None = None  # prefill without the image; None if unknown or the same
 
     def __str__(self) -> str:
         """Complete a sentence that begins "the compressed model"."""
         read, write = (f"{ms:.1f} ms" for ms in (self.pruned.prefill_ms, self.pruned.decode_ms))
         told = f"prefills in {self.prefill} of the original's time ({read})"
+        if self.text is not None:
+            told = f"prefills a question with an image in {self.prefill} of the original's time "
+            told += f"({read}), without the image in {self.text}"
         return f"{told}, decodes a token in {self.decode} ({write})"
 
 
@@ -102,10 +113,12 @@ def paired_times(
     """Time a compressed model and its original in turn, each with its own processor."""
     pairs = [(original, original_processor), (model, processor)]
     asked = chat.plain_question(original_processor, size)
-    (first, second), (theirs, ours) = times_of(pairs, asked)
-    shares = ours / theirs  # of the same rounds
-    prefill, decode = (Estimate(*ends) for ends in np.quantile(shares, _ENDS, axis=0).T.tolist())
-    return PairedTimes(first, second, prefill, decode)
+    questions = [asked, replace(asked, images=())] if asked.images else [asked]
+    found = [times_of(pairs, question) for question in questions]
+    shares = np.concatenate([ours / theirs for _, (theirs, ours) in found], 1)  # of the same rounds
+    prefill, decode, *text = (Estimate(*e) for e in np.quantile(shares, _ENDS, axis=0).T.tolist())
+    first, second = found[0][0]
+    return PairedTimes(first, second, prefill, decode, text[0] if text else None)
 
 
 def times_of(
@@ -201,6 +214,8 @@ class Footprint:
     decode_flops: int  # of the backbone, for one further token after the prompt
     speeds: tuple[Speed, ...]
     warnings: tuple[str, ...]  # widths that are slow on hardware
+    image_flops: int | None = None  # of a question about an image of usual size
+    image_ms: float | None = None  # likewise, from its pixels to the first token
 
 
 @dataclass(frozen=True)
@@ -227,6 +242,7 @@ class Bench:
     model: Footprint
     baseline: Footprint | None = None
     speed_ups: tuple[SpeedUp, ...] = ()  # one for each batch size
+    image_speed_up: tuple[float, float] | None = None  # of `image_ms`, and the ratio of FLOPs
 
 
 @dataclass(frozen=True)
@@ -255,12 +271,15 @@ def bench(
     baseline: PreTrainedModel | None = None,
     workload: Workload | None = None,
     names: Sequence[str] = ("model", "baseline"),
+    processors: Sequence[Any] = (),
 ) -> Bench:
     """Time prefill and decoding; with a baseline, both in turn in this process.
 
-    Prompts are random tokens, so the vision tower is not timed. Replies have a fixed length. A
-    shared machine that is slow for a while slows both models, and a speed-up is the median of the
-    ratios of neighbouring runs. ``names`` are those of model and baseline in the result.
+    Prompts are random tokens, without an image. With ``processors`` of the model and the baseline,
+    which take images, a question about an image of usual size is timed as well: from pixels through
+    the vision tower to the first token. Replies have a fixed length. A shared machine that is slow
+    for a while slows both models, and a speed-up is the median of the ratios of neighbouring runs.
+    ``names`` are those of model and baseline in the result.
 
     Raises:
         ConfigError: If the workload is out of range or the two are on different devices.
@@ -296,7 +315,29 @@ def bench(
         for size in progress(workload.sizes, "bench")
     }
     name_of = getattr(torch.get_device_module(model.device), "get_device_name", str)
-    return summarised(sides, workload, runs, peaks, str(name_of(model.device)), dtypes[0])
+    result = summarised(sides, workload, runs, peaks, str(name_of(model.device)), dtypes[0])
+    if not processors or not all(map(chat.can_see, processors)):
+        return result
+    return _with_image(result, list(zip(models, processors, strict=True)), workload.repeats)
+
+
+def _with_image(result: Bench, pairs: Sequence[tuple[PreTrainedModel, Any]], repeats: int) -> Bench:
+    """Add the work and the times of a question about an image to a benchmark."""
+    asked = chat.plain_question(pairs[0][1])
+    inputs = [as_inputs(m, chat.encode_questions(p, [asked])) for m, p in pairs]
+    its, flops = timed_runs([model for model, _ in pairs], inputs, 2, repeats), list[int]()
+    for (model, processor), batch in zip(pairs, inputs, strict=True):
+        picture = usual_picture(model.config, processor)
+        text = batch["input_ids"].shape[1] - picture.tokens
+        flops.append(sum(question_flops(anatomy_of(model.config), picture, text)))
+    ms, sides = [_by_phase(runs)[:, 0] for runs in its], (result.model, result.baseline)
+    ours, *theirs = (
+        replace(side, image_flops=work, image_ms=float(np.median(each)))
+        for side, work, each in zip(filter(None, sides), flops, ms, strict=True)
+    )
+    gains = (float(np.median(ms[1] / ms[0])), flops[1] / flops[0]) if theirs else None
+    baseline = theirs[0] if theirs else None
+    return replace(result, model=ours, baseline=baseline, image_speed_up=gains)
 
 
 def summarised(
@@ -360,6 +401,15 @@ def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
             [at + "decode ms per token", *(f"{s.decode_ms:.1f}" for s in speeds), *write],
             [at + "new tokens/s", *(f"{s.tokens_per_second:.1f}" for s in speeds), *pad],
             [at + "peak MiB", *(f"{s.peak_bytes / 2**20:.1f}" for s in speeds), *pad],
+        ]
+    if result.model.image_flops is not None:
+        read, name = pad, "question with an image"
+        if result.image_speed_up is not None:
+            gain, ideal = result.image_speed_up
+            read = [f"{gain:.2f}x", f"{ideal:.2f}x", f"{gain / ideal:.2f}"]
+        rows += [
+            [f"GFLOP of a {name}", *(f"{(m.image_flops or 0) / 1e9:.2f}" for m in models), *pad],
+            [f"{name}: prefill ms", *(f"{m.image_ms or 0:.1f}" for m in models), *read],
         ]
     header = ["", *(m.model for m in models)]
     return header + ["speed-up", "ideal", "share of ideal"] * bool(result.speed_ups), rows

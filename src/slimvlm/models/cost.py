@@ -1,20 +1,27 @@
 """Count memory and FLOPs of an `Anatomy` from its shapes.
 
 FLOPs are those of the matrix products, two for each multiplication with its addition: weights, and
-attention scores and their weighted values, in prefill over the square of all positions. Norms,
-softmax, rotary embeddings, the look-up of tokens, convolutions, the scan of linear attention, cross
-attention, scores of Gemma 3n and 4 and matrices outside the layers are left out. The head counts
-for one position, as in generation. Otherwise this is what `torch.utils.flop_counter` counts;
-Hoffmann et al. 2022, arXiv:2203.15556, Appendix F, also count softmax, the look-up and the head at
-every position.
+attention scores and their weighted values, in prefill over the square of all positions. A question
+about an image counts the layers of the vision tower, those that nobody reads as well, which
+transformers computes; the projector, by its parameters; and the backbone, whose head counts for
+one position, as in generation. Of a tower whose layers are not known (timm) every parameter counts
+at every patch.
+
+Norms, softmax, rotary embeddings, the look-up of tokens, convolutions (also of pixels to patches),
+the scan of linear attention, cross attention, scores of Gemma 3n and 4, and matrices outside the
+layers (such as Mllama's second stack) are left out. Otherwise this is what
+`torch.utils.flop_counter` counts; Hoffmann et al. 2022, arXiv:2203.15556, Appendix F, also count
+softmax, the look-up and the head at every position.
 """
 
 import re
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from slimvlm.core.errors import ConfigError
-from slimvlm.models.anatomy import Anatomy
+from slimvlm.models.anatomy import Anatomy, LayerShape
 
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 _SIZES = {"mib": 2**20, "gib": 2**30, "mb": 10**6, "gb": 10**9}
@@ -27,7 +34,27 @@ OFF_ROWS_ADVICE = (
     f"--round-to {WIDTH_MULTIPLE}"
 )
 
+QUESTION_TOKENS = 64  # of the text of a usual question
+
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # bytes of one weight by data type
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Count what a model makes of an image; nothing without one."""
+
+    patches: int = 0  # that the tower reads, of all tiles, class tokens among them
+    reach: int = 0  # patches of a tile, which attend to one another
+    features: int = 0  # that the projector returns
+    tokens: int = 0  # in the prompt, with the marks around them
+
+
+class Work(NamedTuple):
+    """FLOPs of a question about an image, by the part that computes."""
+
+    tower: int
+    projector: int
+    backbone: int
 
 
 def weight_bytes(anatomy: Anatomy, dtype: str = "bfloat16") -> int:
@@ -54,19 +81,37 @@ def prefill_flops(
     """
     context = tokens if context is None else context
     flops = 2 * anatomy.hidden_size * anatomy.vocab_size
+    for shape in anatomy.layers:
+        reach = max(tokens, min(context, shape.window or context))
+        scores = 4 * reach * shape.num_heads * shape.head_dim  # and weighted values
+        flops += tokens * (_flops_of_weights(anatomy, shape) + scores)
+    return batch_size * flops
+
+
+def _flops_of_weights(anatomy: Anatomy, shape: LayerShape) -> int:
+    """Count FLOPs of a layer's matrices for one position."""
     rows, experts = (*anatomy.backbone.attention, *anatomy.backbone.mlp), anatomy.backbone.experts
     if experts is not None:
         rows = tuple(row for row in rows if not row.path.startswith(f"{experts.module}."))
-    for shape in anatomy.layers:
-        blocks = [shape.block(segment) for row in rows for segment in row.segments]
-        channels = sum(count * width for count, width in blocks)
-        of_expert = max(shape.expert_params // anatomy.hidden_size - 1, 0)  # but its router's row
-        channels += anatomy.experts_per_token * of_expert + shape.num_experts
-        flops += tokens * 2 * anatomy.hidden_size * channels  # one side is the hidden size
-        flops += tokens * 2 * shape.fixed_weights
-        reach = max(tokens, min(context, shape.window or context))
-        flops += 4 * tokens * reach * shape.num_heads * shape.head_dim  # scores and values
-    return batch_size * flops
+    blocks = [shape.block(segment) for row in rows for segment in row.segments]
+    channels = sum(count * width for count, width in blocks)
+    of_expert = max(shape.expert_params // anatomy.hidden_size - 1, 0)  # but its router's row
+    channels += anatomy.experts_per_token * of_expert + shape.num_experts
+    return 2 * (anatomy.hidden_size * channels + shape.fixed_weights)  # one side is the hidden size
+
+
+def question_flops(anatomy: Anatomy, picture: Picture, text_tokens: int = QUESTION_TOKENS) -> Work:
+    """Count FLOPs of a question about an image, from its pixels to the first answer token."""
+    of_patch = 2 * anatomy.vision_params
+    if (tower := anatomy.tower) is not None:
+        of_patch = 0
+        for shape in tower.layers:
+            width = shape.fixed_weights // (4 * tower.hidden_size)  # four matrices, alike
+            reach = min(picture.reach, shape.window or picture.reach)
+            of_patch += _flops_of_weights(tower, shape) + 4 * reach * width
+    projector = 2 * anatomy.projector_params * picture.features
+    backbone = prefill_flops(anatomy, picture.tokens + text_tokens)
+    return Work(picture.patches * of_patch, projector, backbone)
 
 
 def decode_flops(anatomy: Anatomy, context: int, batch_size: int = 1) -> int:

@@ -1,12 +1,12 @@
-"""Choose and set how many tokens an image becomes: the knobs of `Family.pictures`."""
+"""Count what an image becomes, and choose how many tokens: the knobs of `Family.pictures`."""
 
 import copy
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, wraps
-from math import ceil
+from functools import cache, lru_cache, wraps
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -15,14 +15,81 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError
+from slimvlm.core.errors import ConfigError, DataError, SlimError, UnsupportedModelError
+from slimvlm.data import chat
 from slimvlm.data.read import picture_tokens
 from slimvlm.data.samples import Sample, open_image
+from slimvlm.models import load as models
+from slimvlm.models.cost import Picture
 from slimvlm.models.devices import digest_of_tensors, free_memory
 from slimvlm.models.families import Knob
-from slimvlm.models.parts import family_of
+from slimvlm.models.parts import family_of, text_config_of
 
 SHOWN = 32  # images, spread over the data, whose sizes decide
+_PIXELS = ("pixel_values", "image_pixel_values", "flattened_patches")  # as processors name them
+_TOKEN_IDS = ("image_token_id", "image_token_index", "image_patch_id")
+_EDGES = (  # patches along the edge of what becomes one token; of ratios the inverse
+    *("spatial_merge_size", "scale_factor", "downsample_factor", "downsample_ratio"),
+    *("pixel_shuffle_ratio", "hidden_stride"),
+)
+_LIMITS = ("image_seq_length", "mm_tokens_per_image")  # of the tokens of an image
+_CLASSED = ("clip_vision_model", "internvl_vision", "llama4_vision_model", "mllama_vision_model")
+"""Types of towers that read a class token beside the patches of each tile."""
+
+
+@lru_cache(maxsize=16)
+def picture_of(model: str, trust_remote_code: bool = False) -> Picture:
+    """Count what an image of usual size is for a model in a folder or on the hub."""
+    config, processor = models.load_config(model, trust_remote_code), None
+    with suppress(SlimError):
+        processor = models.load_processor(models.resolve(model), config, trust_remote_code)
+    return usual_picture(config, processor)
+
+
+def usual_picture(config: Any, processor: Any = None) -> Picture:
+    """Count what an image of usual size becomes by a processor, else by the configuration."""
+    vision = getattr(config, "vision_config", None)
+    if family_of(config.model_type).vision is None or vision is None:
+        return Picture()
+    step, extra = _pair(getattr(vision, "patch_size", None)), vision.model_type in _CLASSED
+    reads_aside = bool(getattr(text_config_of(config), "cross_attention_layers", None))
+    if chat.can_see(processor):
+        with suppress(SlimError, AttributeError, TypeError, ValueError):  # refuses it, or is unlike
+            inputs = chat.encode_questions(processor, [chat.plain_question(processor)])
+            tokens = picture_tokens(processor, chat.USUAL_SIZE)
+            ids = torch.tensor([getattr(config, name, None) or -1 for name in _TOKEN_IDS])
+            features = int(torch.isin(inputs["input_ids"], ids).sum()) or tokens
+            tiles, reach = _patches(inputs, step, extra)
+            patches = tiles * reach or features
+            return Picture(patches, reach or features, patches if reads_aside else features, tokens)
+    height, width = _pair(getattr(vision, "image_size", None)) or chat.USUAL_SIZE[::-1]
+    patches = 256 if step is None else (height // step[0]) * (width // step[1])
+    named = [getattr(part, name, None) for name in _EDGES for part in (config, vision)]
+    edge = next(filter(None, named), 1)
+    limits = [getattr(config, name, None) or patches for name in _LIMITS]
+    features = min(round(patches / max(edge, 1 / edge) ** 2), *limits)
+    reach = patches + extra
+    return Picture(reach, reach, reach if reads_aside else features, 1 if reads_aside else features)
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """Return height and width of a setting that is one number or two; None if it is neither."""
+    values = [*value] if isinstance(value, list | tuple) else [value]
+    return (values[0], values[-1]) if values[0] else None
+
+
+def _patches(
+    inputs: Mapping[str, Tensor], step: tuple[int, int] | None, extra: bool
+) -> tuple[int, int]:
+    """Count the tiles of encoded images, and what a tower reads of each; 0 if it is not known."""
+    if (grids := inputs.get("image_grid_thw")) is not None:
+        return len(grids), int(grids[0].prod())
+    pixels = next((inputs[name] for name in _PIXELS if name in inputs), torch.empty(0, 0))
+    if pixels.ndim >= 4 and pixels.shape[-3] == 3:  # images; others are patches already
+        *tiles, _, height, width = pixels.shape
+        return prod(tiles), 0 if step is None else (height // step[0]) * (width // step[1]) + extra
+    *tiles, patches, _ = pixels.shape
+    return prod(tiles), patches
 
 
 @contextmanager

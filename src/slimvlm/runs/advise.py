@@ -23,12 +23,12 @@ from slimvlm.models.devices import device_named, free_memory
 from slimvlm.models.load import anatomy as anatomy_of
 from slimvlm.models.load import load_config, load_processor
 from slimvlm.models.load import resolve as resolve_name
-from slimvlm.models.pictures import PictureBudget, with_settings
+from slimvlm.models.pictures import PictureBudget, picture_of, usual_picture, with_settings
 from slimvlm.planning.make import ratio_for_params
 from slimvlm.planning.plan import Plan
 from slimvlm.runs.chart import ChartRow, chart_row, expected, rules, subject_of
 from slimvlm.runs.compress import compress_command
-from slimvlm.runs.cost import Cost, Sizes, bytes_of_picture, cost, image_tokens, kept_bytes
+from slimvlm.runs.cost import Cost, Sizes, bytes_of_picture, cost, kept_bytes
 from slimvlm.runs.recipe import (
     Recipe,
     decide,
@@ -63,7 +63,7 @@ class Advice:
     decoder_ratio: float  # share of the decoder layers removed with the rest
     recipe: ChartRow
     expected: tuple[Expectation, ...]  # of this model first, then of others of about its size
-    latency: float | None  # prefill time as a share of the original's
+    latency: float | None  # of a question with an image, as a share of the original's work
     params: tuple[int, int]  # of the whole model before and after
     weight_bytes: tuple[int, int]  # likewise
     fraction: float  # share of the data to train on
@@ -116,15 +116,17 @@ def advise(
     elif samples is not None:
         fraction = round(needed / samples, 4)
     tokens, on_tokens = _tokens_first(model, shape, recipe.size, data and target_latency is None)
-    pictures = image_tokens(model) if shape.vision_params else 0
+    picture = picture_of(model)
     sizes = Sizes(
         shape=shape,
-        tokens=float(known.constants.text_tokens) + pictures,
+        tokens=float(known.constants.text_tokens) + picture.tokens,
         samples=given,
         calibration=round(min(config.samples, given) / (1 - GENERAL_TEXT)),
         token_bytes={name: kept_bytes(load_config(model), name) for name in {dtype, "bfloat16"}},
         vocabulary=tokens,
-        beside=bytes_of_picture(load_config(model), pictures, dtype) if pictures else 0.0,
+        beside=bytes_of_picture(load_config(model), picture.tokens, dtype),
+        picture=picture,
+        images=1.0,
     )
     device = device_named()
     if gpu is not None and gpu == (device.type == "cpu"):
@@ -160,7 +162,7 @@ def advise(
         chosen["recover"] = replace(learning, fraction=fraction)
     share, latency = sizes.decoder_share(gone), None
     with suppress(ImpossiblePlanError):
-        latency = prefill_share(dry_plan(replace(recipe, vocab_size=tokens), shape))
+        latency = prefill_share(dry_plan(replace(recipe, vocab_size=tokens), shape), picture)
     before, after = shape.total_params, shape.total_params - round(gone * shape.backbone_params)
     held = weight_bytes(shape, dtype)
     return Advice(
@@ -261,7 +263,7 @@ def advice_rows(advice: Advice) -> list[list[str]]:
         *_under("expected AVG-%", kept or [rules().notes["not_measured"]]),
     ]
     if advice.latency is not None:
-        rows.append(["prefill time", f"{advice.latency:.0%} of the original's"])
+        rows.append(["time to the first token", f"{advice.latency:.0%} of the original's"])
     if recipe.train:
         rows.append(["training samples", f"{spent.samples:,}"])
     return [*rows, *_under("why", advice.notes), *_needs(spent)]
@@ -342,12 +344,12 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
     parts = (samples.calibration, samples.training)
     ends = [length(max(part, key=weigh)) if part else 0 for part in parts]
     shown = -(-len(samples.calibration) // step)  # of these calibrate; general text is among them
-    pictures = sum(len(sample.images) for sample in samples.calibration)
+    shown_in = [sum(len(s.images) for s in part) / max(len(part), 1) for part in parts]
     dtype: str = config.dtype
     if dtype == "auto":
         stored = str(described.dtype).removeprefix("torch.")
         dtype = stored if stored in BYTES else "bfloat16"
-    seen = described, image_tokens(model, config.trust_remote_code) if pictures else 0
+    picture = usual_picture(described, processor)
     device, tries = device_named(config.device), len(axes) + bool(trimmed)
     sizes = Sizes(
         shape=shape,
@@ -357,7 +359,9 @@ def dry_run(model: str, config: CompressConfig, say: Say = print) -> DryRun:
         calibration=len(samples.calibration),
         token_bytes={name: kept_bytes(described, name) for name in {dtype, "bfloat16"}},
         vocabulary=None if recipe.tokens is None else len(recipe.tokens),
-        beside=pictures / max(len(samples.calibration), 1) * bytes_of_picture(*seen, dtype),
+        beside=shown_in[0] * bytes_of_picture(described, picture.tokens, dtype),
+        picture=picture,
+        images=max(shown_in),
     )
     return DryRun(
         plan=alone or dry_plan(first, shape),

@@ -1,13 +1,13 @@
 """Estimate what a recipe needs in memory, work and time, before weights are read.
 
-Work is counted in FLOP: two for each weight of the backbone that multiplies, and for each token.
-The vision tower is not counted. Constants come from ``recipes.yaml``, each with its source.
+Work is counted in FLOP: two for each weight of the backbone that multiplies, and for each token;
+and for images that of the vision tower and the projector (`slimvlm.models.cost`). Constants come
+from ``recipes.yaml``, each with its source.
 """
 
 import math
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from slimvlm.core.errors import SlimError
 from slimvlm.core.options import HIDDEN_LOSSES, CalibrationConfig, RecoverConfig, Train
 from slimvlm.evaluation.lmms import split_names
 from slimvlm.evaluation.tasks import builtin_tasks, find_tasks
 from slimvlm.models import load as loading
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.cost import BYTES, weight_bytes
+from slimvlm.models.cost import BYTES, Picture, question_flops, weight_bytes
 from slimvlm.models.devices import (
     computes_bfloat16,
     device_named,
@@ -41,7 +40,6 @@ from slimvlm.scoring.criteria import CRITERIA
 from slimvlm.scoring.stores import StatesPlace
 
 CALIBRATION_BATCH = 4  # calibration samples in a batch
-USUAL_PICTURE = (480, 640)  # height and width in pixels, where no data says
 TRIAL_SHARE = 1 / 6  # share of a training that an axis is tried with
 LOGITS_COPIES = 3  # tensors as large as a chunk's logits that a loss and its gradient hold at once
 _UNLIMITED = 2.0**50  # free bytes of a device that is not here
@@ -59,10 +57,22 @@ class Sizes:
     token_bytes: Mapping[str, float] = field(default_factory=dict)  # `kept_bytes` by data type
     vocabulary: int | None = None  # tokens of the pruned model; None for all
     beside: float = 0.0  # `bytes_of_picture` of a sample's images
+    picture: Picture = field(default_factory=Picture)  # a usual image
+    images: float = 0.0  # of a sample, on average
 
     @property
     def pass_flops(self) -> float:
-        """FLOP of a sample's forward pass; embeddings do not count, as they only look up."""
+        """FLOP of a sample's forward pass through the whole model."""
+        return self.backbone_flops + self.picture_flops
+
+    @property
+    def picture_flops(self) -> float:
+        """FLOP of tower and projector for a sample's images."""
+        return self.images * sum(question_flops(self.shape, self.picture)[:2])
+
+    @property
+    def backbone_flops(self) -> float:
+        """FLOP of a sample in the backbone; embeddings do not count, as they only look up."""
         looked_up = self.shape.embedding_params if self.shape.head_params else 0
         taken, mixed = self.shape.experts_per_token, (s for s in self.shape.layers if s.num_experts)
         idle = sum((layer.num_experts - taken) * layer.expert_params for layer in mixed)
@@ -105,9 +115,11 @@ def cost(recipe: Recipe, sizes: Sizes, device: torch.device, dtype: str, tried: 
     is_cpu, left = device.type == "cpu", 1 - recipe.size
     peak, states = _pruning_bytes(recipe, sizes, device, dtype)
     speed, timed = speed_of(device, dtype)
+    shape, on_images = sizes.shape, sizes.picture_flops / max(sizes.pass_flops, 1.0)
     brief = replace(recipe, local_steps=0, test_samples=0)
     work = stage_flops("calibrate", recipe, sizes) + stage_flops("prune", recipe, sizes)
-    work += tried * stage_flops("prune", brief, sizes)  # with the same scores
+    again = replace(sizes, images=0.0)  # with the same scores and features of images
+    work += tried * stage_flops("prune", brief, again)
     asking = 0.0
     if recipe.tasks is not None:
         alone = replace(recipe, floors=False)
@@ -116,8 +128,10 @@ def cost(recipe: Recipe, sizes: Sizes, device: torch.device, dtype: str, tried: 
     about = [
         f"memory of {device}" + ", the process among it" * is_cpu,
         known.notes["pruning_memory"].format(constants=known.constants),
-        f"time: {timed}; {sizes.tokens:.0f} tokens per sample; the vision tower is not counted",
+        f"time: {timed}; {sizes.tokens:.0f} tokens per sample, images {on_images:.0%} of its work",
     ]
+    if shape.vision_params and shape.tower is None:
+        about.append(known.notes["tower"])
     training: dict[str, Any] = {}
     if config is not None:
         told = {"kept": sizes.token_bytes.get(dtype, 0.0) / 1000, "batch": config.batch_size}
@@ -151,7 +165,7 @@ def _pruning_bytes(
     ratio, is_cpu, is_here = recipe.size, device.type == "cpu", _is_here(device)
     room = free_memory(device) if is_here else _UNLIMITED
     held = weight_bytes(shape, dtype)
-    smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
+    smaller = held * _left(recipe, shape)
     free = max(room - held, 0.0)
     largest = max(shape.layers, key=lambda layer: layer.params)
     longest = max(sizes.longest[0], sizes.tokens)
@@ -195,6 +209,12 @@ def _pruning_bytes(
     return float(constants.process_bytes * is_cpu + max(steps)), states
 
 
+def _left(recipe: Recipe, shape: Anatomy) -> float:
+    """Return the share of a model's parameters that a recipe leaves."""
+    gone = recipe.size * shape.backbone_params + recipe.tower_ratio * shape.vision_params
+    return 1 - gone / shape.total_params
+
+
 def _training_bytes(
     recipe: Recipe, config: RecoverConfig, sizes: Sizes, device: torch.device, dtype: str
 ) -> float:
@@ -208,9 +228,11 @@ def _training_bytes(
     # on a CPU, attention that keeps its scores makes up for activations in bfloat16
     kept_in = "bfloat16" if is_bfloat16 and not is_cpu else held_in
     held = weight_bytes(shape, held_in)
-    smaller = held * (1 - ratio * shape.backbone_params / shape.total_params)
+    smaller = held * _left(recipe, shape)
     # a teacher shares the weights that stay frozen
     models = held + smaller * (config.besides_tower == "full") if config.needs_teacher else smaller
+    if config.needs_teacher and (recipe.tower_ratio or config.train != config.besides_tower):
+        models += (1 - recipe.tower_ratio) * shape.vision_params * BYTES[held_in]  # of the student
     learn = learning_params(shape, ratio, config.train, config.lora_rank)
     if config.besides_tower == "full":
         models -= learn * BYTES[held_in]  # they are held among those that learn
@@ -246,7 +268,8 @@ def stage_flops(kind: str, recipe: Recipe, sizes: Sizes, kept: float = 1.0) -> f
     recover, constants = recipe.recover, rules().constants
     if kind == "calibrate":
         passes = float(sum(CRITERIA[name].capture.passes for name in recipe.scored_by))
-        return passes * sizes.pass_flops * sizes.calibration
+        seen = sizes.calibration * (passes > 0)  # features are computed once
+        return passes * sizes.backbone_flops * sizes.calibration + sizes.picture_flops * seen
     if kind == "prune":
         if recipe.data is None:
             return 0.0
@@ -258,7 +281,11 @@ def stage_flops(kind: str, recipe: Recipe, sizes: Sizes, kept: float = 1.0) -> f
         elif recipe.local_steps:
             passes += 3 * recipe.local_steps / max(sizes.calibration / CALIBRATION_BATCH, 1)
         passes += (2 - ratio) * recipe.test_samples / max(sizes.calibration, 1)
-        flops = passes * sizes.pass_flops * sizes.calibration
+        flops = passes * sizes.backbone_flops * sizes.calibration
+        flops += sizes.picture_flops * (sizes.calibration + 2 * recipe.test_samples)
+        if recipe.tower_ratio:  # its walk, which the answers to validation samples judge
+            flops += constants.walk_passes * sizes.picture_flops * sizes.calibration
+            flops += sizes.pass_flops * sizes.calibration / 2
         if WALKING in recipe.criterion:  # eliminates neurons one by one in the Gram matrix
             widths = [shape.intermediate_size for shape in sizes.shape.layers]
             hidden = sizes.shape.hidden_size
@@ -271,10 +298,12 @@ def stage_flops(kind: str, recipe: Recipe, sizes: Sizes, kept: float = 1.0) -> f
         batches = steps * recover.gradient_accumulation
         seen = batches * min(recover.batch_size, samples)
         passes = kept * (2 if recover.besides_tower == "projector" else 3) + recover.needs_teacher
-        return sizes.pass_flops * passes * seen
+        of_tower = 1 if recover.train == recover.besides_tower else 3
+        towers = (1 - recipe.tower_ratio) * of_tower + recover.needs_teacher
+        return (passes * sizes.backbone_flops + towers * sizes.picture_flops) * seen
     assert recipe.tasks is not None
     count = questions_of(recipe.tasks, recipe.limit) * (1 + recipe.floors)
-    return float(sizes.pass_flops * kept * count * constants.reply_passes)
+    return count * float(kept * sizes.backbone_flops * constants.reply_passes + sizes.picture_flops)
 
 
 @lru_cache(maxsize=64)
@@ -355,22 +384,6 @@ def bytes_of_picture(config: PreTrainedConfig, tokens: float, dtype: str) -> flo
         patches = (vision.image_size // vision.patch_size) ** 2 + 1
         found += vision.max_num_tiles * patches * channels
     return found
-
-
-def image_tokens(model: str, trust_remote_code: bool = False) -> int:
-    """Count the tokens of a picture of usual size by the processor, else by the configuration."""
-    config = loading.load_config(model, trust_remote_code)
-    if getattr(text_config_of(config), "cross_attention_layers", None):
-        return 1  # other tokens attend to the picture, which has no place among them
-    with suppress(SlimError, AttributeError, KeyError, TypeError, ValueError):  # some cannot say
-        processor = loading.load_processor(loading.resolve(model), config, trust_remote_code)
-        counted = processor._get_num_multimodal_tokens(image_sizes=[USUAL_PICTURE])
-        return int(sum(counted["num_image_tokens"]))
-    vision = getattr(config, "vision_config", None)
-    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    side, step = (value[0] if isinstance(value, list | tuple) else value for value in (size, patch))
-    patches: int = (side // step) ** 2 if side and step else rules().constants.image_tokens
-    return min(patches, getattr(config, "image_seq_length", None) or patches)
 
 
 def speed_of(device: torch.device, dtype: str) -> tuple[float, str]:

@@ -36,10 +36,10 @@ from slimvlm.evaluation.lmms import check_names, split_names
 from slimvlm.evaluation.tasks import find_tasks
 from slimvlm.models import load as models
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.cost import prefill_flops
+from slimvlm.models.cost import Picture, question_flops
 from slimvlm.models.devices import device_named
 from slimvlm.models.parts import context_of
-from slimvlm.models.pictures import PictureBudget, budgets_for, knobs_of
+from slimvlm.models.pictures import PictureBudget, budgets_for, knobs_of, picture_of
 from slimvlm.planning.make import make_plan
 from slimvlm.planning.plan import Plan, why_tower_stays
 from slimvlm.pruning.cut import lost_heads
@@ -127,12 +127,13 @@ def decide(
     say: Say = silent,
     tokens: tuple[int, ...] | None = None,
     tests: int = 0,
+    tries: bool = True,
 ) -> Recipe:
     """Decide what options leave open: training, ratio, axis, criteria, allocation, repair.
 
     Without a ratio, as for an existing plan, only the repair is decided. ``tokens`` are those to
     keep, once they are chosen, ``tests`` the test samples of options without such a field. Without
-    ``shape`` no `Recipe.trials` are made.
+    ``shape`` or ``tries`` no `Recipe.trials` are made.
     """
     axis, ratio, data, repair = options.axis, options.ratio, options.data, options.repair
     ratio = ratio or None if options.tokens_first else ratio  # 0 is none where others go
@@ -148,15 +149,18 @@ def decide(
         given["test_samples"] = 0 if data is None else most
     axis = ("auto" if trains else "chart") if axis is None and not is_planned else axis
     # how much is removed, and along which axis
+    of_tower = tuple[Recipe, ...]()
     if latency is not None:
-        assert shape is not None
-        ratio = _ratio_for_latency(model, replace(options, axis=axis), shape, tokens)
+        along = replace(options, axis=axis)
+        ratio, of_tower = _within_latency(model, along, shape, tokens, tries)
+        if ratio is None:  # the backbone alone is not enough
+            return replace(of_tower[0], trials=of_tower if data else (), hold_out=True)
     if ratio is None and options.tokens_first:  # nothing else goes
         ratio, axis = 0.0, "width" if axis in ("chart", "auto") else axis
     if axis == "chart" or (axis == "auto" and data is None and ratio is not None):
         axis = chart_row(ratio or 0.0, trains).axis
         if latency is not None:  # whose ratio depends on the axis
-            return decide(model, replace(options, axis=axis), shape, say, tokens)
+            return decide(model, replace(options, axis=axis), shape, say, tokens, tests, tries)
     # how the pruned model is trained
     if isinstance(options, CompressConfig) and trains:
         training = _training(options, shape, ratio or 0.0)
@@ -192,12 +196,9 @@ def decide(
         | {"repair": repair, "local_steps": steps, "general_text": general}
         | {"hold_out": repair == "auto" or steps != 0 or axis == "auto"}
     )
-    if shape is None:
+    if shape is None or not tries:
         return recipe
-    trials = _trials(recipe, options, shape) if axis == "auto" else ()
-    if latency is not None and data is not None and not options.tower_ratio:
-        own = _tower_trials(model, options, shape, tokens)
-        trials = (*(trials or (recipe,) * bool(own)), *own)
+    trials = _trials(recipe, options, shape, of_tower)
     return replace(recipe, trials=trials, hold_out=recipe.hold_out or bool(trials))
 
 
@@ -258,22 +259,48 @@ def _training(options: CompressConfig, shape: Anatomy | None, ratio: float) -> R
     return RecoverConfig(**vars(given) | chosen | {"seed": options.seed})
 
 
-def _trials(recipe: Recipe, options: PruneConfig, shape: Anatomy) -> tuple[Recipe, ...]:
-    """Decide an ``auto`` recipe along each axis that removes the ratio within a tenth.
+def _trials(
+    recipe: Recipe, options: PruneConfig, shape: Anatomy, of_tower: tuple[Recipe, ...]
+) -> tuple[Recipe, ...]:
+    """List what the validation loss chooses from, those that also cut the vision tower among them.
 
-    If none comes so near, the nearest one; if none is possible, the last one's error is raised.
+    Of an ``auto`` recipe that is one along each axis that removes the ratio within a tenth. If none
+    comes so near, the nearest one; if none is possible, the last one's error is raised.
     """
+    of_tower = of_tower if recipe.data is not None else ()
+    if recipe.axis != "auto":
+        return (recipe, *of_tower) if of_tower else ()
     found: list[tuple[float, Recipe]] = []
     for axis in get_args(Axis):
         try:
-            trial = decide(recipe.model, replace(options, axis=axis), shape, tokens=recipe.tokens)
+            along = replace(options, axis=axis)
+            trial = decide(recipe.model, along, shape, tokens=recipe.tokens, tries=False)
             found.append((abs(dry_plan(trial, shape).ratio - trial.size), trial))
         except SlimError as error:
             failure = error
     if not found:
         raise failure
     near = max(0.1 * recipe.size, min(apart for apart, _ in found))
-    return tuple(trial for apart, trial in found if apart <= near)
+    return (*(trial for apart, trial in found if apart <= near), *of_tower)
+
+
+def _within_latency(
+    model: str,
+    options: PruneConfig,
+    shape: Anatomy | None,
+    tokens: tuple[int, ...] | None,
+    tries: bool,
+) -> tuple[float | None, tuple[Recipe, ...]]:
+    """Find a latency's ratio, None if the backbone is too small a part; and `_tower_trials`."""
+    assert shape is not None
+    open_tower = tries and not options.tower_ratio
+    of_tower = _tower_trials(model, options, shape, tokens) if open_tower else ()
+    try:
+        return _ratio_for_latency(model, options, shape, tokens), of_tower
+    except ImpossiblePlanError:
+        if not of_tower:
+            raise
+    return None, of_tower
 
 
 def _tower_trials(
@@ -298,17 +325,21 @@ def _tower_trials(
 def _ratio_for_latency(
     model: str, options: PruneConfig, shape: Anatomy, tokens: tuple[int, ...] | None
 ) -> float:
-    """Find about the smallest ratio whose prefill takes a share of the work, on the first axis."""
+    """Find about the smallest ratio with a share of a question's work, on the first axis."""
     share = float(options.target_latency)  # type: ignore[attr-defined]
+    picture = picture_of(model, options.trust_remote_code)
+    in_backbone = (work := question_flops(shape, picture)).backbone / sum(work)
     in_layers = sum(layer.params for layer in shape.layers) / shape.backbone_params
+    pace = in_layers / in_backbone  # ratio by which a share of the work is removed
     axes = [axis for axis in get_args(Axis) if axis == options.axis] or ["width", "depth", "both"]
     for axis in axes:
-        ratio = 0.9 * (1 - share) * in_layers  # a little less than it takes
+        begin = 1.0
         if options.tower_ratio:
             alone = make_plan(shape, [], 0.0, tower_ratio=options.tower_ratio, tokens=tokens)
-            if prefill_share(alone) <= share:
+            begin = prefill_share(alone, picture)
+            if begin <= share:
                 return 0.0
-            ratio = 0.0
+        ratio = max(0.9 * (begin - share) * pace, _RATIO_STEP)  # a little less than it takes
         while True:
             tried: dict[str, Any] = {"target_latency": None, "ratio": min(ratio, 1 - _RATIO_STEP)}
             recipe = decide(model, replace(options, axis=axis, **tried), shape, tokens=tokens)
@@ -316,20 +347,22 @@ def _ratio_for_latency(
                 plan = dry_plan(recipe, shape)
             except ImpossiblePlanError:
                 break
-            excess = prefill_share(plan) - share
+            excess = prefill_share(plan, picture) - share
             if excess <= 0:
                 return ratio
             if ratio >= 1:
                 break
-            ratio += max(excess * in_layers, _RATIO_STEP)
-    raise ImpossiblePlanError(f"target_latency {share} cannot be reached on {' or '.join(axes)}")
+            ratio += max(excess * pace, _RATIO_STEP)
+    message = f"target_latency {share} cannot be reached on {' or '.join(axes)}"
+    if picture.patches:
+        message += f": the backbone has {in_backbone:.0%} of the work of a question with an image"
+    raise ImpossiblePlanError(message)
 
 
-def prefill_share(plan: Plan) -> float:
-    """Compute the FLOPs of reading a usual prompt, as a share of the original's."""
-    known = rules().constants
-    prompt = known.text_tokens + (known.image_tokens if plan.before.vision_params else 0)
-    return prefill_flops(plan.after, prompt) / prefill_flops(plan.before, prompt)
+def prefill_share(plan: Plan, picture: Picture) -> float:
+    """Compute the FLOPs of a question about an image, as a share of the original's."""
+    before, after = (sum(question_flops(each, picture)) for each in (plan.before, plan.after))
+    return after / before
 
 
 def resolve(

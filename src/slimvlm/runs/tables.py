@@ -25,7 +25,7 @@ from slimvlm.evaluation.results import (
     task_difference,
 )
 from slimvlm.models.anatomy import Anatomy
-from slimvlm.models.cost import BYTES, kv_cache_bytes, weight_bytes
+from slimvlm.models.cost import BYTES, Picture, kv_cache_bytes, question_flops, weight_bytes
 from slimvlm.models.pictures import PictureBudget
 
 GIB = 1024**3
@@ -133,7 +133,7 @@ def result_rows(results: Mapping[str, Result]) -> tuple[list[str], list[list[str
         ["weights MiB", *(_number(m["weight_bytes"] and m["weight_bytes"] / MIB) for m in models)],
         *cut,
     ]
-    for label, name in (("prefill ms (batch 1)", "prefill"), ("decode ms per token", "decode")):
+    for label, name in (("prefill ms, with image", "prefill"), ("decode ms per token", "decode")):
         times = [(m[f"{name}_ms"], m[f"{name}_range_ms"]) for m in models]
         figures.append([label, *(f"{Estimate(middle, *ends or ()):.1f}" for middle, ends in times)])
     rows += [[label, *[""] * len(FLOORS), *cells] for label, *cells in figures]
@@ -227,7 +227,7 @@ def image_rows(found: Sequence[AtBudget]) -> tuple[list[str], list[list[str]]]:
     return ["image-token budget", *(str(each.share) for each in found)], rows
 
 
-def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
+def anatomy_rows(anatomy: Anatomy, picture: Picture | None = None) -> list[list[str]]:
     """Make the rows that `inspect` prints: a name and a value in each.
 
     Layers that differ (attention and convolution, experts and a dense MLP) have rows of their own.
@@ -272,6 +272,23 @@ def anatomy_rows(anatomy: Anatomy) -> list[list[str]]:
         memory = size(weight_bytes(anatomy, dtype))
         cache = size(kv_cache_bytes(anatomy, 1024, dtype))
         rows.append([f"memory in {dtype}", f"{memory} weights, {cache} cache for 1024 tokens"])
+    return [*rows, *_work_rows(anatomy, picture or Picture())]
+
+
+def _work_rows(anatomy: Anatomy, picture: Picture) -> list[list[str]]:
+    """Make the rows of the work of a question about an image, and of layers that nobody reads."""
+    rows, tower = list[list[str]](), anatomy.tower
+    if picture.patches:
+        work = question_flops(anatomy, picture)
+        parts = zip(("vision tower", "projector", "backbone"), work, strict=True)
+        shares = ", ".join(f"{name} {flops / sum(work):.1%}" for name, flops in parts)
+        shares += " (a bound, as the tower's layers are not known)" * (tower is None)
+        rows.append(["question with an image", f"{sum(work) / 1e9:,.1f} GFLOP: {shares}"])
+        rows.append(["  image", f"{picture.patches:,} patches, {picture.tokens:,} tokens"])
+    if tower is not None and tower.unread:
+        what = "the last layer" if tower.unread == 1 else f"the last {tower.unread} layers"
+        cure = f"nobody reads {what}: --tower-ratio removes it without a change"
+        rows.append(["unread in the vision tower", cure])
     return rows
 
 

@@ -89,7 +89,7 @@ def trade_offs(entries: pd.DataFrame) -> list[Chart]:
         return charts
     costs = [
         ("Retention by size", "parameters of the model (millions)", shown["total_params"] / 1e6),
-        ("Retention by prefill time", "prefill (ms)", shown["prefill_ms"]),
+        ("Retention by prefill time", "prefill, image included (ms)", shown["prefill_ms"]),
         ("Retention by decode time", "decode (ms per token)", shown["decode_ms"]),
     ]
     for title, label, cost in costs:

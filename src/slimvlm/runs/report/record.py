@@ -166,7 +166,10 @@ def _cards(
     before, after = plan.before.total_params / 1e6, plan.after.total_params / 1e6
     yield "Parameters", f"{after:,.1f} M", f"of {before:,.1f} M"
     if (times := runs.read_times(folder)) is not None:
-        for title, share in (("Prefill time", times.prefill), ("Decode time", times.decode)):
+        timed = {"Prefill time": times.prefill, "Decode time": times.decode}
+        if times.text is not None:
+            timed["Prefill time without the image"] = times.text
+        for title, share in timed.items():
             bounds = f"of the original's, {share.low:.0%} to {share.high:.0%} in all rounds"
             yield title, f"{share.value:.0%}", bounds
     same = list(on_data.values())[-1].figures.agreement if on_data else None
@@ -258,7 +261,7 @@ def _study_tables(
         **{name: texts for name, texts in optional.items() if any(texts)},
         "published": [" / ".join(f"{value:.1f}" for _, value in published(row)) for row in rows],
         "parameters": [f"{params / 1e6:.1f} M" for params in done["total_params"]],
-        "prefill ms": done["prefill_ms"].map("{:.1f}".format),
+        "prefill ms, image included": done["prefill_ms"].map("{:.1f}".format),
         "decode ms": done["decode_ms"].map("{:.1f}".format),
     }
     texts = [*zip(*cells.values(), strict=True)]

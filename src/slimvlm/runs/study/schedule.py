@@ -28,11 +28,12 @@ from slimvlm.evaluation.ask import identities_of_tasks
 from slimvlm.evaluation.lmms import evaluate_all
 from slimvlm.models.devices import release_memory
 from slimvlm.models.load import anatomy, load, resolve
+from slimvlm.models.pictures import picture_of
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.save import save
 from slimvlm.runs import stages
 from slimvlm.runs.chart import rules
-from slimvlm.runs.cost import Sizes, image_tokens, stage_flops
+from slimvlm.runs.cost import Sizes, stage_flops
 from slimvlm.runs.recipe import (
     Recipe,
     criterion_options,
@@ -353,16 +354,18 @@ class Schedule:
         """Estimated FLOP of each stage by its name, with some for each GB read or written."""
         counted: dict[str, float] = {}
         names = {cell.cell.model for cell in self.cells}
-        models = {name: (anatomy(name), image_tokens(name)) for name in names}
+        models = {name: (anatomy(name), picture_of(name)) for name in names}
         for cell in self.cells:
-            shape, image = models[cell.cell.model]
+            shape, picture = models[cell.cell.model]
             recipe = (cell.recover or cell.prune).recipe
             # The order changes no estimate, and shuffling a large file for each cell takes a while.
             found = split(samples_of(recipe)[0], replace(recipe, seed=0))
-            lengths = [estimated_length(s, image) for s in found.calibration]
-            tokens = fmean(lengths or [rules().constants.image_tokens])
+            lengths = [estimated_length(s, picture.tokens) for s in found.calibration]
+            tokens = fmean(lengths or [rules().constants.text_tokens + picture.tokens])
+            images = fmean([len(s.images) for s in found.calibration] or [1])
             trained, shown = len(found.training), len(found.calibration)
-            sizes = Sizes(shape=shape, tokens=tokens, samples=trained, calibration=shown)
+            counts: dict[str, Any] = {"samples": trained, "calibration": shown, "images": images}
+            sizes = Sizes(shape=shape, tokens=tokens, picture=picture, **counts)
             disk = rules().constants.disk_flops * 2 * shape.total_params / 1e9
             smaller = 1 - (cell.cell.options.ratio or 0.0)
             for stage in cell.all():
