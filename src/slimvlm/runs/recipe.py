@@ -388,8 +388,6 @@ def resolve(
     check_recipe(recipe)
     if plan is None:
         require_possible(recipe, shape, silent if recipe.trims_vocabulary else say)
-    if shape.tower is not None and shape.tower.unread and not (recipe.tower_ratio or plan):
-        say(unread_layers(shape.tower))
     if (line := lost_heads(described)) is not None:
         say(line)
     try_lora(described, recipe.recover)
@@ -428,14 +426,11 @@ def resolve(
     elif plan is None and (fewer := tokens_of_trial(recipe, options, samples, shape, say)):
         trimmed = decide(model, options, shape, tokens=fewer).trials
         recipe = replace(recipe, trials=(*recipe.trials, *trimmed))
+    if shape.tower is not None and shape.tower.unread and not (recipe.tower_ratio or plan):
+        say(
+            "nobody reads the vision tower's last layer: --tower-ratio removes it first, for nothing"
+        )
     return replace(recipe, pictures=budget), plan, samples
-
-
-def unread_layers(tower: Anatomy) -> str:
-    """Say which layers of a vision tower nobody reads."""
-    first, last = tower.num_layers - tower.unread, tower.num_layers - 1
-    which = f"layer {last}" if first == last else f"layers {first} to {last}"
-    return f"nobody reads {which} of the vision tower: --tower-ratio removes it first, for nothing"
 
 
 def check_recipe(recipe: Recipe) -> None:
