@@ -427,9 +427,7 @@ def resolve(
         trimmed = decide(model, options, shape, tokens=fewer).trials
         recipe = replace(recipe, trials=(*recipe.trials, *trimmed))
     if shape.tower is not None and shape.tower.unread and not (recipe.tower_ratio or plan):
-        say(
-            "nobody reads the vision tower's last layer: --tower-ratio removes it first, for nothing"
-        )
+        say("nobody reads the last layer of the vision tower: --tower-ratio removes it for nothing")
     return replace(recipe, pictures=budget), plan, samples
 
 
