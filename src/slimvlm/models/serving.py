@@ -8,7 +8,7 @@ otherwise it is ``unknown``. See ``docs/serving.md``.
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Literal, NamedTuple
 
 from slimvlm.core.errors import ConfigError
@@ -89,11 +89,19 @@ class Case:
         self.of_heads = sorted({s.num_heads * s.head_dim for s in layers})  # inputs of o_proj
         self.neurons = sorted({s.intermediate_size for s in layers})
         self.rows = (*self.neurons, *self.of_heads, self.hidden)
+        self.tower_layers = () if shape.tower is None else shape.tower.layers
+        self.tower_neurons = sorted({s.intermediate_size for s in self.tower_layers})
 
 
 def _off(widths: Iterable[int], multiple: int) -> bool:
     """Whether some width is not a multiple."""
     return any(width % multiple for width in widths)
+
+
+def _gaps(marked: Iterable[bool]) -> list[int]:
+    """Count the steps from one marked place to the next, and to the first from before all."""
+    places = [index for index, is_marked in enumerate(marked) if is_marked]
+    return [b - a for a, b in pairwise([-1, *places])]
 
 
 _BROKEN: dict[str, Callable[[Case, Any], bool]] = {
@@ -128,6 +136,11 @@ _BROKEN: dict[str, Callable[[Case, Any], bool]] = {
     "query heads": lambda c, of: any(heads % c.tp for heads, _ in c.heads),
     "KV heads": lambda c, of: any(kv % c.tp and c.tp % kv for _, kv in c.heads),
     "neurons": lambda c, of: _off(c.neurons, c.tp),
+    "tower's neurons": lambda c, of: _off(c.tower_neurons, c.tp),
+    "tower's kinds": lambda c, of: (
+        c.shape.model_type in of
+        and len({*_gaps(s.kind == FULL_ATTENTION for s in c.tower_layers)}) > 1
+    ),
     "share": lambda c, of: not _off(c.neurons, c.tp) and _off(c.neurons, WIDTH_MULTIPLE * c.tp),
     "rows": lambda c, of: _off(c.neurons, ROW_MULTIPLE),
     "width": lambda c, of: not _off(c.neurons, ROW_MULTIPLE) and _off(c.neurons, WIDTH_MULTIPLE),
@@ -151,6 +164,8 @@ def _shown(case: Case) -> dict[str, str]:
         "model": f"model {shape.model_type!r}",
         "language model": f"language model {shape.text_type!r}",
         "neurons": f"{neurons} neurons",
+        "tower's neurons": f"{', '.join(map(str, case.tower_neurons))} neurons in the vision tower",
+        "tower's kinds": f"{len(case.tower_layers)} layers in the vision tower",
         "heads": heads,
         "kinds": ", ".join(f"{number} x {kind}" for kind, number in runs),
         "rows": f"rows of {case.hidden} (hidden), {of_heads} (heads), {neurons} (neurons)",
