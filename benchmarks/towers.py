@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,10 @@ import transformers as hf
 
 import slimvlm as sv
 from slimvlm.core.files import write_text
+from slimvlm.evaluation.bench import times_of_parts
 from slimvlm.models.anatomy import Anatomy
 from slimvlm.models.cost import QUESTION_TOKENS, Picture, Work, question_flops
 from slimvlm.models.load import auto_class
-from slimvlm.models.parts import family_of
 from slimvlm.models.pictures import usual_picture
 from slimvlm.planning.make import make_plan
 from slimvlm.runs.recipe import dummy_scores
@@ -168,35 +166,6 @@ def written(name: str, table: str) -> None:
     write_text(PAGE, page)
 
 
-def times_of(model: Any, inputs: Mapping[str, Any], repeats: int = 2) -> Work:
-    """Measure microseconds of tower, projector and the rest, at the fastest of some passes."""
-    family, spent = family_of(model.config.model_type), dict[str, float]()
-    paths = [family.vision, *family.projector]
-
-    def timed(path: str) -> None:
-        started: list[float] = []
-        part = model.get_submodule(path)
-        part.register_forward_pre_hook(lambda *_: started.append(time.perf_counter()))
-        part.register_forward_hook(
-            lambda *_: spent.update({path: time.perf_counter() - started.pop()})
-        )
-
-    for path in paths:
-        timed(path)
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model(**inputs, logits_to_keep=1)
-        whole = time.perf_counter() - start
-        projector = sum(spent[path] for path in family.projector)
-        inside = projector if family.projector[0].startswith(str(family.vision)) else 0.0
-        tower = spent[str(family.vision)] - inside
-        found.append((whole, tower, projector))
-    whole, tower, projector = min(found)
-    return Work(*(round(1e6 * part) for part in (tower, projector, whole - tower - projector)))
-
-
 def measured(name: str, config: Any, shown: Picture, inputs: dict[str, Any], scale: Work) -> str:
     """Print measured shares of a model with random weights beside calculated ones."""
     torch.manual_seed(0)
@@ -208,8 +177,8 @@ def measured(name: str, config: Any, shown: Picture, inputs: dict[str, Any], sca
         given["mm_token_type_ids"] = (ids == config.image_token_id).int()
     work = question_flops(sv.anatomy(config), shown)
     rows = []
-    for way, parts in (("calculated", work), ("measured", times_of(model, given))):
-        parts = Work(*(part * factor for part, factor in zip(parts, scale, strict=True)))
+    for way, parts in (("calculated", work), ("measured", times_of_parts(model, given))):
+        parts = [part * factor for part, factor in zip(parts, scale, strict=True)]
         rows.append([name, way, *(f"{part / sum(parts):.1%}" for part in parts)])
     print(as_markdown(["model", "", "tower", "projector", "backbone"], rows), flush=True)
     return "".join(as_markdown([""], rows).splitlines(keepends=True)[2:])

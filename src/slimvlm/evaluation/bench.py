@@ -36,7 +36,7 @@ from slimvlm.models.cost import (
 )
 from slimvlm.models.hidden import as_inputs, evaluating, hidden_states, require_finite_values
 from slimvlm.models.load import anatomy as anatomy_of
-from slimvlm.models.parts import Parts
+from slimvlm.models.parts import Parts, part_at
 from slimvlm.models.pictures import usual_picture
 
 REPEATS, NEW_TOKENS = 6, 8  # runs of each model, and new tokens after the first
@@ -216,6 +216,7 @@ class Footprint:
     warnings: tuple[str, ...]  # widths that are slow on hardware
     image_flops: int | None = None  # of a question about an image of usual size
     image_ms: float | None = None  # likewise, from its pixels to the first token
+    image_parts_ms: tuple[float, float, float] | None = None  # of tower, projector and backbone
 
 
 @dataclass(frozen=True)
@@ -331,13 +332,52 @@ def _with_image(result: Bench, pairs: Sequence[tuple[PreTrainedModel, Any]], rep
         text = batch["input_ids"].shape[1] - picture.tokens
         flops.append(sum(question_flops(anatomy_of(model.config), picture, text)))
     ms, sides = [_by_phase(runs)[:, 0] for runs in its], (result.model, result.baseline)
+    apart = (times_of_parts(model, batch) for (model, _), batch in zip(pairs, inputs, strict=True))
     ours, *theirs = (
-        replace(side, image_flops=work, image_ms=float(np.median(each)))
-        for side, work, each in zip(filter(None, sides), flops, ms, strict=True)
+        replace(side, image_flops=work, image_ms=float(np.median(each)), image_parts_ms=parts)
+        for side, work, each, parts in zip(filter(None, sides), flops, ms, apart, strict=True)
     )
     gains = (float(np.median(ms[1] / ms[0])), flops[1] / flops[0]) if theirs else None
     baseline = theirs[0] if theirs else None
     return replace(result, model=ours, baseline=baseline, image_speed_up=gains)
+
+
+@torch.inference_mode()
+def times_of_parts(
+    model: PreTrainedModel, inputs: Mapping[str, Any], repeats: int = 3
+) -> tuple[float, float, float]:
+    """Time vision tower, projector and the rest of a pass, in ms; the fastest of some passes."""
+    parts, spent = Parts(model), dict[str, float]()
+    tower, projector = parts.family.vision or "", parts.family.projector
+
+    def now() -> float:
+        if model.device.type != "cpu":
+            torch.get_device_module(model.device).synchronize()
+        return time.perf_counter()
+
+    def begin(path: str, *call: Any) -> None:
+        spent[path] = spent.get(path, 0.0) - now()
+
+    def end(path: str, *call: Any) -> None:
+        spent[path] += now()
+
+    found = []
+    with ExitStack() as stack:
+        for path in (tower, *projector):
+            if isinstance(part := part_at(model, path), nn.Module):
+                stack.enter_context(part.register_forward_pre_hook(partial(begin, path)))
+                stack.enter_context(part.register_forward_hook(partial(end, path)))
+        for _ in range(repeats):
+            spent.clear()
+            start = now()
+            model(**inputs, logits_to_keep=1)
+            whole, between = now() - start, sum(spent.get(path, 0.0) for path in projector)
+            inside = sum(spent.get(p, 0.0) for p in projector if p.startswith(f"{tower}."))
+            of_tower = spent.get(tower, 0.0) - inside
+            found.append((whole, of_tower, between, whole - of_tower - between))
+    _, *fastest = min(found)
+    of_tower, between, rest = (1e3 * seconds for seconds in fastest)
+    return of_tower, between, rest
 
 
 def summarised(
@@ -411,6 +451,9 @@ def bench_rows(result: Bench) -> tuple[list[str], list[list[str]]]:
             [f"GFLOP of a {name}", *(f"{(m.image_flops or 0) / 1e9:.2f}" for m in models), *pad],
             [f"{name}: prefill ms", *(f"{m.image_ms or 0:.1f}" for m in models), *read],
         ]
+        for part, title in enumerate(("vision tower", "projector", "backbone")):
+            each = (0.0 if m.image_parts_ms is None else m.image_parts_ms[part] for m in models)
+            rows.append([f"  {title} ms", *(f"{ms:.1f}" for ms in each), *pad])
     header = ["", *(m.model for m in models)]
     return header + ["speed-up", "ideal", "share of ideal"] * bool(result.speed_ups), rows
 
