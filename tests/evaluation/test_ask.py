@@ -189,20 +189,18 @@ def test_blind_shows_other_pictures_and_gives_floors(llava, result):
     with pytest.raises(ConfigError, match=r"blind: question 'q0' finds no other images"):
         with_other_pictures([replace(q, images=(picture(0),)) for q in asked])
     asked = [task(), task("words", sees=False), PERPLEXITY, task("losses", metric="loss")]
-    both, blind = (evaluate(*llava, asked, **{how: True}) for how in ("floors", "blind"))
+    both = evaluate(*llava, asked, floors=True)
+    others = task(load=lambda limit: with_other_pictures(task().load(limit)))
     colours, alone = both.tasks["colours"], result.tasks["colours"]
-    assert blind.tasks["colours"].replies != alone.replies
-    assert colours.blind == blind.tasks["colours"].blind == blind.tasks["colours"].score
+    blind = evaluate(*llava, [others]).tasks["colours"]
+    assert blind.replies != alone.replies
+    assert colours.blind == blind.score
     assert colours.majority == pytest.approx(100 * 3 / 9)  # "yes" answers 0, 4 and 8
-    assert replace(alone, blind_scores=blind.tasks["colours"].scores) == colours
+    assert replace(alone, blind_scores=blind.scores) == colours
     assert [both.tasks[n].blind for n in ("words", "passages", "losses")] == [None] * 3
-    lost = [found.tasks["losses"].scores for found in (both, blind)]
-    assert not any(one == other for one, other in zip(*lost, strict=True))
     assert both.tasks["passages"].majority is None
     with pytest.raises(DataError, match=r"^task 'colours': two questions have the id 'q0'$"):
         evaluate(*llava, [task(load=lambda limit: questions(2) + questions(1))])
-    with pytest.raises(ConfigError, match="leave out one of blind and floors"):
-        evaluate(*llava, asked, blind=True, floors=True)
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "loss"])
@@ -221,8 +219,8 @@ def test_a_result_has_sizes_times_and_options(llava, result):
     assert (result.prefill_ms, result.decode_ms) == (2.25, 1.0)
     assert (result.prefill_range_ms, result.decode_range_ms) == ((2.0, 2.5), (1.0, 1.0))
     assert result.average == result.tasks["colours"].score
-    found = evaluate(*llava, [task(metric="yes_no")], limit=2, batch_size=3, blind=True)
-    assert (found.blind, found.limit, found.batch_size) == (True, 2, 3)
+    found = evaluate(*llava, [task(metric="yes_no")], limit=2, batch_size=3)
+    assert (found.limit, found.batch_size) == (2, 3)
     assert found.dtype == str(llava[0].dtype).removeprefix("torch.")
     assert set(found.tasks["colours"].details) == {"f1", "yes_rate"}
 

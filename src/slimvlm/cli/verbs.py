@@ -280,8 +280,7 @@ def compare(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, comparison_html(found, f"Answers lost and gained by {found.name_b}"))
-    notes = [found.note] if found.note else []
-    notes += [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
+    notes = [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
     title = f"A: {found.name_a}   B: {found.name_b}"
     values, rows = comparing.comparison_json, comparing.comparison_rows
     show(json, partial(values, found), partial(rows, found), title, notes)

@@ -549,8 +549,6 @@ class QuestionFlags(Questions):
     """Comma-separated tasks: built-in ones (demo for all, the default without --data), your own
     YAML files, or the paper's benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista,
     docvqa (need slimvlm[eval])."""
-    blind: bool = False
-    """Show each question with the images of another one: the floor of a model that cannot see."""
     replies: Place | None = None
     """Folder that stores replies as they come, so that a stopped evaluation can resume."""
 

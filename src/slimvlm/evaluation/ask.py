@@ -45,7 +45,6 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 16,
     name: str = "",
-    blind: bool = False,
     log_folder: str | Path | None = None,
     floors: bool = False,
 ) -> Result:
@@ -55,11 +54,10 @@ def evaluate(
     size beyond rounding, and is the same at every call.
 
     Tasks are given themselves or as a list of names with commas; ``limit`` takes the first
-    questions of each. With ``blind``, each question has the images of another one. The score is
-    then the model's blind floor: a task that is not clearly above it does not measure vision. With
-    ``floors``, questions with images are also evaluated blind, and both scores are stored. Replies
-    are appended to files in ``log_folder``, one JSON line each: a stopped evaluation resumes from
-    them, and a finished one is not repeated.
+    questions of each. With ``floors``, questions with images are also evaluated blind, each with
+    the images of another one, and both scores are stored: a task that is not clearly above this
+    floor does not measure vision. Replies are appended to files in ``log_folder``, one JSON line
+    each: a stopped evaluation resumes from them, and a finished one is not repeated.
 
     Raises:
         ConfigError: If an option is out of range, or images cannot be exchanged.
@@ -67,8 +65,6 @@ def evaluate(
     for option, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value} must be at least 1")
-    if blind and floors:
-        raise ConfigError("floors: a blind result is the floor; leave out one of blind and floors")
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     folder = None if log_folder is None else Path(log_folder)
     weights = "" if folder is None else _digest_of_model(model, processor)
@@ -82,11 +78,8 @@ def evaluate(
             first.append(questions[0])
             by_loss = task.metric in metrics.LIKELIHOODS
             options: dict[str, Any] = {} if by_loss else {"batch_size": batch_size}
-            sees = any(question.images for question in questions)
-            has_floor = sees and (blind or floors) and not by_loss
-            rounds = [questions]
-            if has_floor or (sees and blind):
-                rounds = [with_other_pictures(questions), *rounds * floors]
+            has_floor = floors and not by_loss and any(question.images for question in questions)
+            rounds = [*([with_other_pictures(questions)] if has_floor else []), questions]
             found = []
             for turn, asked in enumerate(rounds):
                 key = digest_of_questions(weights, task, asked, **options)
@@ -95,7 +88,7 @@ def evaluate(
                 found.append(_ask(model, processor, task, asked, log, scaled, **options))
             results[task.name] = replace(found[-1], blind_scores=found[0].scores * has_floor)
             reached(number + 1)
-    how = {"blind": blind, "limit": limit, "batch_size": batch_size}
+    how = {"limit": limit, "batch_size": batch_size}
     return with_costs(model, processor, results, first[0], name, **how)
 
 

@@ -215,15 +215,14 @@ def evaluate_all(
     asked: Questions,
     name: str = "",
     log_folder: str | Path | None = None,
-    blind: bool = False,
 ) -> Result:
-    """Evaluate on our own tasks and on lmms-eval's; a log, floors and ``blind`` are for ours."""
+    """Evaluate on our own tasks and on lmms-eval's; a log and floors are for ours."""
     own, theirs = split_names(asked.tasks)
     processor = with_arguments(processor, asked.template_args)
     how: dict[str, Any] = {"limit": asked.limit, "batch_size": asked.batch_size}
     found: dict[str, TaskResult] = {}
     if own or not theirs:
-        ours = (asked.limit, asked.batch_size, name, blind, log_folder, asked.floors)
+        ours = (asked.limit, asked.batch_size, name, log_folder, asked.floors)
         result = evaluate(model, processor, own, *ours)
     if theirs:
         found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
