@@ -208,13 +208,15 @@ def demo(
     """
     from slimvlm.demo.build import build_demo, build_from_delta
     from slimvlm.demo.run import run_demo
+    from slimvlm.runs.compress import read_held_out
 
     out = out or Path("runs/demo-short" if short else "runs/demo")
     if what == "build":
         print(build_demo() if delta is None else build_from_delta(delta, out, force))
         return
-    header, rows, lines = run_demo(out, short, force, to_log, model, place.device, axis, limit)
-    print_table(header, rows, title="the demo model, 30 % of the backbone removed")
+    results, lines = run_demo(out, short, force, to_log, model, place.device, axis, limit)
+    print_results(results, False, "the demo model, 30 % of the backbone removed")
+    print_held_out(read_held_out(out / axis))
     for line in lines:
         print(printable(line))
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -335,18 +334,13 @@ def digest_of_questions(weights: str, task: Task, questions: Sequence[Question],
 
 
 def identities_of_tasks(asked: Questions) -> tuple[str, ...]:
-    """Hash what own tasks are made of: files, questions, images, metrics, the folder of tasks."""
+    """Hash what own tasks are made of: files, questions, images, the folder of tasks."""
     found = []
     for path in (part.strip() for part in asked.tasks.split(",")):
         if path.endswith((".yaml", ".yml")):
             (task,) = find_tasks(path)
             questions = digest_of_questions("", task, task.load(asked.limit))
             found += [identity_of_files(path, path), questions]
-            # the whole package, or the one file, in which the user's own metric is
-            module, is_own, _ = task.metric.partition(":")
-            spec = find_spec(module.partition(".")[0]) if is_own else None
-            places = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
-            found += [identity_of_files(task.metric, place) for place in places]
     folder = asked.task_folder
     return (*found, *([] if folder is None else [identity_of_files(folder, folder)]))
 

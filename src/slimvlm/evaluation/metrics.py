@@ -1,17 +1,11 @@
 """Score a reply, average scores, and estimate the retention of a compressed model."""
 
-import inspect
 import math
 import re
-import sys
-import sysconfig
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq, Levenshtein
 
-from slimvlm.core.errors import ConfigError, raised_as, shortened
+from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.core.tables import read_table
 from slimvlm.data.samples import Question
 
@@ -165,47 +159,11 @@ def perplexity(loss: float) -> float:
 
 
 def metric_named(name: str) -> Metric:
-    """Find a metric of replies: one of `METRICS`, or a user's own ``package.module:function``.
-
-    That must be a plain function of two arguments, from a module of the user's own: a task file
-    names it, and must not be able to call a function of an installed package.
-    """
-    if name in METRICS:
-        return METRICS[name]
-    if ":" not in name:
+    """Find a metric of replies: one of `METRICS`."""
+    if name not in METRICS:
         known = ", ".join((*METRICS, *LIKELIHOODS))
-        told = f"must be one of: {known}; or a function, package:name"
-        raise ConfigError(f"metric {shortened(name)} {told}")
-    module, _, attribute = name.partition(":")
-    where = f"metric {shortened(name)}"
-    top = module.partition(".")[0]
-    with raised_as(ConfigError, Exception, f"{where}: cannot be imported"):
-        spec = find_spec(top)
-    places = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec else []
-    installed = [str(Path(sysconfig.get_path(name)).resolve()) for name in ("purelib", "platlib")]
-    parts = {"site-packages", "dist-packages", *installed}
-    if top in {*sys.stdlib_module_names, "slimvlm"} or any(
-        parts & {*Path(place).parts, *map(str, Path(place).resolve().parents)} for place in places
-    ):
-        told = "not of an installed package or of Python's library"
-        raise ConfigError(f"{where}: must be a function of a module of your own, {told}")
-    with raised_as(ConfigError, Exception, f"{where}: cannot be imported"):  # which runs it
-        found = getattr(import_module(module), attribute, None)
-    if not inspect.isfunction(found) or found.__module__ != module:
-        raise ConfigError(f"{where}: {module} defines no function {attribute!r}")
-    if len(inspect.signature(found).parameters) != 2:
-        raise ConfigError(f"{where}: must take two arguments, the reply and the question")
-
-    def checked(reply: str, question: Question) -> float:
-        asked = f"question {question.id!r}"
-        with raised_as(ConfigError, Exception, f"metric {name!r}: failed on {asked}"):
-            score = found(answer_of(reply), question)
-        if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
-            told = f"gave {shortened(repr(score))} for {asked}, must give a number from 0 to 1"
-            raise ConfigError(f"metric {name!r}: {told}")
-        return float(score)
-
-    return checked
+        raise ConfigError(f"metric {shortened(name)} must be one of: {known}")
+    return METRICS[name]
 
 
 def yes_no_details(replies: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
@@ -222,10 +180,8 @@ def average(scores: Mapping[str, float]) -> float:
     return float(np.mean([s * 100 / MME_FULL_SCORES.get(n, 100.0) for n, s in scores.items()]))
 
 
-def majority_score(metric: str, questions: Sequence[Question]) -> float | None:
-    """Compute the score of the best constant answer, in percent; None for a user's metric."""
-    if ":" in metric:  # each call may take as long as another model's reply
-        return None
+def majority_score(metric: str, questions: Sequence[Question]) -> float:
+    """Compute the score of the best constant answer, in percent."""
     accepted = Counter(a for q in questions for a in {normalise(answer) for answer in q.answers})
     frequent = accepted.most_common(8)
     candidates = [answer for i, (answer, count) in enumerate(frequent) if count > 1 or i == 0]

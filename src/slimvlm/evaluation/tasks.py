@@ -32,8 +32,7 @@ class TaskRow:
     data: str
     prompt: str  # columns in braces: ``{question} Answer with one word.``; may be empty for a loss
     answer: str  # column with the answer, or a list of accepted ones
-    # one of `METRICS` for the reply or of `LIKELIHOODS` for the answer itself; or the user's own
-    # ``mypackage:score``, which takes reply and `slimvlm.Question` and returns 0 to 1
+    # one of `METRICS` for the reply or of `LIKELIHOODS` for the answer itself
     metric: str = "exact_match"
     # by default test, or validation, or else train
     split: Literal["test", "validation", "train"] | None = None
@@ -151,7 +150,7 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
             choices=tuple(map(str, choices)),
         )
         questions.append(question)
-        if row.by_likelihood and ":" not in row.metric:
+        if row.by_likelihood:
             score = metric_named(row.metric)
             if not any(score(choice, question) for choice in question.choices):
                 told = f"{row.metric} finds no choice right by answer"
