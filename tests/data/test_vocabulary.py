@@ -181,7 +181,7 @@ def word_piece():
 @pytest.mark.parametrize(
     ("tokenizer", "size", "message"),
     [
-        (word_piece, 300, "type 'WordPiece', and only BPE, Unigram"),
+        (word_piece, 300, "type 'WordPiece', and only BPE"),
         (lambda: changed(dropout=0.1), 300, "dropout 0.1"),
         (lambda: object(), 300, "object is no fast tokenizer"),
         (lambda: tiny_words.tokenizer("byte_level"), None, "vocab_size 'auto' needs texts"),
@@ -207,14 +207,3 @@ def test_a_token_keeps_the_parts_that_it_is_really_made_of(merges, inner):
     assert kept == {*range(3), whole, part}
     small = Tokenizer.from_str(file.trimmed(kept))
     assert small.encode("abc").tokens == raw.encode("abc").tokens == ["abc"]
-
-
-def test_a_character_without_a_token_keeps_the_tokens_that_hold_it():
-    """And the rarest token stays: an unknown character counts as a little rarer than it."""
-    pieces = [("<unk>", 0.0), ("a", -15.0), ("b", -1.0), ("ab", -2.0)]
-    odd = [("xy", -25.0), ("ya", -1.5), ("bb", -30.0), ("ba", -3.0)]
-    raw = Tokenizer(models.Unigram([*pieces, *odd], unk_id=0))
-    file = TokenizerFile("tiny", json.loads(raw.to_str()))
-    assert {file.texts[token] for token in file.needed} == {"<unk>", "a", "b", "xy", "ya", "bb"}
-    small = Tokenizer.from_str(file.trimmed(file.needed))
-    assert small.encode("xya").tokens == raw.encode("xya").tokens == ["xy", "a"]

@@ -23,7 +23,6 @@ from slimvlm.evaluation.ask import (
     answer,
     batches_by_length,
     evaluate,
-    likelihoods,
     with_arguments,
     with_costs,
 )
@@ -201,7 +200,6 @@ def _results(
             cut=sum(replies[index][1] for index in scored),
             scores=tuple(_scores(row.read, [samples[index][metric] for index in scored])),
             details={k: scale * float(totals[other]) for k, other in row.details.items()},
-            offered=task.OUTPUT_TYPE == "multiple_choice",
         )
     if not results:
         wanted = ", ".join(row.metric for row in rows.values())
@@ -259,7 +257,6 @@ def adapter(
 
     The keys are indices of questions. The runner gets replies without thoughts.
     """
-    from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 
     class Adapter(lmms):  # type: ignore[misc]
@@ -272,8 +269,8 @@ def adapter(
             stops = [stops] if isinstance(stops, str) else stops
             found = [("", False)] * len(requests)
             for batch in _batches(requests, self.task_dict, batch_size):
-                answers = answer(model, processor, [asked for _, asked, _ in batch], longest)
-                for (place, *_), (whole, is_cut) in zip(batch, answers, strict=True):
+                answers = answer(model, processor, [asked for _, asked in batch], longest)
+                for (place, _), (whole, is_cut) in zip(batch, answers, strict=True):
                     text = answer_of(whole)
                     for stop in filter(None, stops):
                         is_cut &= stop not in text
@@ -282,45 +279,27 @@ def adapter(
             replies.update((r.args[3], reply) for r, reply in zip(requests, found, strict=True))
             return [text for text, _ in found]
 
-        def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-            found: list[Any] = [None] * len(requests)
-            best: dict[int, float] = {}  # the likeliest continuation is the reply
-            for batch in _batches(requests, self.task_dict, batch_size):
-                # The chat template sets its own space before the answer.
-                pairs = [(question, str(text).strip()) for _, question, text in batch]
-                values = likelihoods(model, processor, pairs)
-                for (place, *_), value in zip(batch, values, strict=True):
-                    found[place] = value
-            for request, (likelihood, _) in zip(requests, found, strict=True):
-                number, text = request.args[3], str(request.args[1]).strip()
-                if number not in best or likelihood > best[number]:
-                    best[number], replies[number] = likelihood, (text, False)
-            # The runner (0.7.3) makes text of a bare pair, but not of one in a wrapper.
-            signs = [-1 if isinstance(r.args[1], str) else 1 for r in requests]
-            signed = zip(signs, found, strict=True)
-            return [GenerationResult((sign * value, greedy)) for sign, (value, greedy) in signed]
+        def loglikelihood(self, requests: Sequence[Any]) -> Any:
+            raise ConfigError("only tasks with one generated reply to each question are supported")
 
-        def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-            raise ConfigError("tasks with several rounds are not supported")
+        generate_until_multi_round = loglikelihood
 
     return Adapter()
 
 
 def _batches(
     requests: Sequence[Any], documents: Mapping[str, Any], batch_size: int
-) -> Iterator[list[tuple[int, Question, Any]]]:
-    """Batch requests, all of one task: place, question, and the text or options that it has."""
+) -> Iterator[list[tuple[int, Question]]]:
+    """Batch requests, all of one task: place and question."""
     prompts, task = [request.args[0] for request in requests], str(requests[0].args[4])
     for batch in batches_by_length(prompts, batch_size, task):
         found = []
         for place in batch:
-            prompt, text, images_of, index, task, split = requests[place].args
-            document = documents[task][split][index]
-            shown = images_of(document) or ()
+            prompt, _, images_of, index, task, split = requests[place].args
+            shown = images_of(documents[task][split][index]) or ()
             if not all(isinstance(image, Image.Image) for image in shown):
                 raise ConfigError(f"task {task!r} shows something other than images")
-            question = Question(id=str(index), prompt=prompt, answers=(), images=tuple(shown))
-            found.append((place, question, text(document) if callable(text) else text))
+            found.append((place, Question(str(index), prompt, (), tuple(shown))))
         yield found
 
 
