@@ -200,27 +200,16 @@ def test_mended_code_is_other_work(data, tmp_path, monkeypatch):
     assert not names[0] & names[1]
 
 
-def test_answers_a_metric_s_code_and_general_text_are_part_of_what_is_asked(
-    data, tmp_path, monkeypatch
-):
-    monkeypatch.syspath_prepend(str(tmp_path))
-    task = {
-        "name": "mine",
-        "data": "q.jsonl",
-        "prompt": "{q}",
-        "answer": "a",
-        "metric": "own:score",
-    }
-    (tmp_path / "mine.yaml").write_text(json.dumps({**task, "metric": "own:score"}))
+def test_answers_and_general_text_are_part_of_what_is_asked(data, tmp_path, monkeypatch):
+    task = {"name": "mine", "data": "q.jsonl", "prompt": "{q}", "answer": "a"}
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))
     config, names = study(data, tasks=str(tmp_path / "mine.yaml")), []
-    for value, text, answer in ((1, "a", "red"), (0, "a", "red"), (0, "b", "red"), (0, "b", "no")):
+    for text, answer in (("a", "red"), ("b", "red"), ("b", "no")):
         (tmp_path / "q.jsonl").write_text(json.dumps({"q": "Which?", "a": answer}))
-        (tmp_path / "own.py").write_text(f"def score(reply, question):\n    return {value}\n")
         monkeypatch.setattr(schedule, "identity_of_general_text", lambda text=text: text)
         names.append({s.kind: s.name for s in prepared(config, print)[1].stages()})
-    first, other_code, other_text, other_answer = names
-    assert first["prune"] == other_code["prune"] != other_text["prune"]
-    assert first["evaluate"] != other_code["evaluate"]
+    first, other_text, other_answer = names
+    assert first["prune"] != other_text["prune"]
     assert other_text["prune"] == other_answer["prune"]
     assert other_text["evaluate"] != other_answer["evaluate"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from rapidfuzz.distance import LCSseq, Levenshtein
+from rapidfuzz.distance import Levenshtein
 
 from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.core.tables import read_table
@@ -104,21 +104,15 @@ def _items(text: str) -> set[str]:
 
 
 def _bag(text: str) -> Counter[str]:
-    """Count words, without articles if there are others."""
-    words = _words(text, "")
+    """Count words, or characters of scripts without spaces; articles only if all are."""
+    text = re.sub(_PATTERNS["no_spaces"], r" \g<0> ", plain(text).casefold())
+    words = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] in "LMN").split()
     return Counter([word for word in words if word not in ("a", "an", "the")] or words)
 
 
 def _f1(found: Counter[str], wanted: Counter[str]) -> float:
     hits = (found & wanted).total()
     return 2 * hits / (found.total() + wanted.total()) if hits else 0.0
-
-
-def _words(text: str, gap: str) -> list[str]:
-    """Split into words, or characters of scripts without spaces; ``gap`` replaces other signs."""
-    text = re.sub(_PATTERNS["no_spaces"], r" \g<0> ", plain(text).casefold())
-    signs = ((c if c.isspace() or unicodedata.category(c)[0] in "LMN" else gap) for c in text)
-    return "".join(signs).split()
 
 
 Metric = Callable[[str, Question], float]  # reply and question → a score in [0, 1]
@@ -144,11 +138,6 @@ METRICS: dict[str, Metric] = {
         normalise, lambda a, b: Levenshtein.normalized_similarity(a, b, score_cutoff=0.5)
     ),
     "f1": _best(_bag, _f1),  # of words (arXiv:1606.05250, 6.1)
-    # ROUGE-L F1, without stemming (Lin 2004)
-    "rouge_l": _best(
-        lambda text: _words(text, " "),
-        lambda a, b: 2 * LCSseq.similarity(a, b) / max(len(a) + len(b), 1),
-    ),
 }
 LIKELIHOODS = ("perplexity", "loss")  # of the given answer, without a reply; lower is better
 
