@@ -156,12 +156,15 @@ def test_every_fourth_of_all_texts_is_held_out_and_its_share_of_kept_tokens_told
 
 
 def test_texts_come_from_files_and_folders(tmp_path):
-    with pytest.raises(sv.SlimError, match="no UTF-8 text file"):
+    with pytest.raises(sv.SlimError, match="no text file"):
         sv.choose_tokens(tiny_words.tokenizer("byte_level"), texts=[tmp_path])
     whole = tiny_words.tokenizer("byte_level")
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.txt").write_text("height " * 2000)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(sv.SlimError, match=r"picture\.png': cannot be read"):
+        sv.choose_tokens(whole, texts=[tmp_path])
+    (tmp_path / "picture.png").unlink()
     in_file = sv.choose_tokens(whole, texts=[tmp_path / "inner" / "a.txt"])
     assert in_file == sv.choose_tokens(whole, texts=[tmp_path])
     assert set(whole(" height", add_special_tokens=False)["input_ids"]) <= set(in_file)

@@ -282,7 +282,7 @@ def evaluate(
     if not has_data:
         source.refuse(("images", "max_bad_rows", "max_length", "too_long"), "needs --data")
     else:
-        asks = ("tasks", "task_folder", "template_args", "floors", "replies")
+        asks = ("tasks", "task_folder", "floors", "replies")
         questions.refuse(asks, "is for tasks, not for --data")
     questions = replace(questions, tasks=questions.tasks or options.Questions.tasks)
     is_file = baseline is not None and files.path_of(baseline, "baseline").is_file()

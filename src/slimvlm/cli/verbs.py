@@ -214,11 +214,11 @@ def demo(
     if what == "build":
         print(build_demo() if delta is None else build_from_delta(delta, out, force))
         return
-    results, lines = run_demo(out, short, force, to_log, model, place.device, axis, limit)
+    results = run_demo(out, short, force, to_log, model, place.device, axis, limit)
     print_results(results, False, "the demo model, 30 % of the backbone removed")
     print_held_out(read_held_out(out / axis))
-    for line in lines:
-        print(printable(line))
+    talk = ["slimvlm", "chat", str(out / axis), "What is a llama?", "--other", model]
+    to_log(f"next: {shlex.join(['slimvlm', 'report', str(out / axis)])}; {shlex.join(talk)}")
 
 
 # Verbs of one model or two.

@@ -140,7 +140,7 @@ def asked(options: Any) -> dict[str, Any]:
 
 def note_request(file: Path, request: Mapping[str, Any]) -> None:
     """Store a request as JSON, with the identity of slimvlm itself."""
-    write_text(file, json.dumps(_comparable(request), indent=2) + "\n")
+    write_text(file, json.dumps(comparable(request), indent=2) + "\n")
 
 
 def noted_request(file: Path) -> dict[str, Any] | None:
@@ -152,15 +152,7 @@ def noted_request(file: Path) -> dict[str, Any] | None:
 
 def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:
     """Whether the stored request equals this one."""
-    return noted_request(file) == _comparable(request)
-
-
-def require_same_request(
-    noted: Mapping[str, Any] | None, request: Mapping[str, Any], what: str, cure: str
-) -> None:
-    """Refuse another request than the noted one, if there is one; see `require_same`."""
-    if noted is not None:
-        require_same(noted, _comparable(request), what, cure)
+    return noted_request(file) == comparable(request)
 
 
 def require_same(noted: Mapping[str, Any], new: Mapping[str, Any], what: str, cure: str) -> None:
@@ -180,7 +172,7 @@ def _differing(
             yield prefix + name
 
 
-def _comparable(request: Mapping[str, Any]) -> dict[str, Any]:
+def comparable(request: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a request as JSON would (tuples become lists), and add the `VERSION`."""
     found: dict[str, Any] = json.loads(json.dumps(request))
     return {**found, VERSION: identity_of_code()}

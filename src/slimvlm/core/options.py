@@ -145,6 +145,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Train = Literal["projector", "lora", "full", "projector+tower", "full+tower"]
+TrainOrNot = Literal["projector", "lora", "full", "projector+tower", "full+tower", "none"]
 Positions = Literal["answer", "all"]
 TooLong = Literal["error", "truncate"]
 
@@ -180,9 +181,7 @@ class TrainingConfig(Options):
     """Training; the extended paper's decision chart gives what is left out."""
 
     without_flag = frozenset({"gradient_accumulation", "temperature", "bf16", "trainer", "lora"})
-    train: Literal["projector", "lora", "full", "projector+tower", "full+tower", "none"] | None = (
-        None
-    )
+    train: TrainOrNot | None = None
     """Weights to train: the projector; LoRA on the backbone, plus the projector; full, all but the
     vision tower; projector or full with the tower; or none."""
     loss: str | None = None
@@ -514,8 +513,6 @@ class Questions(Options):
     """Maximum number of questions per task."""
     batch_size: Annotated[int, AT_LEAST_1] = 16
     """Questions per batch."""
-    template_args: Texts = ()
-    """Arguments of the chat template for questions, as name=value: enable_thinking=false."""
     floors: bool = False
     """Also evaluate the original (without --baseline, this model) with the images of other
     questions: tables then show each task's blind floor and retention above it."""
@@ -572,7 +569,7 @@ UNTRAINED = RunTraining(train="none")
 class RunOptions(LatencyOptions, FinalEvaluation, TrainingShare, Questions):
     """Evaluation, image tokens and training data."""
 
-    without_flag = frozenset({"task_folder", "template_args", "floors", "baseline", "require"})
+    without_flag = frozenset({"task_folder", "floors", "baseline", "require"})
     flags: ClassVar = {"batch_size": "task_batch_size"}
     image_tokens: Annotated[float | None, INSIDE] = None
     """Share of the image tokens to keep: the compressed model uses so many from calibration on, the

@@ -17,7 +17,7 @@ from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimvlm.core.documents import MAX_BYTES, read_text
+from slimvlm.core.documents import read_text
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.data.chat import render, tokenizer_of
@@ -249,21 +249,14 @@ def choose_vocabulary(
 
 
 def read_texts(path: str | Path) -> Iterator[str]:
-    """Yield the text of a file, or of a folder's UTF-8 files, some lines at a time."""
-    place, found = path_of(path, "vocab_text"), False
+    """Yield the text of a UTF-8 file, or of a folder of such files, some lines at a time."""
+    place = path_of(path, "vocab_text")
     inside = (each for each in sorted(place.rglob("*")) if each.is_file() and not each.is_symlink())
-    for file in inside if place.is_dir() else [place]:
-        try:
-            text = read_text(file, "vocab_text")
-        except ConfigError as error:
-            is_text = not isinstance(error.__cause__, UnicodeDecodeError)
-            if file is place or (is_text and file.stat().st_size <= MAX_BYTES):
-                raise
-            continue  # no text, or too large to be one
-        found = True
-        yield from _SOME_LINES.findall(text)
-    if not found:
-        raise ConfigError(f"vocab_text {str(path)!r}: no UTF-8 text file in this folder")
+    files = [*inside] if place.is_dir() else [place]
+    if not files:
+        raise ConfigError(f"vocab_text {str(path)!r}: no text file in this folder")
+    for file in files:
+        yield from _SOME_LINES.findall(read_text(file, "vocab_text"))
 
 
 def _in_order(

@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import copy
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -23,7 +22,6 @@ from slimvlm.core.options import Questions
 from slimvlm.core.progress import progress, steps
 from slimvlm.data import chat
 from slimvlm.data.samples import Question, Task, identifying_bytes
-from slimvlm.data.templates import rendered
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.bench import stored_bytes, times_of
 from slimvlm.evaluation.on_data import answer_losses
@@ -87,8 +85,7 @@ def evaluate(
                 found.append(_ask(model, processor, task, asked, log, scaled, **options))
             results[task.name] = replace(found[-1], blind_scores=found[0].scores * has_floor)
             reached(number + 1)
-    how = {"limit": limit, "batch_size": batch_size}
-    return with_costs(model, processor, results, first[0], name, **how)
+    return with_costs(model, processor, results, first[0], name, limit, batch_size)
 
 
 def _digest_of_model(model: PreTrainedModel, processor: Any) -> str:
@@ -96,8 +93,7 @@ def _digest_of_model(model: PreTrainedModel, processor: Any) -> str:
     settings: list[Any] = [
         each.to_json_string() for each in (model.config, model.generation_config)
     ]
-    settings += [getattr(processor, name, None) for name in ("chat_template", "template_args")]
-    settings.append(documents.identity_of_code())
+    settings += [getattr(processor, "chat_template", None), documents.identity_of_code()]
     if chat.can_see(processor):
         settings.append(processor.image_processor.to_json_string())
     return digest([digest_of_weights(model).encode(), settings])
@@ -176,36 +172,16 @@ def _loss_of(
     return [(json.dumps([mean, count]), False)]
 
 
-def with_arguments(processor: Any, given: Sequence[str]) -> Any:
-    """Return a processor whose chat template gets these arguments, written as ``name=value``."""
-    values: dict[str, Any] = {}
-    for word in given:
-        name, _, value = word.partition("=")
-        known = {*rendered(processor.chat_template or "").split()}
-        known -= {"messages", "add_generation_prompt"}
-        if not value or name not in known:
-            names = ", ".join(sorted(known)) or "nothing else"
-            told = f"must be name=value, and the model's chat template reads: {names}"
-            raise ConfigError(f"template_args {shortened(word)} {told}")
-        try:
-            values[name] = parse_json(value)
-        except ValueError:
-            values[name] = value
-    if values:
-        processor = copy(processor)
-        processor.template_args = values
-    return processor
-
-
 def with_costs(
     model: PreTrainedModel,
     processor: Any,
     tasks: Mapping[str, TaskResult],
     question: Question,
-    name: str = "",
-    **how: Any,
+    name: str,
+    limit: int | None,
+    batch_size: int,
 ) -> Result:
-    """Add parameter counts, the times for one question, and ``how`` (options) to task results."""
+    """Add parameter counts, the times for one question, and options to task results."""
     shape = anatomy(model.config)  # of the configuration: quantised weights are packed
     (times,), _ = times_of([(model, processor)], question)
     return Result(
@@ -216,7 +192,8 @@ def with_costs(
         **vars(times),
         dtype=str(model.dtype).removeprefix("torch."),
         weight_bytes=stored_bytes(model),
-        **how,
+        limit=limit,
+        batch_size=batch_size,
     )
 
 

@@ -147,21 +147,20 @@ def _questions_of(task: Task | None, answered: TaskResult) -> tuple[Mapping[str,
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """Give the figures of a comparison as plain values, and the ids lost and gained."""
+
+    def figures(task: TaskComparison) -> dict[str, Any]:
+        apart = {**task.difference.as_points(), "significant": task.difference.significant}
+        return {**apart, "flips": task.flips, "counts": task.counts}
+
     rows: dict[str, dict[str, Any]] = {}
-    for name, task in [*comparison.tasks.items(), ("", comparison.total)]:
-        rows[name] = {**task.difference.as_points(), "significant": task.difference.significant}
-        rows[name] |= {"flips": task.flips, "counts": task.counts}
-        if name:
-            about = {"n": len(task.pairs), "metric": task.metric}
-            about |= {"a": task.score_a, "b": task.score_b}
-            ids = {
-                kind: [pair.question.id for pair in task.pairs if pair.kind == kind]
-                for kind in ("lost", "gained")
-            }
-            rows[name] = {**about, **rows[name], **ids}
-    total = rows.pop("")
+    for name, task in comparison.tasks.items():
+        about = {"n": len(task.pairs), "metric": task.metric, "a": task.score_a, "b": task.score_b}
+        rows[name] = {**about, **figures(task), "lost": [], "gained": []}
+        for pair in task.pairs:
+            rows[name].get(pair.kind, []).append(pair.question.id)
     return {
-        **{"a": comparison.name_a, "b": comparison.name_b, "tasks": rows, "all": total},
+        **{"a": comparison.name_a, "b": comparison.name_b, "tasks": rows},
+        "all": figures(comparison.total),
         "retention_by_kind": {kind: kept.as_json() for kind, kept in comparison.kept.items()},
         "left_out": dict(comparison.left_out),
     }

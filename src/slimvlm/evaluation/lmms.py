@@ -23,7 +23,6 @@ from slimvlm.evaluation.ask import (
     answer,
     batches_by_length,
     evaluate,
-    with_arguments,
     with_costs,
 )
 from slimvlm.evaluation.metrics import MME_FULL_SCORES, answer_of
@@ -87,8 +86,6 @@ def check_names(
     """Find the rows of these benchmarks; refuse here what would fail after hours of answering."""
     if find_spec("lmms_eval") is None:
         raise ConfigError("lmms-eval is not installed: pip install 'slimvlm[eval]'")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit {limit} must be 1 or more")
     subtasks = [] if task_folder is None else list(_index(str(task_folder)).all_subtasks)
     rows: dict[str, LmmsRow] = {}
     for name in names:
@@ -175,7 +172,6 @@ def _results(
     output: Mapping[str, Any],
     replies: Mapping[int, tuple[str, bool]],
 ) -> dict[str, TaskResult]:
-    """Read the results of the rows of one task from the runner's output."""
     name = next(iter(rows.values())).task
     samples: dict[int, Mapping[str, Any]] = {}
     for sample in output["samples"][name]:  # once for each filter; the first one counts
@@ -216,7 +212,6 @@ def evaluate_all(
 ) -> Result:
     """Evaluate on our own tasks and on lmms-eval's; a log and floors are for ours."""
     own, theirs = split_names(asked.tasks)
-    processor = with_arguments(processor, asked.template_args)
     how: dict[str, Any] = {"limit": asked.limit, "batch_size": asked.batch_size}
     found: dict[str, TaskResult] = {}
     if own or not theirs:
@@ -229,25 +224,15 @@ def evaluate_all(
     return replace(result, tasks={**result.tasks, **found})
 
 
+@cache
 def _index(task_folder: str | None = None) -> Any:
-    """Read the tasks in a folder, or those that lmms-eval ships."""
-    if task_folder is None:
-        return _shipped()
-    if not Path(task_folder).is_dir():
+    """Read the tasks in a folder, or the two thousand that lmms-eval ships, which takes seconds."""
+    if task_folder is not None and not Path(task_folder).is_dir():
         raise ConfigError(f"task_folder {task_folder!r} is not a folder")
     with contained():
         from lmms_eval.tasks import TaskManager
 
-        return TaskManager(include_path=task_folder, include_defaults=False)
-
-
-@cache
-def _shipped() -> Any:
-    """Read the two thousand tasks that lmms-eval ships, which takes seconds."""
-    with contained():
-        from lmms_eval.tasks import TaskManager
-
-        return TaskManager()
+        return TaskManager(include_path=task_folder, include_defaults=task_folder is None)
 
 
 def adapter(
@@ -268,9 +253,11 @@ def adapter(
             stops = options.get("until") or ()
             stops = [stops] if isinstance(stops, str) else stops
             found = [("", False)] * len(requests)
-            for batch in _batches(requests, self.task_dict, batch_size):
-                answers = answer(model, processor, [asked for _, asked in batch], longest)
-                for (place, _), (whole, is_cut) in zip(batch, answers, strict=True):
+            prompts, task = [request.args[0] for request in requests], str(requests[0].args[4])
+            for batch in batches_by_length(prompts, batch_size, task):
+                asked = [_question(requests[place], self.task_dict) for place in batch]
+                answers = answer(model, processor, asked, longest)
+                for place, (whole, is_cut) in zip(batch, answers, strict=True):
                     text = answer_of(whole)
                     for stop in filter(None, stops):
                         is_cut &= stop not in text
@@ -287,20 +274,12 @@ def adapter(
     return Adapter()
 
 
-def _batches(
-    requests: Sequence[Any], documents: Mapping[str, Any], batch_size: int
-) -> Iterator[list[tuple[int, Question]]]:
-    """Batch requests, all of one task: place and question."""
-    prompts, task = [request.args[0] for request in requests], str(requests[0].args[4])
-    for batch in batches_by_length(prompts, batch_size, task):
-        found = []
-        for place in batch:
-            prompt, _, images_of, index, task, split = requests[place].args
-            shown = images_of(documents[task][split][index]) or ()
-            if not all(isinstance(image, Image.Image) for image in shown):
-                raise ConfigError(f"task {task!r} shows something other than images")
-            found.append((place, Question(str(index), prompt, (), tuple(shown))))
-        yield found
+def _question(request: Any, documents: Mapping[str, Any]) -> Question:
+    prompt, _, images_of, index, task, split = request.args
+    shown = images_of(documents[task][split][index]) or ()
+    if not all(isinstance(image, Image.Image) for image in shown):
+        raise ConfigError(f"task {task!r} shows something other than images")
+    return Question(str(index), prompt, (), tuple(shown))
 
 
 @contextlib.contextmanager
