@@ -57,6 +57,8 @@ def _byte_level(ignore_merges: bool = False) -> Tokenizer:
     start = raw.token_to_id("<|im_start|>")
     first = ends.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", start)])
     raw.post_processor = ends.Sequence([ends.ByteLevel(trim_offsets=False), first])
+    if ignore_merges:
+        raw.post_processor = ends.BertProcessing(("<|im_end|>", start + 1), ("<|im_start|>", start))
     raw.enable_padding(pad_id=raw.token_to_id("<|im_end|>"), pad_token="<|im_end|>")
     return raw
 
@@ -98,35 +100,11 @@ def _sentencepiece(every_split: bool = True) -> Tokenizer:
     return raw
 
 
-def _unigram(byte_fallback: bool) -> Tokenizer:
-    trained = Tokenizer(models.Unigram())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=list(SPECIALS), unk_token="<unk>", show_progress=False
-    )
-    trained.train_from_iterator(CORPUS[:4] * 3, trainer)
-    values = json.loads(trained.to_str())
-    model = values["model"]
-    if byte_fallback:
-        model["vocab"][3:3] = [[f"<0x{byte:02X}>", 0.0] for byte in range(256)]
-        model["byte_fallback"] = True
-        values["added_tokens"] = []
-    raw = Tokenizer.from_str(json.dumps(values))
-    raw.add_special_tokens(list(SPECIALS))
-    space = decoders.Replace("▁", " ")
-    raw.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse()])
-    raw.add_special_tokens(["<image>"])
-    raw.post_processor = ends.BertProcessing(("</s>", 2), ("<s>", 1))
-    return raw
-
-
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte_level": _byte_level,
     "byte_level, every split, whole words first": lambda: _byte_level(ignore_merges=True),
     "sentencepiece": lambda: _sentencepiece(every_split=False),
     "sentencepiece, every split": _sentencepiece,
-    "unigram": lambda: _unigram(byte_fallback=False),
-    "unigram with bytes": lambda: _unigram(byte_fallback=True),
 }
 
 

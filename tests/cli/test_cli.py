@@ -23,7 +23,7 @@ from slimvlm.cli.options import USUAL
 from slimvlm.cli.printing import print_table
 from slimvlm.core.documents import built
 from slimvlm.core.errors import SlimError
-from slimvlm.core.options import file_only, flags_of
+from slimvlm.core.options import file_only
 from slimvlm.core.progress import progress, to_log
 from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import answer
@@ -177,7 +177,7 @@ def options_of(verb):
     names, hints = [], get_type_hints(cli.VERBS[verb], include_extras=True)
     for kind in groups_of(verb).values():
         shown = [row.name for row in dataclasses.fields(kind) if row.name not in file_only(kind)]
-        names += [flags_of(kind).get(name, name) for name in shown]
+        names += [kind.flags.get(name, name) for name in shown]
     for name in inspect.signature(cli.VERBS[verb]).parameters:
         is_group = dataclasses.is_dataclass(hints[name])
         if not is_group and tyro.conf.Positional not in getattr(hints[name], "__metadata__", ()):

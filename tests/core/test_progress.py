@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from slimvlm.core import progress as module
 from slimvlm.core.progress import (
     LOG_EVERY,
-    LoggedStage,
     current_stage,
     duration,
     progress,
@@ -58,14 +57,13 @@ def test_a_log_has_one_line_a_stage_and_one_every_half_minute(seconds):
 
 
 def test_the_time_left_is_what_the_rest_takes_at_the_pace_so_far(clock):
-    stage = LoggedStage("train", 10, done=4)
-    clock.now += 29
-    stage.reached(5, ", loss 2")
-    clock.now += 31
-    stage.reached(7, ", loss 1")  # three steps of 20 s, three more to do
-    stage.reached(10)
-    clock.now += 60
-    stage.end()
+    with steps("train", 10, done=4) as reached:
+        clock.now += 29
+        reached(5, ", loss 2")
+        clock.now += 31
+        reached(7, ", loss 1")  # three steps of 20 s, three more to do
+        reached(10)
+        clock.now += 60
     assert clock.lines == ["train: 7 of 10, 60 s left, loss 1", "train: 10 of 10 in 2 min"]
     assert [duration(s) for s in (0.4, 42, 89, 90, 420, 11_100)] == [
         *("0 s", "42 s", "89 s", "2 min", "7 min", "3 h 05 min")

@@ -312,13 +312,12 @@ def test_a_system_turn_is_not_learnt_and_rewritten_words_are_refused(monkeypatch
             chat.located(words, item)
 
 
-def test_arguments_reach_a_template_as_in_transformers(monkeypatch):
-    words = copy.copy(with_template(monkeypatch, CHATML + "{{ tools }} {{ more }} {{ eos_token }}"))
-    words.template_args = {"tools": [{"name": "f"}], "more": 1}
+def test_special_tokens_reach_a_template_as_in_transformers(monkeypatch):
+    words = with_template(monkeypatch, CHATML + "{{ tools }} {{ more }} {{ eos_token }}")
     said = [{"role": "user", "content": "Hi"}]
-    plain = words.apply_chat_template(said, tokenize=False, **words.template_args)
+    plain = words.apply_chat_template(said, tokenize=False)
     assert chat.render(words, said) == plain
-    assert "[{'name': 'f'}] 1 </s>" in plain
+    assert "None  </s>" in plain
 
 
 def test_what_stands_before_the_last_answer_alone_is_learnt_there_alone(monkeypatch):

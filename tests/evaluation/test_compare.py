@@ -166,19 +166,3 @@ def test_unknown_and_changed_tasks_show_no_wrong_questions(known, note):
     assert found.total.counts["lost"] == 1
     assert note in found.tasks["pets"].note
     assert all(not pair.question.prompt for pair in found.tasks["pets"].pairs)
-
-
-@pytest.mark.parametrize(("a", "b"), [(True, True), (True, False), (False, True)])
-def test_a_blind_result_shows_the_pictures_that_were_seen(a, b):
-    asked = questions("pets", 4, (8, 8))
-    ours = replace(result("small", pets=answered(asked, "0101")), blind=b)
-    theirs = replace(result("large", pets=answered(asked, "1111")), blind=a)
-    found = compare(theirs, ours, {"pets": task_of("pets", asked)})
-    shown = [pair.question.images for pair in found.tasks["pets"].pairs]
-    right = [question.images for question in asked]
-    assert shown == ([*right[2:], *right[:2]] if a and b else right)
-    start = "A and B were" if a and b else f"{'A' if a else 'B'} was"
-    assert found.note.startswith(start)
-    assert comparison_json(found)["note"] == found.note
-    assert list(found.kept) == (["free"] if a == b else [])
-    assert two("1", "0")[0].note == ""

@@ -29,7 +29,7 @@ def result(right, majority=100 * 3 / 9, **changes):
 
 
 def test_a_file_gives_the_same_result_and_one_without_later_fields_loads(tmp_path):
-    found = result(KNOWN, limit=9, batch_size=3, blind=True)
+    found = result(KNOWN, limit=9, batch_size=3)
     found.save(tmp_path / "result.json")
     assert Result.load(tmp_path / "result.json") == found
     values = json.loads((tmp_path / "result.json").read_text())
@@ -41,13 +41,14 @@ def test_a_file_gives_the_same_result_and_one_without_later_fields_loads(tmp_pat
         (tmp_path / "broken.json").write_text(text)
         with pytest.raises(ConfigError, match=r"result '.*broken\.json': cannot be read"):
             Result.load(tmp_path / "broken.json")
-    for name in ("blind", "limit", "batch_size", "dtype", "average_by_kind"):
+    for name in ("limit", "batch_size", "dtype", "average_by_kind"):
         del values[name]
+    values |= {"seed": 1, "blind": False}
     for task in values["tasks"].values():
         del task["majority"], task["blind_scores"], task["offered"]
     (tmp_path / "old.json").write_text(json.dumps(values))
     old = Result.load(tmp_path / "old.json")
-    assert (old.blind, old.limit, old.tasks["colours"].majority) == (False, None, None)
+    assert (old.limit, old.tasks["colours"].majority) == (None, None)
     kept = old.retention(old)
     assert kept.above_floor == kept.above_chance == pytest.approx(100)
     assert list(old.retention_by_kind(old)) == ["free"]
@@ -116,17 +117,18 @@ def test_retention_above_the_highest_floor(floor, scores):
 def test_a_baseline_file_is_checked_before_a_model_is_read(tmp_path):
     asked = [Question("q0", "what?", ("red",))]
     colours = replace(result("1").tasks["colours"], **asked_of(asked))
-    for name, blind in (("r", False), ("blind", True)):
-        found = replace(result("1"), tasks={"colours": colours}, blind=blind)
-        found.save(tmp_path / f"{name}.json")
-        assert read_baseline(tmp_path / f"{name}.json", blind) == found
-        assert found.retention(found).percent == 100
+    found = replace(result("1"), tasks={"colours": colours})
+    found.save(tmp_path / "r.json")
+    assert read_baseline(tmp_path / "r.json") == found
+    assert found.retention(found).percent == 100
+    text = (tmp_path / "r.json").read_text()
+    (tmp_path / "blind.json").write_text(text.replace("{", '{"blind": true,', 1))
     same = Task("colours", "exact_match", 25.0, lambda limit: asked[:limit])
     assert read_baseline(tmp_path / "r.json", tasks={"colours": same}).tasks["colours"] == colours
     other = replace(same, load=lambda limit: [replace(asked[0], answers=("blue",))])
     for name, how, message in (
-        ("blind", {}, r"blind\.json': it is blind, the new result is not"),
-        ("blind", {"blind": True, "floors": True}, "evaluate that model with --floors"),
+        ("blind", {}, r"blind\.json': cannot be read.*blind"),
+        ("r", {"floors": True}, "evaluate that model with --floors"),
         ("r", {"tasks": {"colours": other}}, r"'colours'.*other prompts or answers"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -8,9 +8,7 @@ from PIL import Image
 
 from slimvlm.core.errors import ConfigError, DataError
 from slimvlm.data.chat import answered_sample
-from slimvlm.data.samples import Question
 from slimvlm.evaluation.ask import digest_of_questions, evaluate
-from slimvlm.evaluation.metrics import metric_named
 from slimvlm.evaluation.on_data import evaluate_data
 from slimvlm.evaluation.tasks import find_tasks, read_task
 from slimvlm.models.load import load
@@ -20,12 +18,11 @@ from tests.tables import tables
 TABLES = tables(__file__)
 
 YAML = TABLES["task"]
-MINE = TABLES["metrics"]
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A task, its data, and a module with metrics."""
+def folder(tmp_path):
+    """A task and its data."""
     (tmp_path / "pictures").mkdir()
     for name in ("red", "blue"):
         Image.new("RGB", (8, 8), name).save(tmp_path / "pictures" / f"{name}.png")
@@ -36,8 +33,6 @@ def folder(tmp_path, monkeypatch):
     ]
     write_rows(tmp_path, [{**row, "kinds": ["red", "blue"], "other": None} for row in rows])
     (tmp_path / "task.yaml").write_text(YAML)
-    (tmp_path / "metrics_of_mine.py").write_text(MINE)
-    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
@@ -126,31 +121,6 @@ def test_no_answer_a_name_twice_and_an_id_twice_are_refused(folder):
         write_rows(folder, [{"id": "a", "hint": "one word", "colour": nothing}])
         with pytest.raises(DataError, match="has no answer"):
             read_task(folder / "task.yaml").load(None)
-
-
-def test_a_function_of_ones_own_scores_replies(folder):
-    name = "metrics_of_mine:first_letter"
-    task = read_task(changed(folder, f"exact_match|{name}"))
-    result = evaluate(*load(folders.folder("llava")), [task]).tasks["colours"]
-    assert result.majority is None  # which would call it again for every answer
-    expected = [
-        float(reply[:1] == question.answers[0][:1])
-        for reply, question in zip(result.replies, task.load(None), strict=True)
-    ]
-    assert list(result.scores) == expected
-    question = Question("q", "", ("rot",))
-    for reply in ("red", "<think>b</think>red"):
-        assert metric_named(name)(reply, question) == 1.0
-    for wrong in ("two", "word"):
-        with pytest.raises(ConfigError, match="number from 0 to 1"):
-            metric_named(f"metrics_of_mine:{wrong}")("red", question)
-
-
-@pytest.mark.parametrize(("metric", "message"), TABLES["refused_metrics"])
-def test_metrics_that_are_refused(metric, message, folder):
-    with pytest.raises(ConfigError, match=message) as failure:
-        read_task(changed(folder, f"exact_match|{metric}"))
-    assert "colours" in str(failure.value)
 
 
 @pytest.mark.parametrize("prompt", ["", "What colour? {hint}"])

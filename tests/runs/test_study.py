@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from dataclasses import replace
 from io import StringIO
 from itertools import count
@@ -165,17 +164,14 @@ def test_other_samples_or_other_files_are_other_work(data, tmp_path):
     assert len(found[0] & found[2]) == 1  # the original
 
 
-def test_a_change_anywhere_in_a_folder_is_noticed(tmp_path, monkeypatch):
+def test_a_change_anywhere_in_a_folder_is_noticed(tmp_path):
     """One byte of a large file in its middle, with the time of the file set back."""
-    monkeypatch.setenv("SLIMVLM_CACHE", str(tmp_path / "cache"))
-    file, found, now = tmp_path / "data" / "train" / "rows.arrow", [], time.time_ns
-    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)  # the hash may be kept
+    file, found = tmp_path / "data" / "train" / "rows.arrow", []
     file.parent.mkdir(parents=True)
     with file.open("wb") as handle:
         handle.truncate(100 * 2**20)
     for place in (None, 2**26 + 2**19, 50 * 2**20 + 7):
         if place is not None:
-            time.sleep(0.02)  # longer than the clock of the file system ticks
             with file.open("r+b") as handle:
                 handle.seek(place)
                 handle.write(b"x")
@@ -183,7 +179,6 @@ def test_a_change_anywhere_in_a_folder_is_noticed(tmp_path, monkeypatch):
         found += [documents.identity_of_files("data", str(tmp_path / "data")) for _ in range(2)]
     assert found[::2] == found[1::2]
     assert len(set(found)) == 3
-    assert len(list((tmp_path / "cache" / "hashes").iterdir())) == 3
 
 
 @pytest.mark.slow
@@ -205,27 +200,16 @@ def test_mended_code_is_other_work(data, tmp_path, monkeypatch):
     assert not names[0] & names[1]
 
 
-def test_answers_a_metric_s_code_and_general_text_are_part_of_what_is_asked(
-    data, tmp_path, monkeypatch
-):
-    monkeypatch.syspath_prepend(str(tmp_path))
-    task = {
-        "name": "mine",
-        "data": "q.jsonl",
-        "prompt": "{q}",
-        "answer": "a",
-        "metric": "own:score",
-    }
-    (tmp_path / "mine.yaml").write_text(json.dumps({**task, "metric": "own:score"}))
+def test_answers_and_general_text_are_part_of_what_is_asked(data, tmp_path, monkeypatch):
+    task = {"name": "mine", "data": "q.jsonl", "prompt": "{q}", "answer": "a"}
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))
     config, names = study(data, tasks=str(tmp_path / "mine.yaml")), []
-    for value, text, answer in ((1, "a", "red"), (0, "a", "red"), (0, "b", "red"), (0, "b", "no")):
+    for text, answer in (("a", "red"), ("b", "red"), ("b", "no")):
         (tmp_path / "q.jsonl").write_text(json.dumps({"q": "Which?", "a": answer}))
-        (tmp_path / "own.py").write_text(f"def score(reply, question):\n    return {value}\n")
         monkeypatch.setattr(schedule, "identity_of_general_text", lambda text=text: text)
         names.append({s.kind: s.name for s in prepared(config, print)[1].stages()})
-    first, other_code, other_text, other_answer = names
-    assert first["prune"] == other_code["prune"] != other_text["prune"]
-    assert first["evaluate"] != other_code["evaluate"]
+    first, other_text, other_answer = names
+    assert first["prune"] != other_text["prune"]
     assert other_text["prune"] == other_answer["prune"]
     assert other_text["evaluate"] != other_answer["evaluate"]
 

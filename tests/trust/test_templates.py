@@ -55,12 +55,12 @@ def test_a_text_beyond_what_was_said_is_refused():
 
 @pytest.mark.parametrize("name", ["power", "repeated", "centred", "unclosed"])
 def test_a_template_of_a_processor_is_parsed_in_the_child_alone(name, monkeypatch):
-    """To list a template's variables, Jinja computes what is constant in it."""
+    """Jinja computes what is constant in it."""
     monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
     with pytest.raises(SlimError, match="chat template"):
         rendered({**HOSTILE, **ESCAPES}[name], "llava")
     monkeypatch.setattr(jinja2.Environment, "parse", None)  # of this process
-    assert templates.rendered("{% set a = 1 %}{{ a + b }}") == "b"
+    assert templates.rendered("{% set a = 1 %}{{ a + b }}", {"b": 2}) == "3"
 
 
 def test_a_template_that_was_ended_does_not_end_the_next():

@@ -79,7 +79,6 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
         return None
     hints, texts = get_type_hints(kind, include_extras=True), _texts(info.type)
     rows, from_file, without_flag = [], {}, core.file_only(kind)
-    flags = core.flags_of(kind)
     rank = {name: number for number, name in enumerate(FIRST)}
     every: Any = fields(kind)  # type: ignore[arg-type]
     for row in sorted(every, key=lambda row: rank.get(row.name, len(FIRST))):
@@ -89,8 +88,8 @@ def options(info: Any) -> tyro.constructors.StructConstructorSpec | None:
                 from_file[row.name] = default
             continue
         hint = _described(hints[row.name], texts.get(row.name, ""), default)
-        if row.name in flags:
-            hint = Annotated[hint, tyro.conf.arg(name=flags[row.name])]
+        if row.name in kind.flags:
+            hint = Annotated[hint, tyro.conf.arg(name=kind.flags[row.name])]
         default = tyro.MISSING if default is MISSING else default
         rows.append(tyro.constructors.StructFieldSpec(row.name, hint, default))
     return tyro.constructors.StructConstructorSpec(partial(kind, **from_file), tuple(rows))

@@ -278,16 +278,16 @@ def evaluate(
     from slimvlm.runs.recipe import check_questions, samples_for
     from slimvlm.runs.tables import held_out_json, held_out_notes, held_out_rows
 
-    has_data, blind, tasks = source.data is not None, questions.blind, {}
+    has_data, tasks = source.data is not None, {}
     if not has_data:
         source.refuse(("images", "max_bad_rows", "max_length", "too_long"), "needs --data")
     else:
-        asks = ("tasks", "task_folder", "template_args", "floors", "blind", "replies")
+        asks = ("tasks", "task_folder", "floors", "replies")
         questions.refuse(asks, "is for tasks, not for --data")
     questions = replace(questions, tasks=questions.tasks or options.Questions.tasks)
     is_file = baseline is not None and files.path_of(baseline, "baseline").is_file()
     if not has_data:
-        tasks = check_questions(questions, blind, questions.replies is not None)
+        tasks = check_questions(questions, log=questions.replies is not None)
     elif is_file:
         raise ConfigError(f"baseline {baseline!r}: with --data it must be a model, not a file")
     gates.parse(require, gates.in_percent(tasks, has_data), baseline is not None)
@@ -300,14 +300,13 @@ def evaluate(
     results: dict[str, Any] = {}
     predicted, size, floors = None, questions.batch_size, questions.floors
     if baseline is not None and is_file:
-        results["baseline"] = read_baseline(baseline, blind, floors, tasks, questions.limit)
+        results["baseline"] = read_baseline(baseline, floors, tasks, questions.limit)
     for role, name in named.items():
         loaded = load_as(source, name)
         if not has_data:  # floors are the original's
             is_original = role == "baseline" or baseline is None
             given = replace(questions, floors=floors and is_original)
-            title = f"{name} (blind)" if blind else name
-            results[role] = evaluate_all(*loaded, given, title, questions.replies, blind)
+            results[role] = evaluate_all(*loaded, given, name, questions.replies)
         elif role == "baseline":
             head = head_weights_of(loaded[0])
             predicted = on_data.predictions_of(*loaded, samples, size, name, head)

@@ -208,15 +208,17 @@ def demo(
     """
     from slimvlm.demo.build import build_demo, build_from_delta
     from slimvlm.demo.run import run_demo
+    from slimvlm.runs.compress import read_held_out
 
     out = out or Path("runs/demo-short" if short else "runs/demo")
     if what == "build":
         print(build_demo() if delta is None else build_from_delta(delta, out, force))
         return
-    header, rows, lines = run_demo(out, short, force, to_log, model, place.device, axis, limit)
-    print_table(header, rows, title="the demo model, 30 % of the backbone removed")
-    for line in lines:
-        print(printable(line))
+    results = run_demo(out, short, force, to_log, model, place.device, axis, limit)
+    print_results(results, False, "the demo model, 30 % of the backbone removed")
+    print_held_out(read_held_out(out / axis))
+    talk = ["slimvlm", "chat", str(out / axis), "What is a llama?", "--other", model]
+    to_log(f"next: {shlex.join(['slimvlm', 'report', str(out / axis)])}; {shlex.join(talk)}")
 
 
 # Verbs of one model or two.
@@ -283,8 +285,7 @@ def compare(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, comparison_html(found, f"Answers lost and gained by {found.name_b}"))
-    notes = [found.note] if found.note else []
-    notes += [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
+    notes = [f"{name} is not compared: {why}" for name, why in found.left_out.items()]
     title = f"A: {found.name_a}   B: {found.name_b}"
     values, rows = comparing.comparison_json, comparing.comparison_rows
     show(json, partial(values, found), partial(rows, found), title, notes)

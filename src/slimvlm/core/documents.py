@@ -7,7 +7,6 @@ folder stores its request as JSON; only an equal one may resume it.
 import hashlib
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -19,9 +18,8 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from slimvlm.core import errors
 from slimvlm.core.errors import ConfigError, first_mistake, one_line, raised_as, shortened
-from slimvlm.core.files import cache_dir, path_of, write_text
+from slimvlm.core.files import path_of, write_text
 from slimvlm.core.options import NO_RESULT, listed
 from slimvlm.core.progress import progress
 
@@ -142,7 +140,7 @@ def asked(options: Any) -> dict[str, Any]:
 
 def note_request(file: Path, request: Mapping[str, Any]) -> None:
     """Store a request as JSON, with the identity of slimvlm itself."""
-    write_text(file, json.dumps(_comparable(request), indent=2) + "\n")
+    write_text(file, json.dumps(comparable(request), indent=2) + "\n")
 
 
 def noted_request(file: Path) -> dict[str, Any] | None:
@@ -154,15 +152,7 @@ def noted_request(file: Path) -> dict[str, Any] | None:
 
 def is_begun_for(file: Path, request: Mapping[str, Any]) -> bool:
     """Whether the stored request equals this one."""
-    return noted_request(file) == _comparable(request)
-
-
-def require_same_request(
-    noted: Mapping[str, Any] | None, request: Mapping[str, Any], what: str, cure: str
-) -> None:
-    """Refuse another request than the noted one, if there is one; see `require_same`."""
-    if noted is not None:
-        require_same(noted, _comparable(request), what, cure)
+    return noted_request(file) == comparable(request)
 
 
 def require_same(noted: Mapping[str, Any], new: Mapping[str, Any], what: str, cure: str) -> None:
@@ -182,7 +172,7 @@ def _differing(
             yield prefix + name
 
 
-def _comparable(request: Mapping[str, Any]) -> dict[str, Any]:
+def comparable(request: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a request as JSON would (tuples become lists), and add the `VERSION`."""
     found: dict[str, Any] = json.loads(json.dumps(request))
     return {**found, VERSION: identity_of_code()}
@@ -197,8 +187,7 @@ def digest(parts: Iterable[Any]) -> str:
     return found.hexdigest()
 
 
-LARGE, MANY_BYTES = 2**26, 2**32  # bytes of files that are hashed once, and with a progress bar
-_SETTLED = 2 * 10**9  # nanoseconds after a change in which another may have the same time
+MANY_BYTES = 2**32  # of files that are hashed with a progress bar
 
 
 def identity_of_files(name: str, source: str) -> str:
@@ -218,29 +207,8 @@ def identity_of_files(name: str, source: str) -> str:
 
 
 def _hash(file: Path) -> str:
-    """Hash the content of a file; of a large one that nobody touched since, look the hash up."""
-    before = _state(file)
-    size, modified, changed = before[:3]
-    noted = None
-    with suppress(OSError, ValueError, RuntimeError):  # the last where there is no home
-        if size > LARGE:
-            noted = cache_dir() / "hashes" / digest([str(file.resolve()), before])
-            if len(known := noted.read_text()) == 64:
-                return known
     with file.open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
-    is_settled = time.time_ns() - max(modified, changed) > _SETTLED and _state(file) == before
-    if noted is not None and is_settled:
-        with suppress(OSError, errors.SlimError):
-            noted.parent.mkdir(parents=True, exist_ok=True)
-            write_text(noted, found)
-    return found
-
-
-def _state(file: Path) -> list[int]:
-    """Return what changes with a file; nobody can set the last of its times."""
-    found = file.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 @cache

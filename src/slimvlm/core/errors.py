@@ -116,8 +116,6 @@ def first_mistake(kind: Any, error: ValidationError, where: str = "") -> str:
     if sort == "value_error":  # what options say of their own values
         return f"{place}: {context['error']}".removeprefix(": ")
     names = [row.name for row in fields(holder)] if holder else []
-    now = WORDS["renamed"].get(keys[-1]) if sort == unknown else None
-    sort = "renamed" if now in names else sort
     default = getattr(holder, keys[-1], None) if keys else None
     return (
         WORDS["mistakes"]
@@ -127,7 +125,6 @@ def first_mistake(kind: Any, error: ValidationError, where: str = "") -> str:
             place=place or "the file",
             within=f"{around}: " if around else "",
             key=keys[-1] if keys else "",
-            now=now,
             value=shortened(mistake["input"]),
             allowed=", ".join(names),
             choices=", ".join(re.findall(r"'(.*?)'", str(context.get("expected")))),

@@ -2,7 +2,7 @@
 
 The command line, Python, studies and recipes read these classes. A field's type says which values
 are allowed: any other raises a `ConfigError` that names option, value and what is allowed. The text
-below a field is the help of the command line, where a `FILE_ONLY` one has no flag.
+below a field is the help of the command line, where those in ``without_flag`` have no flag.
 """
 
 import math
@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import (
     Annotated,
@@ -20,7 +19,6 @@ from typing import (
     TypeVar,
     dataclass_transform,
     get_args,
-    get_type_hints,
 )
 
 from pydantic import BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError
@@ -65,17 +63,6 @@ STEPS = Range(lambda value: value == -1 or value > 0, "above 0, or -1 for no lim
 SEED = Range(lambda value: 0 <= value < 2**32, "at least 0 and below 2**32")
 MIN_NEW_TOKENS = 3
 ENOUGH_TOKENS = Range(lambda value: value >= MIN_NEW_TOKENS, f"at least {MIN_NEW_TOKENS}")
-FILE_ONLY = "file only"  # in an option's type: it has no flag on the command line
-
-
-@dataclass(frozen=True)
-class Flag:
-    """The name of an option on the command line, as a part of its type."""
-
-    name: str
-
-
-_hints = cache(partial(get_type_hints, include_extras=True))
 
 
 def listed(value: Any) -> tuple[Any, ...]:
@@ -113,6 +100,8 @@ class _Checked(type):
 class Options(metaclass=_Checked):
     """A group of options. Subclasses are frozen dataclasses whose values pydantic checks."""
 
+    flags: ClassVar[Mapping[str, str]] = {}  # of options whose flag has another name
+
     def __init_subclass__(cls) -> None:
         config = ConfigDict(strict=True, extra="forbid", defer_build=True)
         checked_dataclass(frozen=True, kw_only=True, config=config)(cls)
@@ -142,16 +131,7 @@ class Options(metaclass=_Checked):
 
 def file_only(kind: Any) -> set[str]:
     """List the options of a class that have no flag on the command line."""
-    hints = _hints(kind).items()
-    inherited = (vars(each).get("without_flag", ()) for each in kind.__mro__)
-    own = {name for name, hint in hints if FILE_ONLY in getattr(hint, "__metadata__", ())}
-    return own.union(*inherited)
-
-
-def flags_of(kind: Any) -> dict[str, str]:
-    """List the flags of options whose flag has another name, by option."""
-    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in _hints(kind).items()}
-    return {n: mark.name for n, found in marks.items() for mark in found if isinstance(mark, Flag)}
+    return set().union(*(vars(each).get("without_flag", ()) for each in kind.__mro__))
 
 
 Axis = Literal["depth", "width", "both"]
@@ -159,16 +139,15 @@ AxisChoice = Literal["depth", "width", "both", "auto", "chart"]
 Unit = Literal["kv_group", "neuron"]
 Allocation = Literal["uniform", "balanced", "protect"]
 Gradient = Literal["batch", "per_sample"]
-OutType = Literal["f32", "f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]  # of GGUF files
+OutType = Literal["f32", "f16", "bf16", "q8_0"]  # of GGUF files
 Repair = Literal["none", "width", "depth", "both", "auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Train = Literal["projector", "lora", "full", "projector+tower", "full+tower"]
+TrainOrNot = Literal["projector", "lora", "full", "projector+tower", "full+tower", "none"]
 Positions = Literal["answer", "all"]
 TooLong = Literal["error", "truncate"]
-
-PassedOn = Annotated[Mapping[str, Any], FILE_ONLY]  # options of another library by name
 
 Divergence = Literal["kl", "rkl", "jsd"]
 DIVERGENCES = get_args(Divergence)  # losses between next-token distributions
@@ -201,9 +180,8 @@ def parse_loss(expression: str) -> dict[str, float]:
 class TrainingConfig(Options):
     """Training; the extended paper's decision chart gives what is left out."""
 
-    train: Literal["projector", "lora", "full", "projector+tower", "full+tower", "none"] | None = (
-        None
-    )
+    without_flag = frozenset({"gradient_accumulation", "temperature", "bf16", "trainer", "lora"})
+    train: TrainOrNot | None = None
     """Weights to train: the projector; LoRA on the backbone, plus the projector; full, all but the
     vision tower; projector or full with the tower; or none."""
     loss: str | None = None
@@ -221,7 +199,7 @@ class TrainingConfig(Options):
     the decoder, lower for wide models."""
     batch_size: Annotated[int, ABOVE_0] = 8
     """Samples per step and device."""
-    gradient_accumulation: Annotated[int, ABOVE_0, FILE_ONLY] = 1
+    gradient_accumulation: Annotated[int, ABOVE_0] = 1
     """Number of batches whose gradients are summed for one optimizer step."""
     lora_rank: Annotated[int, ABOVE_0] = 64
     """LoRA rank."""
@@ -232,13 +210,13 @@ class TrainingConfig(Options):
     """Save activation memory at the cost of time: 11.4 instead of 16.7 GiB for a 3B model."""
     seed: Annotated[int, SEED] = 0
     """Random seed of the data order, the subset and LoRA's initial values."""
-    temperature: Annotated[float, ABOVE_0, FILE_ONLY] = 2.0
+    temperature: Annotated[float, ABOVE_0] = 2.0
     """Softmax temperature of kl, rkl and jsd."""
-    bf16: Annotated[bool | None, FILE_ONLY] = None
+    bf16: bool | None = None
     """bfloat16 autocast. Default: where the device supports it natively."""
-    trainer: PassedOn = field(default_factory=dict, hash=False)
+    trainer: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Further arguments of transformers.TrainingArguments, such as {weight_decay: 0.05}."""
-    lora: PassedOn = field(default_factory=dict, hash=False)
+    lora: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Further arguments of peft.LoraConfig, such as {lora_alpha: 32}."""
 
     def __post_init__(self) -> None:
@@ -535,8 +513,6 @@ class Questions(Options):
     """Maximum number of questions per task."""
     batch_size: Annotated[int, AT_LEAST_1] = 16
     """Questions per batch."""
-    template_args: Texts = ()
-    """Arguments of the chat template for questions, as name=value: enable_thinking=false."""
     floors: bool = False
     """Also evaluate the original (without --baseline, this model) with the images of other
     questions: tables then show each task's blind floor and retention above it."""
@@ -549,8 +525,6 @@ class QuestionFlags(Questions):
     """Comma-separated tasks: built-in ones (demo for all, the default without --data), your own
     YAML files, or the paper's benchmarks mme, pope, gqa, scienceqa_img, mmmu_val, ai2d, mathvista,
     docvqa (need slimvlm[eval])."""
-    blind: bool = False
-    """Show each question with the images of another one: the floor of a model that cannot see."""
     replies: Place | None = None
     """Folder that stores replies as they come, so that a stopped evaluation can resume."""
 
@@ -595,18 +569,19 @@ UNTRAINED = RunTraining(train="none")
 class RunOptions(LatencyOptions, FinalEvaluation, TrainingShare, Questions):
     """Evaluation, image tokens and training data."""
 
-    without_flag = frozenset({"task_folder", "template_args", "floors"})
+    without_flag = frozenset({"task_folder", "floors", "baseline", "require"})
+    flags: ClassVar = {"batch_size": "task_batch_size"}
     image_tokens: Annotated[float | None, INSIDE] = None
     """Share of the image tokens to keep: the compressed model uses so many from calibration on, the
     original is evaluated with all. See docs/images-budget.md."""
     tasks: str | None = None  # type: ignore[assignment]
     """Tasks on which the original, pruned and trained models are evaluated; demo for the built-in
     ones."""
-    batch_size: Annotated[int, AT_LEAST_1, Flag("task_batch_size")] = 16
+    batch_size: Annotated[int, AT_LEAST_1] = 16
     """Questions per batch."""
-    baseline: Annotated[Text | None, FILE_ONLY] = None
+    baseline: Text | None = None
     """Result file of the original, so that it is not evaluated again."""
-    require: Annotated[Texts, FILE_ONLY] = ()
+    require: Texts = ()
     """Conditions on the result, such as agreement >= 95%; else slimvlm compress exits with 3."""
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -78,49 +77,37 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-@dataclass
-class LoggedStage:
+@contextmanager
+def _logged(what: str, total: int, done: float) -> Iterator[Callable[..., None]]:
     """Log a stage: a line every half minute, and one when it ends; none if it is left early."""
+    first, start = done, time.monotonic()
+    told = start
 
-    what: str
-    total: int
-    done: float = 0  # steps; a part of one counts as a fraction
+    def reached(number: float, more: str = "") -> None:
+        nonlocal done, told
+        done, now = number, time.monotonic()
+        if now - told >= LOG_EVERY and first < done < total:
+            told = now
+            left = (now - start) / (done - first) * (total - done)
+            to_log(f"{what}: {int(done)} of {total}, {duration(left)} left{more}")
 
-    def __post_init__(self) -> None:
-        self._first, self._start = self.done, time.monotonic()
-        self._told = self._start
-        self._around = _STAGE.get()
-        _STAGE.set(self.what)
-
-    def reached(self, done: float, more: str = "") -> None:
-        """Note how many steps are done; ``more`` ends the line, if one is due."""
-        self.done, now = done, time.monotonic()
-        if now - self._told >= LOG_EVERY and self._first < done < self.total:
-            self._told = now
-            left = (now - self._start) / (done - self._first) * (self.total - done)
-            to_log(f"{self.what}: {int(done)} of {self.total}, {duration(left)} left{more}")
-
-    def end(self) -> None:
-        """Write the last line."""
-        _STAGE.set(self._around)
-        took = duration(time.monotonic() - self._start)
-        to_log(f"{self.what}: {int(self.done)} of {self.total} in {took}")
+    yield reached
+    to_log(f"{what}: {int(done)} of {total} in {duration(time.monotonic() - start)}")
 
 
 @contextmanager
 def steps(what: str, total: int, done: float = 0) -> Iterator[Callable[..., None]]:
-    """Show progress as a bar or a `LoggedStage` from the steps done; yield its ``reached``."""
+    """Show progress from the steps done, a part of one as a fraction; yield what to tell it to.
+
+    It takes how many steps are done, and what ends a line, if one is due.
+    """
     if not sys.stderr.isatty():  # bars move on terminals only
-        logged = LoggedStage(what, total, done)
-        yield logged.reached
-        logged.end()
+        with stage(what), _logged(what, total, done) as reached:
+            yield reached
         return
     console = Console(stderr=True)
     hidden, shown = _HIDDEN.get() or not is_first_rank(), escape(printable(what))
-    plain: Any = {
-        "redirect_stdout": False,
-        "redirect_stderr": False,
-    }  # of processes that are forked
+    plain: Any = dict.fromkeys(("redirect_stdout", "redirect_stderr"), False)  # for forks
     with stage(what), Progress(console=console, transient=True, disable=hidden, **plain) as bar:
         task = bar.add_task(shown, total=total)
         yield lambda done, more="": bar.update(task, completed=done, description=shown + more)

@@ -78,7 +78,6 @@ def render(processor: Any, messages: Sequence[Message], generate: bool = False) 
     if template is None:
         return "\n".join(turn["content"] for turn in chat) + ("\n" if generate else "")
     values = {"tools": None, "documents": None, **tokenizer_of(processor).special_tokens_map}
-    values |= getattr(processor, "template_args", {})
     return rendered(template, values | {"messages": chat, "add_generation_prompt": generate})
 
 

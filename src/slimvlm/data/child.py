@@ -70,12 +70,8 @@ def compiled(template: str) -> Any:
     return environment.from_string(template)
 
 
-def rendered(template: str, values: dict[str, Any] | None = None) -> str:
-    """Render a chat template, or without values list the variables that it reads."""
-    from jinja2.meta import find_undeclared_variables
-
-    if values is None:
-        return " ".join(find_undeclared_variables(compiled(template).environment.parse(template)))
+def rendered(template: str, values: dict[str, Any]) -> str:
+    """Render a chat template."""
     text = str(compiled(template).render(**values))
     if len(text) > 4 * len(json.dumps(values)) + MOST_ADDED:
         raise ValueError(f"it makes {len(text):,} characters of it")

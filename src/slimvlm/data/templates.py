@@ -100,8 +100,8 @@ def _child(tokenizer: Version | None = None) -> Child:
     return _children[key]
 
 
-def rendered(template: str, values: dict[str, Any] | None = None) -> str:
-    """Render a template, or without ``values`` list the variables that it reads."""
+def rendered(template: str, values: dict[str, Any]) -> str:
+    """Render a template."""
     mistakes = {
         TimeoutError: f"takes more than {MAX_SECONDS:g} seconds of computing",
         MemoryError: f"needs more than {TEMPLATE_BYTES // 2**20} MiB of memory",

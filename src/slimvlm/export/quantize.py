@@ -159,7 +159,6 @@ def _settings(to: str, backend: str, skipped: list[str], dtype: torch.dtype) -> 
 
 
 def _backend_for(to: str, backend: str) -> str:
-    """Choose the library; refuse one that is absent or cannot do this."""
     chosen = METHODS.get(to, (backend,))[0] if backend == "auto" else backend
     if chosen not in METHODS.get(to, ()):
         known = sorted(f"{bits} with {each}" for bits in METHODS for each in METHODS[bits])

@@ -428,7 +428,7 @@ def compress_command(model: str, config: CompressConfig, out: str | Path) -> str
     config = replace(config, require=())  # which changes no model
     if {*_unusual(config), *_unusual(config.recover)} & hidden:
         return shlex.join(["slimvlm", "compress", "--config", f"{out}/run.yaml", "--out", str(out)])
-    flags = options.flags_of(CompressConfig)
+    flags = CompressConfig.flags
     given = [(flags.get(name, name), value) for name, value in _unusual(config).items()]
     if config.data is not None:
         learning = config.recover

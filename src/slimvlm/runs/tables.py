@@ -37,7 +37,7 @@ INTERVALS = "In brackets: 95 % intervals over samples; those of one image count 
 UNSEEN = "On samples used for neither calibration nor training."
 _OF_A_MODEL = (
     *("total_params", "backbone_params", "weight_bytes", *TIMES),
-    *("blind", "limit", "batch_size", "dtype"),
+    *("limit", "batch_size", "dtype"),
 )
 _WORDS = read_table(__file__, "tables.yaml")
 

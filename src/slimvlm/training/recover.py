@@ -202,7 +202,8 @@ def _require_same_run(
     what = f"training folder {str(folder)!r} belongs to a run"
     cure = "Remove it, or give those options and data again"
     noted = documents.noted_request(folder / REQUEST_FILE)
-    documents.require_same_request(noted, request, what, cure)
+    if noted is not None:
+        documents.require_same(noted, documents.comparable(request), what, cure)
     if is_first_rank():
         folder.mkdir(parents=True, exist_ok=True)
         documents.note_request(folder / REQUEST_FILE, request)

@@ -234,7 +234,6 @@ def _read_study(folder: Path, known: Mapping[str, Task]) -> Record:
 def _study_tables(
     table: pd.DataFrame, done: pd.DataFrame, varied: Sequence[str]
 ) -> Iterator[Table]:
-    """Make the tables of all cells, the claims, the scores by task, and what failed."""
     from slimvlm_tools.claims import claims_of
 
     rows = [row for _, row in done.iterrows()]
