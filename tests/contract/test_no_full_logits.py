@@ -8,7 +8,7 @@ from slimvlm.core.options import RecoverConfig
 from slimvlm.data.chat import answered_sample
 from slimvlm.data.roles import predicts_label
 from slimvlm.data.samples import Question, Sample, Task
-from slimvlm.evaluation.ask import answer, evaluate
+from slimvlm.evaluation.ask import answer, evaluate, likelihoods
 from slimvlm.evaluation.on_data import evaluate_data
 from slimvlm.models import losses
 from slimvlm.models.anatomy import read_anatomy
@@ -91,6 +91,7 @@ def test_evaluation():
     task = Task("passages", "perplexity", 0.0, lambda limit: [QUESTION], in_average=False)
     assert most_rows(folders.VOCAB, lambda: evaluate(*seeing, [task])) == CHUNK
     answered = [(QUESTION, LONG)] * 2
+    assert most_rows(folders.VOCAB, lambda: likelihoods(*seeing, answered)) == CHUNK
     samples = [answered_sample(*pair) for pair in answered]
     for baseline in (None, seeing[0]):
         found = most_rows(folders.VOCAB, lambda b=baseline: evaluate_data(*seeing, samples, b))

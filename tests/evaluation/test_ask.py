@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from slimvlm.core.errors import ConfigError, DataError, OutputError
 from slimvlm.data.samples import Question, Task
 from slimvlm.evaluation import ask as evaluation
-from slimvlm.evaluation.ask import answer, evaluate, with_other_pictures
+from slimvlm.evaluation.ask import answer, choose, evaluate, with_other_pictures
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.load import load
 from slimvlm.runs.tables import result_rows
@@ -101,8 +101,13 @@ def test_scores_follow_from_the_replies_and_answers_are_offered_or_not(llava, re
     assert found.offered is False
     asked = [replace(q, images=(), choices=WORDS) for q in questions(2)]
     told = [replace(q, prompt=f"{q.prompt} red, blue or green?") for q in asked]
-    for given, offered in ((asked, False), (told, True), ([told[0], asked[1]], False)):
-        found = task(load=lambda limit, given=given: given)
+    for given, likeliest, offered in (
+        (asked, False, False),
+        (asked, True, True),
+        (told, False, True),
+        ([told[0], asked[1]], False, False),
+    ):
+        found = task(load=lambda limit, given=given: given, by_likelihood=likeliest)
         assert evaluate(*llava, [found]).tasks["colours"].offered is offered
 
 
@@ -129,6 +134,22 @@ def test_thoughts_are_no_answer_and_a_line_in_the_template_ends_them():
     told = [(q, answer(model, plain, [q], 4)[0]) for q in questions(9)]
     assert evaluate(model, plain, [asked]).tasks["colours"].score == 100
     assert evaluate(model, processor, [asked]).tasks["colours"].score == 0
+
+
+def test_a_choice_that_begins_another_one_does_not_always_win(llava, monkeypatch):
+    """Log-probabilities are divided by bytes, as in lm-eval's acc_norm; batches stay small."""
+    values = {"cat": -3.0, "catfish": {"sea": -6.0, "house": -8.0}, "котик": -9.0}
+    sizes = []
+
+    def read(model, processor, pairs):
+        sizes.append(len(pairs))
+        found = [(q, values[choice]) for q, choice in pairs]
+        return [(v[q.id] if isinstance(v, dict) else v, True) for q, v in found]
+
+    monkeypatch.setattr(evaluation, "likelihoods", read)
+    asked = [Question(name, "What?", (), choices=tuple(values)) for name in ("sea", "house")]
+    assert choose(*llava, asked) == [("catfish", False), ("котик", False)]
+    assert sizes == [2, 2, 2]
 
 
 def test_perplexity_is_exp_of_the_mean_token_loss(llava, result):
@@ -232,7 +253,9 @@ def test_a_log_answers_only_for_what_was_asked_in_the_same_way(tmp_path, monkeyp
     """Weights alone are not enough: templates, pictures' sizes and settings change replies, too."""
     model, processor = load(folders.folder("llava"))
     asked = []
-    monkeypatch.setattr(evaluation, "answer", lambda *a: asked.append(1) or answer(*a))
+    for name in ("answer", "choose"):
+        honest = getattr(evaluation, name)
+        monkeypatch.setattr(evaluation, name, lambda *a, f=honest: asked.append(1) or f(*a))
 
     def is_asked_once(choices=WORDS, **changes):
         load_ = lambda limit: [replace(q, choices=choices) for q in questions(2)]  # noqa: E731
@@ -244,7 +267,7 @@ def test_a_log_answers_only_for_what_was_asked_in_the_same_way(tmp_path, monkeyp
 
     assert is_asked_once()
     assert not is_asked_once()
-    assert is_asked_once(max_new_tokens=5)
+    assert is_asked_once(by_likelihood=True)
     assert is_asked_once(choices=WORDS[:2])
     model.generation_config.repetition_penalty = 1.5
     assert is_asked_once()

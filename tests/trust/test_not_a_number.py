@@ -42,6 +42,7 @@ def task(**how):
 USES = {
     "chat": lambda model, words, _: answer(model, words, [QUESTION], 4),
     "evaluate": lambda model, words, _: evaluate(model, words, [task()]),
+    "likelihood": lambda model, words, _: evaluate(model, words, [task(by_likelihood=True)]),
     "perplexity": lambda model, words, _: evaluate(model, words, [task(metric="perplexity")]),
     "bench": lambda model, _, __: bench(model, workload=SHORT),
 }

@@ -57,6 +57,7 @@ class Task:
     max_new_tokens: int = 8
     like: str = ""  # the published benchmark that this one stands for, if any
     in_average: bool = True  # whether it counts in AVG; text perplexity does not
+    by_likelihood: bool = False  # the reply is the likeliest choice, not what the model generates
 
 
 Item = TypeVar("Item")

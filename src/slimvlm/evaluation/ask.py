@@ -110,7 +110,7 @@ def _ask(
 ) -> TaskResult:
     """Score replies, or compute loss or perplexity over all tokens of the given answers."""
     by_loss = task.metric in metrics.LIKELIHOODS
-    reply = _loss_of if by_loss else answer
+    reply = _loss_of if by_loss else choose if task.by_likelihood else answer
     sees = [bool(question.images) for question in questions]
     prompts = [question.prompt for question in questions]
     if by_loss:  # what a damaged log holds is computed again
@@ -140,7 +140,8 @@ def _ask(
         scores=scores,
         details=metrics.yes_no_details(replies, questions) if is_yes_no else {},
         majority=metrics.majority_score(task.metric, questions),
-        offered=all(q.choices and all(c in q.prompt for c in q.choices) for q in questions),
+        offered=task.by_likelihood
+        or all(q.choices and all(c in q.prompt for c in q.choices) for q in questions),
         cut=sum(cut),
     )
 
@@ -168,7 +169,7 @@ def _loss_of(
         encoded["labels"] = encoded["input_ids"]
     found, counted = answer_losses(model, encoded, f"the loss of passage {question.id!r}")
     count = int(counted.sum())
-    mean = float(found.sum()) / max(count, 1)
+    mean = float(found[..., 0].contiguous().sum()) / max(count, 1)
     return [(json.dumps([mean, count]), False)]
 
 
@@ -244,6 +245,33 @@ def answer(
     return list(zip(texts, cut.tolist(), strict=True))
 
 
+def choose(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], max_new_tokens: int = 0
+) -> list[tuple[str, bool]]:
+    """Pick the choice whose turn has the highest log-probability per byte (lm-eval's acc_norm)."""
+    # undivided, the beginning of a longer choice would always be likelier
+    pairs = [(question, choice) for question in questions for choice in question.choices]
+    values: dict[str, dict[str, float]] = {question.id: {} for question in questions}
+    for start in range(0, len(pairs), len(questions)):
+        batch = pairs[start : start + len(questions)]
+        found = likelihoods(model, processor, batch)
+        for (question, choice), (value, _) in zip(batch, found, strict=True):
+            values[question.id][choice] = value / max(len(choice.encode()), 1)
+    return [(max(each, key=each.__getitem__), False) for each in values.values()]
+
+
+def likelihoods(
+    model: PreTrainedModel, processor: Any, answered: Sequence[tuple[Question, str]]
+) -> list[tuple[float, bool]]:
+    """Return each answer turn's log-probability, and whether greedy decoding gives it."""
+    samples = [chat.answered_sample(question, text) for question, text in answered]
+    where = f"the likelihood of answers to question {answered[0][0].id!r}"
+    inputs = chat.encode_samples(processor, samples)
+    _require_context(model, inputs, [question for question, _ in answered])
+    found, _ = answer_losses(model, inputs, where)
+    return [(-loss, not misses) for loss, misses in found.sum(1).tolist()]
+
+
 def _require_context(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], questions: Sequence[Question]
 ) -> None:
@@ -275,7 +303,7 @@ def digest_of_questions(weights: str, task: Task, questions: Sequence[Question],
     for name, count in Counter(question.id for question in questions).items():
         if count > 1:
             raise DataError(f"task {task.name!r}: two questions have the id {shortened(name)}")
-    how |= {"max_new_tokens": task.max_new_tokens}
+    how |= {"max_new_tokens": task.max_new_tokens, "by_likelihood": task.by_likelihood}
     rows = ([q.id, q.prompt, q.answers, q.choices] for q in questions)
     images = (map(identifying_bytes, q.images) for q in questions)
     asked = chain.from_iterable((row, *shown) for row, shown in zip(rows, images, strict=True))

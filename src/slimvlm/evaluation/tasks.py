@@ -40,6 +40,7 @@ class TaskRow:
     image: str | None = None
     images: str = "."  # folder that image paths start from; relative to the YAML file
     choices: str = ""  # column with the list of choices
+    by_likelihood: bool = False  # take the likeliest choice instead of generating
     chance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0  # in percent
     max_new_tokens: Annotated[int, Field(ge=1, le=2**15)] = 16  # longest answer
     like: str = ""  # the published benchmark that it stands for
@@ -48,8 +49,12 @@ class TaskRow:
         if self.metric not in LIKELIHOODS:
             with raised_as(ConfigError, ConfigError, f"task {self.name!r}:"):
                 metric_named(self.metric)
+        elif self.by_likelihood:
+            raise ConfigError(f"task {self.name!r}: {self.metric} chooses nothing by_likelihood")
         if self.name in CHOICE_BENCHMARKS:  # some have scores of their own scale
             raise ConfigError(f"task {self.name!r}: a benchmark of the paper has this name")
+        if self.by_likelihood and not self.choices:
+            raise ConfigError(f"task {self.name!r}: by_likelihood needs choices")
         if "{" in (rest := re.sub(_COLUMN, "", self.prompt)) or "}" in rest:
             told = "has a brace without its other one; {{ and }} stand for braces themselves"
             raise ConfigError(f"task {self.name!r}: prompt {shortened(self.prompt)} {told}")
@@ -95,7 +100,7 @@ def find_tasks(names: str) -> list[Task]:
 def read_task(path: str | Path) -> Task:
     """Read a task from a YAML file; see `TaskRow` for the fields."""
     row = built(TaskRow, read_yaml(path, "task"), f"task {str(path)!r}")
-    alike = ("name", "metric", "chance", "max_new_tokens", "like")
+    alike = ("name", "metric", "chance", "max_new_tokens", "like", "by_likelihood")
     given = {name: getattr(row, name) for name in alike}
     load = partial(_load, row, Path(path).absolute().parent)
     return Task(**given, load=load, in_average=row.metric not in LIKELIHOODS)
@@ -137,9 +142,19 @@ def _load(row: TaskRow, folder: Path, limit: int | None) -> Sequence[Question]:
             raise DataError(f"{where} has no answer")
         shown = values.get(column)
         pictures = [] if shown is None else shown if isinstance(shown, list) else [shown]
-        images = tuple(find_image(p, name, folder / row.images) for p in pictures)
-        texts = (tuple(map(str, each)) for each in (accepted, choices))
-        questions.append(Question(name, prompt, next(texts), images, next(texts)))
+        question = Question(
+            id=name,
+            prompt=prompt,
+            answers=tuple(map(str, accepted)),
+            images=tuple(find_image(p, name, folder / row.images) for p in pictures),
+            choices=tuple(map(str, choices)),
+        )
+        questions.append(question)
+        if row.by_likelihood:
+            score = metric_named(row.metric)
+            if not any(score(choice, question) for choice in question.choices):
+                told = f"{row.metric} finds no choice right by answer"
+                raise DataError(f"{where}: {told} {shortened(question.answers[0])}")
     if column and (row.image or row.images != TaskRow.images):  # else it may be a task of texts
         found = [v for v in chain(given, rows) if isinstance(v, dict)]
         if all(v.get(column) is None for v in found):
