@@ -439,9 +439,9 @@ def test_the_teacher_sees_with_the_original_s_tower(train, knows_plan):
     (batch,) = sv.calibration_batches(processor, samples)
     ours, theirs = (logits(each, batch)[0].log_softmax(-1) for each in (student, teacher))
     expected = float((theirs.exp() * (theirs - ours)).sum(-1).mean())  # no token is padding
-    settings = config(train=train, loss="kl", max_steps=1, batch_size=1)
+    settings = config(train=train, loss="kl", temperature=1.0, max_steps=1, batch_size=1)
     given = {"plan": plan} if knows_plan else {}
     history = sv.recover(student, teacher, samples, settings, processor, **given)
     first = history.steps[0]["loss_kl"]
     assert expected > 1e-4
-    assert first == pytest.approx(expected, rel=1e-3)
+    assert first == pytest.approx(expected, rel=1e-2)
