@@ -118,6 +118,25 @@ def test_a_walk(name, place, how, card):
     assert_close(there.state_dict(), here.state_dict())
 
 
+TOWERS = ("idefics3", "internvl-qwen2", "qwen2_5_vl")
+
+
+@pytest.mark.parametrize("name", tiered(TOWERS, "idefics3".__eq__))
+def test_a_walk_of_a_tower(name, card, tmp_path):
+    here, there = copy.deepcopy(model_of(name)), placed(model_of(name), "card", card)
+    here.save_pretrained(tmp_path / "whole")
+    data = batches_of(name, 5)
+    options = {"tower_ratio": 0.2, "held_out": data[:1], "local_steps": 2}
+    expected, found = (sv.walk_(model, data[1:], 0.25, **options) for model in (here, there))
+    paths = tmp_path / "whole", data[1:], tmp_path / "out"
+    in_parts = sv.walk_checkpoint(*paths, 0.25, device=card, **options)
+    assert found.plan == expected.plan == in_parts.plan
+    assert len(expected.plan.tower.neurons[0]) < 48
+    assert_close(there.state_dict(), here.state_dict())
+    loaded, _ = sv.load(str(tmp_path / "out"))
+    assert_close(loaded.state_dict(), here.state_dict())
+
+
 @pytest.mark.parametrize("name", tiered(ARCHETYPES, BY_DEFAULT["card"].__contains__))
 def test_from_files(name, card, tmp_path):
     """Every tensor that a layer reads is on the card while it runs, buffers without files, too."""

@@ -1,6 +1,7 @@
 """An open axis: each is tried on the data, and held-out answers choose."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from slimvlm.runs.compress import compress
 from slimvlm.runs.recipe import decide, dry_plan, read_split, resolve
 from slimvlm.runs.stages import Calibration
 from slimvlm.scoring.batches import answer_loss
+from tests import tiny
 from tests import tiny_folder as folders
 from tests.handmade import Stopped, assert_untouched, snapshot, stops
 from tests.tables import tables
@@ -117,7 +119,7 @@ def test_only_axes_that_remove_as_much_are_tried_and_none_with_low_memory(data, 
 def test_at_one_latency_every_axis_has_a_ratio_of_its_own(share):
     shape = sv.anatomy("demo")
     asked = CompressConfig(axis="auto", data="demo", target_latency=share)
-    found = decide("demo", asked, shape).trials
+    found = [each for each in decide("demo", asked, shape).trials if not each.tower_ratio]
     assert [trial.axis for trial in found] == AXES
     layer = shape.layers[0].params / shape.backbone_params
     for trial in found:
@@ -139,6 +141,29 @@ def test_a_latency_s_ratio_is_of_the_axis_and_the_tokens_that_are_taken(asked, d
     found, _, _ = resolve(model, CompressConfig(**asked))
     named = CompressConfig(**asked | {"axis": found.axis})
     assert found.ratio == decide(model, named, sv.anatomy(model), tokens=found.tokens).ratio
+
+
+def test_at_a_latency_shares_of_the_tower_are_tried_by_name():
+    shape = sv.anatomy("demo")
+    asked = CompressConfig(axis="width", data="demo", target_latency=0.7)
+    first, *others = decide("demo", asked, shape).trials
+    assert first.tower_ratio == 0
+    assert others
+    for before, trial in pairwise([first, *others]):
+        assert trial.tower_ratio > before.tower_ratio
+        assert f"tower {trial.tower_ratio:g}" in trial.name
+        assert trial.axis == "width"
+    for name in ("qwen2_vl", "llama"):  # a tower that stays whole, and none
+        whole = sv.anatomy(tiny.CONFIGS[name]())
+        easy = replace(asked, target_latency=0.95)
+        assert not any(t.tower_ratio for t in decide(name, easy, whole).trials)
+
+
+@pytest.mark.xfail(strict=True, reason="the latency counts no tower")
+def test_the_more_of_a_tower_goes_the_less_of_the_decoder_has_to():
+    asked = CompressConfig(axis="width", data="demo", target_latency=0.7)
+    trials = decide("demo", asked, sv.anatomy("demo")).trials
+    assert all(after.ratio < before.ratio for before, after in pairwise(trials))
 
 
 @pytest.mark.slow

@@ -44,7 +44,8 @@ OTHERWISE: dict[str, tuple[dict[str, Any], Any]] = TABLES["otherwise"]
 """Another value of every other option, and what has to be asked beside it so that it can act."""
 LEARNT: dict[str, tuple[dict[str, Any], Any]] = TABLES["learnt"]
 """The same of every option of training."""
-REFUSED = {"experts", "image_tokens", "task_folder", "seed in training", "keep_adapter in training"}
+REFUSED = {"experts", "image_tokens", "task_folder", "tower_ratio"}
+REFUSED |= {"seed in training", "keep_adapter in training"}
 """Of these, those that a text model without experts, or a run, cannot have."""
 
 
@@ -170,7 +171,7 @@ def by_prune(options, out):
 
 
 OF_PRUNING = {row.name for row in fields(PruneConfig)} | {"test_samples"}
-OF_GRID = ("ratio", "axis", "allocation", "repair", "seed")
+OF_GRID = ("ratio", "axis", "allocation", "repair", "seed", "tower_ratio")
 
 
 def by_study(options, out):
@@ -289,6 +290,20 @@ def test_any_request_is_the_same_through_every_door(
 ):
     whole = ({"test_samples": 0} if is_cell else {}) | asked | {"recover": recover}
     assert_alike(usual(files, **whole), tmp_path_factory.mktemp("doors"), at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", [0.25, 0.0])
+def test_a_share_of_a_tower_is_the_same_through_every_door(ratio, files, tmp_path, monkeypatch):
+    """Of a model that sees; the tower alone, too."""
+    monkeypatch.setitem(globals(), "MODEL", str(folders.folder("idefics3")))
+    asked = {"data": str(folders.write_llava_data(tmp_path / "data", 16)), "tower_ratio": 0.2}
+    asked |= {"ratio": ratio, "test_samples": 0, "recover": "none"}
+    assert_alike(usual(files, **asked), tmp_path, ("walk", True))
+    plan = Plan.load(tmp_path / "python" / "plan.json")
+    assert plan.tower is not None
+    assert plan.tower.ratio == pytest.approx(0.2, abs=0.03)
+    assert bool(plan.ratio) == bool(ratio)
 
 
 def test_the_tables_name_every_option():
