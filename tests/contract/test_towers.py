@@ -173,7 +173,6 @@ def with_siglip2_head():
     return config
 
 
-@pytest.mark.xfail(strict=True, reason="the forecast does not shrink the head with the layers")
 @pytest.mark.parametrize("make", [with_siglip_head, with_siglip2_head])
 def test_a_head_of_the_same_width_shrinks_with_the_layers(make, tmp_path):
     assert_applied(make(), plan_of(sv.anatomy(make()), count=24), tmp_path)
@@ -295,12 +294,10 @@ DEEP = {
     ),
 }  # fmt: skip
 """Deeper towers: layers to keep, and what their numbers are then."""
-UNSORTED = pytest.mark.xfail(strict=True, reason="mergers are found by place in the list")
 REMOVED = [
     pytest.param(
         *(make, layers, fields),
         id=f"{case}-{len(layers)}{layers[-1]}",
-        marks=[UNSORTED] if "unsorted" in case else [],
     )
     for case, (make, rows) in DEEP.items()
     for layers, fields in rows

@@ -159,7 +159,6 @@ def test_at_a_latency_shares_of_the_tower_are_tried_by_name():
         assert not any(t.tower_ratio for t in decide(name, easy, whole).trials)
 
 
-@pytest.mark.xfail(strict=True, reason="the latency counts no tower")
 def test_the_more_of_a_tower_goes_the_less_of_the_decoder_has_to():
     asked = CompressConfig(axis="width", data="demo", target_latency=0.7)
     trials = decide("demo", asked, sv.anatomy("demo")).trials

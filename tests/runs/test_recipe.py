@@ -210,13 +210,11 @@ def test_a_run_is_asked_what_evaluate_asks(monkeypatch):
     assert [task.name for task in find_tasks("presence")] == ["presence"]
 
 
-@pytest.mark.parametrize("how", [{"floors": True}, {"blind": True}, {"log": True}])
+@pytest.mark.parametrize("how", [{"floors": True}, {"log": True}])
 def test_published_benchmarks_are_not_asked_blind(how, monkeypatch):
     monkeypatch.setattr(recipes, "check_names", lambda *given: {})
     questions = Questions(tasks="pope", floors=how.pop("floors", False))
-    with pytest.raises(
-        ConfigError, match="--blind, --floors and --replies do not work with 'pope'"
-    ):
+    with pytest.raises(ConfigError, match="--floors and --replies do not work with 'pope'"):
         check_questions(questions, **how)
 
 

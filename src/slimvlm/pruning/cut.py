@@ -120,7 +120,7 @@ def narrow_tower_config_(config: Any, plan: Plan) -> None:
     setattr(vision, row.depth_field, len(plan.layers))
     for name in row.layer_indices:
         if (given := getattr(vision, name, None)) is not None:
-            setattr(vision, name, [place for place, i in enumerate(plan.layers) if i in given])
+            setattr(vision, name, [plan.layers.index(i) for i in given if i in plan.layers])
     owner, _, field = row.reads.rpartition(".")
     holder = attrgetter(owner)(config) if owner else config
     if (given := getattr(holder, field, None)) is None:
@@ -237,7 +237,7 @@ def prune_tower_(model: nn.Module, plan: Plan | None) -> None:
     for name in row.layer_indices:
         if name in vars(tower):
             given = getattr(tower, name)
-            setattr(tower, name, [place for place, i in enumerate(plan.layers) if i in given])
+            setattr(tower, name, [plan.layers.index(i) for i in given if i in plan.layers])
 
 
 def tower_of(model: nn.Module) -> Any:

@@ -234,7 +234,7 @@ def check_options(options: CompressConfig) -> None:
     if options.ratio is None and options.target_latency is None and not options.tokens_first:
         raise ConfigError("ratio is required: the share of the backbone to remove, such as 0.3")
     if options.tasks is None:
-        of_tasks = ("limit", "batch_size", "baseline", "task_folder", "template_args", "floors")
+        of_tasks = ("limit", "batch_size", "baseline", "task_folder", "floors")
         options.refuse(of_tasks, "needs --tasks")
     train, data = options.recover.train, options.data
     if data is None:
@@ -647,22 +647,18 @@ def try_lora(config: PreTrainedConfig, recover: RecoverConfig | None) -> None:
         prepare_training(models.empty_model(config), recover)
 
 
-def check_questions(questions: Questions, blind: bool = False, log: bool = False) -> dict[str, Any]:
+def check_questions(questions: Questions, log: bool = False) -> dict[str, Any]:
     """Check the tasks and their options before a model is loaded; return the tasks by name."""
     own, theirs = split_names(questions.tasks)
     tasks = find_tasks(own) if own or not theirs else []
     found: dict[str, Any] = {task.name: task for task in tasks}
     if theirs:
         found |= check_names(theirs, questions.limit, questions.task_folder)
-        if blind or questions.floors or log:
-            raise ConfigError(f"--blind, --floors and --replies do not work with {theirs[0]!r}")
+        if questions.floors or log:
+            raise ConfigError(f"--floors and --replies do not work with {theirs[0]!r}")
     elif questions.task_folder is not None:
         raise ConfigError(
             f"task_folder {questions.task_folder!r} is only for benchmarks such as mme"
-        )
-    if blind and questions.floors:
-        raise ConfigError(
-            "--floors conflicts with --blind, whose result is the floor: leave one of them out"
         )
     return found
 

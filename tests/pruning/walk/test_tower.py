@@ -244,10 +244,10 @@ def test_known_choices(name, silent_by):
         kept = set(plan.neurons[index])
         assert len(kept) == 32
         assert not kept & {*range(40, 48)}
-        lost_alone = {*range(8, 32)} - kept  # one may happen to be off for all patches
         copies = [(unit in kept) + (unit + 32 in kept) for unit in range(8)]
-        assert min(copies) == 1
-        assert copies.count(2) == len(lost_alone) <= 1
+        # some may happen to be off for all patches, and go before a copy does
+        off = len({*range(8, 32)} - kept) + copies.count(0)
+        assert copies.count(2) == off <= 2
     for batch, expected in zip(data, before, strict=True):
         apart = (features(model, batch) - expected).norm() / expected.norm()
         assert float(apart) < 0.02, float(apart)
