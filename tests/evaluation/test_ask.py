@@ -144,7 +144,7 @@ def test_a_choice_that_begins_another_one_does_not_always_win(llava, monkeypatch
     def read(model, processor, pairs):
         sizes.append(len(pairs))
         found = [(q, values[choice]) for q, choice in pairs]
-        return [(v[q.id] if isinstance(v, dict) else v, True) for q, v in found]
+        return [v[q.id] if isinstance(v, dict) else v for q, v in found]
 
     monkeypatch.setattr(evaluation, "likelihoods", read)
     asked = [Question(name, "What?", (), choices=tuple(values)) for name in ("sea", "house")]

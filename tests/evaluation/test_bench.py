@@ -103,7 +103,13 @@ def test_a_question_with_an_image_is_timed_from_its_pixels(llava, monkeypatch):
     assert min(ours.image_ms, theirs.image_ms, gain) > 0
     header, rows = bench_rows(result)
     assert all(len(row) == len(header) for row in rows)
-    assert rows[-1][0] == "question with an image: prefill ms"
+    names = [row[0].strip() for row in rows[-4:]]
+    assert names == [
+        "question with an image: prefill ms",
+        *(f"{part} ms" for part in ("vision tower", "projector", "backbone")),
+    ]
+    assert all(sum(side.image_parts_ms) > 0 for side in (ours, theirs))
+    assert min(*ours.image_parts_ms, *theirs.image_parts_ms) > 0
     alone = bench(model, workload=replace(SMALL, batch_sizes=(1,)), processors=(processor,))
     assert all(len(row) == 2 for row in bench_rows(alone)[1])
     text = bench(

@@ -169,7 +169,7 @@ def _loss_of(
         encoded["labels"] = encoded["input_ids"]
     found, counted = answer_losses(model, encoded, f"the loss of passage {question.id!r}")
     count = int(counted.sum())
-    mean = float(found[..., 0].contiguous().sum()) / max(count, 1)
+    mean = float(found.sum()) / max(count, 1)
     return [(json.dumps([mean, count]), False)]
 
 
@@ -255,21 +255,21 @@ def choose(
     for start in range(0, len(pairs), len(questions)):
         batch = pairs[start : start + len(questions)]
         found = likelihoods(model, processor, batch)
-        for (question, choice), (value, _) in zip(batch, found, strict=True):
+        for (question, choice), value in zip(batch, found, strict=True):
             values[question.id][choice] = value / max(len(choice.encode()), 1)
     return [(max(each, key=each.__getitem__), False) for each in values.values()]
 
 
 def likelihoods(
     model: PreTrainedModel, processor: Any, answered: Sequence[tuple[Question, str]]
-) -> list[tuple[float, bool]]:
-    """Return each answer turn's log-probability, and whether greedy decoding gives it."""
+) -> list[float]:
+    """Return each answer turn's log-probability."""
     samples = [chat.answered_sample(question, text) for question, text in answered]
     where = f"the likelihood of answers to question {answered[0][0].id!r}"
     inputs = chat.encode_samples(processor, samples)
     _require_context(model, inputs, [question for question, _ in answered])
     found, _ = answer_losses(model, inputs, where)
-    return [(-loss, not misses) for loss, misses in found.sum(1).tolist()]
+    return [-loss for loss in found.sum(1).tolist()]
 
 
 def _require_context(

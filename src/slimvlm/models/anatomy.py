@@ -10,7 +10,7 @@ of segments (`slimvlm.models.families.Projection`). In a segment, unit ``u`` own
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Annotated, Any
@@ -331,9 +331,14 @@ class Anatomy:
 
 
 def read_anatomy(model: nn.Module) -> Anatomy:
-    """Read the shape of a model off its modules; raise `UnsupportedModelError` without a row."""
+    """Read the shape of a model off its modules; raise `UnsupportedModelError` without a row.
+
+    A vision tower on its own is read, too.
+    """
     parts = Parts(model)
     config: Any = model.config
+    if config.model_type in families.TOWERS:
+        return _shape_of_tower(model, config, [len(parts.layers)])
     family, row, text_config = parts.family, parts.row, parts.text_config
 
     def count(parameters: set[nn.Parameter]) -> int:
@@ -384,22 +389,31 @@ def read_anatomy(model: nn.Module) -> Anatomy:
 def _read_tower(model: nn.Module, projector: set[nn.Parameter]) -> Anatomy | None:
     """Read the shape of a model's vision tower; unread are the layers behind all read ones."""
     config: Any = model.config
-    path = tower_path(config)
-    if path is None:
+    if (path := tower_path(config)) is None:
         return None
-    described, tower = config.vision_config, model.get_submodule(path)
+    row, tower = families.TOWERS[config.vision_config.model_type], model.get_submodule(path)
+    depth = len(getattr(tower.get_submodule(row.inside), row.layers))
+    return _shape_of_tower(tower, config.vision_config, read_states(config, depth), projector)
+
+
+def _shape_of_tower(
+    tower: nn.Module,
+    described: Any,
+    reads: Sequence[int],
+    projector: Collection[nn.Parameter] = (),
+) -> Anatomy:
+    """Read the shape of a tower, some of whose hidden states are read (`read_states`)."""
     row = families.TOWERS[described.model_type]
     layers = getattr(tower.get_submodule(row.inside), row.layers)
     shapes = [read_layer(layer, row) for layer in layers]
-    of_layers = set(layers.parameters())
-    rest = sum(p.numel() for p in {*tower.parameters()} - of_layers - projector)
+    others = {*tower.parameters()} - set(layers.parameters()) - {*projector}
+    rest = sum(parameter.numel() for parameter in others)
     (last,) = (p for p in row.mlp if p.dim == INPUT_COLUMNS)
     of_head = [
         Matrix(part, "weight", projection)
         for projection in row.of_same_width
         if isinstance(part := part_at(tower, projection.path), nn.Linear)
     ]
-    reads = read_states(config, len(shapes))
     listed = [number for name in row.layer_indices for number in getattr(described, name, ())]
     pinned = {state - 1 for state in reads if 0 < state < max(reads)}
     if "fullatt_block_indexes" in row.layer_indices:

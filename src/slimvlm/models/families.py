@@ -180,15 +180,11 @@ class Family:
         return (*(() if self.vision is None else (self.vision,)), *self.other_towers)
 
 
-def _tower_rows() -> dict[str, Any]:
-    """Return the rows of towers; unlike a decoder's, their attention stays."""
-    return {kind: {"attention": {}, **row} for kind, row in _TABLES["towers"].items()}
-
-
 _BACKBONES, _FAMILIES = TypeAdapter(dict[str, Backbone]), TypeAdapter(dict[str, Family])
 BACKBONES = _BACKBONES.validate_python(_TABLES["backbones"], extra="forbid")
-TOWERS = _BACKBONES.validate_python(_tower_rows(), extra="forbid")
-"""By the model type of the vision configuration."""
+_WHOLE = {kind: {"attention": {}, **row} for kind, row in _TABLES["towers"].items()}
+TOWERS = _BACKBONES.validate_python(_WHOLE, extra="forbid")
+"""By the model type of the vision configuration; unlike a decoder's, their attention stays."""
 FAMILIES: dict[str, Family] = {
     **_FAMILIES.validate_python(_TABLES["families"], extra="forbid"),
     **{

@@ -91,17 +91,13 @@ class Case:
         self.rows = (*self.neurons, *self.of_heads, self.hidden)
         self.tower_layers = () if shape.tower is None else shape.tower.layers
         self.tower_neurons = sorted({s.intermediate_size for s in self.tower_layers})
+        kinds = enumerate(layer.kind for layer in self.tower_layers)
+        self.full_in_tower = [index for index, kind in kinds if kind == FULL_ATTENTION]
 
 
 def _off(widths: Iterable[int], multiple: int) -> bool:
     """Whether some width is not a multiple."""
     return any(width % multiple for width in widths)
-
-
-def _gaps(marked: Iterable[bool]) -> list[int]:
-    """Count the steps from one marked place to the next, and to the first from before all."""
-    places = [index for index, is_marked in enumerate(marked) if is_marked]
-    return [b - a for a, b in pairwise([-1, *places])]
 
 
 _BROKEN: dict[str, Callable[[Case, Any], bool]] = {
@@ -138,8 +134,7 @@ _BROKEN: dict[str, Callable[[Case, Any], bool]] = {
     "neurons": lambda c, of: _off(c.neurons, c.tp),
     "tower's neurons": lambda c, of: _off(c.tower_neurons, c.tp),
     "tower's kinds": lambda c, of: (
-        c.shape.model_type in of
-        and len({*_gaps(s.kind == FULL_ATTENTION for s in c.tower_layers)}) > 1
+        c.shape.model_type in of and len({b - a for a, b in pairwise((-1, *c.full_in_tower))}) > 1
     ),
     "share": lambda c, of: not _off(c.neurons, c.tp) and _off(c.neurons, WIDTH_MULTIPLE * c.tp),
     "rows": lambda c, of: _off(c.neurons, ROW_MULTIPLE),

@@ -138,7 +138,7 @@ def make_plan(
             ratio: first the layers that nobody reads, then neurons, equally many of each layer (see
             `plan_tower`).
         tower_scores: Scores of the tower on its own, by which its neurons are chosen; without them
-            the first ones stay, until a walk chooses.
+            the last ones stay, until a walk chooses.
 
     Returns:
         A plan with the nearest ratio; `ImpossiblePlanError` if none is within one layer for
@@ -191,7 +191,7 @@ def plan_tower(anatomy: Anatomy, ratio: float, scores: Scores | None = None) -> 
     The layers that nobody reads go first. Then each layer loses equally many neurons, so many that
     a multiple of `_TOWER_MULTIPLE` stays (of less in narrow towers). Where less than a quarter of
     the neurons would stay, whole layers go, too: those with the lowest scores, else evenly spread
-    ones. Without scores the first neurons stay; a walk chooses others.
+    ones. Without scores the last neurons stay; a walk chooses others.
 
     Raises:
         ConfigError: If the ratio is out of range.
@@ -201,8 +201,18 @@ def plan_tower(anatomy: Anatomy, ratio: float, scores: Scores | None = None) -> 
         raise ConfigError(f"tower_ratio {ratio} must be at least 0 and below 1")
     if why := why_tower_stays(anatomy):
         raise ImpossiblePlanError(f"tower_ratio {ratio:g}: {why}")
-    tower = anatomy.tower
-    assert tower is not None
+    assert anatomy.tower is not None
+    return _plan_alone(anatomy.tower, ratio, scores)
+
+
+def is_open(plan: Plan) -> bool:
+    """Whether nothing has chosen the neurons of a tower's plan: no scores and no person."""
+    ratio = plan.asked_ratio
+    return not plan.criteria and ratio is not None and plan == _plan_alone(plan.before, ratio)
+
+
+def _plan_alone(tower: Anatomy, ratio: float, scores: Scores | None = None) -> Plan:
+    """Choose the units of a tower; see `plan_tower`."""
     read = range(tower.num_layers - tower.unread)
     width, each = tower.mlp_widths[-1], tower.layers[0].neuron_params
     multiple = _TOWER_MULTIPLE

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from slimvlm.core.documents import built, read_object
-from slimvlm.core.errors import ConfigError, ImpossiblePlanError
+from slimvlm.core.errors import ConfigError, ImpossiblePlanError, raised_as
 from slimvlm.core.files import write_text
 from slimvlm.models.anatomy import LAYER_UNITS, WIDTH_UNITS, Anatomy, LayerShape
 from slimvlm.models.families import backbone_row, family_row
@@ -111,15 +111,16 @@ class Plan:
     @property
     def tower_layers(self) -> Kept:
         """The kept layers of the vision tower; none without one."""
-        return () if self._tower is None else self._tower.layers
+        return () if self.kept_tower is None else self.kept_tower.layers
 
     @property
     def tower_neurons(self) -> tuple[Kept, ...]:
         """For each of its original layers the kept neurons."""
-        return () if self._tower is None else self._tower.neurons
+        return () if self.kept_tower is None else self.kept_tower.neurons
 
     @property
-    def _tower(self) -> "Plan | None":
+    def kept_tower(self) -> "Plan | None":
+        """The plan of the tower, where nothing of it goes as well; None without one."""
         whole = self.before.tower
         return self.tower or (None if whole is None else Plan.everything(whole))
 
@@ -224,16 +225,13 @@ class Plan:
             others += "; layers of different widths: needs trust_remote_code=True"
         layers = f"{len(self.layers)} of {self.before.num_layers} layers"
         widths = f"{_span(groups)} KV groups and {_span(neurons)} neurons per layer"
-        if self.tower is not None:
-            others += f"; {self.tower.tower_summary()}"
+        if (tower := self.tower) is not None:
+            spans = [_span(each.mlp_widths) for each in (tower.after, tower.before)]
+            kept = f"{len(tower.layers)} of {tower.before.num_layers} layers"
+            others += f"; removes {tower.ratio:.2%} of the vision tower, which keeps {kept}"
+            others += f" with {spans[0]} of {spans[1]} neurons"
         removed = f"removes {self.ratio:.2%} of the backbone{asked}"
         return f"{removed}; keeps {layers}, {widths}{others}"
-
-    def tower_summary(self) -> str:
-        """Describe in a phrase what a plan of a vision tower removes and keeps."""
-        kept = f"{len(self.layers)} of {self.before.num_layers} layers"
-        kept += f" with {_span(self.after.mlp_widths)} of {_span(self.before.mlp_widths)} neurons"
-        return f"removes {self.ratio:.2%} of the vision tower, which keeps {kept}"
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values, for JSON."""
@@ -271,11 +269,17 @@ class Plan:
             or s.num_experts * s.expert_neuron_params > s.neuron_params
             or (s.num_experts and before.backbone.experts is None)
         ]
+        tower = before.tower
+        if tower is not None and (
+            family_row(tower.model_type) is None or tower.unread >= len(tower.layers)
+        ):
+            impossible = [*tower.layers]
         if impossible or (before.retypable and before.backbone.retype is None):
             raise ConfigError(f"{where}: before describes no {before.model_type!r} that there is")
         values = {each.name: getattr(file, each.name) for each in fields(cls)}
         if file.tower is not None:
-            values["tower"] = cls._of_file(file.tower, where)
+            with raised_as(ConfigError, ConfigError, f"{where}: tower:"):
+                values["tower"] = cls._of_file(file.tower, where)
         return cls(**values)
 
 

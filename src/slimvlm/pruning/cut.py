@@ -279,7 +279,7 @@ def require_expressible(
         after = plan.after
         towers = found.tower, after.tower
         if (found.layers, found.backbone_params) == (after.layers, after.backbone_params):
-            if towers[0] == towers[1]:
+            if towers[0] == towers[1] or plan.before.tower is None:  # of a plan from before towers
                 return text_config
             kind = plan.before.model_type
             raise ImpossiblePlanError(f"plan: {kind!r} cannot be configured with such a tower")

@@ -158,7 +158,7 @@ def prune_checkpoint(
             raise ReloadError(f"{str(folder)!r} holds weights that nothing reads: {unused}")
         found = read_anatomy(again.model)
         after = plan.after
-        ours = after.layers, after.backbone_params, after.tower
+        ours = after.layers, after.backbone_params, after.tower or found.tower
         if (found.layers, found.backbone_params, found.tower) != ours:
             raise ReloadError(f"{str(folder)!r} has other shapes than the plan")
         names = list(smaller.state_dict())

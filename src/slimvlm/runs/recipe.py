@@ -402,10 +402,8 @@ def resolve(
             raise ConfigError(f"train {train!r}: {shape.model_type!r} has no projector")
         if not any(sample.images for sample in samples.training):
             raise ConfigError(f"train {train!r} needs images, and the data have none")
-    if recipe.tower_ratio and has_data and not any(s.images for s in samples.calibration):
-        raise ConfigError(
-            f"tower_ratio {recipe.tower_ratio:g} needs images, and the data have none"
-        )
+    if has_data and not any(sample.images for sample in samples.calibration):
+        recipe = without_towers(recipe, len(samples.calibration))
     gates.parse(recipe.require, gates.in_percent(tasks, bool(samples.test)))
     budget = None
     if share is not None:
@@ -429,6 +427,15 @@ def resolve(
     if shape.tower is not None and shape.tower.unread and not (recipe.tower_ratio or plan):
         say("nobody reads the last layer of the vision tower: --tower-ratio removes it for nothing")
     return replace(recipe, pictures=budget), plan, samples
+
+
+def without_towers(recipe: Recipe, count: int) -> Recipe:
+    """Drop the trials that need images; refuse a recipe that does itself."""
+    if recipe.tower_ratio:
+        told = f"none of the {count} calibration samples has one: see --samples"
+        raise ConfigError(f"tower_ratio {recipe.tower_ratio:g} needs images, and {told}")
+    left = tuple(trial for trial in recipe.trials if not trial.tower_ratio)
+    return replace(recipe, trials=left if recipe.axis == "auto" or len(left) > 1 else ())
 
 
 def check_recipe(recipe: Recipe) -> None:

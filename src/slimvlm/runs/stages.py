@@ -19,7 +19,7 @@ from slimvlm.models import load as models
 from slimvlm.models.anatomy import read_anatomy
 from slimvlm.models.hidden import evaluating
 from slimvlm.models.pictures import seen_once
-from slimvlm.planning.make import plan_tower
+from slimvlm.planning.make import is_open, plan_tower
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import tower_of
 from slimvlm.pruning.tokens import trimmed_processor
@@ -147,7 +147,7 @@ def behind_tower(
     if its is None and not recipe.tower_ratio:
         return None, recipe, source, plan
     shape = read_anatomy(source.model)
-    if its is None or (recipe.data is None and not its.criteria and its.asked_ratio is not None):
+    if its is None or (recipe.data is None and is_open(its)):
         ratio, scores = recipe.tower_ratio if its is None else its.asked_ratio, None
         assert ratio is not None
         if recipe.data is None:
@@ -218,7 +218,7 @@ def try_axes(
     by `Recipe.name`, are in nats per token of the original's tokenizer.
     """
     shape, shown = read_anatomy(model), replace(calibration)  # with fewer batches, of all lengths
-    shown.fitted = calibration.fitted[:: max(len(calibration.fitted) // _TRIAL_BATCHES, 1)]
+    shown.fitted = calibration.fitted[:: -max(len(calibration.fitted) // _TRIAL_BATCHES, 1)][::-1]
     shown.held_out = calibration.held_out
     known = {} if known is None else known
     # by the tower's ratio: its walk, the model behind it, features of pictures

@@ -192,7 +192,9 @@ class LayerWalk:
         is_seam = end > index + 1 and not is_idle and SEAM in repairable and bool(mlp)
         if is_seam and not streams.adds_plainly(index, mlp[-1]):
             is_seam = False
-            notes.append(f"layer {index} has a norm after its MLP: its seam is not repaired")
+            notes.append(
+                f"layer {index} has a norm or a scale after its MLP: its seam is not repaired"
+            )
         for writer in writers:
             kind = SEAM if is_seam and writer.kind == MLP else writer.kind
             self._work_on(writer, kind if kind in repairable and not is_idle else None)

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from slimvlm.core.errors import DataError
 from slimvlm.core.progress import Say, silent
 from slimvlm.data.roles import role_masks
 from slimvlm.models.anatomy import Anatomy, read_anatomy
-from slimvlm.models.devices import digest_of_tensors
 from slimvlm.models.hidden import as_inputs, evaluating, frozen, replaced_forward
 from slimvlm.models.load import sharing_copy
 from slimvlm.models.parts import Parts, tower_path
+from slimvlm.planning.make import is_open
 from slimvlm.planning.plan import Plan
 from slimvlm.pruning.cut import narrow_tower_config_, prune_tower_, reader_of, tower_of
 from slimvlm.pruning.walk.engine import Steps, Walk, WalkConfig, relative_error, steps_for
@@ -72,14 +73,12 @@ class TowerStreams(Streams):
             noted.append((index, hidden_states, (args, kwargs)))
             return torch.zeros_like(hidden_states)
 
-        def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return hidden_states
-
         with whole.loaded("before", self.device), ExitStack() as stack:
             for index, layer in enumerate(self.layers):
                 stack.enter_context(replaced_forward(layer, partial(note, index)))
             for layer in Parts(whole.model).layers:
-                stack.enter_context(replaced_forward(layer, skip))
+                skipped = replaced_forward(layer, lambda hidden_states, *_, **__: hidden_states)
+                stack.enter_context(skipped)
             for batch in [*fitted, *held_out]:
                 noted.clear()
                 forward_backbone(whole.model, as_inputs(whole.model, batch))
@@ -87,13 +86,12 @@ class TowerStreams(Streams):
                 for start, end in pairwise([*starts, len(noted)]):
                     _, hidden, arguments = noted[start]
                     valid = valid_patches(hidden, arguments)
-                    code = digest_of_tensors({"hidden": hidden})
-                    self._write(count, code, {"attention_mask": valid}, noted[start:end])
+                    self._write(count, "", {"attention_mask": valid}, noted[start:end])
                     self.weights.append(valid.flatten().float())
                     count += 1
                 ends.append(count)
         if not fitted or not ends[len(fitted) - 1]:
-            raise DataError("the vision tower is pruned over pictures, and the data have none")
+            raise DataError("tower_ratio needs images, and no calibration sample has one")
         self.places, first = range(count), ends[len(fitted) - 1]
         self.fitted, self.held_out = self.places[:first], self.places[first:]
         self.layers_run = set(range(len(self.layers)))
@@ -104,12 +102,12 @@ def valid_patches(hidden: Tensor, arguments: Arguments) -> Tensor:
     args, kwargs = arguments
     patches = hidden.shape[-2]
     for given in (*args, kwargs.get("attention_mask")):
-        if isinstance(given, Tensor) and given.ndim in (2, 4) and given.shape[-1] == patches:
-            seen = given if given.dtype == torch.bool or given.ndim == 2 else given == 0
-            return (seen.flatten(1, -2).any(1) if given.ndim == 4 else seen).long()
-    return torch.ones(hidden.shape[:-1], dtype=torch.long, device=hidden.device)[None].flatten(
-        0, -2
-    )
+        if isinstance(given, Tensor) and given.shape == hidden.shape[:2]:
+            return given.long()
+        if isinstance(given, Tensor) and given.ndim == 4 and given.shape[-1] == patches:
+            seen = given if given.dtype == torch.bool else given == 0
+            return seen.flatten(1, -2).any(1).long()
+    return torch.ones(hidden.shape[:-1], dtype=torch.long, device=hidden.device).view(-1, patches)
 
 
 def with_tower(source: Source, tower: Walked) -> Source:
@@ -147,20 +145,25 @@ def walk_tower(
 ) -> Walked:
     """Walk the vision tower of a model, which does not change.
 
-    Each layer's neurons are chosen by OBS, unless the plan has criteria or was made by hand. The
+    Each layer's neurons are chosen by OBS, unless a criterion or a person chose them. The
     layer is cut, its last matrix refitted and, with local steps, the layer trained towards the
     original's hidden states. Padded patches weigh 0. With ``repair="auto"`` the new weights are
     dropped if the whole model's answers to the validation batches have a larger loss than with
     plain slices. With ``steps_open`` the number of local steps is that of `steps_for`.
     """
     model, cpu = source.model, torch.device("cpu")
-    chooses = not plan.criteria and plan.asked_ratio is not None
+    chooses = is_open(plan)
     read = range(plan.before.num_layers - plan.before.unread)
+    layers = tuple(index for index in plan.layers if index in read)  # the others change nothing
+    rows = {"neurons": tuple(k if i in layers else () for i, k in enumerate(plan.neurons))}
+    plan = replace(plan, layers=layers, **rows)
     if plan.layers == (*read,) and plan.after.mlp_widths == plan.before.mlp_widths:
         return Walked(plan)  # only what nobody reads goes
-    states: Store = Memory(cpu)
+    # masks of flex_attention, which are no tensors, stay on the device
+    is_flex = model.config._attn_implementation == "flex_attention"
+    states: Store = Memory() if is_flex and isinstance(source, Live) else Memory(cpu)
     if isinstance(results, Scratch):
-        states = Scratch(results.folder / "tower-states")
+        states = states if isinstance(source, Live) else Scratch(results.folder / "tower-states")
         results = Scratch(results.folder / "tower")
     else:
         results = Memory(cpu)
@@ -181,7 +184,7 @@ def walk_tower(
         tried = (replace(walked, weights={}), walked)
         (sliced, _), (loss, _) = found = [judge(with_tower(source, each)) for each in tried]
     errors = [_projector_error(states, whole, source, held_out) for _, states in found]
-    told = f"projector's output: error {errors[0]:.2%} -> {errors[1]:.2%} on validation pictures"
+    told = f"projector's output: error {errors[0]:.2%} -> {errors[1]:.2%} on validation images"
     notes = (*walked.report.notes, told)
     report = replace(walked.report, loss_sliced=sliced, loss=min(loss, sliced), notes=notes)
     if loss <= sliced:
@@ -195,7 +198,8 @@ def _judged(
     source: Source, held_out: Sequence[Batch], device: torch.device, measure: bool = True
 ) -> tuple[float, list[Tensor]]:
     """Return the loss of a model's answers, and the inputs of its decoder."""
-    streams = Streams(source, Memory(torch.device("cpu")), device, None)
+    store = Memory() if isinstance(source, Live) else Memory(torch.device("cpu"))
+    streams = Streams(source, store, device, None)
     streams.embed_all([], held_out)
     entering = [streams.state(PREFIX, 0, place).cpu() for place in streams.places]
     depth = len(streams.layers)
@@ -210,10 +214,9 @@ def _projector_error(
     states: Sequence[Tensor], whole: Sequence[Tensor], source: Source, batches: Sequence[Batch]
 ) -> float:
     """Return the mean `relative_error` of image tokens as the decoder reads them."""
-    found, weight = 0.0, 0.0
+    errors = list[float]()
     for ours, theirs, batch in zip(states, whole, batches, strict=True):
         shown = role_masks(source.model.config, batch)["image"].flatten().float().cpu()
         if shown.any():
-            found += float(relative_error(ours, theirs, shown)) * float(shown.sum())
-            weight += float(shown.sum())
-    return found / max(weight, 1.0)
+            errors.append(float(relative_error(ours, theirs, shown)))
+    return fmean(errors or [0.0])
