@@ -120,10 +120,10 @@ def test_without_any_picture_a_tower_is_not_walked(tmp_path):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(DataError) as refusal:
         sv.walk_(model, texts, 0.0, tower_ratio=0.45)
-    assert "picture" in str(refusal.value)
+    assert "image" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert_equal(model.state_dict(), before)
-    with pytest.raises(DataError, match="picture"):
+    with pytest.raises(DataError, match="image"):
         sv.walk_checkpoint(folders.folder("llava"), texts, tmp_path / "out", 0.25, tower_ratio=0.45)
     assert not (tmp_path / "out").exists()
 
