@@ -155,8 +155,8 @@ def walk_tower(
     chooses = is_open(plan)
     read = range(plan.before.num_layers - plan.before.unread)
     layers = tuple(index for index in plan.layers if index in read)  # the others change nothing
-    rows = {"neurons": tuple(k if i in layers else () for i, k in enumerate(plan.neurons))}
-    plan = replace(plan, layers=layers, **rows)
+    neurons = tuple(k if i in layers else () for i, k in enumerate(plan.neurons))
+    plan = replace(plan, layers=layers, neurons=neurons)
     if plan.layers == (*read,) and plan.after.mlp_widths == plan.before.mlp_widths:
         return Walked(plan)  # only what nobody reads goes
     # masks of flex_attention, which are no tensors, stay on the device
