@@ -179,7 +179,7 @@ def test_blind_shows_other_pictures_and_gives_floors(llava, result):
     assert [q.id for q in blind] == [q.id for q in asked]
     assert [bool(q.images) for q in blind] == [bool(q.images) for q in asked]
     assert all(b.images != q.images for b, q in zip(blind, asked, strict=True) if q.images)
-    with pytest.raises(ConfigError, match=r"blind: question 'q0' finds no other images"):
+    with pytest.raises(ConfigError, match=r"floors: question 'q0' finds no other images"):
         with_other_pictures([replace(q, images=(picture(0),)) for q in asked])
     asked = [task(), task("words", sees=False), PERPLEXITY, task("losses", metric="loss")]
     both = evaluate(*llava, asked, floors=True)

@@ -283,7 +283,7 @@ def test_a_study_of_which_nothing_could_be_measured_is_reported(
 
     def fails(stage):
         if stage.kind == "evaluate":
-            raise ConfigError("blind: question 'a' finds no other images")
+            raise ConfigError("floors: question 'a' finds no other images")
 
     watch_work(monkeypatch, fails)
     config = study(data, {"recovery": "none", "axis": "depth"}, limit=1)

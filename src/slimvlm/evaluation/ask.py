@@ -207,7 +207,7 @@ def with_other_pictures(questions: Sequence[Question]) -> list[Question]:
         images = next((each for each in others if each != question.images), None)
         if images is None:
             told = "finds no other images to be evaluated with (see --limit)"
-            raise ConfigError(f"blind: question {question.id!r} {told}")
+            raise ConfigError(f"floors: question {question.id!r} {told}")
         found[id(question)] = replace(question, images=images)
     return [found.get(id(question), question) for question in questions]
 

@@ -143,6 +143,8 @@ def evaluate_with_lmms(
                     f"task {name!r}: its data cannot be loaded. lmms-eval takes it from the "
                     f"Hugging Face hub or its cache; offline, download it first ({one_line(inner)})"
                 ) from error
+        if tasks[name].OUTPUT_TYPE != "generate_until":
+            raise ConfigError(f"task {name!r}: only tasks with one generated reply are supported")
     results: dict[str, TaskResult] = {}
     with evaluating(model):
         for name, task in tasks.items():
@@ -267,7 +269,7 @@ def adapter(
             return [text for text, _ in found]
 
         def loglikelihood(self, requests: Sequence[Any]) -> Any:
-            raise ConfigError("only tasks with one generated reply to each question are supported")
+            raise NotImplementedError
 
         generate_until_multi_round = loglikelihood
 

@@ -58,7 +58,6 @@ _OF_DATA = (
     *("images", "max_bad_rows", "max_length", "too_long"),
     *("repair", "local_steps", "general_text"),
 )
-_OF_PICTURES = ("projector", "projector+tower", "full+tower")  # trainings that need images
 TOWER_RATIOS = (0.2, 0.4, 0.6)  # that are tried for a latency, beside none
 _RATIO_STEP = 1e-3  # how much further a ratio goes at least while it is too small
 
@@ -395,7 +394,7 @@ def resolve(
     samples = read_split(recipe, say)
     if (
         recipe.recover is not None
-        and (train := recipe.recover.train) in _OF_PICTURES
+        and (train := recipe.recover.train) not in ("lora", "full")
         and samples.training
     ):
         if not shape.projector_params:

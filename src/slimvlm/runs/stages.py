@@ -48,7 +48,6 @@ from slimvlm.training.recover import recover as train
 TEST_BATCH = 4  # test samples in a batch
 ORIGINAL, PRUNED, RECOVERED = "original", "pruned", "recovered"  # the compared models
 _AXIS, _TRIAL_BATCHES = "axis", 12
-TOWER_CRITERION = "magnitude"  # chooses the neurons of a vision tower without data
 EVEN = 0.02  # validation losses of two axes count as even below this relative difference
 
 
@@ -152,7 +151,7 @@ def behind_tower(
         assert ratio is not None
         if recipe.data is None:
             with source.loaded("before", torch.device("cpu")):
-                scores = score(tower_of(source.model), (), TOWER_CRITERION)
+                scores = score(tower_of(source.model), (), "magnitude")
         its = plan_tower(shape, ratio, scores)
     tower = Walked(its)
     if recipe.data is not None:

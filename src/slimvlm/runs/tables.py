@@ -287,7 +287,7 @@ def _work_rows(anatomy: Anatomy, picture: Picture) -> list[list[str]]:
         rows.append(["  image", f"{picture.patches:,} patches, {picture.tokens:,} tokens"])
     if tower is not None and tower.unread:
         what = "the last layer" if tower.unread == 1 else f"the last {tower.unread} layers"
-        cure = f"nobody reads {what}: --tower-ratio removes it without a change"
+        cure = f"nobody reads {what} (compress --tower-ratio removes it first, without a change)"
         rows.append(["unread in the vision tower", cure])
     return rows
 

@@ -50,8 +50,8 @@ class Lesson(NamedTuple):
 
 
 def relative_error(
-    output: Float[Tensor, "*S B T D"],
-    target: Float[Tensor, "*S B T D"],
+    output: Float[Tensor, "*S T D"],
+    target: Float[Tensor, "*S T D"],
     weights: Float[Tensor, " BT"],
 ) -> Float[Tensor, ""]:
     """``Σ_t w_t h(‖y_t - y'_t‖ / ‖y_t‖)`` over ``Σ_t w_t``; ``h(r) = r²``, from 1 on ``2 r - 1``.
