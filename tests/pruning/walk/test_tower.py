@@ -1,6 +1,8 @@
 """The walk of a vision tower: from files as in memory, over patches alone, choices made by hand."""
 
 import copy
+import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,13 +10,18 @@ import torch
 from torch.nn import functional as F
 
 import slimvlm as sv
-from slimvlm.core.errors import DataError
+from slimvlm import cli
+from slimvlm.core.errors import ConfigError, DataError, ImpossiblePlanError
+from slimvlm.core.options import CompressConfig
+from slimvlm.pruning.cut import tower_of
 from slimvlm.pruning.walk.engine import LayerWalk
+from slimvlm.runs.compress import compress
+from slimvlm.runs.recipe import resolve
 from tests import tiny
 from tests import tiny_folder as folders
-from tests.handmade import Stopped, assert_equal, logits, plan_by_hand
+from tests.handmade import Stopped, assert_equal, logits, plan_by_hand, random_scores
 from tests.tiers import tiered
-from tests.tolerances import LOSS
+from tests.tolerances import FORWARD, LOSS, assert_close
 
 kinds = pytest.mark.parametrize("kind", tiered(folders.SEEING, ("llava", "internvl").__contains__))
 SHARE = {"llava": 0.45, "qwen2_5_vl": 0.2, "idefics3": 0.2, "internvl": 0.2}
@@ -280,3 +287,95 @@ def test_the_whole_model_s_answers_judge(kind):
     sv.prune_(sliced, walked.plan)
     assert report.loss_sliced == pytest.approx(answer_loss(sliced, data[:1]), rel=10 * LOSS.rtol)
     assert report.loss <= report.loss_sliced
+
+
+# Plans that someone else has made, and data that say nothing.
+@pytest.mark.parametrize("name", tiered(MLPS, ("llava-llama", "qwen3_vl").__contains__))
+def test_a_tower_alone_is_scored_by_its_weights(name):
+    model = tiny.build(name)
+    scores = sv.score(tower_of(model), (), "magnitude")
+    shape = sv.anatomy(model.config)
+    ratio = 0.45 if shape.tower.unread else 0.2
+    plan = sv.make_plan(shape, [], 0.0, tower_ratio=ratio, tower_scores=scores).tower
+    for index in plan.layers:
+        best = scores.neuron[index].topk(len(plan.neurons[index])).indices
+        assert {*plan.neurons[index]} == {*best.tolist()}
+
+
+def test_without_data_neurons_go_by_their_weights(tmp_path):
+    config = CompressConfig(ratio=0.0, tower_ratio=0.2)
+    folder = str(folders.folder("idefics3"))
+    run = compress(folder, config, tmp_path / "run")
+    assert run.plan.tower.criteria == {"neuron": "magnitude"}
+    assert run.plan.ratio == 0
+    prune_from = ["prune", folder, "--tower-ratio", "0.2", "--low-memory", "--out"]
+    cli.main([*prune_from, str(tmp_path / "files")])
+    assert sv.Plan.load(tmp_path / "files" / "slimvlm_plan.json").tower == run.plan.tower
+
+
+def test_a_plan_of_before_towers_still_applies(tmp_path):
+    model = tiny.build("llava-llama")
+    values = sv.make_plan(sv.anatomy(model), random_scores(sv.anatomy(model)), 0.3).to_dict()
+    del values["tower"]
+    for name in ("tower", "unread", "head_neuron_params"):
+        del values["before"][name]
+    plan = sv.Plan.from_dict(json.loads(json.dumps(values)))
+    expected = copy.deepcopy(model)
+    sv.mask_(expected, plan)
+    sv.prune_(model, plan)
+    batch = tiny.batch(model)
+    assert_close(logits(model, batch), logits(expected, batch), FORWARD)
+    sv.save(model, None, tmp_path / "out", plan)
+
+
+@pytest.mark.parametrize("has_data", [True, False])
+def test_neurons_that_a_person_chose_stay(has_data, tmp_path):
+    model, data = loaded("idefics3")
+    shape = sv.anatomy(model)
+    plan = sv.make_plan(shape, [], 0.0, tower_ratio=0.2)
+    mine = tuple(range(3, 3 + len(plan.tower_neurons[0])))
+    tower = replace(plan.tower, neurons=(mine,) * len(plan.tower.neurons))
+    plan = replace(plan, tower=tower)
+    if has_data:
+        assert sv.walk_(model, data, plan=plan).plan.tower.neurons == tower.neurons
+        return
+    plan.save(tmp_path / "plan.json")
+    asked = ["prune", str(folders.folder("idefics3")), "--plan", str(tmp_path / "plan.json")]
+    cli.main([*asked, "--out", str(tmp_path / "out")])
+    assert sv.Plan.load(tmp_path / "out" / "slimvlm_plan.json").tower.neurons == tower.neurons
+
+
+def test_layers_that_nobody_reads_go_from_every_plan_that_is_walked():
+    model, data = loaded("llava")
+    shape = sv.anatomy(model)
+    tower = plan_by_hand(shape.tower, neurons=range(8))
+    plan = replace(sv.Plan.everything(shape), tower=tower)
+    found = sv.walk_(model, data, plan=plan).plan
+    assert found.tower.layers == tower.layers[:-1]
+    assert sv.anatomy(model) == found.after
+
+
+def test_a_latency_tries_no_tower_where_no_sample_has_an_image(tmp_path):
+    data = str(folders.write_llava_data(tmp_path / "data", 40, pictures=False))
+    asked = {"target_latency": 0.85, "axis": "width", "data": data, "samples": 12}
+    folder = str(folders.folder("llava"))
+    recipe, _, _ = resolve(folder, CompressConfig(**asked, recover="none"))
+    assert recipe.trials == ()
+    with pytest.raises(ConfigError, match=r"tower_ratio 0\.4 needs images, and none of the 1"):
+        resolve(folder, CompressConfig(tower_ratio=0.4, data=data, samples=12, recover="none"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tower: tower.update(layers=[5]), r"tower: plan: layers must be sorted"),
+        (lambda tower: tower["before"].update(unread=7), "another vision tower"),
+        (lambda tower: tower.update(neurons=[[0], [0, 1]]), "equally wide"),
+    ],
+)
+def test_a_wrong_tower_in_a_plan_is_named(change, told):
+    shape = sv.anatomy(tiny.CONFIGS["idefics3"]())
+    values = json.loads(json.dumps(sv.make_plan(shape, [], 0.0, tower_ratio=0.2).to_dict()))
+    change(values["tower"])
+    with pytest.raises((ConfigError, ImpossiblePlanError), match=told):
+        sv.Plan.from_dict(values)
