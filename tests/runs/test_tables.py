@@ -184,7 +184,9 @@ def test_the_work_of_a_question_with_an_image_is_shared_out_by_hand():
         f"{total / 1e9:,.1f} GFLOP: vision tower {tower / total:.1%}, "
         f"projector {projector / total:.1%}, backbone {backbone / total:.1%}"
     )
-    unread = "nobody reads the last layer: --tower-ratio removes it without a change"
+    unread = (
+        "nobody reads the last layer (compress --tower-ratio removes it first, without a change)"
+    )
     assert rows["unread in the vision tower"] == unread
     unknown = dict(anatomy_rows(shape_of("perception_lm"), Picture(16, 16, 16, 16)))
     assert "its layers" not in rows["question with an image"]
