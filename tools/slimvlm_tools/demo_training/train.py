@@ -166,7 +166,8 @@ def _make_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lora_lr, weight_decay=0.01, betas=(0.9, 0.98))
 
 
-def _save(path: Path, value: object) -> None:
+def save(path: Path, value: object) -> None:
+    """Writes a checkpoint, under a temporary name first."""
     with new_file(path) as part:
         torch.save(value, part)
 
@@ -177,11 +178,11 @@ def prepare_tower(model: Any, tokenizer: Any, config: TrainConfig) -> None:
     if not _load_module(tower, config.out / "tower.pt"):
         right = train_tower(model, config.tower_steps, config.seed)
         print(f"tower: {right:.1f} % of patches right", flush=True)
-        _save(config.out / "tower.pt", tower.state_dict())
+        save(config.out / "tower.pt", tower.state_dict())
     if not _load_module(projector, config.out / "projector.pt"):
         right = align_projector(model, tokenizer, config.align_steps, config.seed)
         print(f"projector: {right:.1f} % of patches next to their name", flush=True)
-        _save(config.out / "projector.pt", projector.state_dict())
+        save(config.out / "projector.pt", projector.state_dict())
 
 
 def _load_module(module: nn.Module, file: Path) -> bool:
@@ -239,7 +240,7 @@ def train_joint(model: Any, tokenizer: Any, config: TrainConfig) -> None:
             if done % config.save_every == 0 or done == config.steps:
                 state = trained_state(model)
                 saved = {"state": state, "optimizer": optimizer.state_dict(), "step": done}
-                _save(config.out / "checkpoint.pt", saved)
+                save(config.out / "checkpoint.pt", saved)
                 export_delta(state, config.out / "delta.safetensors")
             if done % config.eval_every == 0:
                 scores = quick_scores(model, encoder)

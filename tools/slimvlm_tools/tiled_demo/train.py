@@ -23,21 +23,19 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from slimvlm.core.files import new_file
 from slimvlm.demo.questions import TASKS, Conversation, make_task_scene
 from slimvlm.demo.scenes import (
     CELLS,
     SCENE_KINDS,
-    SIDE,
     Scene,
-    draw_objects,
     make_scene,
     render,
 )
 from slimvlm_tools.demo_training.batches import Batch, Encoded, Encoder, collate, training_batches
 from slimvlm_tools.demo_training.lora import add_lora_, load_lora_, lora_state
-from slimvlm_tools.demo_training.patches import patch_classes
+from slimvlm_tools.demo_training.patches import patch_classes, patch_labels
 from slimvlm_tools.demo_training.tower import KIND_SHARES, decayed
+from slimvlm_tools.demo_training.train import save
 from slimvlm_tools.tiled_demo.build import (
     SHUFFLE,
     TILE,
@@ -100,18 +98,8 @@ class Tiles(NamedTuple):
 
 
 def labels_of(scene: Scene, side: int) -> NDArray[np.int64]:
-    """Labels the cells of a grid over a scene: 0 empty, -100 hardly touched, else the class."""
-    cover = np.zeros((len(scene.objects), SIDE, SIDE), np.float32)
-    for mask, (sprite, top, left) in zip(cover, draw_objects(scene), strict=True):
-        mask[top : top + sprite.shape[0], left : left + sprite.shape[1]] = sprite[..., 3]
-    size = SIDE // side
-    share = cover.reshape(-1, side, size, side, size).mean(axis=(2, 4))
-    known = {name: index for index, name in enumerate(patch_classes())}
-    classes = np.array([known[each.name] for each in scene.objects])
-    low = 0.08 if scene.kind == "digits" else 0.15
-    most = share.max(axis=0)
-    labels = np.where(most > low, classes[share.argmax(axis=0)], np.where(most > 0.01, -100, 0))
-    return labels.astype(np.int64)
+    """Labels the patches of a grid over a scene (side, side)."""
+    return patch_labels(scene, side).reshape(side, side)
 
 
 def quadrants(labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -241,7 +229,7 @@ def train_tower(tower: Any, processor: Any, config: TrainConfig) -> None:
             print(f"tower {step + 1}/{total} {told}", flush=True)
         if (step + 1) % 100 == 0 or step + 1 == total:
             state = {"state": labeller.state_dict(), "optimizer": optimizer.state_dict()}
-            _save(file, {**state, "step": step + 1})
+            save(file, {**state, "step": step + 1})
 
 
 # The connector.
@@ -287,7 +275,7 @@ def align_connector(model: Any, tokenizer: Any, processor: Any, config: TrainCon
     scores = functional.normalize(projected, dim=-1) @ functional.normalize(names, dim=-1).T
     right = (scores.argmax(-1) == labels)[labels > 0].float().mean()
     print(f"connector: {100 * float(right):.1f} % of groups next to their name", flush=True)
-    _save(file, connector.state_dict())
+    save(file, connector.state_dict())
 
 
 # Conversations.
@@ -410,18 +398,13 @@ def train_joint(model: Any, tokenizer: Any, config: TrainConfig) -> None:
             print(f"joint {done}/{config.steps} loss {average:.3f} {seconds:.0f}s", flush=True)
         if done % config.save_every == 0 or done == config.steps:
             state = trained_state(model)
-            _save(file, {"state": state, "optimizer": optimizer.state_dict(), "step": done})
+            save(file, {"state": state, "optimizer": optimizer.state_dict(), "step": done})
             save_weights(state, config.out / "weights.safetensors")
         if done % config.eval_every == 0:
             for name, each in (("whole", whole), ("tiled", tiled)):
                 scores = quick_scores(model, each)
                 told = " ".join(f"{k} {v:.0f}" for k, v in scores.items())
                 print(f"quick {name} {told}", flush=True)
-
-
-def _save(path: Path, value: object) -> None:
-    with new_file(path) as part:
-        torch.save(value, part)
 
 
 def train(config: TrainConfig) -> Path:
